@@ -1,0 +1,177 @@
+"""Runs one of upstream's programs with the plugin active, without editing LLaVA: for installs that are read-only.
+
+    python -m llava_steering_plugin.launch [--cpu] MODULE [ARGUMENTS of MODULE]
+    deepspeed --module llava_steering_plugin.launch llava.train.train_mem --tuning_mode mores ...
+    torchrun --nproc_per_node 2 -m llava_steering_plugin.launch llava.train.train_mem --tuning_mode mores ...
+
+Running a module as `__main__` (what `python -m` does) would leave hooks on that module without effect, and train.py is
+one that needs them. So the module is imported under its own name, and then the body of its `if __name__ == "__main__":`
+block is executed in its namespace. That is what upstream's author wrote for this program, whichever it is: `train()`,
+`train(attn_implementation="flash_attention_2")`, or an argument parser whose `args` the module's functions read as a global.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType
+
+from .errors import SteeringError, UpstreamError
+from .upstream import startup
+from .upstream.install import install
+
+USAGE = """\
+usage: python -m llava_steering_plugin.launch [--cpu] MODULE [ARGUMENTS of MODULE]
+
+Runs one of LLaVA's programs with the plugin active, without editing LLaVA. For example
+  python -m llava_steering_plugin.launch llava.train.train --tuning_mode mores ...
+  deepspeed --module llava_steering_plugin.launch llava.train.train_mem --tuning_mode mores ...
+  python -m llava_steering_plugin.launch --cpu llava.eval.model_vqa_loader --model-path ADAPTER ...
+
+  --cpu       run on the processor, also what asks for CUDA in so many words (upstream's evaluation scripts)
+  -h, --help  this text; after MODULE, the help of MODULE
+"""
+
+
+class UsageError(SteeringError):
+    """The command line of `launch` itself is wrong."""
+
+
+@dataclass
+class Request:
+    """What the command line asks for."""
+
+    module: str
+    arguments: list[str] = field(default_factory=list)
+    cpu: bool = False
+
+
+def read_request(words: Sequence[str]) -> Request | None:
+    """Split the command line at MODULE; None asks for help.
+
+    What comes after MODULE is its own business. deepspeed puts its `--local_rank=N` before MODULE; it is handed on.
+
+    Raises:
+        UsageError: an unknown option before MODULE, or no MODULE.
+    """
+    cpu, handed_on = False, []
+    for position, word in enumerate(words):
+        if word in ("-h", "--help"):
+            return None
+        if word == "--cpu":
+            cpu = True
+        elif word.startswith(("--local_rank=", "--local-rank=")):
+            handed_on.append(word)
+        elif word.startswith("-"):
+            raise UsageError(f"unknown option {word} before MODULE; options of the module come after its name")
+        else:
+            return Request(word, [*handed_on, *words[position + 1 :]], cpu)
+    raise UsageError("no MODULE given, for example llava.train.train")
+
+
+def run(request: Request) -> None:
+    """Run the module's program in this process.
+
+    Raises:
+        UpstreamError: no such module, or nothing in it to run.
+    """
+    _refuse_a_path(request.module)
+    sys.argv = [request.module, *request.arguments]
+    if startup.WORKER == request.module:
+        startup.append_model_name(sys.argv)
+    if request.cpu:
+        from .cpu import redirect_cuda_to_cpu  # first of all: it also decides what torch sees
+
+        redirect_cuda_to_cpu()
+    install()
+    source = _find_source(request.module)
+    sys.argv[0] = str(source)
+    program = main_block(source)
+    if program is None:
+        raise UpstreamError(
+            f'{request.module} ({source}) has no `if __name__ == "__main__":` block, so there is nothing to run. '
+            "Programs of LLaVA are, for example, llava.train.train, llava.eval.model_vqa and llava.serve.cli."
+        )
+    module = importlib.import_module(request.module)
+    exec(program, vars(module))
+
+
+def main_block(source: Path) -> CodeType | None:
+    """The code below `if __name__ == "__main__":` in the file, with its line numbers; None when there is no such block."""
+    tree = ast.parse(source.read_bytes(), filename=str(source))
+    body = [
+        statement
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "'__main__' == __name__")
+        for statement in node.body
+    ]
+    return compile(ast.Module(body, type_ignores=[]), str(source), "exec") if body else None
+
+
+def _refuse_a_path(module: str) -> None:
+    if "/" in module or module.endswith(".py"):
+        parts = Path(module).with_suffix("").parts
+        start = parts.index("llava") if "llava" in parts else 0
+        raise UpstreamError(
+            f"{module} is a path; launch takes the name of a module, as in `python -m`: {'.'.join(parts[start:])}"
+        )
+
+
+def _find_source(name: str) -> Path:
+    """The source file of a module; imports its parent packages only."""
+    parent, _, last = name.rpartition(".")
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError as error:
+        # Only a missing part of the name itself means "no such module"; a missing dependency keeps its traceback.
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        if error.name == "llava":
+            raise UpstreamError(
+                "there is no llava to run: start in a LLaVA checkout, or install it with `pip install -e .` there. "
+                "`llava-steering doctor` shows what Python finds."
+            ) from None
+        spec = None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        siblings = _modules_beside(parent)
+        close = difflib.get_close_matches(last, siblings, n=3)
+        hint = "did you mean " + " or ".join(f"{parent}.{sibling}" for sibling in close) + "?" if close else ""
+        raise UpstreamError(f"there is no module {name} to run in {_where(name)}. {hint}".rstrip())
+    return Path(spec.origin)
+
+
+def _modules_beside(parent: str) -> list[str]:
+    folders = getattr(sys.modules.get(parent), "__path__", [])
+    return [file.stem for folder in folders for file in Path(folder).glob("*.py") if file.stem != "__init__"]
+
+
+def _where(name: str) -> str:
+    top = name.partition(".")[0]
+    file = getattr(sys.modules.get(top), "__file__", None)
+    return str(Path(file).parent) if file else "this Python's path"
+
+
+def main() -> None:
+    """Entry of `python -m llava_steering_plugin.launch`."""
+    try:
+        request = read_request(sys.argv[1:])
+        if request is None:
+            sys.stdout.write(USAGE)
+            return
+        run(request)
+    except UsageError as error:
+        sys.stderr.write(f"launch: {error}\n{USAGE}")
+        sys.exit(2)
+    except SteeringError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

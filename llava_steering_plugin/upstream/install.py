@@ -1,0 +1,36 @@
+"""The entry point that llava calls: registers the import hooks and nothing else.
+
+It runs at the end of `import llava`, in every process that uses LLaVA, so it imports neither torch nor llava.train: the
+hooks load the rest of the plugin when the module they wait for has been imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+from wrapt import register_post_import_hook
+
+from . import startup
+
+HOOKS = {
+    "llava.train.train": "llava_steering_plugin.upstream.training:on_train_import",
+    "llava.model.builder": "llava_steering_plugin.upstream.builder:on_builder_import",
+    "llava.mm_utils": "llava_steering_plugin.upstream.builder:on_mm_utils_import",
+}
+
+
+@functools.cache  # once a process: a patched llava and `launch` may both call it
+def install() -> None:
+    """Register the import hooks; a hook whose module is already imported fires at once.
+
+    It also looks at how the process was started, for the two of upstream's programs that hooks cannot reach because
+    they run as `__main__`: see `startup`.
+
+    Raises:
+        SystemExit: train.py itself is the main program and asks for a tuning mode.
+    """
+    startup.refuse_training_as_main(sys.orig_argv)
+    for module, hook in HOOKS.items():
+        register_post_import_hook(hook, module)
+    startup.name_the_workers_model(sys.orig_argv, sys.argv)

@@ -1,0 +1,109 @@
+"""What the command line of this process says about upstream's programs that run as `__main__`.
+
+`python llava/train/train.py` and `python -m llava.train.train` make train.py the module `__main__`. An import hook on
+`llava.train.train` never fires for it, and upstream would refuse the flag as unknown, so the plugin stops with the command
+that works. `llava.serve.model_worker` derives the name of its model from the path alone, by rules that do not know
+adapters, inside the module itself; the only way in is its own flag `--model-name`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+TRAIN = "llava.train.train"
+WORKER = "llava.serve.model_worker"
+
+
+@dataclass(frozen=True)
+class Start:
+    """How Python was started: the program, as a module name or a script's path, and the program's own arguments."""
+
+    program: str
+    is_module: bool
+    arguments: tuple[str, ...]
+
+    def runs(self, module: str) -> bool:
+        """Whether the program is this module, also when given as the path of a script of any checkout."""
+        if self.is_module:
+            return self.program == module
+        parts = tuple(module.split("."))
+        return Path(self.program).resolve().with_suffix("").parts[-len(parts) :] == parts
+
+
+def read_start(command: Sequence[str]) -> Start | None:
+    """The program in `sys.orig_argv`, past the interpreter's own options; None for -c, standard input or a prompt.
+
+    `sys.argv` does not do: while `python -m` imports the parent packages, its first item is only "-m".
+    """
+    words = list(command[1:])
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-"):
+            return Start(word, False, tuple(words))
+        if word == "-":
+            return None
+        if word.startswith("--"):
+            if word == "--check-hash-based-pycs":
+                words = words[1:]
+            continue
+        for position, letter in enumerate(word[1:], start=1):
+            if letter == "c":
+                return None
+            if letter in "mWX":  # takes a value: the rest of this word or the next one
+                value = word[position + 1 :] or (words.pop(0) if words else "")
+                if letter == "m":
+                    return Start(value, True, tuple(words))
+                break
+    return None
+
+
+def flag_value(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of `--flag value` or `--flag=value`; None when absent, "" when it has no value."""
+    for position, word in enumerate(arguments):
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+        if word == flag:
+            return next(iter(arguments[position + 1 : position + 2]), "")
+    return None
+
+
+def refuse_training_as_main(command: Sequence[str]) -> None:
+    """Stop when train.py itself is the main program and asks for a tuning mode.
+
+    Raises:
+        SystemExit: with the command that works; a plain exit, since a traceback through `import llava` would bury it.
+    """
+    start = read_start(command)
+    if start is None or not start.runs(TRAIN) or flag_value(start.arguments, "--tuning_mode") is None:
+        return
+    how = f"-m {start.program}" if start.is_module else start.program
+    flags = shlex.join(word for word in start.arguments if not word.startswith(("--local_rank", "--local-rank")))
+    raise SystemExit(
+        f"--tuning_mode has no effect here: `{how}` runs train.py as the main program, where no import hook reaches it.\n"
+        "Run it this way, with the flags as they are:\n"
+        f"  python -m llava_steering_plugin.launch {TRAIN} {flags}\n"
+        f"or, on several GPUs: deepspeed --module llava_steering_plugin.launch {TRAIN} ...\n"
+        "llava/train/train_mem.py (flash attention) needs no change: it imports train.py."
+    )
+
+
+def name_the_workers_model(command: Sequence[str], argv: list[str]) -> None:
+    """Append `--model-name` to `argv` when a model worker starts with an adapter and without a name of its own."""
+    start = read_start(command)
+    if start is not None and start.runs(WORKER):
+        append_model_name(argv)
+
+
+def append_model_name(argv: list[str]) -> None:
+    """Append `--model-name NAME` if `--model-path` is an adapter; a name that the user gave wins."""
+    model_path = flag_value(argv, "--model-path")
+    if not model_path or flag_value(argv, "--model-name") is not None:
+        return
+    from .naming import display_name
+
+    name = display_name(model_path)
+    if name:
+        argv += ["--model-name", name]
