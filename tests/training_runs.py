@@ -1,0 +1,162 @@
+"""Upstream's train() over the tiny LLaVA: its flags, and running it in a fresh Python or in this one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tiny_llava import TinyLlava
+
+TRAIN_CODE = "from llava.train.train import train; train()"
+
+
+def train_flags(tiny: TinyLlava, output_dir: Path, overrides: Mapping[str, object] | None = None) -> list[str]:
+    """Upstream's flags for full tuning of `tiny.llava` on this machine's CPU, as a list.
+
+    `overrides` maps flag names without dashes to values; None removes a flag.
+    """
+    flags: dict[str, object] = {
+        "model_name_or_path": tiny.llava,
+        "version": "v1",
+        "data_path": tiny.data,
+        "image_folder": tiny.images,
+        "vision_tower": tiny.tower,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad",
+        "group_by_modality_length": True,
+        "bf16": True,
+        "output_dir": output_dir,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "evaluation_strategy": "no",
+        "save_strategy": "no",
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+        "warmup_ratio": 0.03,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 1,
+        "model_max_length": 512,
+        "gradient_checkpointing": True,
+        "dataloader_num_workers": 0,
+        "lazy_preprocess": True,
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    flags.update(overrides or {})
+    return [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
+
+
+def stage_1_overrides(tiny: TinyLlava) -> dict[str, object]:
+    """What turns `train_flags` into LLaVA-1.5's stage 1: the projector alone, over the plain LLM."""
+    return {
+        "model_name_or_path": tiny.llm,
+        "data_path": tiny.captions,
+        "version": "plain",
+        "tune_mm_mlp_adapter": True,
+        "group_by_modality_length": None,
+    }
+
+
+def plain_llm_overrides(tiny: TinyLlava) -> dict[str, object]:
+    """What turns `train_flags` into LLaVA-1.5's stage 2: a plain LLM with the projector of stage 1."""
+    return {"model_name_or_path": tiny.llm, "pretrain_mm_mlp_adapter": tiny.projector}
+
+
+LORA: dict[str, object] = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "mm_projector_lr": 2e-4}
+
+
+def subprocess_environment(llava: Path | None = None, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This environment for a child process: offline, one thread, no GPU, so the same numbers everywhere.
+
+    `llava` is the folder that holds the llava package to import (None: the installed one).
+    """
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "WANDB_DISABLED": "true",
+        "PYTHONUNBUFFERED": "1",
+        **(extra or {}),
+    }
+    if llava is not None:
+        paths = [str(llava), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    return environment
+
+
+def run_train(
+    flags: Sequence[str],
+    llava: Path | None = None,
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    check: bool = True,
+    timeout: float = 600,
+) -> subprocess.CompletedProcess[str]:
+    """Runs upstream's train() in a fresh Python. `llava`: the folder that holds the llava package.
+
+    Raises:
+        RuntimeError: with the end of the output, if it failed and `check` is on.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN_CODE, *flags],
+        env=subprocess_environment(llava, env),
+        # Not the caller's folder: Python puts it first on the path with -c, and a llava/ there would win.
+        cwd=cwd or _first_flag(flags, "--image_folder") or None,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+    )
+    if check and done.returncode:
+        raise RuntimeError(f"training ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def train_in_process(flags: Sequence[str], seed: int = 0) -> list[dict[str, Any]]:
+    """Runs the train() of the llava imported here and returns the log history.
+
+    Upstream keeps the conversation template, its rank and the command line in globals; they are put back.
+    """
+    import torch
+
+    with upstream_globals_restored():
+        from llava.train import train as upstream
+
+        sys.argv = ["train.py", *flags]
+        # The projector and LoRA are drawn before the Trainer seeds anything.
+        torch.manual_seed(seed)
+        upstream.train()
+    output = _first_flag(flags, "--output_dir")
+    if output is None:
+        raise ValueError("flags without --output_dir")
+    return list(json.loads((Path(output) / "trainer_state.json").read_text())["log_history"])
+
+
+@contextlib.contextmanager
+def upstream_globals_restored() -> Iterator[None]:
+    """Puts sys.argv, upstream's default conversation and its rank back at the end."""
+    from llava import conversation
+    from llava.train import train as upstream
+
+    argv, default, rank = sys.argv, conversation.default_conversation, upstream.local_rank
+    try:
+        yield
+    finally:
+        sys.argv, conversation.default_conversation, upstream.local_rank = argv, default, rank
+
+
+def _first_flag(flags: Sequence[str], name: str) -> str | None:
+    return flags[list(flags).index(name) + 1] if name in flags else None
