@@ -75,13 +75,15 @@ def plain_llm_overrides(tiny: TinyLlava) -> dict[str, object]:
 LORA: dict[str, object] = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "mm_projector_lr": 2e-4}
 
 
-def subprocess_environment(llava: Path | None = None, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+def subprocess_environment(llava: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This environment for a child process: offline, one thread, no GPU, so the same numbers everywhere.
 
-    `llava` is the folder that holds the llava package to import (None: the installed one).
+    `llava` is the folder that holds the llava package to import; it comes before anything installed.
     """
-    environment = {
+    paths = [str(llava), os.environ.get("PYTHONPATH", "")]
+    return {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
@@ -91,31 +93,31 @@ def subprocess_environment(llava: Path | None = None, extra: Mapping[str, str] |
         "PYTHONUNBUFFERED": "1",
         **(extra or {}),
     }
-    if llava is not None:
-        paths = [str(llava), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    return environment
 
 
 def run_train(
     flags: Sequence[str],
-    llava: Path | None = None,
+    llava: Path,
     *,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     check: bool = True,
     timeout: float = 600,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs upstream's train() in a fresh Python. `llava`: the folder that holds the llava package.
+    """Runs upstream's train() in a fresh Python, by default in the folder above --output_dir.
+
+    `llava` is the folder that holds the llava package.
 
     Raises:
         RuntimeError: with the end of the output, if it failed and `check` is on.
     """
+    # Not in the caller's folder: Python puts it first on the path with -c, and a llava/ there would win.
+    cwd = cwd or Path(_first_flag(flags, "--output_dir") or ".").resolve().parent
+    cwd.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         [sys.executable, "-c", TRAIN_CODE, *flags],
         env=subprocess_environment(llava, env),
-        # Not the caller's folder: Python puts it first on the path with -c, and a llava/ there would win.
-        cwd=cwd or _first_flag(flags, "--image_folder") or None,
+        cwd=cwd,
         text=True,
         capture_output=True,
         timeout=timeout,
