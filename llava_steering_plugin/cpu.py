@@ -1,8 +1,8 @@
 """Runs upstream programs that ask for CUDA in so many words on the processor (`launch --cpu`).
 
-Upstream's evaluation scripts call `.cuda()`, `.to("cuda")` and `.to(device="cuda")`, and its loader puts models on "cuda" unless told
-otherwise. `redirect_cuda_to_cpu` changes what those words mean, for the rest of this process: it belongs in a program's
-entry, never in a library.
+Upstream's evaluation scripts call `.cuda()`, `.to("cuda")` and `.to(device="cuda")`, and its loader puts models on
+"cuda" unless told otherwise. `redirect_cuda_to_cpu` changes what those words mean, for the rest of this process: it
+belongs in a program's entry, never in a library.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def redirect_cuda_to_cpu() -> None:
     import torch
 
     for kind in (torch.Tensor, torch.nn.Module):
-        setattr(kind, "to", _to_with_cpu_for_cuda(kind.to))  # noqa: B010: both are assigned on purpose
-        setattr(kind, "cuda", _stay_on_cpu)  # noqa: B010
+        kind.to = _to_with_cpu_for_cuda(kind.to)  # type: ignore[method-assign]
+        kind.cuda = _stay_on_cpu  # type: ignore[method-assign]
     torch.cuda.synchronize = _nothing_to_wait_for
     register_post_import_hook(_default_loader_to_cpu, "llava.model.builder")
 

@@ -6,8 +6,9 @@
 
 Running a module as `__main__` (what `python -m` does) would leave hooks on that module without effect, and train.py is
 one that needs them. So the module is imported under its own name, and then the body of its `if __name__ == "__main__":`
-block is executed in its namespace. That is what upstream's author wrote for this program, whichever it is: `train()`,
-`train(attn_implementation="flash_attention_2")`, or an argument parser whose `args` the module's functions read as a global.
+block is executed in its namespace. That is what upstream's authors wrote for this program, whichever it is: `train()`,
+`train(attn_implementation="flash_attention_2")`, or an argument parser whose `args` the module's functions read as a
+global.
 """
 
 from __future__ import annotations
@@ -89,7 +90,6 @@ def run(request: Request) -> None:
         from .cpu import redirect_cuda_to_cpu  # first of all: it also decides what torch sees
 
         redirect_cuda_to_cpu()
-    install()
     source = _find_source(request.module)
     sys.argv[0] = str(source)
     program = main_block(source)
@@ -98,12 +98,15 @@ def run(request: Request) -> None:
             f'{request.module} ({source}) has no `if __name__ == "__main__":` block, so there is nothing to run. '
             "Programs of LLaVA are, for example, llava.train.train, llava.eval.model_vqa and llava.serve.cli."
         )
+    # Only now, with llava itself imported, as in a patched llava: llava/model/__init__.py has a bare `except: pass`
+    # that would turn an error of a hook inside `import llava` into a puzzle.
+    install()
     module = importlib.import_module(request.module)
     exec(program, vars(module))
 
 
 def main_block(source: Path) -> CodeType | None:
-    """The code below `if __name__ == "__main__":` in the file, with its line numbers; None when there is no such block."""
+    """The code below `if __name__ == "__main__":` in the file, with its line numbers; None without such a block."""
     tree = ast.parse(source.read_bytes(), filename=str(source))
     body = [
         statement
@@ -141,7 +144,7 @@ def _find_source(name: str) -> Path:
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         siblings = _modules_beside(parent)
         close = difflib.get_close_matches(last, siblings, n=3)
-        hint = "did you mean " + " or ".join(f"{parent}.{sibling}" for sibling in close) + "?" if close else ""
+        hint = "Did you mean " + " or ".join(f"{parent}.{sibling}" for sibling in close) + "?" if close else ""
         raise UpstreamError(f"there is no module {name} to run in {_where(name)}. {hint}".rstrip())
     return Path(spec.origin)
 

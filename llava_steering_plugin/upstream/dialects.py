@@ -1,8 +1,8 @@
 """The names of upstream that the plugin stands on, and where LLaVA's forks differ.
 
-Upstream main, its 1.2.2.post1 wheel and LLaVA-NeXT share every name in `SEAMS`. `doctor` looks them up in the source, without
-importing llava; the import hooks fetch them with `require`, so that a missing one is named instead of surfacing later
-as an AttributeError somewhere else.
+Upstream main, its 1.2.2.post1 wheel and LLaVA-NeXT share every name in `SEAMS`. `doctor` looks them up in the source,
+without importing llava; the import hooks fetch them with `require`, so that a missing one is named instead of surfacing
+later as an AttributeError somewhere else.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What the command line of this process says about upstream's programs that run as `__main__`.
 
 `python llava/train/train.py` and `python -m llava.train.train` make train.py the module `__main__`. An import hook on
-`llava.train.train` never fires for it, and upstream would refuse the flag as unknown, so the plugin stops with the command
-that works. `llava.serve.model_worker` derives the name of its model from the path alone, by rules that do not know
-adapters, inside the module itself; the only way in is its own flag `--model-name`.
+`llava.train.train` never fires for it, and upstream would refuse the flag as unknown, so the plugin stops with the
+command that works. `llava.serve.model_worker` derives the name of its model from the path alone, by rules that do not
+know adapters, inside the module itself; the only way in is its own flag `--model-name`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..errors import SteeringError
 
 TRAIN = "llava.train.train"
 WORKER = "llava.serve.model_worker"
@@ -82,7 +84,7 @@ def refuse_training_as_main(command: Sequence[str]) -> None:
     how = f"-m {start.program}" if start.is_module else start.program
     flags = shlex.join(word for word in start.arguments if not word.startswith(("--local_rank", "--local-rank")))
     raise SystemExit(
-        f"--tuning_mode has no effect here: `{how}` runs train.py as the main program, where no import hook reaches it.\n"
+        f"--tuning_mode has no effect here: `{how}` makes train.py the main program, which no import hook reaches.\n"
         "Run it this way, with the flags as they are:\n"
         f"  python -m llava_steering_plugin.launch {TRAIN} {flags}\n"
         f"or, on several GPUs: deepspeed --module llava_steering_plugin.launch {TRAIN} ...\n"
@@ -91,10 +93,18 @@ def refuse_training_as_main(command: Sequence[str]) -> None:
 
 
 def name_the_workers_model(command: Sequence[str], argv: list[str]) -> None:
-    """Append `--model-name` to `argv` when a model worker starts with an adapter and without a name of its own."""
+    """Append `--model-name` to `argv` when a model worker starts with an adapter and without a name of its own.
+
+    Raises:
+        SystemExit: the adapter is damaged or its conversation has no name; without a traceback through `import llava`.
+    """
     start = read_start(command)
-    if start is not None and start.runs(WORKER):
+    if start is None or not start.runs(WORKER):
+        return
+    try:
         append_model_name(argv)
+    except SteeringError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 
 def append_model_name(argv: list[str]) -> None:

@@ -1,0 +1,134 @@
+"""The command line `llava-steering`: a thin composition of sub-commands.
+
+Each sub-command imports what it needs when it runs, so that `--help` and `patch` answer at once. A SteeringError becomes
+one message on standard error and exit status 1; wrong usage is status 2.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import SteeringError
+
+if TYPE_CHECKING:
+    from .upstream.checkout import Llava
+    from .upstream.doctor import Report
+
+app = typer.Typer(
+    name="llava-steering",
+    help="Parameter-efficient tuning modes for LLaVA.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+LlavaOption = Annotated[
+    Path | None,
+    typer.Option("--llava", metavar="PATH", help="A LLaVA checkout or its llava folder; default: what Python imports."),
+]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Log everything; show tracebacks.")] = False) -> None:
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING)
+
+
+@app.command()
+def patch(llava: LlavaOption = None) -> None:
+    """Add the plugin block to llava/__init__.py."""
+    from .upstream.checkout import find_llava
+    from .upstream.patch import patch as write_block
+
+    used = find_llava(llava)
+    if write_block(used):
+        typer.echo(f"patched {used.init}; undo with `llava-steering unpatch`")
+    else:
+        typer.echo(f"{used.init} is already patched; nothing to do")
+    _mention_others(used)
+
+
+@app.command()
+def unpatch(llava: LlavaOption = None) -> None:
+    """Remove the plugin block; every other byte stays."""
+    from .upstream.checkout import find_llava
+    from .upstream.patch import unpatch as remove_block
+
+    used = find_llava(llava)
+    if remove_block(used):
+        typer.echo(f"removed the block from {used.init}")
+    else:
+        typer.echo(f"{used.init} is not patched; nothing to do")
+    _mention_others(used)
+
+
+@app.command()
+def doctor(
+    llava: LlavaOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Show which LLaVA this is, what the plugin finds in it, and what to do next. Status 1 if something is wrong."""
+    from .upstream.doctor import examine
+
+    report = examine(llava)
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        _show(report)
+    if report.problems:
+        raise typer.Exit(1)
+
+
+def _mention_others(used: Llava) -> None:
+    from .upstream.checkout import other_llavas
+
+    for other in other_llavas(used):
+        typer.echo(f"note: there is another LLaVA, left as it is: {other.package} ({other.found_by})")
+
+
+def _show(report: Report) -> None:
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # paths are there to be copied: break them, never shorten them
+    table.add_row("python", f"{report.python}, {report.executable}")
+    if report.llava is not None:
+        found = report.llava
+        table.add_row("llava", f"{found.path} ({found.found_by})")
+        table.add_row("", f"{found.distribution} {found.version}" if found.distribution else "not an installed package")
+        if found.commit:
+            table.add_row("", f"git commit {found.commit}")
+        table.add_row("", found.state)
+        for other in found.others:
+            table.add_row("", f"another one: {other}")
+    table.add_row("entry point", report.entry_point or "not visible")
+    for index, seam in enumerate(report.seams):
+        table.add_row("" if index else "seams", f"{'found  ' if seam.found else 'MISSING'} {seam.name}")
+    for index, (name, version) in enumerate(report.packages.items()):
+        table.add_row("" if index else "packages", f"{name} {version or '-'}")
+    for index, device in enumerate(report.devices):
+        table.add_row("" if index else "devices", device)
+    for index, problem in enumerate(report.problems):
+        table.add_row("" if index else "PROBLEMS", problem)
+    for index, step in enumerate(report.next_steps):
+        table.add_row("" if index else "next", step)
+    console.print(table)
+
+
+def main() -> None:
+    """Entry of the console script."""
+    try:
+        app()
+    except SteeringError as error:
+        if logging.getLogger().isEnabledFor(logging.DEBUG):
+            raise
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.exit(1)
