@@ -1,7 +1,7 @@
 """The command line `llava-steering`: a thin composition of sub-commands.
 
-Each sub-command imports what it needs when it runs, so that `--help` and `patch` answer at once. A SteeringError becomes
-one message on standard error and exit status 1; wrong usage is status 2.
+Each sub-command imports what it needs when it runs, so that `--help` and `patch` answer at once. A SteeringError
+becomes one message on standard error and exit status 1; wrong usage is status 2.
 """
 
 from __future__ import annotations

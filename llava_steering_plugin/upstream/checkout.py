@@ -59,7 +59,7 @@ def other_llavas(used: Llava) -> list[Llava]:
         (_importable(), "what `import llava` finds"),
         (Path.cwd() / "llava", "in the current folder, which `python -m` prefers"),
         *(
-            (Path(entry or os.curdir) / "llava", "further down Python's path, hidden by the first")
+            (Path(entry or os.curdir) / "llava", "further down Python's path, hidden")
             for entry in sys.path
         ),
     ]

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Makes .venv with LLaVA, this project and everything that its tests and its demo need. Safe to run again: it does nothing when
+# nothing has changed. Needs Python 3.11, git, gcc and pip; g++ (for DeepSpeed's compiled op) comes from apt if it is missing.
+#
+# Environment:
+#   PYTHON  the interpreter to start from           (default: python3.11, else python3)
+#   VENV    where the virtual environment goes      (default: .venv beside this project's setup.cfg)
+#   TORCH   the torch to install                    (default: the CPU build of scripts/constraints-cpu.txt;
+#                                                    on a machine with a GPU: TORCH=torch==2.13.0)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+venv=${VENV:-.venv}
+constraints=scripts/constraints-cpu.txt
+llava=llava-torch==1.2.2.post1
+torch=${TORCH:-$(grep '^torch==' "$constraints")}
+
+step() { printf '== %s\n' "$*" >&2; }
+die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+
+python=${PYTHON:-$(command -v python3.11 || command -v python3 || true)}
+[ -n "$python" ] || die "no python3.11 found; install it, or name one with PYTHON=/path/to/python3.11"
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || die "$python does not run"
+[ "$version" = 3.11 ] || die "$python is Python $version; the constraint set is for 3.11. Name one with PYTHON=/path/to/python3.11"
+
+mkdir -p "$venv"
+if command -v flock >/dev/null; then  # the demo and the tests may be started side by side
+  exec 9>"$venv/.setup.lock"
+  flock 9
+fi
+
+stamp=$(cat "$constraints" setup.cfg pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)-$torch-$(pwd)
+if [ "$(cat "$venv/.setup.stamp" 2>/dev/null)" = "$stamp" ] && "$venv/bin/python" -c 'import llava_steering_plugin' 2>/dev/null; then
+  "$venv/bin/llava-steering" patch >/dev/null
+  exit 0
+fi
+rm -f "$venv/.setup.stamp"
+started=$SECONDS
+
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi; }
+if ! command -v g++ >/dev/null; then
+  step "g++ (apt)"
+  { as_root apt-get update -qq && as_root apt-get install -y -qq --no-install-recommends g++; } >/dev/null ||
+    step "no g++ and no way to install it: DeepSpeed on the CPU will not work, everything else will"
+fi
+
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  step "virtual environment in $venv"
+  # Debian ships Python without ensurepip unless python3-venv is installed; the pip outside can fill the environment too.
+  "$python" -m venv --clear "$venv" >/dev/null 2>&1 || {
+    "$python" -m venv --clear --without-pip "$venv"
+    "$python" -m pip --python "$venv/bin/python" install -q pip
+  }
+fi
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+step "torch"
+pip install -q --no-deps "$torch" 2>/dev/null ||
+  pip install -q --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "$torch"
+step "packages"
+# The set is complete, so nothing is resolved: --no-deps is faster, and exact.
+grep -v -e '^#' -e '^torch==' -e '^deepspeed==' "$constraints" >"$venv/.setup.packages"
+pip install -q --no-deps -r "$venv/.setup.packages"
+step "deepspeed (built here)"
+pip install -q --no-deps --no-build-isolation "$(grep '^deepspeed==' "$constraints")"
+step "llava and this project"
+pip install -q --no-deps "$llava"
+pip install -q --no-deps --no-build-isolation -e .
+"$venv/bin/llava-steering" patch >&2
+printf '%s' "$stamp" >"$venv/.setup.stamp"
+step "ready in $((SECONDS - started)) s: $venv"

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Sets up .venv if need be, then lints, checks types and runs the tests.
+#
+#   scripts/test.sh            everything, also the slow tests
+#   scripts/test.sh --fast     without the slow ones
+#   scripts/test.sh ARGUMENTS  handed on to pytest, for example: tests/upstream -k patch
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+scripts/setup.sh
+bin=$(cd "${VENV:-.venv}/bin" && pwd)
+export PATH="$bin:$PATH"  # for what tests start: deepspeed, ninja, llava-steering
+
+select=()
+if [ "${1:-}" = --fast ]; then
+  shift
+  select=(-m "not slow")
+fi
+ruff check .
+mypy
+pytest "${select[@]}" "$@"
