@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv with LLaVA, this project and everything that its tests and its demo need. Safe to run again: it does nothing when
-# nothing has changed. Needs Python 3.11, git, gcc and pip; g++ (for DeepSpeed's compiled op) comes from apt if it is missing.
+# Makes .venv with LLaVA, this project and everything that its tests and its demo need. Safe to run again: it does
+# nothing when nothing has changed. Needs Python 3.11, git, gcc and pip; g++ (for DeepSpeed's compiled op) comes from apt
+# if it is missing.
 #
 # Environment:
 #   PYTHON  the interpreter to start from           (default: python3.11, else python3)
@@ -23,9 +24,8 @@ python=${PYTHON:-$(command -v python3.11 || command -v python3 || true)}
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || die "$python does not run"
 [ "$version" = 3.11 ] || die "$python is Python $version; the constraint set is for 3.11. Name one with PYTHON=/path/to/python3.11"
 
-mkdir -p "$venv"
 if command -v flock >/dev/null; then  # the demo and the tests may be started side by side
-  exec 9>"$venv/.setup.lock"
+  exec 9<"$constraints"
   flock 9
 fi
 
@@ -52,20 +52,22 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     "$python" -m pip --python "$venv/bin/python" install -q pip
   }
 fi
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+pip_install() {  # quietly; if it fails, the end of what pip said
+  "$venv/bin/python" -m pip --disable-pip-version-check install --no-deps "$@" >"$venv/.setup.log" 2>&1
+}
+shown() { "$@" || { tail -n 20 "$venv/.setup.log" >&2; die "failed: $*"; }; }
 
 step "torch"
-pip install -q --no-deps "$torch" 2>/dev/null ||
-  pip install -q --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "$torch"
+pip_install "$torch" || shown pip_install --extra-index-url https://download.pytorch.org/whl/cpu "$torch"
 step "packages"
 # The set is complete, so nothing is resolved: --no-deps is faster, and exact.
 grep -v -e '^#' -e '^torch==' -e '^deepspeed==' "$constraints" >"$venv/.setup.packages"
-pip install -q --no-deps -r "$venv/.setup.packages"
+shown pip_install -r "$venv/.setup.packages"
 step "deepspeed (built here)"
-pip install -q --no-deps --no-build-isolation "$(grep '^deepspeed==' "$constraints")"
+shown pip_install --no-build-isolation "$(grep '^deepspeed==' "$constraints")"
 step "llava and this project"
-pip install -q --no-deps "$llava"
-pip install -q --no-deps --no-build-isolation -e .
+shown pip_install "$llava"
+shown pip_install --no-build-isolation -e .
 "$venv/bin/llava-steering" patch >&2
 printf '%s' "$stamp" >"$venv/.setup.stamp"
 step "ready in $((SECONDS - started)) s: $venv"
