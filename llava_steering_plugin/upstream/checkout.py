@@ -58,10 +58,7 @@ def other_llavas(used: Llava) -> list[Llava]:
     places = [
         (_importable(), "what `import llava` finds"),
         (Path.cwd() / "llava", "in the current folder, which `python -m` prefers"),
-        *(
-            (Path(entry or os.curdir) / "llava", "further down Python's path, hidden")
-            for entry in sys.path
-        ),
+        *((Path(entry or os.curdir) / "llava", "further down Python's path, hidden") for entry in sys.path),
     ]
     found: dict[Path, Llava] = {}
     for package, found_by in places:

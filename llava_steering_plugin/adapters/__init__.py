@@ -1,0 +1,1 @@
+"""What a user keeps: settings, modules attached to a model, and the folder they are saved in."""

@@ -1,0 +1,214 @@
+"""The adapter folder: found, read and validated, and written so that a crash leaves the old one or the new one.
+
+adapter_model.safetensors   the truth: the tensors, and the config in its header
+adapter_config.json         the same config, readable
+config.json                 LLaVA's config, without quantization_config
+README.md                   model card
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llava_steering_plugin.adapters.config import AdapterConfig, is_ours
+from llava_steering_plugin.errors import AdapterError, listing
+
+WEIGHTS, CONFIG, LLAVA_CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "config.json", "README.md"
+HEADER = "llava_steering"
+
+# Prefixes of tensor names in the file: the mode's parameters by host, the base's own parameters that came to differ,
+# the embedding rows of added tokens (input, output), and rows by which the base is recognised (rows, ids).
+ADAPTER, EXTRA, ADDED, FINGERPRINT = "adapter.", "base.", "added_tokens.", "fingerprint."
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter as read: its config, its tensors by full name, and where it came from."""
+
+    config: AdapterConfig
+    tensors: Mapping[str, Tensor]
+    path: Path
+
+    def section(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under a prefix, without it."""
+        return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
+
+
+def find(name_or_path: str | os.PathLike[str]) -> Path | None:
+    """The local folder of our adapter of that name: a folder, or a hub id, which is downloaded. None if it is not ours.
+
+    Files decide, not names. A folder with our adapter_config.json is ours even if the weights are missing, so that the
+    error which follows can say so.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path if _ours(path) else None
+    if path.exists() or str(name_or_path).count("/") != 1:
+        return None
+    return _from_hub(str(name_or_path))
+
+
+def _ours(folder: Path) -> bool:
+    try:
+        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return isinstance(described, dict) and is_ours(described.get("peft_type"))
+    except (OSError, ValueError):
+        return _header(folder / WEIGHTS) is not None
+
+
+def _header(weights: Path) -> str | None:
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return (file.metadata() or {}).get(HEADER)
+    except (OSError, SafetensorError):
+        return None
+
+
+def _from_hub(repository: str) -> Path | None:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        described = Path(hf_hub_download(repository, CONFIG))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
+        # No such file or repository, or no network: whoever asked will load it as what it is and report.
+        return None
+    if not _ours(described.parent):
+        return None
+    return Path(snapshot_download(repository, allow_patterns=[WEIGHTS, CONFIG, LLAVA_CONFIG, CARD]))
+
+
+def read(folder: str | os.PathLike[str]) -> StoredAdapter:
+    """Reads an adapter and checks everything that can be checked without a model.
+
+    Raises:
+        AdapterError: not a folder, not ours, damaged, of a newer format, with tensors that are not finite or no floats.
+    """
+    path = Path(folder).expanduser()
+    weights = path / WEIGHTS
+    if not path.is_dir():
+        raise AdapterError(f"{path} is no folder. Give the adapter's folder, the one that holds {WEIGHTS}.")
+    if not weights.is_file():
+        _refuse_without_weights(path)
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(weights, framework="pt") as file:
+            header = (file.metadata() or {}).get(HEADER)
+            if header is not None:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"{weights} cannot be read: {error}. The file is damaged or cut short; copy it again."
+        ) from error
+    if header is None:
+        described = path / CONFIG
+        if described.is_file():
+            AdapterConfig.from_json(described.read_text(encoding="utf-8"), str(described))
+        raise AdapterError(f"{weights} is not an adapter of this plugin: its header has no {HEADER!r} entry.")
+    config = AdapterConfig.from_json(header, f"the header of {weights}")
+    problems = []
+    for name, tensor in tensors.items():
+        if not name.startswith((ADAPTER, EXTRA, ADDED, FINGERPRINT)):
+            problems.append(f"{name}: unknown kind of tensor")
+        elif name != FINGERPRINT + "ids" and not tensor.is_floating_point():
+            problems.append(f"{name}: {tensor.dtype} where a float is expected")
+        elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            problems.append(
+                f"{name}: {int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are NaN or infinite"
+            )
+    if problems:
+        raise AdapterError(listing(f"{weights} is damaged", problems))
+    return StoredAdapter(config, tensors, path)
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """The config of an adapter folder that `find` gave, without its tensors.
+
+    Raises:
+        AdapterError: damaged, or of a newer format.
+    """
+    header = _header(folder / WEIGHTS)
+    return (
+        read(folder).config if header is None else AdapterConfig.from_json(header, f"the header of {folder / WEIGHTS}")
+    )
+
+
+def _refuse_without_weights(path: Path) -> None:
+    described = path / CONFIG
+    if described.is_file():
+        AdapterConfig.from_json(described.read_text(encoding="utf-8"), str(described))
+        raise AdapterError(
+            f"{path} has {CONFIG} but no {WEIGHTS}. The weights are missing or were renamed; copy them again."
+        )
+    checkpoints = sorted(folder.name for folder in path.glob("checkpoint-*") if (folder / WEIGHTS).is_file())
+    hint = f" It has {', '.join(checkpoints)}: give one of these." if checkpoints else ""
+    raise AdapterError(f"{path} holds no adapter: neither {WEIGHTS} nor {CONFIG} is in it.{hint}")
+
+
+def write(
+    folder: str | os.PathLike[str], config: AdapterConfig, tensors: Mapping[str, Tensor], llava: str, card: str
+) -> None:
+    """Writes an adapter folder: everything beside the old files first, then one rename for each.
+
+    Args:
+        folder: created if need be; other files in it stay.
+        tensors: by full name, with the prefixes of this module.
+        llava: text of config.json.
+        card: text of README.md.
+
+    Raises:
+        AdapterError: the disk is full or the folder cannot be written; what was there before is as it was.
+    """
+    path = Path(folder)
+    described = config.to_json()
+    header = {"format": "pt", HEADER: described}
+
+    def weights(target: Path) -> None:
+        # Each tensor its own memory: safetensors refuses views that share one.
+        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, target, header)
+
+    writers: dict[str, Callable[[Path], object]] = {
+        WEIGHTS: weights,
+        CONFIG: lambda target: target.write_text(described + "\n", encoding="utf-8"),
+        LLAVA_CONFIG: lambda target: target.write_text(llava, encoding="utf-8"),
+        CARD: lambda target: target.write_text(card, encoding="utf-8"),
+    }
+    staged = {name: path / f".{name}.{os.getpid()}.partial" for name in writers}
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for name, writer in writers.items():
+            writer(staged[name])
+            _flush(staged[name])
+        # safetensors makes files that only their owner may read; a shared folder's adapter is for all who may read it.
+        shutil.copymode(staged[CONFIG], staged[WEIGHTS])
+        for name, partial in staged.items():
+            os.replace(partial, path / name)
+        _flush(path)
+    except (OSError, SafetensorError) as error:
+        for partial in staged.values():
+            with suppress(OSError):
+                partial.unlink()
+        raise AdapterError(
+            f"the adapter could not be written to {path}: {error}. An adapter that was there before is "
+            "unharmed. Free some space or choose another folder, and save again."
+        ) from error
+
+
+def _flush(path: Path) -> None:
+    """Forces a file or folder to disk: a rename must not reach the disk before what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,163 @@
+"""Finds a model's decoder stack and hangs modules on its layers and linears. Structure decides, never model names."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from llava_steering_plugin.errors import SteeringError, TokenMapError
+from llava_steering_plugin.hooks.scope import Scope, TokenMap, bound_to_scope, current
+from llava_steering_plugin.modes.base import DecoderShape, LayerShape, Pass
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The name under which a mode's module becomes a child of its host: part of the names in checkpoints of a training run.
+CHILD = "steering"
+
+
+def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, DecoderShape]:
+    """The decoder stack of a Hugging Face causal model, and its shape.
+
+    The stack is what `model.base_model` names; its layers are the shallowest list of `num_hidden_layers` modules in it.
+
+    Raises:
+        SteeringError: no such list, or several equally shallow ones.
+    """
+    config = model.config
+    stack: nn.Module = model.base_model
+    layers = getattr(config, "num_hidden_layers", None)
+    lists = [
+        (path.count("."), path, module)
+        for path, module in stack.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    ]
+    shallowest = [entry for entry in lists if entry[0] == min(lists)[0]] if lists else []
+    if len(shallowest) != 1:
+        raise SteeringError(
+            f"{type(model).__name__}: expected one list of {layers} decoder layers in {type(stack).__name__}, found "
+            f"{', '.join(path for _, path, _ in shallowest) or 'none'}. Only decoder-only language models can be tuned."
+        )
+    _, path, found = shallowest[0]
+    shapes = tuple(
+        LayerShape(f"{path}.{number}", _linears(f"{path}.{number}", layer)) for number, layer in enumerate(found)
+    )
+    return stack, DecoderShape(int(config.hidden_size), shapes)
+
+
+def _linears(prefix: str, layer: nn.Module) -> dict[str, tuple[int, int]]:
+    # bitsandbytes' quantised linears are subclasses too; features rather than weight shapes, which packing changes.
+    return {
+        f"{prefix}.{path}": (module.in_features, module.out_features)
+        for path, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def hang(stack: nn.Module, modules: dict[str, nn.Module]) -> list[RemovableHandle]:
+    """Makes each module a child of its host, on the host's device, and lets it replace the host's output."""
+    handles = []
+    for path, module in modules.items():
+        host = stack.get_submodule(path)
+        anchor = next(host.parameters(), None)
+        module.train(host.training)
+        host.add_module(CHILD, module if anchor is None else module.to(anchor.device))
+        handles.append(host.register_forward_hook(_replace_output, with_kwargs=True))
+    return handles
+
+
+def unhang(stack: nn.Module, modules: dict[str, nn.Module], handles: list[RemovableHandle]) -> None:
+    """Undoes `hang`."""
+    for handle in handles:
+        handle.remove()
+    for path in modules:
+        delattr(stack.get_submodule(path), CHILD)
+
+
+def _replace_output(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    scope = current()
+    step = scope.step if scope is not None else None
+    if step is None:
+        return None
+    inputs = args[0] if args else kwargs.get("hidden_states", kwargs.get("input"))
+    module: nn.Module = host.get_submodule(CHILD)
+    if isinstance(output, tuple):
+        return (module(output[0], inputs, step), *output[1:])
+    return module(output, inputs, step)
+
+
+def watch(stack: nn.Module, shape: DecoderShape, owner: object, takes_images: bool) -> RemovableHandle:
+    """Has every pass through the decoder stack described before its first layer runs.
+
+    Args:
+        stack, shape: as `find_decoder` gives them.
+        owner: the attachment whose modules hang in the stack.
+        takes_images: the model splices images itself, so that a generation without a map is one without images.
+    """
+    signature = inspect.signature(stack.forward)
+    parts = [stack, *(stack.get_submodule(layer.path) for layer in shape.layers)]
+
+    def describe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for part in parts:
+            # transformers sets the function in `train()` and may replace it, so it is looked at in every pass; newer
+            # versions keep one on every layer rather than on the stack.
+            if checkpoint := part.__dict__.get("_gradient_checkpointing_func"):
+                part.__dict__["_gradient_checkpointing_func"] = bound_to_scope(checkpoint)
+        scope = current()
+        if scope is None:
+            raise TokenMapError(
+                f"{type(stack).__name__} was called on its own, so nobody knows which positions are visual. Call the "
+                "whole model, or wrap the call in `with token_map(visual=mask):`."
+            )
+        scope.step = None
+        if id(owner) not in scope.disabled:
+            scope.step = _pass(scope, signature.bind_partial(*args, **kwargs).arguments, takes_images)
+
+    return stack.register_forward_pre_hook(describe, with_kwargs=True)
+
+
+def _pass(scope: Scope, given: dict[str, Any], takes_images: bool) -> Pass:
+    hidden = given.get("inputs_embeds")
+    if hidden is None:
+        hidden = given["input_ids"]
+    rows, positions = hidden.shape[:2]
+    cached = _cached(given.get("past_key_values"))
+    if cached and positions == 1:
+        step = torch.zeros(rows, 1, dtype=torch.bool, device=hidden.device)
+        return Pass(step, ~step, step, True, scope.kept)
+    if cached:
+        raise TokenMapError(
+            f"{positions} positions at once over a cache of {cached}: neither a prefill nor a decode step, so the "
+            "adapter cannot tell which of them are visual. Assisted decoding and chunked prefills are not supported."
+        )
+    if scope.tokens is None and scope.generating and takes_images:
+        attention = given.get("attention_mask")
+        if attention is None or attention.shape != (rows, positions):
+            attention = hidden.new_ones(rows, positions, dtype=torch.bool)
+        scope.tokens = TokenMap.of_text(attention)
+    if scope.tokens is None:
+        raise TokenMapError(
+            "the model was called with inputs_embeds (or is no LLaVA), and nobody said which positions are visual. "
+            "Pass input_ids and images, or wrap the call in `with token_map(visual=mask, attention=mask):`."
+        )
+    tokens = scope.tokens.expanded(rows) if scope.generating else scope.tokens
+    if tokens.visual.shape != (rows, positions):
+        raise TokenMapError(
+            f"the token map describes {list(tokens.visual.shape)} [rows, positions] and the hidden states are "
+            f"{[rows, positions]}. A map holds for the one batch it was made for."
+        )
+    return Pass(tokens.visual, tokens.attention & ~tokens.visual, tokens.prompt, False, scope.kept)
+
+
+def _cached(cache: Any) -> int:
+    """Positions in a key-value cache, in whatever form transformers keeps it."""
+    if cache is None or (isinstance(cache, (tuple, list)) and not cache):
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    first = cache[0][0]
+    return int(first.shape[-2]) if isinstance(first, Tensor) else 0

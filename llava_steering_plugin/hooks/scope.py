@@ -1,0 +1,156 @@
+"""For how long a token map holds: one scope per forward or generation, in a context variable.
+
+A context variable rather than an attribute of the model, because threads that share a model must not see each other's
+images. It starts empty in a new thread, so `generate` and `forward` open their scope themselves, in whichever thread
+they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_steering_plugin.errors import TokenMapError
+from llava_steering_plugin.modes.base import Pass
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Which positions of a spliced sequence are what. All bool [rows, positions].
+
+    Attributes:
+        visual: positions that hold an image feature.
+        attention: positions that are not padding.
+        prompt: positions before the first supervised token; every position that is not padding where none is.
+    """
+
+    visual: Tensor
+    attention: Tensor
+    prompt: Tensor
+
+    @classmethod
+    def of_text(cls, attention: Tensor) -> TokenMap:
+        """The map of a batch without images."""
+        attention = attention.bool()
+        return cls(torch.zeros_like(attention), attention, attention)
+
+    def expanded(self, rows: int) -> TokenMap:
+        """The map after `generate` repeated every row for beams or return sequences."""
+        times, rest = divmod(rows, self.visual.shape[0])
+        if rest:
+            raise TokenMapError(
+                f"the token map has {self.visual.shape[0]} rows and the hidden states {rows}, which is no multiple "
+                "of it. Give token_map() one row for each row of the batch."
+            )
+        if times == 1:
+            return self
+        return TokenMap(*(part.repeat_interleave(times, 0) for part in (self.visual, self.attention, self.prompt)))
+
+
+@dataclass
+class Scope:
+    """What one forward or one generation knows.
+
+    Attributes:
+        owner: the attachment that opened it; None for a user's `token_map` or `disabled` block.
+        tokens: the token map, None while unknown.
+        generating: opened by `generate`: the forwards inside share it, and a missing map means text only.
+        disabled: ids of the attachments that a surrounding `disabled(model)` block switched off.
+        kept: what a prefill leaves for the decode steps of the same generation.
+        step: the pass that the decoder stack is in, None where the adapter must stay out.
+    """
+
+    owner: object | None = None
+    tokens: TokenMap | None = None
+    generating: bool = False
+    disabled: frozenset[int] = frozenset()
+    kept: dict[Hashable, Any] = field(default_factory=dict)
+    step: Pass | None = None
+
+
+_current: ContextVar[Scope | None] = ContextVar("llava_steering_scope", default=None)
+
+
+def current() -> Scope | None:
+    """The scope that this thread is in."""
+    return _current.get()
+
+
+@contextmanager
+def entered(scope: Scope) -> Iterator[Scope]:
+    """Makes `scope` the current one for the block, whatever leaves the block."""
+    token = _current.set(scope)
+    try:
+        yield scope
+    finally:
+        _current.reset(token)
+
+
+def opened(owner: object, *, generating: bool = False, tokens: TokenMap | None = None) -> Scope:
+    """A new scope for `owner` that inherits what a surrounding `token_map` or `disabled` block says."""
+    around = current()
+    if around is None:
+        return Scope(owner, tokens, generating)
+    # A map belongs to the batch it was made for: only a user's own block hands it on, never another model's forward.
+    inherited = around.tokens if around.owner is None else None
+    return Scope(owner, inherited if tokens is None else tokens, generating, around.disabled)
+
+
+@contextmanager
+def token_map(visual: Tensor, attention: Tensor | None = None, prompt: Tensor | None = None) -> Iterator[None]:
+    """Says which positions are visual, for models that are called with ready-made `inputs_embeds`.
+
+        with token_map(visual=mask, attention=mask):
+            model(inputs_embeds=embeds)
+
+    Args:
+        visual: bool [rows, positions].
+        attention: bool or 0/1 [rows, positions], 1 where there is no padding; None: no padding anywhere.
+        prompt: bool [rows, positions], the positions before the first supervised one; None: all but padding.
+
+    Raises:
+        TokenMapError: the shapes differ, or a visual position is padding.
+    """
+    attended = torch.ones_like(visual, dtype=torch.bool) if attention is None else attention.bool()
+    prompted = attended if prompt is None else prompt.bool() & attended
+    visual = visual.bool()
+    shapes = {"visual": visual.shape, "attention": attended.shape, "prompt": prompted.shape}
+    if visual.dim() != 2 or len(set(shapes.values())) > 1:
+        listed = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise TokenMapError(f"token_map() needs masks of one shape [rows, positions]; got {listed}.")
+    if bool((visual & ~attended).any()):
+        raise TokenMapError("token_map() got visual positions that `attention` marks as padding; clear them in one.")
+    around = current()
+    disabled = around.disabled if around is not None else frozenset()
+    with entered(Scope(tokens=TokenMap(visual, attended, prompted), disabled=disabled)):
+        yield
+
+
+def bound_to_scope(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a gradient-checkpointing function so that the recomputation sees the scope of its forward.
+
+    The recomputation runs in the backward pass, after the scope has closed and, on CUDA, in autograd's own thread:
+    unbound, the layers would be recomputed without the adapter, silently.
+    """
+    if getattr(checkpoint, "_bound_to_scope", False):
+        return checkpoint
+
+    def bound(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        scope = current()
+        if scope is None:
+            return checkpoint(run, *args, **kwargs)
+
+        def reinstated(*inner: Any, **named: Any) -> Any:
+            with entered(scope):
+                return run(*inner, **named)
+
+        return checkpoint(reinstated, *args, **kwargs)
+
+    bound._bound_to_scope = True  # type: ignore[attr-defined]
+    return bound

@@ -1,0 +1,76 @@
+"""Which tokens are visual: learned from LLaVA's own splice, whatever its layout.
+
+LLaVA puts image features between text embeddings in `prepare_inputs_labels_for_multimodal`, in layouts that differ
+(square, anyres, several images, truncation, padding on either side, forks). It moves the labels along, so labels that
+are the positions 0, 1, 2, ... come back telling where every text token went; what has no label and is no padding is
+an image feature. The real labels follow by a gather.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_steering_plugin.errors import UpstreamError
+from llava_steering_plugin.hooks.scope import TokenMap
+
+IGNORED = -100
+
+Splice = Callable[..., tuple[Any, ...]]
+
+
+def spliced(splice: Splice, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], TokenMap | None]:
+    """Calls LLaVA's splice with these arguments; returns what it returns, and the token map it implies.
+
+    The map is None where the call is a decode step: there is nothing to splice then.
+
+    Raises:
+        UpstreamError: the splice has other arguments or results than any LLaVA known.
+    """
+    call = inspect.signature(splice).bind(*args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    if missing := {"input_ids", "attention_mask", "past_key_values", "labels"} - given.keys():
+        raise UpstreamError(
+            f"prepare_inputs_labels_for_multimodal of this LLaVA takes no {', '.join(sorted(missing))}; "
+            "`llava-steering doctor` shows which LLaVA is in use."
+        )
+    ids, attention, labels = given["input_ids"], given["attention_mask"], given["labels"]
+    if ids is None or (ids.shape[1] == 1 and given["past_key_values"] is not None):
+        return splice(*args, **kwargs), None
+
+    given["attention_mask"] = attended = torch.ones_like(ids, dtype=torch.bool) if attention is None else attention
+    given["labels"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous()
+    result = splice(*call.args, **call.kwargs)
+    if len(result) != 6:
+        raise UpstreamError(
+            f"prepare_inputs_labels_for_multimodal of this LLaVA returns {len(result)} values where 6 are known; "
+            "`llava-steering doctor` shows which LLaVA is in use."
+        )
+    new_ids, positions, new_attention, cache, embeds, places = result
+    if embeds is None:
+        return (new_ids, positions, attention, cache, None, labels), of_unspliced(attended, labels)
+
+    present = new_attention.bool()
+    moved = None
+    if labels is not None:
+        moved = labels.gather(1, places.clamp(min=0)).masked_fill(places < 0, IGNORED)
+    tokens = TokenMap((places < 0) & present, present, _prompt(present, moved))
+    return (new_ids, positions, None if attention is None else new_attention, cache, embeds, moved), tokens
+
+
+def of_unspliced(attention: Tensor, labels: Tensor | None) -> TokenMap:
+    """The map of a text-only batch that went past the splice unchanged."""
+    present = attention.bool()
+    return TokenMap(torch.zeros_like(present), present, _prompt(present, labels))
+
+
+def _prompt(present: Tensor, labels: Tensor | None) -> Tensor:
+    """The positions before the first supervised one of each row; all where no label is supervised."""
+    if labels is None:
+        return present
+    return present & ((labels != IGNORED).cumsum(1) == 0)

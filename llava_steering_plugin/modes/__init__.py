@@ -1,0 +1,1 @@
+"""The tuning modes: one file per paper, plain torch, no models and no files."""

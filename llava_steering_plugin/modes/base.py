@@ -1,0 +1,97 @@
+"""The contract of a tuning mode: what it is told about a model, what it gives back, what it sees in a forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One decoder layer: its path below the decoder stack, and the (in, out) features of every linear in it."""
+
+    path: str
+    linears: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """All that a mode may know of a model: the width of its residual stream and its layers, first to last."""
+
+    hidden_size: int
+    layers: tuple[LayerShape, ...]
+
+
+@dataclass
+class Pass:
+    """One forward pass of the decoder stack, shared by all layers of that pass.
+
+    Attributes:
+        visual: bool [rows, positions], True where a position holds an image feature.
+        text: bool [rows, positions], True where a position holds a text token (padding is in neither).
+        prompt: bool [rows, positions], the visual and text tokens before the first supervised one; at inference all.
+        decode: True for a decode step (one new token per row over a cache); the masks are then [rows, 1].
+        kept: lives as long as the generation that the pass belongs to: what the prefill leaves for decode steps.
+    """
+
+    visual: Tensor
+    text: Tensor
+    prompt: Tensor
+    decode: bool
+    kept: dict[Hashable, Any]
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Returns `make()`, computed by the first layer that asks for `key` and shared with the layers after it."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
+
+
+@dataclass(frozen=True)
+class Mode(ABC):
+    """A tuning mode. Subclass as a frozen dataclass; its fields are its settings.
+
+    Every field becomes a command-line flag `--<name>_<field>` (its `help` metadata is the help text) and an entry of
+    `settings` in adapter_config.json, so fields are str, int, float, bool or Optional of these, with defaults.
+    Register the class under the entry-point group `llava_steering.modes`; the entry point's name must be `name`.
+    """
+
+    name: ClassVar[str]
+
+    def problems(self, decoder: DecoderShape | None = None) -> list[str]:
+        """Everything wrong with the settings, one sentence each, also for `decoder` where it is known already."""
+        return []
+
+    @abstractmethod
+    def build(self, decoder: DecoderShape) -> dict[str, nn.Module]:
+        """Makes the trainable modules, keyed by the path below the decoder stack of the layer or linear they sit on.
+
+        A module is called as `module(output, inputs, step)` with the output of its host ([rows, positions, features]
+        in the host's dtype), the host's input and the `Pass`, and returns what replaces the output. It must be the
+        identity when freshly built, and must use all its parameters in every pass that is not a decode step, also
+        on zero rows: ranks without images otherwise wait for ever for a gradient. Parameters are float32.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with a default and the help text of its flag."""
+    return field(default=default, metadata={"help": help})
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """Switches autocast off: the maths of an adapter is float32 whatever the backbone runs in."""
+    return torch.autocast(device_type=device.type, enabled=False)

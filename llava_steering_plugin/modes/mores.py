@@ -1,0 +1,149 @@
+"""MoReS: low-rank linear steering of visual tokens (LLaVA Steering, arXiv 2412.12359, eq. 3-4).
+
+    h' = h + R^T (W h + b - R h) = h + R^T (M h + b),   M = W - R,   rows of R orthonormal
+
+The update of a hidden state lives in the d-dimensional subspace that R spans. M is learned directly, which saves a
+matrix product, and M = b = 0 is the identity to start from. The paper's W is `M + R`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llava_steering_plugin.modes.base import DecoderShape, Mode, Pass, no_autocast, setting
+from llava_steering_plugin.modes.selection import TokenSelection, parse_layers
+
+MODALITIES = {"vis": ("vis",), "text": ("text",), "vis+text": ("vis", "text")}
+
+
+class Steering(nn.Module):
+    """Gives the update of hidden states inside a learned `rank`-dimensional subspace.
+
+    Args:
+        hidden_size: D, width of the residual stream.
+        rank: d <= D, dimension of the subspace; 1 is the paper's smallest setting.
+        dropout: probability of dropping an element of the update while training.
+
+    Shapes:
+        hidden: [tokens, D] in any float dtype; computed in float32, the update returned in the input's dtype.
+    """
+
+    def __init__(self, hidden_size: int, rank: int, dropout: float = 0.0):
+        super().__init__()
+        self.steer_basis = nn.Parameter(torch.empty(rank, hidden_size))
+        self.steer_shift = nn.Parameter(torch.zeros(rank, hidden_size))
+        self.steer_offset = nn.Parameter(torch.zeros(rank))
+        self.dropout = nn.Dropout(dropout)
+        nn.init.orthogonal_(self.steer_basis)
+
+    def basis(self) -> Tensor:
+        """R, float32 [rank, D] with orthonormal rows, from the unconstrained parameter.
+
+        R = L^-1 raw with L L^T = raw raw^T: only the d x d Gram matrix is factored, and R does not depend on the
+        length or the mixing of raw's rows, so weight decay and the optimizer's steps cannot take it off its frame.
+        Float64 because float32 loses 1e-5 of orthonormality at a condition number of 100; `cholesky_ex` because the
+        plain call waits for the device to report success.
+        """
+        raw = self.steer_basis.double()
+        factor = torch.linalg.cholesky_ex(raw @ raw.T).L
+        rotation: Tensor = torch.linalg.solve_triangular(factor, raw, upper=False)
+        return rotation.float()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with no_autocast(hidden.device):
+            shifted = nn.functional.linear(hidden.float(), self.steer_shift.float(), self.steer_offset.float())
+            update: Tensor = self.dropout(shifted @ self.basis())
+        return update.to(hidden.dtype)
+
+    @torch.no_grad()
+    def set_paper_weights(self, rotation: Tensor, weight: Tensor, offset: Tensor) -> None:
+        """Takes R [rank, D] with orthonormal rows, W [rank, D] and b [rank] as the paper writes them."""
+        self.steer_basis.copy_(rotation)
+        # R as `basis()` will give it, so that M + R is the given W to the last bit that float32 holds.
+        self.steer_shift.copy_(weight - self.basis())
+        self.steer_offset.copy_(offset)
+
+
+class SteeredLayer(nn.Module):
+    """Steers the selected tokens of a decoder layer's output; one `Steering` for each modality.
+
+    Samples without an image are never steered, and nothing is at decode steps. The modules run on zero rows too, so
+    that every parameter has a gradient in every training pass.
+    """
+
+    def __init__(self, selection: TokenSelection, steerings: dict[str, Steering]):
+        super().__init__()
+        self.selection = selection
+        for modality, steering in steerings.items():
+            self.add_module(modality, steering)
+
+    def forward(self, output: Tensor, inputs: Tensor, step: Pass) -> Tensor:
+        if step.decode:
+            return output
+        hidden = output.flatten(0, 1)
+        for modality, steering in self.named_children():
+            chosen = self._chosen(step, modality, output.device)
+            hidden = hidden.index_add(0, chosen, steering(hidden.index_select(0, chosen)))
+        return hidden.view_as(output)
+
+    def _chosen(self, step: Pass, modality: str, device: torch.device) -> Tensor:
+        """int64 [tokens]: the selected positions of the flattened [rows * positions]."""
+
+        def choose() -> Tensor:
+            if modality == "vis":
+                mask = self.selection.mask(step.visual)
+            else:
+                # Answers are not steered while they are decoded, so they must not be in training either.
+                text = step.text & step.prompt & step.visual.any(1, keepdim=True)
+                mask = self.selection.mask(text, per_row=True)
+            return mask.flatten().nonzero().squeeze(1)
+
+        everywhere = step.once(("mores", self.selection.spec, modality), choose)
+        return step.once(("mores", self.selection.spec, modality, device), lambda: everywhere.to(device))
+
+
+@dataclass(frozen=True)
+class MoReS(Mode):
+    """Settings of MoReS, and its modules: one `SteeredLayer` on every chosen decoder layer."""
+
+    name: ClassVar[str] = "mores"
+
+    rank: int = setting(1, "dimension of the steering subspace, 1 to 4 in the paper")
+    tokens: str = setting("1%", "which tokens of each image: all, f4+l5, uniform9, 1%")
+    modality: str = setting("vis", "which tokens may be steered: vis, text or vis+text (own weights for each)")
+    layers: str = setting("all", "which decoder layers: all, 0-15, every:2, 0-7,12")
+    dropout: float = setting(0.0, "dropout on the steering update")
+
+    def problems(self, decoder: DecoderShape | None = None) -> list[str]:
+        found = []
+        if self.rank < 1:
+            found.append(f"mores_rank is {self.rank}; it must be at least 1")
+        elif decoder is not None and self.rank > decoder.hidden_size:
+            found.append(f"mores_rank is {self.rank}; it cannot exceed the model's width of {decoder.hidden_size}")
+        if self.modality not in MODALITIES:
+            found.append(f"mores_modality is {self.modality!r}; choose one of {', '.join(MODALITIES)}")
+        if not 0 <= self.dropout < 1:
+            found.append(f"mores_dropout is {self.dropout}; it must be at least 0 and below 1")
+        try:
+            TokenSelection.parse(self.tokens)
+        except ValueError as error:
+            found.append(f"mores_tokens: {error}")
+        try:
+            parse_layers(self.layers, None if decoder is None else len(decoder.layers))
+        except ValueError as error:
+            found.append(f"mores_layers: {error}")
+        return found
+
+    def build(self, decoder: DecoderShape) -> dict[str, nn.Module]:
+        selection = TokenSelection.parse(self.tokens)
+        return {
+            decoder.layers[number].path: SteeredLayer(
+                selection,
+                {kind: Steering(decoder.hidden_size, self.rank, self.dropout) for kind in MODALITIES[self.modality]},
+            )
+            for number in parse_layers(self.layers, len(decoder.layers))
+        }

@@ -1,0 +1,195 @@
+"""The flags: every registered mode's settings as `--<mode>_<setting>`, and one check of the whole command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from llava_steering_plugin import registry
+from llava_steering_plugin.adapters import files
+from llava_steering_plugin.adapters.config import AdapterConfig
+from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError, listing
+from llava_steering_plugin.modes.base import Mode
+
+NONE = "none"
+
+
+def extended(original: type) -> type:
+    """Upstream's TrainingArguments with our flags, under its own name: its pickles load where we are not installed."""
+    fields: list[tuple[str, Any, Any]] = [
+        ("tuning_mode", str, _flag(NONE, f"parameter-efficient tuning mode: {NONE}, {', '.join(registry.names())}")),
+        ("adapter_path", str | None, _flag(None, "continue training from this adapter (folder or hub id)")),
+    ]
+    for name in registry.names():
+        fields += _flags_of(registry.get(name))
+    taken = {field.name for field in dataclasses.fields(original)}
+    if clashes := sorted(taken & {name for name, _, _ in fields}):
+        raise SteeringError(
+            f"the flags --{', --'.join(clashes)} exist in this LLaVA already; rename the mode's settings."
+        )
+    new = dataclasses.make_dataclass(original.__name__, fields, bases=(original,))
+    new.__module__, new.__qualname__, new.__doc__ = original.__module__, original.__qualname__, original.__doc__
+    return new
+
+
+def _flags_of(mode: type[Mode]) -> list[tuple[str, Any, Any]]:
+    hints = get_type_hints(mode)
+    flags = []
+    for field in dataclasses.fields(mode):
+        kind = hints[field.name]
+        optional = kind if type(None) in get_args(kind) else kind | None
+        # None stands for "not given": only so can flags of another mode be told apart from defaults.
+        text = f"{mode.name}: {field.metadata.get('help', field.name)} (default: {field.default})".replace("%", "%%")
+        flags.append((f"{mode.name}_{field.name}", optional, _flag(None, text)))
+    return flags
+
+
+def _flag(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def active(arguments: Any) -> bool:
+    """Whether a tuning mode is on."""
+    return getattr(arguments, "tuning_mode", NONE) not in (None, NONE) or bool(getattr(arguments, "adapter_path", None))
+
+
+def given_settings(arguments: Any, mode: str) -> dict[str, Any]:
+    """The settings of `mode` that were given as flags."""
+    values = {
+        field.name: getattr(arguments, f"{mode}_{field.name}", None) for field in dataclasses.fields(registry.get(mode))
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def mode_from(arguments: Any) -> Mode:
+    """The mode that the flags describe; with --adapter_path, the one that the adapter was trained with.
+
+    Raises:
+        AdapterError: the adapter is missing or damaged.
+        ArgumentsError: unknown mode.
+    """
+    if arguments.adapter_path:
+        config = _config_at(arguments.adapter_path)
+        return registry.get(config.mode)(**config.settings)
+    return registry.get(arguments.tuning_mode)(**given_settings(arguments, arguments.tuning_mode))
+
+
+def _config_at(path: str) -> AdapterConfig:
+    return files.read_config(files.find(path) or _none_at(path))
+
+
+def _none_at(path: str) -> Any:
+    # Reading says what exactly is wrong with what is there.
+    files.read(path)
+    raise AdapterError(f"{path} is no adapter of this plugin.")
+
+
+def read_command_line(module: ModuleType, words: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """All flags as upstream's train() will parse them, without acting on any, and the words it will not know."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser((module.ModelArguments, module.DataArguments, module.TrainingArguments))
+    namespace, unknown = parser.parse_known_args(list(words))
+    known = [option for action in parser._actions for option in action.option_strings]
+    return namespace, [_unknown(word, known) for word in unknown if word.startswith("--")]
+
+
+def _unknown(word: str, known: list[str]) -> str:
+    flag = word.split("=")[0]
+    near = difflib.get_close_matches(flag, known, n=1)
+    return f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def check(flags: Namespace, unknown: Sequence[str] = ()) -> None:
+    """Refuses a command line that cannot work, before any model is loaded.
+
+    Raises:
+        ArgumentsError: with everything that is wrong with it.
+    """
+    problems = _base_problems(flags)
+    if active(flags):
+        problems += [*unknown, *_mode_problems(flags), *_conflicts(flags)]
+    else:
+        problems += [
+            f"--{name} belongs to a tuning mode and none is on; add --tuning_mode {mode}"
+            for mode in registry.names()
+            for name in _given(flags, mode)
+        ]
+    if problems:
+        raise ArgumentsError(listing("this training cannot start", problems))
+
+
+def _base_problems(flags: Namespace) -> list[str]:
+    base = flags.model_name_or_path
+    if base and os.path.isdir(base) and files.find(base) is not None:
+        return [
+            f"--model_name_or_path {base} is an adapter. Give its base there, and --adapter_path {base} "
+            "to go on training it"
+        ]
+    return []
+
+
+def _given(flags: Namespace, mode: str) -> list[str]:
+    return [f"{mode}_{name}" for name in given_settings(flags, mode)]
+
+
+def _mode_problems(flags: Namespace) -> list[str]:
+    named = flags.tuning_mode if flags.tuning_mode not in (None, NONE) else None
+    if named is not None and named not in registry.names():
+        try:
+            registry.get(named)
+        except ArgumentsError as error:
+            return [f"--tuning_mode: {error}"]
+    problems = []
+    try:
+        mode = mode_from(flags)
+    except AdapterError as error:
+        return [f"--adapter_path: {error}"]
+    if flags.adapter_path:
+        if named not in (None, mode.name):
+            problems.append(
+                f"--adapter_path {flags.adapter_path} is a {mode.name} adapter and --tuning_mode says {named}"
+            )
+        problems += [
+            f"--{mode.name}_{name} {value} contradicts the adapter in --adapter_path, which has {getattr(mode, name)}"
+            for name, value in given_settings(flags, mode.name).items()
+            if value != getattr(mode, name)
+        ]
+    problems += [f"--{problem}" for problem in mode.problems()]
+    others = [name for other in registry.names() if other != mode.name for name in _given(flags, other)]
+    problems += [f"--{name} belongs to another mode than {mode.name}; remove it" for name in others]
+    return problems
+
+
+def _conflicts(flags: Namespace) -> list[str]:
+    """Flags of upstream's that cannot be combined with a tuning mode."""
+    reasons = {
+        "lora_enable": "LoRA is a tuning mode of its own; remove one of the two",
+        "tune_mm_mlp_adapter": "that is stage 1, the projector alone; run it first, without a mode",
+        "load_best_model_at_end": "upstream does not evaluate while it trains; evaluate the checkpoints",
+        "mm_tunable_parts": "it unfreezes parts of the model; with a mode, the adapter and the projector are trained",
+    }
+    return [
+        f"--{name} cannot be combined with a tuning mode: {why}"
+        for name, why in reasons.items()
+        if getattr(flags, name, None)
+    ]
+
+
+def fail(error: SteeringError, *, every_rank: bool) -> NoReturn:
+    """Ends the process as argparse would: the message on stderr, exit status 2, no traceback.
+
+    Args:
+        error: what is wrong.
+        every_rank: other ranks may know something else; False where all know the same, so that it is said once.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or every_rank:
+        sys.stderr.write(f"error{f' (rank {rank})' if every_rank and rank else ''}: {error}\n")
+    raise SystemExit(2) from error

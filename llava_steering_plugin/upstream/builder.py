@@ -1,0 +1,130 @@
+"""Loading: upstream's `load_pretrained_model` with an adapter as its model path."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from wrapt import wrap_function_wrapper
+
+from llava_steering_plugin.adapters import files
+from llava_steering_plugin.adapters.checkpoint import load_adapter
+from llava_steering_plugin.errors import AdapterError, BaseMismatch
+from llava_steering_plugin.upstream.dialects import require
+from llava_steering_plugin.upstream.naming import display_name
+
+
+def on_mm_utils_import(module: ModuleType) -> None:
+    """Has upstream's scripts call an adapter by a name that their rules understand."""
+    require(module, "get_model_name_from_path")
+
+    def name(original: Callable[..., str], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        path = args[0] if args else kwargs.get("model_path")
+        return (isinstance(path, str) and display_name(path)) or original(*args, **kwargs)
+
+    wrap_function_wrapper(module, "get_model_name_from_path", name)
+
+
+def on_builder_import(module: ModuleType) -> None:
+    """Has `load_pretrained_model` load an adapter's base the way upstream loads it, and then the adapter."""
+    signature = inspect.signature(require(module, "load_pretrained_model"))
+
+    def load(original: Callable[..., Any], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            call = signature.bind(*args, **kwargs)
+        except TypeError:
+            # Upstream's own complaint is the one that callers know how to handle (lmms-eval catches it).
+            return original(*args, **kwargs)
+        path = call.arguments["model_path"]
+        folder = files.find(path) if isinstance(path, str) else None
+        if folder is None:
+            return original(*args, **kwargs)
+        return _load(original, call, folder)
+
+    wrap_function_wrapper(module, "load_pretrained_model", load)
+
+
+def _load(original: Callable[..., Any], call: inspect.BoundArguments, folder: Path) -> Any:
+    config = files.read(folder).config
+    base = call.arguments.get("model_base") or config.base.name_or_path
+    described = _config_of(base, folder)
+    with tempfile.TemporaryDirectory(prefix="llava-steering-") as staging:
+        if "mm_vision_tower" in described:
+            call.arguments |= {"model_path": base, "model_base": None, "model_name": _name_for(described["model_type"])}
+        else:
+            _stage_plain_base(Path(staging), folder, described)
+            call.arguments |= {"model_path": staging, "model_base": base, "model_name": "llava-staged"}
+        loaded = original(*call.args, **call.kwargs)
+    tokenizer, model = loaded[0], loaded[1]
+    if (folder / files.LLAVA_CONFIG).is_file():
+        _prepare_inputs_as_trained(model, _llava_config(folder))
+    load_adapter(model, folder, tokenizer)
+    return loaded
+
+
+def _prepare_inputs_as_trained(model: Any, trained: dict[str, Any]) -> None:
+    """Takes over how training cut, encoded and marked images, where it did so unlike the base's own config."""
+    for key, value in trained.items():
+        if key.startswith(_INPUT_SETTINGS):
+            setattr(model.config, key, value)
+    tower = model.get_vision_tower()
+    for attribute in ("select_layer", "select_feature"):
+        # The tower has read these two when it was built, from the base's config.
+        if (value := trained.get(f"mm_vision_{attribute}")) is not None and hasattr(tower, attribute):
+            setattr(tower, attribute, value)
+
+
+_INPUT_SETTINGS = ("image_", "mm_use_", "mm_patch_", "mm_vision_select_", "tokenizer_")
+_VOCABULARY_FLAGS = ("mm_use_im_patch_token", "mm_use_im_start_end")
+
+
+def _stage_plain_base(staging: Path, folder: Path, described: dict[str, Any]) -> None:
+    """Lays out what upstream calls a projector-only checkpoint, for a base that is a plain language model.
+
+    Upstream then builds a LLaVA from the adapter's config.json around that base. The projector file is empty: the
+    adapter brings the weights, also in cases (4-bit) where upstream could not load them.
+    """
+    config = _llava_config(folder) | {"vocab_size": described["vocab_size"]}
+    config |= dict.fromkeys(_VOCABULARY_FLAGS, False)
+    (staging / files.LLAVA_CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    torch.save({}, staging / "mm_projector.bin")
+
+
+def _llava_config(folder: Path) -> dict[str, Any]:
+    path = folder / files.LLAVA_CONFIG
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"{path} is missing or damaged ({error}); an adapter over a plain language model needs it to rebuild "
+            "LLaVA. Copy the adapter again."
+        ) from error
+    return config
+
+
+def _config_of(base: str, folder: Path) -> dict[str, Any]:
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(base)
+    except (OSError, ValueError) as error:
+        raise BaseMismatch(
+            f"the adapter in {folder} belongs to the base {base}, which cannot be found: {error}. If the base has "
+            "moved, say where it is with --model-base."
+        ) from error
+    if "model_type" not in config:
+        raise BaseMismatch(
+            f"{base}, the base of the adapter in {folder}, has no config.json with a model_type. Use --model-base."
+        )
+    return config
+
+
+def _name_for(model_type: str) -> str:
+    """A name from which upstream's rules pick the class that the base's config.json names."""
+    return "llava-" + (model_type.removeprefix("llava").strip("_-") or "llama")

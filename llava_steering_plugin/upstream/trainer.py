@@ -1,0 +1,191 @@
+"""The trainer: upstream's, with an adapter attached before it starts, and saved and resumed in its place."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from llava_steering_plugin.adapters import files
+from llava_steering_plugin.adapters.attach import Attachment, attach
+from llava_steering_plugin.adapters.checkpoint import load_adapter, restore, save_adapter
+from llava_steering_plugin.adapters.summary import counted, parameter_table
+from llava_steering_plugin.errors import ArgumentsError, listing
+from llava_steering_plugin.hooks.tokens import IGNORED
+from llava_steering_plugin.upstream import arguments, provenance
+from llava_steering_plugin.upstream.gradients import GradientCheck
+from llava_steering_plugin.upstream.samples import KEY, EpochSeededSampler, NumberedCollator, NumberedDataset
+
+logger = logging.getLogger(__name__)
+
+# The flags of the training that this context runs: train() passes only a part of them on to the trainer.
+COMMAND_LINE: ContextVar[Namespace | None] = ContextVar("llava_steering_command_line", default=None)
+
+
+class SteeringTrainerMixin:
+    """Goes before upstream's trainer in the bases of a new class; without a tuning mode it passes everything on."""
+
+    model: Any
+    args: Any
+    train_dataset: Any
+    data_collator: Any
+    _attachment: Attachment | None = None
+
+    def __init__(self, **kwargs: Any):
+        given, model = kwargs["args"], kwargs["model"]
+        if not arguments.active(given):
+            super().__init__(**kwargs)
+            return
+        _refuse_setups(given)
+        self._attachment = _attached(model, given, kwargs.get("tokenizer"))
+        kwargs["train_dataset"] = NumberedDataset(kwargs["train_dataset"])
+        kwargs["data_collator"] = NumberedCollator(kwargs["data_collator"])
+        with _taken_for_peft(model):
+            super().__init__(**kwargs)
+        self._warned = False
+        last_layer = self._attachment.shape.layers[-1].path
+        self.add_callback(GradientCheck(self._attachment.parameters(), last_layer))  # type: ignore[attr-defined]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
+        numbers = inputs.pop(KEY, None)
+        loss: Tensor = super().training_step(model, inputs, *rest)  # type: ignore[misc]
+        # The loss of a batch without targets is 0/0; transformers itself looks at it after every step.
+        if numbers is not None and not self._warned and bool(torch.isnan(loss)):
+            self._warned = True
+            self._warn(inputs, numbers)
+        return loss
+
+    def _warn(self, inputs: dict[str, Any], numbers: Tensor) -> None:
+        names = ", ".join(self.train_dataset.name_of(int(number)) for number in numbers)
+        supervised = int((inputs["labels"] != IGNORED).sum())
+        why = (
+            f"its {supervised} targets lie behind --model_max_length once the images are spliced in"
+            if supervised
+            else "it has no answer, or its prompt fills --model_max_length (upstream masks what it cannot tokenise)"
+        )
+        logger.warning(
+            "a batch has no supervised token, so its loss is not a number and it teaches nothing: %s; %s.", names, why
+        )
+
+    def _get_train_sampler(self, *rest: Any) -> Any:
+        sampler = super()._get_train_sampler(*rest)  # type: ignore[misc]
+        if self._attachment is None or sampler is None:
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSeededSampler(sampler, seed)
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()  # type: ignore[misc]
+        sampler = _sampler_of(loader)
+        if sampler is not None:
+            before = getattr(loader, "set_epoch", None)
+
+            def set_epoch(epoch: int) -> None:
+                sampler.set_epoch(epoch)
+                if before is not None:
+                    before(epoch)
+
+            # The training loop calls it at every epoch's start if it is there.
+            loader.set_epoch = set_epoch
+        return loader
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self._attachment is None:
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            return
+        save_adapter(self.model, output_dir or self.args.output_dir, write=self.args.should_save)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Adapter save")  # type: ignore[attr-defined]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._attachment is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            return
+        restore(self._attachment, files.read(resume_from_checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _random_states_allowed() if self._attachment is not None else nullcontext():
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+
+def _refuse_setups(given: Any) -> None:
+    problems = []
+    if given.n_gpu > 1:
+        problems.append(
+            f"{given.n_gpu} GPUs in one process (nn.DataParallel) lose the token map. Start one process per GPU: "
+            f"torchrun --nproc_per_node {given.n_gpu} ... or deepspeed ..., or show one only (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if given.fsdp:
+        problems.append("FSDP flattens adapter parameters together with frozen ones; use DeepSpeed ZeRO or plain DDP")
+    if problems:
+        raise ArgumentsError(listing("this training cannot start", problems))
+
+
+def _attached(model: Any, given: Any, tokenizer: Any) -> Attachment:
+    """Attaches the mode, freezes everything else but the projector, and prints what is trained."""
+    # `train()` seeds only inside the trainer; the adapter's first values must not depend on what ran before.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(given.seed)
+        mode = arguments.mode_from(given)
+        attachment = load_adapter(model, given.adapter_path, tokenizer) if given.adapter_path else attach(model, mode)
+    model.requires_grad_(False)
+    for parameter in attachment.parameters().values():
+        parameter.requires_grad_(True)
+    projector = provenance.projector_parameters(model)
+    trained = {} if given.freeze_mm_mlp_adapter else projector
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+        if given.fp16 and parameter.dtype == torch.float16:
+            # GradScaler refuses gradients in half precision; under --bits upstream leaves the projector in it.
+            parameter.data = parameter.data.float()
+    provenance.record(attachment, given, COMMAND_LINE.get(), tokenizer, trained.keys())
+    if given.process_index == 0:
+        # Parameters by what the model has, so that weights packed or cut by others count as they are.
+        other = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())
+        Console().print(parameter_table(mode.name, counted(model, attachment.modules, attachment.shape, other)))
+    return attachment
+
+
+@contextmanager
+def _taken_for_peft(model: Any) -> Iterator[None]:
+    """For the trainer's constructor only: it refuses quantised models that do not look like PEFT's.
+
+    Left on, the mark would change what `save_pretrained` writes.
+    """
+    if not getattr(model, "is_quantized", False):
+        yield
+        return
+    before = getattr(model, "_hf_peft_config_loaded", False)
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = before
+
+
+def _sampler_of(loader: Any) -> EpochSeededSampler | None:
+    """Our sampler inside the data loader that accelerate has rebuilt, where there is one."""
+    found = loader
+    while found is not None and not isinstance(found, EpochSeededSampler):
+        found = getattr(found, "batch_sampler", None) or getattr(found, "sampler", None)
+    return found
+
+
+def _random_states_allowed() -> AbstractContextManager[Any]:
+    """Lets torch.load read the random states that transformers pickles, and nothing else beside tensors.
+
+    Since torch 2.6 it refuses numpy's by default, so that a resume of transformers 4.37 fails without this.
+    """
+    allow = getattr(torch.serialization, "safe_globals", None)
+    if allow is None:
+        return nullcontext()
+    keys = np.zeros(1, np.uint32)  # as numpy's generator keeps its state
+    return allow([keys.__reduce__()[0], np.ndarray, np.dtype, type(keys.dtype)])
