@@ -89,6 +89,7 @@ def subprocess_environment(llava: Path, extra: Mapping[str, str] | None = None) 
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0",  # peft writes sets of names, in the order of the hashes
         "WANDB_DISABLED": "true",
         "PYTHONUNBUFFERED": "1",
         **(extra or {}),

@@ -1,0 +1,145 @@
+"""What every test shares: which llava, the tiny LLaVA, and the same numbers on every run.
+
+Tests never touch the llava they are given. They work on two copies of its package, one as it is and one with the block
+that `llava-steering patch` adds; the patched copy is what `import llava` finds in this process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny_llava import TinyLlava, build
+
+from llava_steering_plugin.errors import UpstreamError
+from llava_steering_plugin.upstream.checkout import find_llava
+from llava_steering_plugin.upstream.patch import patch, unpatch
+
+OFFLINE_AND_REPRODUCIBLE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_DISABLED": "true",
+    "OMP_NUM_THREADS": "1",  # also what makes sums come out the same from run to run
+}
+
+
+@dataclass(frozen=True)
+class LlavaCopies:
+    """Folders that each hold a llava package; put one first on the path to import it."""
+
+    source: Path
+    pristine: Path
+    patched: Path
+
+
+LLAVA = pytest.StashKey[LlavaCopies]()
+SCRATCH = pytest.StashKey[Path]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--llava-path",
+        metavar="DIR",
+        help="the LLaVA checkout to test against, any fork or version (default: the installed llava)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ.update(OFFLINE_AND_REPRODUCIBLE)
+    try:
+        source = _llava_to_test(config.getoption("--llava-path"))
+        if source is None:
+            return
+        scratch = config.stash[SCRATCH] = Path(tempfile.mkdtemp(prefix="llava-copies-"))
+        copies = LlavaCopies(source, scratch / "pristine", scratch / "patched")
+        for folder in (copies.pristine, copies.patched):
+            _copy_package(source, folder / "llava")
+            unpatch(find_llava(folder))  # the source may be in use, and patched
+        patch(find_llava(copies.patched))
+    except UpstreamError as error:
+        raise pytest.UsageError(str(error)) from error
+    config.stash[LLAVA] = copies
+    sys.path.insert(0, str(copies.patched))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if (scratch := config.stash.get(SCRATCH, None)) is not None:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    copies = config.stash.get(LLAVA, None)
+    return f"llava: copies of {copies.source}" if copies else "llava: none installed and no --llava-path"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_tests:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _llava_to_test(checkout: str | None) -> Path | None:
+    if checkout is None and importlib.util.find_spec("llava") is None:
+        return None
+    return find_llava(Path(checkout).resolve() if checkout is not None else None).package
+
+
+def _copy_package(source: Path, target: Path) -> None:
+    for file in source.rglob("*"):
+        if file.is_file() and "__pycache__" not in file.parts:
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)  # without its mode: the source may be read-only
+
+
+@pytest.fixture(scope="session")
+def llava_copies(pytestconfig: pytest.Config) -> LlavaCopies:
+    copies = pytestconfig.stash.get(LLAVA, None)
+    if copies is None:
+        pytest.skip("no llava is installed and --llava-path is not given")
+    return copies
+
+
+@pytest.fixture(scope="session")
+def pristine_llava(llava_copies: LlavaCopies) -> Path:
+    """A folder with an unpatched copy of the llava package, for the path of a child process."""
+    return llava_copies.pristine
+
+
+@pytest.fixture(scope="session")
+def patched_llava(llava_copies: LlavaCopies) -> Path:
+    """A folder with a patched copy of the llava package; the one that `import llava` finds here, too."""
+    return llava_copies.patched
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyLlava:
+    """The tiny LLaVA on disk, shared by all tests: read it, never write to it."""
+    return build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Every test starts from the same seeds; torch is not imported for it."""
+    random.seed(0)
+    if "torch" in sys.modules:
+        import torch
+
+        torch.manual_seed(0)
+    if "numpy" in sys.modules:
+        import numpy
+
+        numpy.random.seed(0)
