@@ -150,7 +150,8 @@ def train_in_process(flags: Sequence[str], seed: int = 0) -> list[dict[str, Any]
 
 @contextlib.contextmanager
 def upstream_globals_restored() -> Iterator[None]:
-    """Puts sys.argv, upstream's default conversation and its rank back at the end."""
+    """Puts sys.argv, upstream's default conversation, its rank and the precision of the run back at the end."""
+    from accelerate.state import AcceleratorState
     from llava import conversation
     from llava.train import train as upstream
 
@@ -159,6 +160,9 @@ def upstream_globals_restored() -> Iterator[None]:
         yield
     finally:
         sys.argv, conversation.default_conversation, upstream.local_rank = argv, default, rank
+        # accelerate remembers the first run's precision for the process, and transformers hands it on by environment.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
 
 
 def _first_flag(flags: Sequence[str], name: str) -> str | None:

@@ -39,10 +39,10 @@ class SteeringTrainerMixin:
     data_collator: Any
     _attachment: Attachment | None = None
 
-    def __init__(self, **kwargs: Any):
-        given, model = kwargs["args"], kwargs["model"]
+    def __init__(self, *positional: Any, **kwargs: Any):
+        given, model = kwargs.get("args"), kwargs.get("model")
         if not arguments.active(given):
-            super().__init__(**kwargs)
+            super().__init__(*positional, **kwargs)
             return
         _refuse_setups(given)
         self._attachment = _attached(model, given, kwargs.get("tokenizer"))
