@@ -1,0 +1,118 @@
+"""`python -m llava_steering_plugin.launch`: what its command line means, what it runs and what it refuses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import launch
+
+from llava_steering_plugin.launch import Request, UsageError, main_block, read_request
+
+PROGRAMS = (
+    "train/train train/train_mem eval/model_vqa eval/model_vqa_loader eval/model_vqa_science eval/model_vqa_mmbench "
+    "eval/model_qa eval/run_llava serve/cli serve/model_worker serve/controller serve/gradio_web_server"
+).split()
+
+
+class TestCommandLine:
+    @pytest.mark.parametrize(
+        ("words", "request_"),
+        [
+            (["a.b"], Request("a.b", [])),
+            (["a.b", "--x", "1", "--cpu"], Request("a.b", ["--x", "1", "--cpu"])),
+            (["--cpu", "a.b", "--x"], Request("a.b", ["--x"], cpu=True)),
+            (["--local_rank=1", "a.b", "--x"], Request("a.b", ["--local_rank=1", "--x"])),
+            (["--local-rank=1", "--cpu", "a.b"], Request("a.b", ["--local-rank=1"], cpu=True)),
+            (["a.b", "--help"], Request("a.b", ["--help"])),
+            (["--help", "a.b"], None),
+        ],
+    )
+    def test_what_comes_after_the_module_is_the_modules_own_business(self, words: list[str], request_) -> None:
+        assert read_request(words) == request_
+
+    @pytest.mark.parametrize(
+        ("words", "message"), [([], "no MODULE"), (["--gpu", "a.b"], "--gpu"), (["--cpu"], "no MODULE")]
+    )
+    def test_wrong_options_are_usage_errors(self, words: list[str], message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            read_request(words)
+
+    def test_a_usage_error_prints_the_usage_and_has_status_2(self, tmp_path: Path) -> None:
+        done = launch(llava=tmp_path, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "no MODULE given" in done.stderr and "usage:" in done.stderr and "Traceback" not in done.stderr
+        assert launch("--help", llava=tmp_path, cwd=tmp_path).stdout.startswith("usage:")
+
+
+class TestModules:
+    """On a llava with nothing in it: what launch runs and refuses does not depend on what the program does."""
+
+    @pytest.fixture
+    def llava(self, tmp_path: Path) -> Path:
+        package = tmp_path / "llava"
+        (package / "eval").mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "eval" / "ask.py").write_text(
+            "import sys\n"
+            "def ask():\n"
+            "    print(args, __name__, sys.argv)\n"
+            'if __name__ == "__main__":\n'
+            "    args = sys.argv[1:]\n"
+            "    ask()\n"
+        )
+        (package / "eval" / "library.py").write_text("names = []\n")
+        (package / "eval" / "needy.py").write_text(
+            "import a_package_that_is_not_there\nif __name__ == '__main__':\n    pass\n"
+        )
+        return tmp_path
+
+    def test_the_main_block_runs_in_the_module_which_keeps_its_name(self, llava: Path) -> None:
+        done = launch("llava.eval.ask", "--x", "1", llava=llava, cwd=llava)
+        file = str(llava / "llava" / "eval" / "ask.py")
+        assert done.stdout == f"['--x', '1'] llava.eval.ask {[file, '--x', '1']}\n", done.stderr
+
+    @pytest.mark.parametrize(
+        ("module", "message"),
+        [
+            ("llava.eval.aks", r"no module llava\.eval\.aks .*Did you mean llava\.eval\.ask\?"),
+            ("llava.evil.ask", r"no module llava\.evil\.ask"),
+            ("llava.eval.library", r'has no `if __name__ == "__main__":` block'),
+            ("llava/eval/ask.py", r"is a path.*: llava\.eval\.ask$"),
+            ("checkouts/LLaVA/llava/eval/ask.py", r"is a path.*: llava\.eval\.ask$"),
+        ],
+    )
+    def test_what_cannot_run_is_one_clear_message(self, llava: Path, module: str, message: str) -> None:
+        done = launch(module, llava=llava, cwd=llava)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert re.search(message, done.stderr.strip()), done.stderr
+
+    def test_without_any_llava_it_says_how_to_get_one(self, tmp_path: Path) -> None:
+        code = (
+            "import sys\n"
+            "import llava_steering_plugin.launch as launch\n"
+            "sys.meta_path = [finder for finder in sys.meta_path if 'Path' not in str(finder)]\n"
+            "sys.argv[1:] = ['llava.train.train']\n"
+            "launch.main()\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True)
+        assert done.returncode == 1
+        assert "there is no llava to run" in done.stderr and "Traceback" not in done.stderr
+
+    def test_a_dependency_that_the_program_lacks_keeps_its_traceback(self, llava: Path) -> None:
+        done = launch("llava.eval.needy", llava=llava, cwd=llava)
+        assert done.returncode == 1
+        assert "Traceback" in done.stderr and "a_package_that_is_not_there" in done.stderr
+
+
+def test_every_program_of_upstream_has_a_main_block_that_launch_finds(pristine_llava: Path) -> None:
+    missing = []
+    for program in PROGRAMS:
+        source = pristine_llava / "llava" / f"{program}.py"
+        if source.exists() and main_block(source) is None:
+            missing.append(program)
+    assert missing == []
