@@ -1,0 +1,157 @@
+"""Interleaved timing for the benchmarks: variants run in turns, and ratios are taken within one turn.
+
+A machine's speed drifts by tens of per cent over minutes (other processes, clocks). Variants that run one after the
+other measure that drift; variants that run in turns share it. A variant that is the baseline once more, under another
+name, is the control: what its ratio differs from 1 is what this machine cannot resolve.
+
+    samples = interleave({"frozen": frozen, "control": frozen, "adapter": adapter}, rounds=30)
+    timings = summarise(samples, baseline="frozen")
+    Console().print(ratio_table("forward + backward", timings))
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One variant: seconds a call, and its ratio to the baseline in the same turn. Medians and quartiles."""
+
+    name: str
+    rounds: int
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 3,
+    seconds_each: float = 0.0,
+) -> dict[str, list[float]]:
+    """Calls every variant once a round, in an order that rotates, and returns the seconds of each call.
+
+    Args:
+        variants: callables by name; each must leave things as it found them (clear its gradients).
+        rounds: measured calls of each variant.
+        warmup: calls of each before that, not measured.
+        seconds_each: a call shorter than this is repeated until it lasts as long, and the mean counts: for what takes
+            microseconds, where the clock and the jump into Python would show.
+    """
+    names = list(variants)
+    for name in names:
+        for _ in range(warmup):
+            variants[name]()
+    _wait_for_device()
+    repeats = {name: _repeats(variants[name], seconds_each) for name in names}
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.disable()  # a collection would fall into whichever variant runs just then
+    try:
+        for turn in range(rounds):
+            for place in range(len(names)):
+                name = names[(turn + place) % len(names)]
+                samples[name].append(_timed(variants[name], repeats[name]))
+            gc.collect()
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def _timed(call: Callable[[], object], repeats: int) -> float:
+    _wait_for_device()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _wait_for_device()
+    return (time.perf_counter() - start) / repeats
+
+
+def _repeats(call: Callable[[], object], seconds: float) -> int:
+    once = min(_timed(call, 1) for _ in range(3))
+    return max(1, round(seconds / once))
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def summarise(samples: Mapping[str, Sequence[float]], *, baseline: str) -> dict[str, Timing]:
+    """Medians and quartiles of the seconds, and of the ratios to the baseline's call in the same round."""
+    timings = {}
+    for name, seconds in samples.items():
+        ratios = [mine / other for mine, other in zip(seconds, samples[baseline], strict=True)]
+        timings[name] = Timing(name, len(seconds), *_quartiles(seconds), *_quartiles(ratios))
+    return timings
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, first and third quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return median, low, high
+
+
+def ratio_table(title: str, timings: Mapping[str, Timing]) -> Table:
+    """A table of milliseconds and ratios with their quartiles."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("variant", "ms", "quartiles", "ratio", "quartiles"):
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    for timing in timings.values():
+        milliseconds = [1e3 * value for value in (timing.seconds, timing.seconds_low, timing.seconds_high)]
+        table.add_row(
+            timing.name,
+            f"{milliseconds[0]:.3f}",
+            f"{milliseconds[1]:.3f} .. {milliseconds[2]:.3f}",
+            f"{timing.ratio:.3f}",
+            f"{timing.ratio_low:.3f} .. {timing.ratio_high:.3f}",
+        )
+    return table
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on beside the code."""
+    return {
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load at start": os.getloadavg()[0],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a benchmark's results; `Timing`s become plain objects."""
+    path.write_text(json.dumps(content, indent=2, default=asdict) + "\n", encoding="utf-8")
