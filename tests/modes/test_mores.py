@@ -1,0 +1,339 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForCausalLM
+
+from llava_steering_plugin import attach, token_map
+from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.modes.base import DecoderShape, LayerShape, Pass
+from llava_steering_plugin.modes.mores import MoReS, Steering
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def decoder(width: int, layers: int = 1) -> DecoderShape:
+    return DecoderShape(width, tuple(LayerShape(f"layers.{number}", {}) for number in range(layers)))
+
+
+def a_pass(visual: list[list[int]], *, attention: list[list[int]] | None = None, decode: bool = False) -> Pass:
+    seen = torch.tensor(visual, dtype=torch.bool)
+    present = torch.ones_like(seen) if attention is None else torch.tensor(attention, dtype=torch.bool)
+    return Pass(seen, present & ~seen, present, decode, {})
+
+
+def away_from_identity(module: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+
+
+def defect(basis: torch.Tensor) -> float:
+    """Largest entry of |R R^T - I|, in double precision."""
+    basis = basis.detach().double()
+    return float((basis @ basis.T - torch.eye(len(basis), dtype=torch.double)).abs().max())
+
+
+# The authors' code, run on random weights
+
+
+@pytest.fixture(scope="module")
+def golden_base() -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(GOLDEN / "mores_base", attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("attention", [True, False], ids=["mask given", "no mask"])
+def test_the_released_codes_weights_give_its_logits(golden_base: LlamaForCausalLM, attention: bool) -> None:
+    golden = load_file(GOLDEN / "mores_released_io.safetensors")
+    embeds = golden["inputs_embeds"]
+    visual = torch.zeros(embeds.shape[:2], dtype=torch.bool)
+    start = int(golden["visual_start"])
+    visual[:, start : start + int(golden["visual_len"])] = True
+    attachment = attach(golden_base, MoReS(rank=2, tokens="f4+l5"))
+    try:
+        for number, module in enumerate(attachment.modules.values()):
+            parts = (golden[f"layer{number}.{name}"] for name in "RWb")
+            rotation, weight, offset = parts
+            module.get_submodule("vis").set_paper_weights(rotation.T, weight, offset)
+        with torch.no_grad(), token_map(visual, torch.ones_like(visual) if attention else None):
+            steered = golden_base(inputs_embeds=embeds).logits
+    finally:
+        attachment.remove()
+    with torch.no_grad():
+        frozen = golden_base(inputs_embeds=embeds).logits
+    assert (golden["logits"] - golden["base_logits"]).abs().max() > 1e-2, "the golden data would show nothing"
+    torch.testing.assert_close(frozen, golden["base_logits"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(steered, golden["logits"], atol=1e-5, rtol=0)
+
+
+# Identity at initialisation
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("settings", [{}, {"rank": 4, "tokens": "all"}, {"modality": "vis+text", "dropout": 0.5}])
+def test_a_fresh_adapter_changes_no_bit(settings: dict[str, object], dtype: torch.dtype) -> None:
+    (module,) = MoReS(**settings).build(decoder(32)).values()
+    hidden = torch.randn(2, 9, 32).to(dtype)
+    step = a_pass([[0, 1, 1, 1, 1, 0, 0, 0, 0], [0] * 9])
+    assert torch.equal(module(hidden, hidden, step), hidden)
+
+
+def test_a_fresh_adapter_learns_its_subspace_from_the_second_step_on() -> None:
+    steering = Steering(32, 2)
+    optimizer = torch.optim.SGD(steering.parameters(), lr=0.1)
+    hidden, target = torch.randn(5, 32), torch.randn(5, 32)
+    moved = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        ((hidden + steering(hidden) - target) ** 2).mean().backward()
+        moved.append({name: bool(value.grad.abs().max() > 0) for name, value in steering.named_parameters()})
+        optimizer.step()
+    assert moved[0] == {"steer_basis": False, "steer_shift": True, "steer_offset": True}
+    assert all(moved[1].values())
+
+
+# Orthonormal rows, finite gradients
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_rows_are_orthonormal_and_gradients_finite(rank: int, condition: float, scale: float) -> None:
+    steering = Steering(96, rank)
+    left, right = torch.linalg.qr(torch.randn(rank, rank))[0], torch.linalg.qr(torch.randn(96, rank))[0]
+    stretch = torch.logspace(0, -torch.tensor(condition).log10().item(), rank) if rank > 1 else torch.ones(1)
+    with torch.no_grad():
+        steering.steer_basis.copy_(scale * left @ torch.diag(stretch) @ right.T)
+        steering.steer_shift.normal_()
+        steering.steer_offset.normal_()
+    assert defect(steering.basis()) < 1e-5
+    steering(torch.randn(7, 96)).square().sum().backward()
+    for name, parameter in steering.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+def test_rows_stay_orthonormal_under_weight_decay_and_large_steps() -> None:
+    steering = Steering(64, 8)
+    optimizer = torch.optim.AdamW(steering.parameters(), lr=0.1, weight_decay=1.0)
+    hidden, target = torch.randn(16, 64), torch.randn(16, 64)
+    for _ in range(60):
+        optimizer.zero_grad()
+        ((hidden + steering(hidden) - target) ** 2).mean().backward()
+        assert all(torch.isfinite(parameter.grad).all() for parameter in steering.parameters())
+        optimizer.step()
+        assert defect(steering.basis()) < 1e-5
+
+
+def test_weight_decay_alone_does_not_turn_the_subspace() -> None:
+    steering = Steering(64, 4)
+    before = steering.basis()
+    with torch.no_grad():
+        steering.steer_basis.mul_(1e-3)
+    torch.testing.assert_close(steering.basis(), before, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16], ids=["plain", "bf16", "fp16"])
+def test_the_update_is_computed_in_float32_whatever_the_model_runs_in(
+    dtype: torch.dtype, autocast: torch.dtype | None
+) -> None:
+    steering = Steering(64, 4)
+    away_from_identity(steering)
+    hidden = (torch.randn(6, 64) * 10).to(dtype).requires_grad_()
+    rotation = torch.linalg.qr(steering.steer_basis.detach().double().T)[0].T  # any basis of the same subspace
+    wide = hidden.detach().double()
+    with torch.no_grad():
+        change = steering.basis().double()
+        expected = (wide @ steering.steer_shift.double().T + steering.steer_offset.double()) @ change
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        update = steering(hidden)
+        assert defect(steering.basis()) < 1e-5
+        update.float().sum().backward()
+    assert update.dtype == dtype
+    unit = torch.finfo(dtype).eps * expected.abs().max().item()
+    torch.testing.assert_close(update.double(), expected, atol=max(4 * unit, 1e-3), rtol=0)
+    outside = expected - expected @ rotation.T @ rotation
+    assert outside.abs().max() < 1e-4, "the update must stay in the subspace"
+    assert torch.isfinite(hidden.grad).all()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in steering.parameters())
+
+
+def test_the_update_is_the_papers_formula() -> None:
+    steering = Steering(16, 2)
+    rotation = torch.linalg.qr(torch.randn(16, 2))[0].T
+    weight, offset, hidden = torch.randn(2, 16), torch.randn(2), torch.randn(3, 16)
+    steering.set_paper_weights(rotation, weight, offset)
+    for row in range(3):
+        expected = rotation.T @ (weight @ hidden[row] + offset - rotation @ hidden[row])
+        torch.testing.assert_close(steering(hidden)[row], expected, atol=1e-5, rtol=1e-5)
+
+
+# Size
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "rank", "expected"),
+    [
+        pytest.param(2560, 32, 1, 163_872, id="Phi-2, rank 1"),
+        pytest.param(2560, 32, 2, 327_744, id="Phi-2, rank 2"),
+        pytest.param(2560, 32, 4, 655_488, id="Phi-2, rank 4"),
+        pytest.param(4096, 32, 1, 262_176, id="7B"),
+        pytest.param(5120, 40, 1, 409_640, id="13B"),
+    ],
+)
+def test_parameter_counts_are_the_papers(width: int, layers: int, rank: int, expected: int) -> None:
+    with torch.device("meta"):
+        modules = MoReS(rank=rank).build(decoder(width, layers))
+    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    assert sum(parameter.numel() for parameter in parameters) == expected
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest result of any operation."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(result, torch.Tensor):
+                self.numel = max(self.numel, result.numel())
+        return results
+
+
+def test_no_buffer_and_no_intermediate_is_as_large_as_the_square_of_the_width() -> None:
+    width, tokens, rank = 512, 6, 4
+    steering = Steering(width, rank)
+    away_from_identity(steering)
+    assert not list(steering.buffers())
+    hidden = torch.randn(tokens, width, requires_grad=True)
+    with LargestTensor() as largest:
+        steering(hidden).sum().backward()
+    assert largest.numel == tokens * width
+
+
+# Which hidden states change
+
+
+def steered(settings: dict[str, object], step: Pass, hidden: torch.Tensor) -> torch.Tensor:
+    (module,) = MoReS(**settings).build(decoder(hidden.shape[-1])).values()
+    away_from_identity(module)
+    return module(hidden, hidden, step)
+
+
+def changed(before: torch.Tensor, after: torch.Tensor) -> list[list[int]]:
+    return [
+        [int(not torch.equal(a, b)) for a, b in zip(*rows, strict=True)] for rows in zip(before, after, strict=True)
+    ]
+
+
+IMAGE_THEN_TEXT = [[0, 1, 1, 1, 1, 0, 0, 0], [0] * 8]
+PADDED = [[1] * 7 + [0], [1] * 8]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"tokens": "all"}, [[0, 1, 1, 1, 1, 0, 0, 0], [0] * 8]),
+        ({"tokens": "f1+l1"}, [[0, 1, 0, 0, 1, 0, 0, 0], [0] * 8]),
+        ({"tokens": "1%"}, [[0, 0, 0, 1, 0, 0, 0, 0], [0] * 8]),
+        # Text of one row is one run, on both sides of its image; padding and text-only rows stay out.
+        ({"tokens": "all", "modality": "text"}, [[1, 0, 0, 0, 0, 1, 1, 0], [0] * 8]),
+        ({"tokens": "f2+l1", "modality": "text"}, [[1, 0, 0, 0, 0, 1, 1, 0], [0] * 8]),
+        ({"tokens": "f1", "modality": "vis+text"}, [[1, 1, 0, 0, 0, 0, 0, 0], [0] * 8]),
+    ],
+)
+def test_only_selected_tokens_of_the_chosen_modality_change(
+    settings: dict[str, object], expected: list[list[int]]
+) -> None:
+    hidden = torch.randn(2, 8, 16)
+    assert changed(hidden, steered(settings, a_pass(IMAGE_THEN_TEXT, attention=PADDED), hidden)) == expected
+
+
+def test_text_is_steered_in_the_prompt_only_because_answers_are_not_steered_while_they_are_decoded() -> None:
+    hidden = torch.randn(1, 6, 16)
+    step = a_pass([[0, 1, 1, 0, 0, 0]])
+    step.prompt = torch.tensor([[1, 1, 1, 1, 0, 0]], dtype=torch.bool)
+    assert changed(hidden, steered({"tokens": "all", "modality": "text"}, step, hidden)) == [[1, 0, 0, 1, 0, 0]]
+
+
+def test_images_and_text_have_weights_of_their_own() -> None:
+    (module,) = MoReS(modality="vis+text", tokens="all").build(decoder(16)).values()
+    names = {name for name, _ in module.named_parameters()}
+    parts = ("steer_basis", "steer_shift", "steer_offset")
+    assert names == {f"{kind}.{part}" for kind, part in itertools.product(("vis", "text"), parts)}
+
+
+@pytest.mark.parametrize("modality", ["vis", "text", "vis+text"])
+def test_rows_without_images_are_untouched_and_still_give_every_parameter_a_gradient(modality: str) -> None:
+    (module,) = MoReS(rank=3, modality=modality, dropout=0.1).build(decoder(16)).values()
+    away_from_identity(module)
+    hidden = torch.randn(2, 5, 16, requires_grad=True)
+    output = module(hidden, hidden, a_pass([[0] * 5, [0] * 5]))
+    assert torch.equal(output, hidden)
+    output.square().sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+    assert torch.equal(hidden.grad, 2 * hidden)
+
+
+def test_decode_steps_cost_nothing() -> None:
+    (module,) = MoReS().build(decoder(16)).values()
+    away_from_identity(module)
+    hidden = torch.randn(3, 1, 16)
+    assert module(hidden, hidden, a_pass([[0]] * 3, decode=True)) is hidden
+
+
+def test_dropout_falls_on_the_update_and_only_while_training() -> None:
+    steering = Steering(256, 2, dropout=0.5)
+    away_from_identity(steering)
+    hidden = torch.randn(4, 256)
+    full = steering.eval()(hidden)
+    torch.testing.assert_close(steering.eval()(hidden), full, atol=0, rtol=0)
+    dropped = steering.train()(hidden)
+    zero = dropped == 0
+    assert 0.3 < zero.float().mean() < 0.7
+    torch.testing.assert_close(dropped[~zero], 2 * full[~zero])
+
+    (module,) = MoReS(dropout=0.9, tokens="all").build(decoder(256)).values()
+    module.train()
+    away_from_identity(module)
+    rows = hidden[None]
+    output = module(rows, rows, a_pass([[1, 1, 0, 0]]))
+    assert torch.equal(output[0, 2:], rows[0, 2:])
+    kept = output[0, :2] == rows[0, :2]
+    assert 0.8 < kept.float().mean() < 1, "where the update is dropped, the hidden state itself stays"
+
+
+# Settings
+
+
+def test_every_bad_setting_is_named() -> None:
+    mode = MoReS(rank=0, tokens="f0", modality="audio", layers="7-3", dropout=1.0)
+    problems = "\n".join(mode.problems(decoder(64, 4)))
+    for flag in ("mores_rank", "mores_tokens", "mores_modality", "mores_layers", "mores_dropout"):
+        assert flag in problems
+    assert len(mode.problems()) == 5
+
+
+def test_a_rank_above_the_width_and_layers_beyond_the_last_are_refused_on_the_model(
+    golden_base: LlamaForCausalLM,
+) -> None:
+    with pytest.raises(ArgumentsError) as error:
+        attach(golden_base, "mores", rank=65, layers="0-3")
+    assert "width of 64" in str(error.value)
+    assert "layer 2, the last of 3" in str(error.value)
+    assert not hasattr(golden_base, "llava_steering")
+
+
+def test_only_the_chosen_layers_get_a_module() -> None:
+    assert list(MoReS(layers="every:2").build(decoder(8, 5))) == ["layers.0", "layers.2", "layers.4"]
+    assert list(MoReS(layers="3,0-1").build(decoder(8, 5))) == ["layers.0", "layers.1", "layers.3"]
