@@ -53,7 +53,8 @@ class TokenSelection:
             elif kind == "last":
                 chosen |= place >= length - amount
             elif kind == "uniform":
-                chosen |= _evenly(place, length, torch.full_like(length, int(amount)))
+                # No more than there are positions: an absurd number must not overflow the tensor.
+                chosen |= _evenly(place, length, torch.full_like(length, min(int(amount), candidates.shape[1])))
             else:
                 # Half rounds up, in integers: the count must not depend on a device's rounding.
                 thousandths = round(amount * 1000)
@@ -109,7 +110,8 @@ def parse_layers(spec: str, total: int | None = None) -> list[int]:
                 raise ValueError(f"{part!r} runs backwards; write {last}-{first}")
             if total is not None and last >= total:
                 raise ValueError(f"{part!r} goes beyond layer {total - 1}, the last of {total}")
-            chosen.update(range(first, last + 1))
+            if total is not None:
+                chosen.update(range(first, last + 1))
         else:
             raise ValueError(f"{part!r} is none of all, N, A-B, every:K (join with commas: 0-7,12,20-31)")
     return sorted(chosen)
