@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
+# Where the backward pass leaves the gradient of the loss itself, in `Pass.kept`.
+LOSS_GRADIENT = "gradient of the loss"
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -56,6 +59,16 @@ class Pass:
         made: T = self._made[key]
         return made
 
+    def loss_scale(self) -> Tensor | float:
+        """What this pass's backward multiplies the model's loss with, to be asked for inside that backward.
+
+        Gradient accumulation divides the loss and GradScaler multiplies it. Whoever adds a gradient that does not come
+        from the loss has to scale it alike. It is measured where the backward starts; 1 if the training loop makes its
+        loss of the logits itself, because nothing can be measured then.
+        """
+        scale: Tensor | float = self.kept.get(LOSS_GRADIENT, 1.0)
+        return scale
+
 
 @dataclass(frozen=True)
 class Mode(ABC):
@@ -79,8 +92,17 @@ class Mode(ABC):
         A module is called as `module(output, inputs, step)` with the output of its host ([rows, positions, features]
         in the host's dtype), the host's input and the `Pass`, and returns what replaces the output. It must be the
         identity when freshly built, and must use all its parameters in every pass that is not a decode step, also
-        on zero rows: ranks without images otherwise wait for ever for a gradient. Parameters are float32.
+        on zero rows: ranks without images otherwise wait for ever for a gradient. Parameters are float32. One that
+        is built with `requires_grad=False` is saved with the adapter and never trained.
         """
+
+    def report(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
+        """Figures to log beside the loss, by name, about the training passes since it was last asked for them.
+
+        Args:
+            modules: what `build` gave.
+        """
+        return {}
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
