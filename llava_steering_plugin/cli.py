@@ -87,6 +87,36 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    options_metavar="[--json] [the flags of a training]",
+)
+def plan(
+    flags: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Check a training's flags and count what it would train, from the base's config.json alone.
+
+    Paste the flags of your training script as they are; --output_dir may be absent. Status 1 if it would not start.
+    """
+    from .errors import ArgumentsError, listing
+    from .upstream.arguments import CANNOT_START
+    from .upstream.planning import plan as made_from
+
+    made = made_from(flags.args)
+    if as_json:
+        typer.echo(json.dumps(made.as_json(), indent=2))
+        raise typer.Exit(1 if made.problems else 0)
+    if made.problems:
+        raise ArgumentsError(listing(CANNOT_START, made.problems))
+    if made.mode is not None and made.counts is not None:
+        from .adapters.summary import parameter_table
+
+        Console(width=None if sys.stdout.isatty() else 160).print(parameter_table(made.mode, made.counts))
+    for note in made.notes:
+        typer.echo(f"note: {note}")
+
+
 def _mention_others(used: Llava) -> None:
     from .upstream.checkout import other_llavas
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from rich.table import Table
 from torch import nn
@@ -22,29 +21,35 @@ class ParameterCounts:
 
     Attributes:
         mode: trainable ones of the tuning mode.
-        other: trainable ones of the model itself: the projector, unless it is frozen.
+        other: trainable ones of the model itself: the projector, unless it is frozen; None if unknown.
         model: all parameters of the model without the adapter.
         lora: for comparison, what LoRA on every decoder linear would train, by rank.
     """
 
     mode: int
-    other: int
+    other: int | None
     model: int
     lora: dict[int, int]
 
     @property
-    def trainable(self) -> int:
-        return self.mode + self.other
+    def trainable(self) -> int | None:
+        return None if self.other is None else self.mode + self.other
 
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "trainable": self.trainable, "percent": 100 * self.trainable / (self.model + self.mode)}
+    @property
+    def percent(self) -> float | None:
+        """Trainable ones in percent of the model with its adapter."""
+        return None if self.trainable is None else 100 * self.trainable / (self.model + self.mode)
 
 
 def numel(module: nn.Module) -> int:
-    """Parameters of `module` as the mathematics counts them: unpacked if quantised, whole if cut by ZeRO-3."""
+    """Parameters of `module` as the mathematics counts them: unpacked if quantised, whole if cut, shared ones once."""
     total = 0
+    seen: set[int] = set()
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
             if isinstance(part, nn.Linear) and name == "weight":
                 total += part.in_features * part.out_features
             else:
@@ -66,7 +71,8 @@ def parameter_table(name: str, counts: ParameterCounts) -> Table:
     rows = [(name, counts.mode), ("projector", counts.other), ("total", counts.trainable)]
     rows += [(f"for comparison: LoRA r={rank}", count) for rank, count in counts.lora.items()]
     for label, count in rows:
-        table.add_row(label, f"{count:,}", f"{100 * count / counts.model:.4f} %")
+        share = () if count is None else (f"{count:,}", f"{100 * count / counts.model:.4f} %")
+        table.add_row(label, *(share or ("unknown", "")))
     return table
 
 
@@ -114,8 +120,11 @@ The base is found by the name above; if it has moved, add `--model-base`. In Pyt
 """
 
 
-def counted(model: nn.Module, modules: Mapping[str, nn.Module], shape: DecoderShape, other: int) -> ParameterCounts:
+def counted(
+    model: nn.Module, modules: Mapping[str, nn.Module], shape: DecoderShape, other: int | None
+) -> ParameterCounts:
     """Counts a model that carries `modules`; `other` is what is trained of the model itself."""
-    mode = sum(parameter.numel() for module in modules.values() for parameter in module.parameters())
+    ours = [parameter for module in modules.values() for parameter in module.parameters()]
+    trained = sum(parameter.numel() for parameter in ours if parameter.requires_grad)
     lora = {rank: lora_parameters(shape, rank) for rank in LORA_RANKS}
-    return ParameterCounts(mode, other, numel(model) - mode, lora)
+    return ParameterCounts(trained, other, numel(model) - sum(parameter.numel() for parameter in ours), lora)

@@ -18,6 +18,7 @@ from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringE
 from llava_steering_plugin.modes.base import Mode
 
 NONE = "none"
+CANNOT_START = "this training cannot start"
 
 
 def extended(original: type) -> type:
@@ -90,11 +91,19 @@ def _none_at(path: str) -> Any:
     raise AdapterError(f"{path} is no adapter of this plugin.")
 
 
-def read_command_line(module: ModuleType, words: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """All flags as upstream's train() will parse them, without acting on any, and the words it will not know."""
+def read_command_line(
+    module: ModuleType, words: Sequence[str], usage: str | None = None
+) -> tuple[Namespace, list[str]]:
+    """All flags as upstream's train() will parse them, without acting on any, and the words it will not know.
+
+    Args:
+        module: the one with upstream's three dataclasses of flags.
+        words: the command line.
+        usage: what argparse says of the usage when a value cannot be read; None: all flags.
+    """
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser((module.ModelArguments, module.DataArguments, module.TrainingArguments))
+    parser = HfArgumentParser((module.ModelArguments, module.DataArguments, module.TrainingArguments), usage=usage)
     namespace, unknown = parser.parse_known_args(list(words))
     known = [option for action in parser._actions for option in action.option_strings]
     return namespace, [_unknown(word, known) for word in unknown if word.startswith("--")]
@@ -112,17 +121,20 @@ def check(flags: Namespace, unknown: Sequence[str] = ()) -> None:
     Raises:
         ArgumentsError: with everything that is wrong with it.
     """
+    if problems := problems_in(flags, unknown):
+        raise ArgumentsError(listing(CANNOT_START, problems))
+
+
+def problems_in(flags: Namespace, unknown: Sequence[str] = ()) -> list[str]:
+    """Everything that is wrong with a command line, as far as it can be told without a model."""
     problems = _base_problems(flags)
     if active(flags):
-        problems += [*unknown, *_mode_problems(flags), *_conflicts(flags)]
-    else:
-        problems += [
-            f"--{name} belongs to a tuning mode and none is on; add --tuning_mode {mode}"
-            for mode in registry.names()
-            for name in _given(flags, mode)
-        ]
-    if problems:
-        raise ArgumentsError(listing("this training cannot start", problems))
+        return [*problems, *unknown, *_mode_problems(flags), *_conflicts(flags)]
+    return problems + [
+        f"--{name} belongs to a tuning mode and none is on; add --tuning_mode {mode}"
+        for mode in registry.names()
+        for name in _given(flags, mode)
+    ]
 
 
 def _base_problems(flags: Namespace) -> list[str]:

@@ -1,0 +1,169 @@
+"""`llava-steering plan`: a training's command line, read and checked as the training would, and what it would train."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from llava_steering_plugin import registry
+from llava_steering_plugin.adapters.plan import Plan, count, language_model, misfits, read_config
+from llava_steering_plugin.adapters.summary import numel
+from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.modes.base import Mode
+from llava_steering_plugin.upstream import arguments
+from llava_steering_plugin.upstream.install import install
+
+USAGE = "llava-steering plan [--json] [the flags of a training]"
+BASE_FLAG = "--model_name_or_path"
+
+
+@dataclass
+class _ModelFlags:
+    """The flags of upstream's that a plan needs, for where LLaVA cannot be asked for all of them."""
+
+    model_name_or_path: str | None = None
+    vision_tower: str | None = None
+    mm_projector_type: str = "linear"
+    mm_patch_merge_type: str = "flat"
+
+
+@dataclass
+class _DataFlags:
+    pass
+
+
+@dataclass
+class _TrainingFlags:
+    freeze_mm_mlp_adapter: bool = False
+
+
+def plan(words: Sequence[str]) -> Plan:
+    """The plan of a training, from its flags as they are; of the base only config.json is read.
+
+    Args:
+        words: the command line of upstream's training, with or without the program before it. --output_dir may be
+            absent.
+
+    Raises:
+        SystemExit: argparse cannot read a value.
+        SteeringError: a registered mode cannot be loaded, or LLaVA lacks what the plugin needs.
+    """
+    notes: list[str] = []
+    module = _flags_of_training(notes)
+    # transformers demands it, and one that is given comes later and wins.
+    flags, unknown = arguments.read_command_line(module, ["--output_dir", "", *words], USAGE)
+    if notes:
+        ours = tuple(f"unknown flag --{name}_" for name in registry.names())
+        unknown = [problem for problem in unknown if problem.startswith(ours)]
+
+    problems = []
+    if not any(word.split("=")[0] == BASE_FLAG for word in words):
+        # Upstream's default is some model on the hub; nobody means it.
+        problems.append(f"{BASE_FLAG} is missing: the folder, or the name on the hub, of the base model")
+        flags.model_name_or_path = None
+    if not arguments.active(flags):
+        problems.append(f"--tuning_mode is missing; registered: {', '.join(registry.names())}")
+    problems += arguments.problems_in(flags, unknown)
+
+    mode = _mode(flags)
+    described, model = _base(flags.model_name_or_path, problems)
+    counts = None
+    if model is not None and mode is not None:
+        here = misfits(model, mode)
+        problems += [f"--{problem}" for problem in here]
+        if not here and not mode.problems():
+            counts = count(model, mode, _projector(flags, described, model.config.hidden_size, notes))
+    settings = {} if mode is None else mode.settings()
+    return Plan(None if mode is None else mode.name, settings, counts, tuple(notes), tuple(problems))
+
+
+def _flags_of_training(notes: list[str]) -> ModuleType:
+    """Upstream's training, with our flags; where it cannot be imported, its few flags that a plan needs, and a note."""
+    try:
+        install()
+        # Its imports greet on standard output, where a plan in JSON is to go.
+        with redirect_stdout(sys.stderr):
+            return import_module("llava.train.train")
+    except (ImportError, RuntimeError) as error:
+        notes.append(
+            f"llava.train.train cannot be imported here ({error}), so of the flags only {BASE_FLAG} and those of the "
+            "tuning modes were checked, and the projector is not counted"
+        )
+    few = ModuleType("few_flags")
+    few.__dict__.update(
+        ModelArguments=_ModelFlags, DataArguments=_DataFlags, TrainingArguments=arguments.extended(_TrainingFlags)
+    )
+    return few
+
+
+def _mode(flags: Namespace) -> Mode | None:
+    try:
+        return arguments.mode_from(flags)
+    except SteeringError:
+        return None  # why is among the problems of the command line
+
+
+def _base(name: str | None, problems: list[str]) -> tuple[dict[str, Any], Any]:
+    """The base's config.json and its language model on the meta device; None and a problem where that cannot be."""
+    if name is None:
+        return {}, None
+    try:
+        described = read_config(name)
+        return described, language_model(described, name)
+    except SteeringError as error:
+        problems.append(f"{BASE_FLAG}: {error}")
+        return {}, None
+
+
+def _projector(flags: Namespace, described: Mapping[str, Any], hidden_size: int, notes: list[str]) -> int | None:
+    """Trained parameters between vision tower and language model; None and a note if unknown."""
+    if flags.freeze_mm_mlp_adapter:
+        return 0
+    if "mm_vision_tower" in described:
+        # The base brings its projector; upstream keeps that one whatever the flags say.
+        source: Mapping[str, Any] = described
+        width = described.get("mm_hidden_size")
+    elif flags.vision_tower:
+        source, width = vars(flags), _tower_width(flags.vision_tower, notes)
+    else:
+        width = None
+        notes.append("the projector is not counted: the base has none, and --vision_tower is not given")
+    if width is None:
+        return None
+    config = SimpleNamespace(
+        mm_projector_type=source.get("mm_projector_type", "linear"), mm_hidden_size=width, hidden_size=hidden_size
+    )
+    try:
+        build = import_module("llava.model.multimodal_projector.builder").build_vision_projector
+        with torch.device("meta"):
+            trained = numel(build(config))
+    except ImportError:
+        return None  # noted when the flags were read
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        notes.append(f"the projector is not counted: LLaVA does not build it from these settings ({error})")
+        return None
+    # The newline embedding of anyres is trained with it.
+    return trained + (hidden_size if "unpad" in (source.get("mm_patch_merge_type") or "") else 0)
+
+
+def _tower_width(name: str, notes: list[str]) -> int | None:
+    """Features of an image token as the vision tower gives it."""
+    try:
+        described = read_config(name)
+    except SteeringError as error:
+        notes.append(f"the projector is not counted: --vision_tower: {error}")
+        return None
+    # A CLIP of both halves keeps the vision tower's settings apart.
+    width = described.get("vision_config", described).get("hidden_size")
+    if not isinstance(width, int):
+        notes.append(f"the projector is not counted: the config.json of --vision_tower {name} names no hidden_size")
+        return None
+    return width
