@@ -52,7 +52,7 @@ class SteeringTrainerMixin:
             super().__init__(**kwargs)
         self._warned = False
         last_layer = self._attachment.shape.layers[-1].path
-        self.add_callback(GradientCheck(self._attachment.parameters(), last_layer))  # type: ignore[attr-defined]
+        self.add_callback(GradientCheck(self._attachment.trained(), last_layer))  # type: ignore[attr-defined]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
         numbers = inputs.pop(KEY, None)
@@ -74,6 +74,11 @@ class SteeringTrainerMixin:
         logger.warning(
             "a batch has no supervised token, so its loss is not a number and it teaches nothing: %s; %s.", names, why
         )
+
+    def log(self, logs: dict[str, float], *rest: Any) -> None:
+        if self._attachment is not None and "loss" in logs:
+            logs = {**logs, **self._attachment.mode.report(self._attachment.modules)}
+        super().log(logs, *rest)  # type: ignore[misc]
 
     def _get_train_sampler(self, *rest: Any) -> Any:
         sampler = super()._get_train_sampler(*rest)  # type: ignore[misc]
@@ -137,7 +142,7 @@ def _attached(model: Any, given: Any, tokenizer: Any) -> Attachment:
         mode = arguments.mode_from(given)
         attachment = load_adapter(model, given.adapter_path, tokenizer) if given.adapter_path else attach(model, mode)
     model.requires_grad_(False)
-    for parameter in attachment.parameters().values():
+    for parameter in attachment.trained().values():
         parameter.requires_grad_(True)
     projector = provenance.projector_parameters(model)
     trained = {} if given.freeze_mm_mlp_adapter else projector
