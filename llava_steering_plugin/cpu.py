@@ -35,7 +35,7 @@ def on_cpu(device: Any) -> Any:
     """The processor in place of a CUDA device, however it is written; anything else as it is."""
     import torch
 
-    if isinstance(device, str) and device.split(":")[0] == "cuda":
+    if type(device) is int or (isinstance(device, str) and device.split(":")[0] == "cuda"):
         return "cpu"
     if isinstance(device, torch.device) and device.type == "cuda":
         return torch.device("cpu")

@@ -52,22 +52,27 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     "$python" -m pip --python "$venv/bin/python" install -q pip
   }
 fi
-pip_install() {  # quietly; if it fails, the end of what pip said
-  "$venv/bin/python" -m pip --disable-pip-version-check install --no-deps "$@" >"$venv/.setup.log" 2>&1
+pip_install() {  # most modules are never imported: compiling them on first use is faster than compiling all now
+  "$venv/bin/python" -m pip --disable-pip-version-check install --no-compile "$@" >"$venv/.setup.log" 2>&1
 }
 shown() { "$@" || { tail -n 20 "$venv/.setup.log" >&2; die "failed: $*"; }; }
 
 step "torch"
-pip_install "$torch" || shown pip_install --extra-index-url https://download.pytorch.org/whl/cpu "$torch"
+if [ -n "${TORCH:-}" ]; then
+  shown pip_install "$torch"  # with its CUDA libraries
+else  # the CPU build is where this pip is set up to look, or in PyTorch's own index
+  pip_install --no-deps "$torch" ||
+    shown pip_install --no-deps --extra-index-url https://download.pytorch.org/whl/cpu "$torch"
+fi
 step "packages"
 # The set is complete, so nothing is resolved: --no-deps is faster, and exact.
 grep -v -e '^#' -e '^torch==' -e '^deepspeed==' "$constraints" >"$venv/.setup.packages"
-shown pip_install -r "$venv/.setup.packages"
+shown pip_install --no-deps -r "$venv/.setup.packages"
 step "deepspeed (built here)"
-shown pip_install --no-build-isolation "$(grep '^deepspeed==' "$constraints")"
+shown pip_install --no-deps --no-build-isolation "$(grep '^deepspeed==' "$constraints")"
 step "llava and this project"
-shown pip_install "$llava"
-shown pip_install --no-build-isolation -e .
+shown pip_install --no-deps "$llava"
+shown pip_install --no-deps --no-build-isolation -e .
 "$venv/bin/llava-steering" patch >&2
 printf '%s' "$stamp" >"$venv/.setup.stamp"
 step "ready in $((SECONDS - started)) s: $venv"

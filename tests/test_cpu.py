@@ -24,12 +24,12 @@ redirect_cuda_to_cpu()
 from llava.model.builder import load_pretrained_model as load
 x, layer = torch.ones(2), torch.nn.Linear(2, 2)
 results = [
-    x.cuda(), x.half().cuda(0, non_blocking=True), x.to("cuda"), x.to("cuda:1", torch.float16),
+    x.cuda(), x.half().cuda(0, non_blocking=True), x.to("cuda"), x.to(0), x.to("cuda:1", torch.float16),
     x.to(torch.device("cuda")), x.to(device="cuda", non_blocking=True),
     x.to(dtype=torch.float16, device="cuda", non_blocking=True), x.to(x.half()),
 ]
 assert {result.device.type for result in results} == {"cpu"}
-assert [result.dtype == torch.float16 for result in results] == [False, True, False, True, False, False, True, True]
+assert [result.dtype == torch.float16 for result in results] == [False, True, False, False, True, False, False, True, True]
 assert layer.cuda() is layer and layer.to("cuda") is layer and layer.to(device="cuda:0", dtype=torch.float64) is layer
 assert layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float64
 assert x.to("meta").device.type == "meta", "other devices are other devices"

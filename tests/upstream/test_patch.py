@@ -211,9 +211,7 @@ class TestFinding:
         with pytest.raises(UpstreamError, match="is not LLaVA"):
             find_llava()
 
-    def test_of_two_llavas_the_imported_one_is_used_and_the_other_named(
-        self, checkout: Path, tmp_path: Path
-    ) -> None:
+    def test_of_two_llavas_the_imported_one_is_used_and_the_other_named(self, checkout: Path, tmp_path: Path) -> None:
         other = make_checkout(tmp_path / "other")
         done = cli("patch", path=[checkout, other], cwd=tmp_path)
         assert done.returncode == 0
