@@ -21,7 +21,7 @@ from served import Served
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 
-PATIENCE = 120  # seconds, for a worker on a busy machine
+PATIENCE = 300  # seconds, for a worker on a busy machine
 MAX_NEW_TOKENS = 24
 
 

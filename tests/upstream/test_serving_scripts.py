@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from asking import Asker, Question
@@ -39,10 +38,13 @@ def start(patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with ThreadPoolExecutor(2) as pool:
 
         def start(*words: str, stdin: str = "") -> Future[Ended]:
-            options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300}
-            return pool.submit(
-                subprocess.run, [sys.executable, *words], input=stdin, cwd=cwd, env=environment, **options
-            )
+            def run() -> Ended:
+                command = [sys.executable, *words]
+                return subprocess.run(
+                    command, input=stdin, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+                )
+
+            return pool.submit(run)
 
         yield start
 

@@ -82,7 +82,7 @@ def evaluate(tiny: TinyLlava) -> None:
     def to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return to(self, *args, **{**kwargs, "device": "cpu"} if kwargs.get("device") == "cuda" else kwargs)
 
-    torch.Tensor.to = to_cpu  # type: ignore[method-assign]
+    torch.Tensor.to = to_cpu  # type: ignore[method-assign, assignment]
     sys.argv = ["model_vqa_loader.py", "--model-path", "llava-full", "--image-folder", str(tiny.images)]
     sys.argv += ["--question-file", str(tiny.questions), "--answers-file", "answers/full.jsonl"]
     sys.argv += ["--conv-mode", "vicuna_v1", "--temperature", "0", "--max_new_tokens", "12"]
