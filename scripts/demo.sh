@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# The demo, from a bare machine: sets up .venv if need be, then runs scripts/demo with the arguments given here.
+#
+#   scripts/demo.sh                   the whole demo (about 20 minutes on 2 cores; goes on where it stopped)
+#   scripts/demo.sh --quick           every part, too short to learn anything
+#   scripts/demo.sh --output DIR      somewhere else than ./demo-output
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+"$here/setup.sh"
+venv=${VENV:-$here/../.venv}
+export PATH="$venv/bin:$PATH"
+exec "$venv/bin/python" "$here/demo" "$@"
