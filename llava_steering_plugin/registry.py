@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any, get_args, get_type_hints
 
-from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.modes.base import Mode
 
 GROUP = "llava_steering.modes"
@@ -43,6 +46,37 @@ def get(name: str) -> type[Mode]:
             f"llava_steering_plugin.modes.base.Mode with name = {name!r}. docs/adding-a-mode.md shows one."
         )
     return loaded
+
+
+def configured(name: str, settings: Mapping[str, Any]) -> Mode:
+    """The mode registered as `name`, with these settings. Whether their values make sense, `Mode.problems` says.
+
+    Raises:
+        ArgumentsError: an unknown mode, or settings that it does not have or that are of another type (all listed).
+        SteeringError: as `get`.
+    """
+    kind = get(name)
+    types = get_type_hints(kind)
+    known = [field.name for field in dataclasses.fields(kind)]
+    problems = [f"it has no {setting}, only {', '.join(known)}" for setting in settings if setting not in known]
+    problems += [
+        f"{setting} is {value!r} where {_spelled(types[setting])} is expected"
+        for setting, value in settings.items()
+        if setting in known and not _is_a(value, types[setting])
+    ]
+    if problems:
+        raise ArgumentsError(listing(f"the tuning mode {name!r} cannot take these settings", problems))
+    return kind(**settings)
+
+
+def _is_a(value: object, expected: Any) -> bool:
+    kinds = get_args(expected) or (expected,)
+    # bool is an int and an int is a good float to Python; a rank of True is a mistake, a dropout of 0 is none.
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def _spelled(expected: Any) -> str:
+    return " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in get_args(expected) or (expected,))
 
 
 def _found() -> dict[str, EntryPoint]:

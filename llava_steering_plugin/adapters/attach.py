@@ -75,7 +75,7 @@ def attach(model: PreTrainedModel, mode: Mode | str, **settings: Any) -> Attachm
         SteeringError: the model carries an adapter already, or no decoder is found in it.
     """
     if isinstance(mode, str):
-        mode = registry.get(mode)(**settings)
+        mode = registry.configured(mode, settings)
     elif settings:
         raise ArgumentsError(f"settings go into the mode itself here: {type(mode).__name__}({', '.join(settings)}=...)")
     return Attachment(model, mode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable
@@ -108,15 +109,12 @@ def mode_of(config: AdapterConfig) -> Mode:
         AdapterError: the mode is not installed, or does not know these settings.
     """
     try:
-        mode = registry.get(config.mode)(**config.settings)
-        problems = mode.problems()
+        mode = registry.configured(config.mode, config.settings)
     except ArgumentsError as error:
+        if config.mode in registry.names():
+            raise AdapterError(f"the adapter is of another version of its mode, or damaged: {error}") from error
         raise AdapterError(f"the adapter needs a mode that is not installed: {error}") from error
-    except TypeError as error:
-        raise AdapterError(
-            f"the installed mode {config.mode!r} does not know these settings ({error}). "
-            "The adapter is of another version."
-        ) from error
+    problems = mode.problems()
     if problems:
         raise AdapterError(listing("the adapter's settings are out of range", problems))
     return mode
@@ -140,9 +138,10 @@ def load_adapter(model: PreTrainedModel, name_or_path: str | os.PathLike[str], t
     attachment = attach(model, mode_of(stored.config))
     try:
         _check_tensors(attachment, stored)
+        _check_tokens(stored, tokenizer)
         _add_tokens(model, stored, tokenizer)
         restore(attachment, stored)
-    except SteeringError:
+    except BaseException:
         attachment.remove()
         raise
     attachment.config = stored.config
@@ -168,7 +167,12 @@ def _check_tensors(attachment: Attachment, stored: StoredAdapter) -> None:
     for name in stored.section(EXTRA):
         if (shape := _extra_shape(attachment.model, name)) is not None:
             shapes[EXTRA + name] = shape
-    held = {name: tuple(value.shape) for name, value in stored.tensors.items() if name.startswith((ADAPTER, EXTRA))}
+    if added := len(stored.config.added_tokens):
+        embeddings = attachment.model.get_input_embeddings(), attachment.model.get_output_embeddings()
+        for part, layer in zip(("input", "output"), embeddings, strict=True):
+            shapes[ADDED + part] = (added, *_shape(layer.weight)[1:])
+    kinds = (ADAPTER, EXTRA, ADDED)
+    held = {name: tuple(value.shape) for name, value in stored.tensors.items() if name.startswith(kinds)}
     problems = [f"{name} is missing" for name in sorted(shapes.keys() - held.keys())]
     problems += [f"{name} has no place in this model" for name in sorted(held.keys() - shapes.keys())]
     problems += [
@@ -228,9 +232,9 @@ def _check_base(model: PreTrainedModel, stored: StoredAdapter) -> None:
         )
     weight = model.get_input_embeddings().weight
     ids, rows = stored.tensors.get(FINGERPRINT + "ids"), stored.tensors.get(FINGERPRINT + "rows")
-    if ids is None or rows is None:
+    if ids is None or rows is None or rows.dim() != 2 or len(rows) != len(ids):
         raise AdapterError(
-            f"{stored.path} has no fingerprint of its base, so it cannot be checked; the file is damaged."
+            f"{stored.path} has no whole fingerprint of its base, so it cannot be checked; the file is damaged."
         )
     with gathered([weight]):
         if len(ids) and int(ids.max()) >= weight.shape[0]:
@@ -255,6 +259,22 @@ def _alike(here: Tensor, there: Tensor) -> bool:
     return torch.allclose(here, there, rtol=FINGERPRINT_TOLERANCE, atol=floor)
 
 
+def _check_tokens(stored: StoredAdapter, tokenizer: Any) -> None:
+    """Refuses a tokenizer in which the adapter's own tokens get other ids; tried out on a copy."""
+    added = stored.config.added_tokens
+    if not added or tokenizer is None:
+        return
+    trial = copy.deepcopy(tokenizer)
+    trial.add_tokens(list(added), special_tokens=True)
+    numbers = {token: trial.convert_tokens_to_ids(token) for token in added}
+    if wrong := [
+        f"{token} has id {numbers[token]}, trained as {number}"
+        for token, number in added.items()
+        if numbers[token] != number
+    ]:
+        raise BaseMismatch(listing("the tokenizer gives the adapter's own tokens other ids than in training", wrong))
+
+
 def _add_tokens(model: PreTrainedModel, stored: StoredAdapter, tokenizer: Any) -> None:
     """Repeats what training did to the vocabulary: the same tokens under the same ids, with the rows they had."""
     added = stored.config.added_tokens
@@ -262,15 +282,6 @@ def _add_tokens(model: PreTrainedModel, stored: StoredAdapter, tokenizer: Any) -
         return
     if tokenizer is not None:
         tokenizer.add_tokens(list(added), special_tokens=True)
-        other = {token: tokenizer.convert_tokens_to_ids(token) for token in added}
-        if wrong := [
-            f"{token} has id {other[token]}, trained as {added[token]}"
-            for token in added
-            if other[token] != added[token]
-        ]:
-            raise BaseMismatch(
-                listing("the tokenizer gives the adapter's own tokens other ids than in training", wrong)
-            )
     rows = max(added.values()) + 1
     if model.get_input_embeddings().weight.shape[0] < rows:
         model.resize_token_embeddings(rows)

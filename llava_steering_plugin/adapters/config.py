@@ -113,6 +113,11 @@ class AdapterConfig:
                 for key, kind in base_kinds.items()
                 if not isinstance(data["base"].get(key), kind)
             ]
+            problems += [
+                f"added_tokens.{token} is {number!r}"
+                for token, number in data["added_tokens"].items()
+                if type(number) is not int or number < 0
+            ]
         if problems:
             raise AdapterError(
                 listing(f"{where} is damaged or was edited by hand; these entries are missing or wrong", problems)

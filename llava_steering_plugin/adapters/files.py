@@ -31,6 +31,9 @@ HEADER = "llava_steering"
 # the embedding rows of added tokens (input, output), and rows by which the base is recognised (rows, ids).
 ADAPTER, EXTRA, ADDED, FINGERPRINT = "adapter.", "base.", "added_tokens.", "fingerprint."
 
+# What a tensor may be stored in: the types that models are trained and served in.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 @dataclass(frozen=True)
 class StoredAdapter:
@@ -114,22 +117,30 @@ def read(folder: str | os.PathLike[str]) -> StoredAdapter:
     if header is None:
         described = path / CONFIG
         if described.is_file():
-            AdapterConfig.from_json(described.read_text(encoding="utf-8"), str(described))
+            AdapterConfig.from_json(_text(described), str(described))
         raise AdapterError(f"{weights} is not an adapter of this plugin: its header has no {HEADER!r} entry.")
     config = AdapterConfig.from_json(header, f"the header of {weights}")
     problems = []
     for name, tensor in tensors.items():
         if not name.startswith((ADAPTER, EXTRA, ADDED, FINGERPRINT)):
             problems.append(f"{name}: unknown kind of tensor")
-        elif name != FINGERPRINT + "ids" and not tensor.is_floating_point():
-            problems.append(f"{name}: {tensor.dtype} where a float is expected")
-        elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        elif name == FINGERPRINT + "ids":
+            if tensor.dtype != torch.int64 or tensor.dim() != 1 or bool((tensor < 0).any()):
+                problems.append(f"{name}: {tensor.dtype} {list(tensor.shape)} where row numbers are expected")
+        elif tensor.dtype not in FLOATS:
+            problems.append(f"{name}: {tensor.dtype} where one of {', '.join(map(str, FLOATS))} is expected")
+        elif not bool(torch.isfinite(tensor).all()):
             problems.append(
                 f"{name}: {int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are NaN or infinite"
             )
     if problems:
         raise AdapterError(listing(f"{weights} is damaged", problems))
     return StoredAdapter(config, tensors, path)
+
+
+def _text(path: Path) -> str:
+    # Bytes that are no text become marks that are no JSON either; whoever parses it says so.
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -147,7 +158,7 @@ def read_config(folder: Path) -> AdapterConfig:
 def _refuse_without_weights(path: Path) -> None:
     described = path / CONFIG
     if described.is_file():
-        AdapterConfig.from_json(described.read_text(encoding="utf-8"), str(described))
+        AdapterConfig.from_json(_text(described), str(described))
         raise AdapterError(
             f"{path} has {CONFIG} but no {WEIGHTS}. The weights are missing or were renamed; copy them again."
         )
@@ -192,8 +203,9 @@ def write(
             _flush(staged[name])
         # safetensors makes files that only their owner may read; a shared folder's adapter is for all who may read it.
         shutil.copymode(staged[CONFIG], staged[WEIGHTS])
-        for name, partial in staged.items():
-            os.replace(partial, path / name)
+        # The weights last: until they are replaced, the adapter is the one that was there before.
+        for name in (*(staged.keys() - {WEIGHTS}), WEIGHTS):
+            os.replace(staged[name], path / name)
         _flush(path)
     except (OSError, SafetensorError) as error:
         for partial in staged.values():
