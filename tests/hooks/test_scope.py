@@ -21,6 +21,8 @@ from llava_steering_plugin.errors import TokenMapError
 from llava_steering_plugin.hooks.scope import current
 from llava_steering_plugin.modes.mores import MoReS
 
+pytest_plugins = ["steered_fixtures"]
+
 Steered = Callable[..., Attachment]
 
 NEW = 6  # tokens generated in each test

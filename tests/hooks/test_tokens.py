@@ -19,6 +19,8 @@ from llava_steering_plugin.errors import UpstreamError
 from llava_steering_plugin.hooks.scope import TokenMap, current, entered, opened
 from llava_steering_plugin.hooks.tokens import spliced
 
+pytest_plugins = ["steered_fixtures"]
+
 PAD = 0
 
 

@@ -1,4 +1,7 @@
-"""Two copies of the tiny LLaVA in this process: one that tests put adapters on, one that stays as it is."""
+"""Fixtures: two tiny LLaVAs in this process, one that tests put adapters on and one that stays as it is.
+
+A test module asks for them with `pytest_plugins = ["steered_fixtures"]`.
+"""
 
 from __future__ import annotations
 
