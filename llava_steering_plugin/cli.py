@@ -19,6 +19,7 @@ from rich.table import Table
 from .errors import SteeringError
 
 if TYPE_CHECKING:
+    from .adapters.convert import Conversion
     from .upstream.checkout import Llava
     from .upstream.doctor import Report
 
@@ -115,6 +116,52 @@ def plan(
         Console(width=None if sys.stdout.isatty() else 160).print(parameter_table(made.mode, made.counts))
     for note in made.notes:
         typer.echo(f"note: {note}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a checkpoint of the authors' code.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="New folder for the adapter.")],
+    base: Annotated[
+        str | None, typer.Option(help="The model it was trained on: folder or hub id; default: what SRC names.")
+    ] = None,
+    conversation: Annotated[
+        str | None, typer.Option(metavar="NAME", help="LLaVA's conversation template that it was trained with.")
+    ] = None,
+    projector: Annotated[
+        bool, typer.Option(help="Take along SRC's projector, where the base lacks it or has another one.")
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace the adapter that is in DST.")] = False,
+) -> None:
+    """Make an adapter folder of a MoReS or MixLoRA checkpoint that the papers' authors released."""
+    from .adapters.convert import convert as converted
+
+    _show_conversion(
+        converted(source, target, base, projector=projector, conversation=conversation, force=force),
+        Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160),
+    )
+
+
+def _show_conversion(done: Conversion, console: Console) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("adapter", str(done.folder))
+    table.add_row("mode", f"{done.config.mode}, {done.parameters:,} parameters, {done.size:,} bytes")
+    table.add_row("settings", ", ".join(f"{key} {value}" for key, value in done.config.settings.items()))
+    table.add_row("base", str(done.config.base))
+    for index, name in enumerate(done.extras):
+        table.add_row("" if index else "carries too", name)
+    for index, check in enumerate(done.checks):
+        table.add_row("" if index else "checked", check)
+    console.print(table)
+    if done.notes:
+        lost = Table(title="Not carried over, or different here", title_justify="left")
+        lost.add_column("in the checkpoint", no_wrap=True)
+        lost.add_column("what becomes of it", overflow="fold")
+        for note in done.notes:
+            lost.add_row(note.entry, note.what)
+        console.print(lost)
 
 
 def _mention_others(used: Llava) -> None:
