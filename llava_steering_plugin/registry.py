@@ -32,7 +32,12 @@ def get(name: str) -> type[Mode]:
         hint = f"did you mean {near[0]!r}? " if near else ""
         known = ", ".join(sorted(found)) or "none; is llava-steering-plugin installed with pip?"
         raise ArgumentsError(f"unknown tuning mode {name!r}: {hint}Registered: {known}")
-    entry = found[name]
+    entry, *others = found[name]
+    if others:
+        raise SteeringError(
+            f"the tuning mode {name!r} is registered by several packages: "
+            f"{', '.join(f'{_origin(each)} ({each.value})' for each in found[name])}. Uninstall all but one."
+        )
     try:
         loaded = entry.load()
     except Exception as error:
@@ -79,8 +84,14 @@ def _spelled(expected: Any) -> str:
     return " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in get_args(expected) or (expected,))
 
 
-def _found() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
+def _found() -> dict[str, list[EntryPoint]]:
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=GROUP):
+        same = found.setdefault(entry.name, [])
+        # One package found twice (an editable install beside its source) is no conflict.
+        if entry.value not in [other.value for other in same]:
+            same.append(entry)
+    return found
 
 
 def _origin(entry: EntryPoint) -> str:
