@@ -46,6 +46,7 @@ def interleave(
     rounds: int,
     warmup: int = 3,
     seconds_each: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Calls every variant once a round, in an order that rotates, and returns the seconds of each call.
 
@@ -55,13 +56,15 @@ def interleave(
         warmup: calls of each before that, not measured.
         seconds_each: a call shorter than this is repeated until it lasts as long, and the mean counts: for what takes
             microseconds, where the clock and the jump into Python would show.
+        clock: `time.process_time` counts only what this process computes, in all its threads: with one thread, and
+            no GPU, the fairer clock on a machine that is shared.
     """
     names = list(variants)
     for name in names:
         for _ in range(warmup):
             variants[name]()
     _wait_for_device()
-    repeats = {name: _repeats(variants[name], seconds_each) for name in names}
+    repeats = {name: _repeats(variants[name], seconds_each, clock) for name in names}
     samples: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.disable()  # a collection would fall into whichever variant runs just then
@@ -69,7 +72,7 @@ def interleave(
         for turn in range(rounds):
             for place in range(len(names)):
                 name = names[(turn + place) % len(names)]
-                samples[name].append(_timed(variants[name], repeats[name]))
+                samples[name].append(_timed(variants[name], repeats[name], clock))
             gc.collect()
     finally:
         if collecting:
@@ -77,17 +80,19 @@ def interleave(
     return samples
 
 
-def _timed(call: Callable[[], object], repeats: int) -> float:
+def _timed(call: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
     _wait_for_device()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         call()
     _wait_for_device()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
-def _repeats(call: Callable[[], object], seconds: float) -> int:
-    once = min(_timed(call, 1) for _ in range(3))
+def _repeats(call: Callable[[], object], seconds: float, clock: Callable[[], float]) -> int:
+    if not seconds:
+        return 1
+    once = min(_timed(call, 1, clock) for _ in range(3))
     return max(1, round(seconds / once))
 
 
