@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from llava_steering_plugin.errors import TokenMapError
 from llava_steering_plugin.modes.base import DecoderShape, Mode, Pass, no_autocast, setting
+from llava_steering_plugin.modes.factors import take, updated
 from llava_steering_plugin.modes.routing import (
     Choice,
     Observed,
@@ -31,7 +32,6 @@ from llava_steering_plugin.modes.routing import (
     masked_mean,
     mean_summary,
     mean_weights,
-    take,
 )
 from llava_steering_plugin.modes.targets import ALL, find_targets, parse_targets
 
@@ -90,14 +90,17 @@ class RoutedLinear(nn.Module):
             )
         hidden = inputs.reshape(rows, positions, -1)
         with no_autocast(output.device):
-            if step.decode and self.mode.pooling == PROMPT:
-                a, b = self._kept_factors(step, rows, output.dtype)
-            else:
-                routing = self.route(hidden, step)
-                step.kept[self] = _Kept(routing.a.factors, routing.b.factors)
-                a, b = self._factors(routing, output.dtype)
-            narrow = torch.bmm(self.dropout(hidden.to(output.dtype)), a.transpose(1, 2))
-            return torch.baddbmm(output.reshape(rows, positions, -1), narrow, b).view_as(output)
+            a, b = self.factors_for(hidden, step, output.dtype)
+            hidden = self.dropout(hidden.to(output.dtype))
+            return updated(output.reshape(rows, positions, -1), hidden, a, b).view_as(output)
+
+    def factors_for(self, hidden: Tensor, step: Pass, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A [rows, r, in] and B [rows, r, out] of `dtype` for `hidden` [rows, positions, in], B times alpha / r."""
+        if step.decode and self.mode.pooling == PROMPT:
+            return self._kept_factors(step, len(hidden), dtype)
+        routing = self.route(hidden, step)
+        step.kept[self] = _Kept(routing.a.factors, routing.b.factors)
+        return self._factors(routing, dtype)
 
     def route(self, hidden: Tensor, step: Pass) -> Routing:
         """Chooses factors for every row from its `hidden` [rows, positions, in]."""
@@ -134,13 +137,13 @@ class RoutedLinear(nn.Module):
         return hidden.new_full(hidden.shape[:2], 1 / hidden.shape[1], dtype=torch.float32)
 
     def _logits(self, pooled: Tensor, router: Tensor) -> Tensor:
-        logits = pooled @ router.float().T
+        logits = nn.functional.linear(pooled, router.float())
         if self.training and self.mode.noise:
             logits = logits + self.mode.noise * torch.randn_like(logits)
         return logits
 
     def _factors(self, routing: Routing, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A [rows, r, in] and B [rows, r, out]; B holds the scale, because it is small where half precision ends."""
+        # The scale goes with B, which is small: half precision ends soon.
         gated = self.learns and torch.is_grad_enabled()
         a = take(self.routed_a, routing.a, dtype, gated=gated)
         return a, take(self.routed_b, routing.b, dtype, scale=self.mode.scale, gated=gated)

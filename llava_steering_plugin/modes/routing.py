@@ -85,52 +85,9 @@ def conditional_scores(chosen: Tensor, router: Tensor, *, released: bool) -> Ten
     if released:
         logits = chosen.sum(2, keepdim=True) * router.sum(2)
     else:
-        logits = torch.bmm(chosen.transpose(0, 1), router.transpose(1, 2)).transpose(0, 1)
+        # The router first: its gradient then comes in the router's own layout, and no transposed copy is made of it.
+        logits = torch.bmm(router, chosen.permute(1, 2, 0)).permute(2, 0, 1)
     return logits.softmax(-1).sum(1).softmax(-1)
-
-
-class _Take(torch.autograd.Function):
-    """Takes factors out of a pool, with a straight-through gate of 1 + p - stopgrad(p) on each.
-
-    The forward value is the factor to the bit; the gate shows in the backward pass only, where p gets the gradient
-    that a factor's weight would have.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, pool: Tensor, probability: Tensor | None, index: Tensor, scale: float, dtype: torch.dtype
-    ) -> Tensor:
-        taken = pool.index_select(0, index.flatten()).view(*index.shape, -1)
-        taken = (taken if scale == 1 else taken.float() * scale).to(dtype)
-        ctx.scale, ctx.factors, ctx.dtype = scale, pool.shape[0], pool.dtype
-        ctx.save_for_backward(index, taken if probability is not None else None)
-        return taken
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        index, taken = ctx.saved_tensors
-        gradient = gradient.float()
-        for_pool = for_probability = None
-        if ctx.needs_input_grad[0]:
-            # A product with ones and zeros: CUDA leaves the order of scattered sums open, and two runs must agree.
-            places = gradient.new_zeros(index.numel(), ctx.factors).scatter_(1, index.reshape(-1, 1), ctx.scale)
-            for_pool = (places.T @ gradient.flatten(0, 1)).to(ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            weight = (gradient * taken).sum(-1)
-            for_probability = weight.new_zeros(index.shape[0], ctx.factors).scatter_(1, index, weight)
-        return for_pool, for_probability, None, None, None
-
-
-def take(pool: Tensor, choice: Choice, dtype: torch.dtype, *, scale: float = 1.0, gated: bool = False) -> Tensor:
-    """The chosen factors times `scale`, [rows, r, features] of `dtype`, from `pool` [E, features].
-
-    Args:
-        gated: the choice's probabilities get a gradient through a straight-through gate.
-    """
-    probability = choice.probability if gated else None
-    taken: Tensor = _Take.apply(pool, probability, choice.factors, scale, dtype)  # type: ignore[no-untyped-call]
-    return taken
 
 
 class _Balanced(torch.autograd.Function):

@@ -1,0 +1,84 @@
+"""Factors: taken out of a pool for every row, and the low-rank update that is made of them. Never [rows, in, out]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llava_steering_plugin.modes.routing import Choice
+
+
+class _Take(torch.autograd.Function):
+    """Takes factors out of a pool, with a straight-through gate of 1 + p - stopgrad(p) on each.
+
+    The forward value is the factor to the bit; the gate shows in the backward pass only, where p gets the gradient
+    that a factor's weight would have.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, pool: Tensor, probability: Tensor | None, index: Tensor, scale: float, dtype: torch.dtype
+    ) -> Tensor:
+        taken = pool.index_select(0, index.flatten()).view(*index.shape, -1)
+        taken = (taken if scale == 1 else taken.float() * scale).to(dtype)
+        ctx.scale, ctx.factors, ctx.dtype = scale, pool.shape[0], pool.dtype
+        ctx.save_for_backward(index, taken if probability is not None else None)
+        return taken
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        index, taken = ctx.saved_tensors
+        gradient = gradient.float()
+        for_pool = for_probability = None
+        if ctx.needs_input_grad[0]:
+            # A product with ones and zeros: CUDA leaves the order of scattered sums open, and two runs must agree.
+            places = gradient.new_zeros(index.numel(), ctx.factors).scatter_(1, index.reshape(-1, 1), ctx.scale)
+            for_pool = (places.T @ gradient.flatten(0, 1)).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            weight = (gradient * taken).sum(-1)
+            for_probability = weight.new_zeros(index.shape[0], ctx.factors).scatter_(1, index, weight)
+        return for_pool, for_probability, None, None, None
+
+
+def take(pool: Tensor, choice: Choice, dtype: torch.dtype, *, scale: float = 1.0, gated: bool = False) -> Tensor:
+    """The chosen factors times `scale`, [rows, r, features] of `dtype`, from `pool` [E, features].
+
+    Args:
+        gated: the choice's probabilities get a gradient through a straight-through gate.
+    """
+    probability = choice.probability if gated else None
+    taken: Tensor = _Take.apply(pool, probability, choice.factors, scale, dtype)  # type: ignore[no-untyped-call]
+    return taken
+
+
+class _Updated(torch.autograd.Function):
+    """The low-rank update, its backward written out: the narrow tensors lie as [rows, r, positions].
+
+    Left to autograd, half of the backward's products get a transposed narrow operand, and take three times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, hidden: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        narrow = torch.bmm(a, hidden.transpose(1, 2))
+        ctx.save_for_backward(hidden, a, b, narrow)
+        return torch.baddbmm(output, narrow.transpose(1, 2), b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, a, b, narrow = ctx.saved_tensors
+        for_narrow = torch.bmm(b, gradient.transpose(1, 2))
+        for_hidden = torch.bmm(for_narrow.transpose(1, 2), a) if ctx.needs_input_grad[1] else None
+        for_a = torch.bmm(for_narrow, hidden) if ctx.needs_input_grad[2] else None
+        for_b = torch.bmm(narrow, gradient) if ctx.needs_input_grad[3] else None
+        return gradient, for_hidden, for_a, for_b
+
+
+def updated(output: Tensor, hidden: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`output` plus (hidden a^T) b, [rows, positions, out], with factors a [rows, r, in] and b [rows, r, out]."""
+    result: Tensor = _Updated.apply(output, hidden, a, b)  # type: ignore[no-untyped-call]
+    return result

@@ -1,0 +1,307 @@
+"""What MixLoRA costs beside the frozen linear, PEFT's LoRA of equal rank, and a plain dense-delta formulation.
+
+    python scripts/bench_mixlora.py [--quick] [--json FILE] [--threads N] [--dtype bfloat16]
+
+Every layer runs in turns with the frozen linear (its input with a gradient) and with that frozen linear once more, the
+control. Weights are shared, random, of LLaVA-1.5-7B's sizes. Status 0 if
+
+- forward + backward takes at most 5 % of the frozen linear's time more than the control, at 128 and 704 positions;
+- a decode step of a block of seven linears at most 10 %;
+- peak memory of forward + backward at 704 positions is at most PEFT's, gradients included;
+- the floating-point operations are exactly what the formulas say.
+
+One position is timed as well, and not judged: there is no training on sequences of one, and routing's fixed number of
+small operations then stands against a matrix-vector product.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from bench_timing import Timing, interleave, machine, ratio_table, summarise, write_json
+from mixlora_variants import RANK, SETTINGS, Block, Layer, block, layers, trained
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+FORWARD_BACKWARD_LIMIT, DECODE_LIMIT = 0.05, 0.10
+JUDGED_POSITIONS = (128, 704)
+# The gradients of pools and routers are 2 MiB at 4096 x 4096, whatever the length: they show at 128, and are not judged.
+MEMORY_POSITIONS = (128, 704)
+DECODE_STEPS = 32
+# Seconds that the turns of one case may take, and the fewest and most turns.
+SECONDS, FEWEST, MOST = 60.0, 7, 60
+
+
+@dataclass(frozen=True)
+class Case:
+    """One linear and one batch."""
+
+    in_features: int
+    out_features: int
+    batch: int
+    positions: int
+
+    def __str__(self) -> str:
+        return f"{self.in_features} x {self.out_features}, batch {self.batch}, {self.positions} positions"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One criterion: what was measured, what it may be at most, and whether it is."""
+
+    what: str
+    measured: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.measured <= self.limit
+
+
+def one_linear(case: Case, dtype: torch.dtype, seconds: float) -> dict[str, Timing]:
+    """Forward + backward of every variant."""
+    hidden = torch.randn(case.batch, case.positions, case.in_features, dtype=dtype).requires_grad_()
+    gradient = torch.randn(case.batch, case.positions, case.out_features, dtype=dtype)
+    made = layers(case.in_features, case.out_features, dtype)
+    calls = {name: _forward_backward(layer, hidden, gradient) for name, layer in made.items()}
+    return _timings(calls, seconds)
+
+
+def _forward_backward(layer: Layer, hidden: Tensor, gradient: Tensor) -> Callable[[], None]:
+    def call() -> None:
+        layer.prefill(hidden).backward(gradient)
+        hidden.grad = None
+        for parameter in trained(layer):
+            parameter.grad = None
+
+    return call
+
+
+def _timings(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, Timing]:
+    """Times the calls in as many turns as `seconds` allow."""
+    turn = 0.0
+    for call in calls.values():
+        call()
+        start = time.perf_counter()
+        call()
+        turn += time.perf_counter() - start
+    rounds = max(FEWEST, min(MOST, int(seconds / turn)))
+    return summarise(interleave(calls, rounds=rounds, warmup=1), baseline="frozen")
+
+
+def decoding(positions: int, dtype: torch.dtype, seconds: float) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """A block of seven linears: its prefill of `positions`, and 32 decode steps after it."""
+    made: dict[str, Block] = block(dtype)
+    width = made["frozen"].width
+    prompt, token = torch.randn(1, positions, width, dtype=dtype), torch.randn(1, 1, width, dtype=dtype)
+
+    @torch.no_grad()
+    def prefill(block: Block) -> None:
+        block.prefill(prompt)
+
+    @torch.no_grad()
+    def decode(block: Block) -> None:
+        for _ in range(DECODE_STEPS):
+            block.decode(token)
+
+    for variant in made.values():
+        prefill(variant)
+    phases = (prefill, decode)
+    before, after = (
+        _timings({name: _call(phase, variant) for name, variant in made.items()}, seconds) for phase in phases
+    )
+    return before, after
+
+
+def _call(phase: Callable[[Block], None], variant: Block) -> Callable[[], None]:
+    return lambda: phase(variant)
+
+
+def adamw(seconds: float) -> dict[str, Timing]:
+    """An AdamW step of the adapters of a whole block, baseline PEFT's LoRA of equal rank."""
+    calls, sizes = {}, {}
+    for name, variant in block(torch.float32).items():
+        parameters = list(trained(variant))
+        if not parameters:
+            continue
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer = torch.optim.AdamW(parameters)
+        sizes[name] = sum(parameter.numel() for parameter in parameters)
+        calls[f"{name}: {sizes[name]:,} parameters"] = _step(optimizer)
+    baseline = next(name for name in calls if name.startswith("peft"))
+    return summarise(interleave(calls, rounds=max(FEWEST, int(seconds)), warmup=2), baseline=baseline)
+
+
+def _step(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    def step() -> None:
+        optimizer.step()
+
+    return step
+
+
+def peak_memory(case: Case, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that forward + backward of each variant takes at most, gradients included, beside weights and input."""
+    hidden = torch.randn(case.batch, case.positions, case.in_features, dtype=dtype).requires_grad_()
+    gradient = torch.randn(case.batch, case.positions, case.out_features, dtype=dtype)
+    made = layers(case.in_features, case.out_features, dtype)
+    return {name: _peak(_forward_backward(layer, hidden, gradient)) for name, layer in made.items()}
+
+
+def _peak(call: Callable[[], None]) -> int:
+    call()
+    activity = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda change: change[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def flops(case: Case, dtype: torch.dtype) -> dict[str, int]:
+    """Floating-point operations of forward + backward, as torch counts them."""
+    hidden = torch.randn(case.batch, case.positions, case.in_features, dtype=dtype).requires_grad_()
+    gradient = torch.randn(case.batch, case.positions, case.out_features, dtype=dtype)
+    counted = {}
+    for name, layer in layers(case.in_features, case.out_features, dtype).items():
+        with FlopCounterMode(display=False) as counter:
+            _forward_backward(layer, hidden, gradient)()
+        counted[name] = int(counter.get_total_flops())
+    return counted
+
+
+def expected_flops(case: Case) -> int:
+    """What MixLoRA adds to the frozen linear's forward + backward, by formula; torch counts matrix products only.
+
+    n rows of p positions. Forward: the pooled mean 2 n p in, two routers 2 n in E each, the conditional one
+    2 n r in E, the two narrow products 2 n p r (in + out). Backward: every router's weights as their forward, the
+    narrow products twice theirs, and the pools' gradients 2 n r E (in + out).
+    """
+    rows, positions, wide, out = case.batch, case.positions, case.in_features, case.out_features
+    factors, rank = SETTINGS.factors, RANK
+    routers = 2 * (2 * rows * wide * factors) + 2 * rows * rank * wide * factors
+    narrow = 2 * rows * positions * rank * (wide + out)
+    pools = 2 * rows * rank * factors * (wide + out)
+    return 2 * rows * positions * wide + 2 * routers + 3 * narrow + pools
+
+
+def excess(timings: dict[str, Timing], name: str = "mixlora") -> float:
+    """How much longer than the control a variant takes, as a fraction of the frozen layer."""
+    return timings[name].ratio - timings["control"].ratio
+
+
+@contextmanager
+def threads_set(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    yield
+    torch.set_num_threads(before)
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="One size, batch 1, short sequences, few turns.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch; default: as many as it likes.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of hidden states and frozen weights: float32 or bfloat16.")] = "float32",
+) -> None:
+    """Times MixLoRA, and judges it by the criteria above."""
+    torch.manual_seed(0)
+    console, kind, seconds = Console(), getattr(torch, dtype), 15.0 if quick else SECONDS
+    outs, batches, lengths = ((4096,), (1,), (1, 128)) if quick else ((4096, 11008), (1, 4), (1, 128, 704))
+    cases = [Case(4096, out, batch, length) for out in outs for batch in batches for length in lengths]
+    verdicts, results = [], []
+    with threads_set(threads):
+        about = {**machine(), "dtype": dtype, "quick": quick, "settings": SETTINGS.settings()}
+        console.print(about)
+        for case in cases:
+            timings = one_linear(case, kind, seconds)
+            console.print(ratio_table(f"forward + backward, {case}", timings))
+            result: dict[str, Any] = {"case": case.__dict__, "times": timings, "excess": excess(timings)}
+            if case.positions in JUDGED_POSITIONS:
+                verdicts.append(Verdict(f"time, {case}", excess(timings), FORWARD_BACKWARD_LIMIT))
+            counted, formula = flops(case, kind), expected_flops(case)
+            off = abs(counted["mixlora"] - counted["frozen"] - formula)
+            verdicts.append(Verdict(f"FLOPs off the formula, {case}", off, 0))
+            results.append({**result, "flops": counted, "formula": formula})
+        peaks = {}
+        for case in (
+            Case(4096, out, batch, length) for out in outs for batch in batches for length in MEMORY_POSITIONS
+        ):
+            peaks[str(case)] = peak = peak_memory(case, kind)
+            if case.positions == MEMORY_POSITIONS[-1]:
+                verdicts.append(Verdict(f"peak memory beside PEFT's, {case}", peak["mixlora"] / peak["peft"], 1.0))
+        prefill, decode = decoding(lengths[-1], kind, seconds)
+        console.print(ratio_table(f"block of seven linears, prefill of {lengths[-1]}", prefill))
+        console.print(ratio_table(f"block of seven linears, {DECODE_STEPS} decode steps", decode))
+        verdicts.append(Verdict("decode step of a block", excess(decode), DECODE_LIMIT))
+        step = adamw(seconds)
+        console.print(ratio_table("AdamW step, a block's adapters", step))
+    console.print(_table("GFLOP of forward + backward", {_name(r): _scaled(r["flops"], 1e9) for r in results}))
+    console.print(
+        _table("peak MiB of forward + backward", {case: _scaled(peak, 2**20) for case, peak in peaks.items()})
+    )
+    console.print(_table_of_verdicts(verdicts))
+    passed = all(verdict.passed for verdict in verdicts)
+    console.print("passed" if passed else "FAILED")
+    if json_file is not None:
+        rest = {
+            "prefill": prefill,
+            "decode": decode,
+            "adamw": step,
+            "peak bytes": peaks,
+            "verdicts": verdicts,
+            "passed": passed,
+        }
+        write_json(json_file, {"machine": about, "layers": results, **rest})
+    raise typer.Exit(0 if passed else 1)
+
+
+def _name(result: dict[str, Any]) -> str:
+    return str(Case(**result["case"]))
+
+
+def _scaled(counts: dict[str, int], unit: float) -> dict[str, float]:
+    return {name: count / unit for name, count in counts.items()}
+
+
+def _table(title: str, rows: dict[str, dict[str, float]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    names = list(next(iter(rows.values())))
+    for heading in ("case", *names):
+        table.add_column(heading, justify="left" if heading == "case" else "right")
+    for case, values in rows.items():
+        table.add_row(case, *(f"{values[name]:.3f}" for name in names))
+    return table
+
+
+def _table_of_verdicts(verdicts: list[Verdict]) -> Table:
+    table = Table(title="criteria", title_justify="left")
+    for heading in ("what", "measured", "at most", ""):
+        table.add_column(heading)
+    for verdict in verdicts:
+        result = "passed" if verdict.passed else "FAILED"
+        table.add_row(verdict.what, f"{verdict.measured:.4g}", f"{verdict.limit:g}", result)
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
