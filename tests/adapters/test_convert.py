@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,23 +13,24 @@ import torch
 from released_checkpoints import (
     GOLDEN,
     METHODS,
+    RANK,
     edit_json,
     golden,
     golden_base,
     inner,
     layer_file,
+    mixlora_over,
     refusal,
     said,
     same_adapter,
 )
 from safetensors.torch import load_file, save_file
+from tiny_llava import TinyLlava
 from transformers import LlamaForCausalLM
-from typer.testing import CliRunner
 
 from llava_steering_plugin import load_adapter, remove, token_map
 from llava_steering_plugin.adapters import files
 from llava_steering_plugin.adapters.convert import Conversion, convert
-from llava_steering_plugin.cli import app
 from llava_steering_plugin.errors import AdapterError
 
 # The authors' numbers
@@ -88,6 +91,31 @@ def test_what_is_lost_is_said(converted: dict[str, Conversion]) -> None:
         assert entry in mores
     assert "attribute_dim: 32" in said(converted["mixlora"])
     assert all("conversation template" in said(done) for done in converted.values())
+
+
+def test_independent_selection_gives_what_a_slow_sum_over_the_chosen_factors_gives(
+    tiny: TinyLlava, tmp_path: Path
+) -> None:
+    mixlora_over(tiny.llm, tmp_path / "whole", {})
+    held = torch.load(tmp_path / "whole" / "pytorch_model.bin", weights_only=True)
+    done = convert(tmp_path / "whole", tmp_path / "adapter")
+    assert done.config.settings["conditional"] is False and done.config.settings["ifs_weight"] == 1
+    model = LlamaForCausalLM.from_pretrained(tiny.llm, torch_dtype=torch.float32).eval()
+    load_adapter(model, done.folder)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    linear = model.get_submodule("model.layers.1.mlp.up_proj")
+    linear.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    with torch.no_grad(), token_map(torch.zeros(3, 11, dtype=torch.bool)):
+        model(input_ids=torch.randint(3, 300, (3, 11)))
+    (hidden, output), name = seen[0], "base_model.model.model.layers.1.mlp.up_proj."
+    expected = hidden @ held[name + "weight"].float().T
+    for row in range(3):
+        routers = (held[f"{name}cmoa_selector.lora{side}_selector.weight"] for side in "AB")
+        scores_a, scores_b = (router @ hidden[row].mean(0) for router in routers)
+        for a, b in zip(scores_a.topk(RANK).indices, scores_b.topk(RANK).indices, strict=True):
+            narrow = hidden[row] @ held[f"{name}lora_A.default.{a}"].T
+            expected[row] += 8 / RANK * narrow @ held[f"{name}lora_B.default.{b}"]
+    torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-5)
 
 
 # Where things lie
@@ -217,22 +245,19 @@ def test_force_replaces_an_adapter_and_an_empty_folder_needs_none(
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-# The command
-
-
-def test_the_command_shows_what_it_made_and_what_it_lost(tmp_path: Path) -> None:
-    command = ["convert", str(golden("mores")), str(tmp_path / "done"), "--base", golden_base("mores")]
-    done = CliRunner().invoke(app, [*command, "--conversation", "vicuna_v1"])
-    assert done.exit_code == 0, done.output
-    for text in (
-        "mores, 774 parameters",
-        "tokens f4+l5",
-        "3 layers of width 64",
-        "Not carried over",
-        "text-only samples",
-    ):
-        assert text in done.output
-    assert "conversation template" not in done.output
-    assert files.read(tmp_path / "done").config.conversation == "vicuna_v1"
-    again = CliRunner().invoke(app, command)
-    assert isinstance(again.exception, AdapterError) and "--force" in str(again.exception)
+@pytest.mark.parametrize("force", [False, True])
+def test_a_full_disk_leaves_what_was_there_and_nothing_half_written(
+    converted: dict[str, Conversion], tmp_path: Path, force: bool
+) -> None:
+    target = tmp_path / "target"
+    if force:
+        shutil.copytree(converted["mores"].folder, target)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(AdapterError, match="could not be written"):
+            convert(golden("mixlora"), target, golden_base("mixlora"), force=force)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == (["target"] if force else [])
+    assert not force or same_adapter(target, converted["mores"].folder)
