@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_llava import IMAGE_SIDE
+from tiny_llava import IMAGE_SIDE, VISUAL_TOKENS
 from torch import Tensor
 
 from llava_steering_plugin.adapters.attach import Attachment
@@ -16,6 +16,7 @@ from llava_steering_plugin.modes.mores import Steering
 
 IMAGE = -200  # upstream's IMAGE_TOKEN_INDEX, the placeholder of an image among the token ids
 IGNORED = -100
+NEW = 6  # tokens that `generate` makes
 
 
 def load_llava(folder: Path, **overrides: Any) -> Any:
@@ -50,8 +51,39 @@ def words(count: int, seed: int = 0) -> list[int]:
     return torch.randint(260, 600, (count,), generator=generator).tolist()
 
 
+def mask_of(*rows: tuple[int, int, int]) -> Tensor:
+    """bool [rows, positions]; each row is given as (positions before, visual positions, positions after)."""
+    return torch.stack(
+        [torch.tensor([0] * before + [1] * visual + [0] * after).bool() for before, visual, after in rows]
+    )
+
+
+def generate(model: Any, ids: Tensor, images: Tensor | None, **options: Any) -> list[list[int]]:
+    """Exactly `NEW` tokens, from the same seed."""
+    torch.manual_seed(0)
+    length = {"max_new_tokens": NEW, "min_new_tokens": NEW}
+    with torch.inference_mode():
+        return model.generate(ids, images=images, use_cache=True, **(length | options)).tolist()
+
+
+def logits_of(model: Any, ids: Tensor, images: Tensor | None, **rest: Any) -> Tensor:
+    with torch.inference_mode():
+        return model(input_ids=ids, images=images, **rest).logits
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files in `folder` by name."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 def ids_of(*rows: Sequence[int]) -> Tensor:
     return torch.tensor(rows)
+
+
+# A prompt with its picture after 3 pieces and 4 pieces behind it; and text of the same length once that is spliced in.
+BEFORE, AFTER = 3, 4
+PROMPT = [1, *words(BEFORE - 1), IMAGE, *words(AFTER, seed=1)]
+TEXT = [1, *words(BEFORE + VISUAL_TOKENS + AFTER - 1, seed=2)]
 
 
 class ByHand:

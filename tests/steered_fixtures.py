@@ -13,7 +13,7 @@ import pytest
 from steered import load_llava, strengthen
 from tiny_llava import TinyLlava
 
-from llava_steering_plugin import attach, remove
+from llava_steering_plugin import attach, remove, save_adapter
 from llava_steering_plugin.adapters.attach import Attachment, attachment_of
 from llava_steering_plugin.modes.mores import MoReS
 
@@ -50,3 +50,12 @@ def steered(model: Any) -> Callable[..., Attachment]:
         return strengthen(attach(model, MoReS(**({"rank": 2, "tokens": "all"} | settings))), size=size)
 
     return put
+
+
+@pytest.fixture
+def saved(model: Any, steered: Callable[..., Attachment], tmp_path: Path) -> Path:
+    """The folder of a strong MoReS; `model` is left without it."""
+    steered()
+    save_adapter(model, tmp_path / "pets")
+    remove(model)
+    return tmp_path / "pets"

@@ -1,20 +1,16 @@
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-import os
-import resource
 import stat
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from steered import IMAGE, ids_of, load_llava, pictures, strengthen, words
+from steered import IMAGE, PROMPT, contents, ids_of, load_llava, logits_of, pictures, strengthen, words
 from tiny_llava import HIDDEN, LAYERS, TinyLlava
 from torch import Tensor
 
@@ -29,16 +25,10 @@ from llava_steering_plugin.modes.mores import MoReS
 pytest_plugins = ["steered_fixtures"]
 
 Steered = Callable[..., Attachment]
-PROMPT = ids_of([1, *words(2), IMAGE, *words(4, seed=1)])
 
 
-def logits_of(model: Any) -> Tensor:
-    with torch.inference_mode():
-        return model(input_ids=PROMPT, images=pictures(1)).logits
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+def answer(model: Any) -> Tensor:
+    return logits_of(model, ids_of(PROMPT), pictures(1))
 
 
 def state(model: Any) -> dict[str, Tensor]:
@@ -49,15 +39,6 @@ def assert_same_state(model: Any, before: dict[str, Tensor]) -> None:
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-
-
-@pytest.fixture
-def saved(model: Any, steered: Steered, tmp_path: Path) -> Path:
-    """The folder of a strong MoReS; `model` is left without it."""
-    steered()
-    save_adapter(model, tmp_path / "pets")
-    remove(model)
-    return tmp_path / "pets"
 
 
 # There and back
@@ -71,14 +52,14 @@ def test_an_adapter_comes_back_to_the_bit(
 ) -> None:
     attachment = steered(**settings)
     tensors = {name: value.detach().clone() for name, value in attachment.parameters().items()}
-    steers, mode = logits_of(model), attachment.mode
+    steers, mode = answer(model), attachment.mode
     save_adapter(model, tmp_path)
     remove(model)
     again = load_adapter(model, tmp_path)
     assert again.mode == mode
     assert {name: value.dtype for name, value in again.parameters().items()} == dict.fromkeys(tensors, torch.float32)
     assert all(torch.equal(value, tensors[name]) for name, value in again.parameters().items())
-    assert torch.equal(logits_of(model), steers)
+    assert torch.equal(answer(model), steers)
     first, stored = contents(tmp_path), files.read(tmp_path)
     save_adapter(model, tmp_path)
     second, again_stored = contents(tmp_path), files.read(tmp_path)
@@ -96,11 +77,11 @@ def test_upstreams_loader_gives_the_same_model(model: Any, tiny: TinyLlava, save
 
     name = get_model_name_from_path(str(saved))
     _, loaded, _, _ = load_pretrained_model(str(saved), str(tiny.llava), name, device="cpu")
-    frozen = logits_of(model)
+    frozen = answer(model)
     load_adapter(model, saved)
-    expected = logits_of(model)
+    expected = answer(model)
     # Upstream loads in half precision.
-    torch.testing.assert_close(logits_of(loaded.float()), expected, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(answer(loaded.float()), expected, atol=0.02, rtol=0.02)
     assert (frozen - expected).abs().max() > 0.2
 
 
@@ -109,12 +90,12 @@ def test_removing_gives_the_model_back_to_the_bit(model: Any, frozen: Any, steer
     hooks = count_hooks(model)
     attachment = steered()
     assert model.state_dict().keys() != before.keys()
-    assert not torch.equal(logits_of(model), logits_of(frozen))
+    assert not torch.equal(answer(model), answer(frozen))
     attachment.remove()
     assert_same_state(model, before)
     assert set(model.__dict__) == names
     assert count_hooks(model) == hooks
-    assert torch.equal(logits_of(model), logits_of(frozen))
+    assert torch.equal(answer(model), answer(frozen))
     with pytest.raises(SteeringError, match="carries no adapter"):
         remove(model)
 
@@ -125,13 +106,13 @@ def count_hooks(model: torch.nn.Module) -> int:
 
 def test_a_second_adapter_and_a_copy_are_refused(model: Any, steered: Steered, saved: Path) -> None:
     steered()
-    steers = logits_of(model)
+    steers = answer(model)
     for second in (lambda: attach(model, "mores"), lambda: load_adapter(model, saved)):
         with pytest.raises(SteeringError, match="carries an adapter already"):
             second()
     with pytest.raises(SteeringError, match="cannot be copied"):
         copy.deepcopy(model)
-    assert torch.equal(logits_of(model), steers)
+    assert torch.equal(answer(model), steers)
     remove(model)
     copy.deepcopy(model)
 
@@ -148,7 +129,7 @@ def test_a_methods_wrapper_put_over_ours_survives_removal(model: Any, frozen: An
     model.forward = wrapper
     attachment.remove()
     assert model.forward is wrapper
-    assert torch.equal(logits_of(model), logits_of(frozen))
+    assert torch.equal(answer(model), answer(frozen))
     assert calls
     del model.forward
 
@@ -231,7 +212,7 @@ def test_a_trained_projector_travels_with_the_adapter(model: Any, frozen: Any, t
     before = {name: model.get_parameter(name).clone() for name in projector}
     loaded = load_adapter(model, tmp_path)
     assert loaded.extras == projector
-    assert torch.equal(logits_of(model), logits_of(own))
+    assert torch.equal(answer(model), answer(own))
     with torch.no_grad():
         for name, value in before.items():
             model.get_parameter(name).copy_(value)  # documented: remove() leaves what came with the adapter
@@ -306,100 +287,3 @@ def test_a_tokenizer_with_other_tokens_under_these_ids_is_refused_and_left_alone
     assert str(error.value).count("trained as") == 3
     assert len(tokenizer) == 701
     assert_same_state(model, before)
-
-
-# Disks that fail
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: the real thing, by the kernel."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize("size", [0, 500, 5000])
-def test_a_save_that_runs_out_of_space_leaves_the_previous_adapter(
-    model: Any, saved: Path, steered: Steered, size: int
-) -> None:
-    before = contents(saved)
-    steered(rank=4)
-    with pytest.raises(AdapterError, match=r"could not be written to .*pets.*unharmed") as error, largest_file(size):
-        save_adapter(model, saved)
-    assert len(str(error.value).splitlines()) == 1
-    assert contents(saved) == before
-    remove(model)
-    load_adapter(model, saved)
-
-
-def mount(*arguments: str) -> None:
-    done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"may not mount: {done.stderr.strip()}")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount("-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk))
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_full_disk_leaves_the_previous_adapter(model: Any, steered: Steered, small_disk: Path) -> None:
-    attachment = steered()
-    save_adapter(model, small_disk / "pets")
-    before = contents(small_disk / "pets")
-    attachment.remove()
-    steered(rank=16)
-    with pytest.raises(AdapterError, match="could not be written"):
-        save_adapter(model, small_disk / "pets")
-    assert contents(small_disk / "pets") == before
-    with pytest.raises(AdapterError, match="could not be written"):
-        save_adapter(model, small_disk / "new")
-    assert not list((small_disk / "new").iterdir())
-
-
-def test_a_read_only_disk_is_one_clear_error(model: Any, steered: Steered, small_disk: Path) -> None:
-    attachment = steered()
-    save_adapter(model, small_disk / "pets")
-    before = contents(small_disk / "pets")
-    mount("-o", "remount,ro", str(small_disk))
-    strengthen(attachment, seed=1)
-    for folder in (small_disk / "pets", small_disk / "new"):
-        with pytest.raises(AdapterError, match="Read-only file system"):
-            save_adapter(model, folder)
-    assert contents(small_disk / "pets") == before
-
-
-def test_a_target_that_cannot_be_a_folder_is_one_clear_error(model: Any, steered: Steered, tmp_path: Path) -> None:
-    steered()
-    (tmp_path / "file").write_text("mine")
-    for target in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/self/adapter")):
-        with pytest.raises(AdapterError, match="could not be written to"):
-            save_adapter(model, target)
-    assert (tmp_path / "file").read_text() == "mine"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-def test_a_file_that_cannot_be_replaced_leaves_the_previous_weights(model: Any, saved: Path, steered: Steered) -> None:
-    (saved / files.CARD).unlink()
-    (saved / files.CARD).mkdir()
-    weights = (saved / files.WEIGHTS).read_bytes()
-    steered(rank=4)
-    with pytest.raises(AdapterError, match="could not be written"):
-        save_adapter(model, saved)
-    assert (saved / files.WEIGHTS).read_bytes() == weights
-    assert not list(saved.glob(".*")), "no partial files"
-
-
-def test_saving_a_model_without_an_adapter_says_so(model: Any, tmp_path: Path) -> None:
-    with pytest.raises(SteeringError, match="carries no adapter; attach"):
-        save_adapter(model, tmp_path / "nothing")
-    assert not (tmp_path / "nothing").exists()

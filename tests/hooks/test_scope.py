@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from steered import IMAGE, ByHand, ids_of, pictures, strengthen, words
+from steered import (
+    AFTER,
+    BEFORE,
+    IMAGE,
+    NEW,
+    PROMPT,
+    TEXT,
+    ByHand,
+    generate,
+    ids_of,
+    logits_of,
+    mask_of,
+    pictures,
+    strengthen,
+    words,
+)
 from tiny_llava import VISUAL_TOKENS
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
@@ -25,12 +39,6 @@ pytest_plugins = ["steered_fixtures"]
 
 Steered = Callable[..., Attachment]
 
-NEW = 6  # tokens generated in each test
-# A prompt with its picture after 3 pieces, and 4 pieces behind it.
-BEFORE, AFTER = 3, 4
-PROMPT = [1, *words(BEFORE - 1), IMAGE, *words(AFTER, seed=1)]
-TEXT = [1, *words(BEFORE + VISUAL_TOKENS + AFTER - 1, seed=2)]  # as long as PROMPT once its picture is spliced in
-
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "temperature": 1.5, "top_p": 0.95},
@@ -40,26 +48,6 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "beam sampling": {"do_sample": True, "num_beams": 2, "num_return_sequences": 2},
     "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
 }
-
-
-def mask_of(*rows: tuple[int, int, int]) -> Tensor:
-    """bool [rows, positions]; each row is (before, visual, after)."""
-    masks = [
-        torch.tensor([0] * before + [1] * visual + [0] * after, dtype=torch.bool) for before, visual, after in rows
-    ]
-    return torch.stack(masks)
-
-
-def generate(model: Any, ids: Tensor, images: Tensor | None, **options: Any) -> list[list[int]]:
-    torch.manual_seed(0)
-    length = {"max_new_tokens": NEW, "min_new_tokens": NEW}
-    with torch.inference_mode():
-        return model.generate(ids, images=images, use_cache=True, **(length | options)).tolist()
-
-
-def logits_of(model: Any, ids: Tensor, images: Tensor | None, **rest: Any) -> Tensor:
-    with torch.inference_mode():
-        return model(input_ids=ids, images=images, **rest).logits
 
 
 # Every way of decoding
@@ -308,263 +296,3 @@ def test_two_models_do_not_see_each_others_images(model: Any, frozen: Any, steer
     expected = generate(model, ids_of(PROMPT), pictures(1))
     assert generate(model, ids_of(PROMPT), pictures(1), stopping_criteria=StoppingCriteriaList([Asks()])) == expected
     attachment.remove()
-
-
-# Models that are no LLaVA
-
-
-def small_llama(**settings: Any) -> LlamaForCausalLM:
-    torch.manual_seed(5)
-    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
-    return LlamaForCausalLM(
-        LlamaConfig(**(sizes | {"num_attention_heads": 4, "initializer_range": 0.3} | settings))
-    ).eval()
-
-
-def test_a_token_map_steers_a_model_that_is_no_llava_also_through_generate() -> None:
-    model = small_llama()
-    plain = copy.deepcopy(model)
-    attachment = strengthen(attach(model, MoReS(tokens="all")), size=1.0)
-    embeds = torch.randn(2, 9, 32)
-    visual = mask_of((2, 5, 2), (4, 3, 2))
-    attention = torch.ones(2, 9).long()
-    attention[1, :2] = 0
-    options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "attention_mask": attention, "num_beams": 2}
-    with ByHand(attachment).steering(plain, visual), torch.inference_mode():
-        expected = plain(inputs_embeds=embeds, attention_mask=attention).logits
-        beams = plain.generate(inputs_embeds=embeds, **options)
-    with token_map(visual, attention), torch.inference_mode():
-        logits = model(inputs_embeds=embeds, attention_mask=attention).logits
-        assert torch.equal(model.generate(inputs_embeds=embeds, **options), beams)
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-    assert not torch.equal(plain.generate(inputs_embeds=embeds, **options), beams)
-
-
-def test_a_model_that_is_no_llava_is_refused_without_a_map() -> None:
-    model = small_llama()
-    attach(model, "mores")
-    for call in (
-        lambda: model(input_ids=ids_of([1, 2, 3])),
-        lambda: model(inputs_embeds=torch.randn(1, 3, 32)),
-        lambda: model.generate(ids_of([1, 2, 3]), max_new_tokens=2),
-    ):
-        with pytest.raises(TokenMapError, match="token_map"):
-            call()
-    with pytest.raises(TokenMapError, match="called on its own"):
-        model.model(input_ids=ids_of([1, 2, 3]))
-    assert current() is None
-
-
-# Maps that do not fit
-
-
-def test_ready_made_embeddings_without_a_map_are_refused_with_what_to_do(model: Any, steered: Steered) -> None:
-    steered()
-    with pytest.raises(TokenMapError, match="Pass input_ids and images, or wrap the call"):
-        model(inputs_embeds=torch.randn(1, 5, model.config.hidden_size))
-
-
-@pytest.mark.parametrize("shape", [(1, 8), (2, 7), (4, 8)])
-def test_a_map_of_another_shape_is_an_error_and_never_a_silent_skip(
-    model: Any, steered: Steered, shape: tuple[int, int]
-) -> None:
-    steered()
-    visual = torch.zeros(shape, dtype=torch.bool)
-    with token_map(visual), pytest.raises(TokenMapError, match=r"describes \[\d, \d\] .* are \[2, 8\]"):
-        model(inputs_embeds=torch.randn(2, 8, model.config.hidden_size))
-
-
-def test_generated_rows_that_are_no_multiple_of_the_maps_are_refused() -> None:
-    model = small_llama()
-    attach(model, "mores")
-    with token_map(torch.zeros(2, 4, dtype=torch.bool)), pytest.raises(TokenMapError, match="no multiple"):
-        model.generate(inputs_embeds=torch.randn(3, 4, 32), max_new_tokens=2)
-
-
-def test_a_prefill_in_chunks_is_refused(model: Any, steered: Steered) -> None:
-    steered()
-    cache = model(input_ids=ids_of(PROMPT), images=pictures(1), use_cache=True).past_key_values
-    with pytest.raises(TokenMapError, match="chunked prefills"):
-        model(input_ids=ids_of(words(3)), past_key_values=cache, attention_mask=torch.ones(1, len(TEXT) + 3))
-
-
-@pytest.mark.parametrize(
-    ("masks", "message"),
-    [
-        ({"visual": torch.zeros(3)}, "one shape"),
-        ({"visual": torch.zeros(1, 3), "attention": torch.ones(1, 4)}, "one shape"),
-        ({"visual": torch.zeros(1, 3), "prompt": torch.ones(2, 3)}, "one shape|broadcast"),
-        ({"visual": torch.ones(1, 3), "attention": torch.tensor([[1, 1, 0]])}, "padding"),
-    ],
-)
-def test_bad_masks_are_refused_before_any_model_is_called(masks: dict[str, Tensor], message: str) -> None:
-    with pytest.raises(TokenMapError, match=message), token_map(**masks):
-        pass
-
-
-# Gradients
-
-
-def train_setup(model: Any, checkpointing: str) -> None:
-    model.train()
-    model.requires_grad_(False)
-    for parameter in model.llava_steering.parameters().values():
-        parameter.requires_grad_(True)
-    if checkpointing != "off":
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
-        model.enable_input_require_grads()
-
-
-def train_teardown(model: Any) -> None:
-    if model.is_gradient_checkpointing:
-        model.gradient_checkpointing_disable()
-        model.disable_input_require_grads()
-
-
-def batch_of(seed: int, *, text_only: bool = False) -> dict[str, Any]:
-    """Two rows of different lengths, the image of each elsewhere; the second has none for odd seeds."""
-    rows = [
-        [1, *words(2, seed), IMAGE, *words(5, seed + 1)],
-        [1, *words(6, seed + 2)] if seed % 2 else [1, IMAGE, *words(4, seed + 2), 300],
-    ]
-    if text_only:
-        rows = [[1, *words(8, seed)], [1, *words(6, seed + 2)]]
-    length = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-    labels = ids.masked_fill((ids == 0) | (ids == IMAGE), -100)
-    labels[:, :3] = -100
-    images = None if text_only else pictures(2, seed)
-    return {"input_ids": ids, "attention_mask": ids != 0, "labels": labels, "images": images}
-
-
-def one_step(model: Any) -> None:
-    model(**batch_of(0)).loss.backward()
-
-
-def two_forwards_then_two_backwards(model: Any) -> None:
-    losses = [model(**batch_of(seed)).loss for seed in (1, 2)]
-    for loss in losses:
-        loss.backward()
-
-
-def accumulation(model: Any) -> None:
-    for seed in (0, 1, 2):
-        (model(**batch_of(seed)).loss / 3).backward()
-
-
-def generation_between_forward_and_backward(model: Any) -> None:
-    loss = model(**batch_of(0)).loss
-    model.eval()
-    generate(model, ids_of(PROMPT), pictures(1))
-    model.train()
-    loss.backward()
-
-
-def text_between_forward_and_backward(model: Any) -> None:
-    losses = [model(**batch_of(0)).loss, model(**batch_of(0, text_only=True)).loss]
-    for loss in losses:
-        loss.backward()
-
-
-def backward_in_another_thread(model: Any) -> None:
-    loss = model(**batch_of(0)).loss
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(loss.backward).result()
-
-
-def disabled_then_enabled(model: Any) -> None:
-    with disabled(model):
-        off = model(**batch_of(0)).loss
-    on = model(**batch_of(1)).loss
-    (on + off).backward()
-
-
-RUNS = (
-    one_step,
-    two_forwards_then_two_backwards,
-    accumulation,
-    generation_between_forward_and_backward,
-    text_between_forward_and_backward,
-    backward_in_another_thread,
-    disabled_then_enabled,
-)
-
-
-def gradients(model: Any, run: Callable[[Any], None], checkpointing: str) -> dict[str, Tensor]:
-    train_setup(model, checkpointing)
-    try:
-        run(model)
-        parameters = model.llava_steering.parameters()
-        assert all(parameter.grad is not None for parameter in parameters.values())
-        found = {name: parameter.grad.clone() for name, parameter in parameters.items()}
-        model.zero_grad(set_to_none=True)
-        return found
-    finally:
-        train_teardown(model)
-
-
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
-@pytest.mark.parametrize("checkpointing", ["reentrant", "not reentrant"])
-def test_gradient_checkpointing_gives_the_gradients_of_the_plain_run(
-    model: Any, steered: Steered, run: Callable[[Any], None], checkpointing: str
-) -> None:
-    steered(tokens="f4+l5", modality="vis+text")
-    plain = gradients(model, run, "off")
-    again = gradients(model, run, checkpointing)
-    assert plain.keys() == again.keys()
-    for name, gradient in plain.items():
-        assert gradient.abs().max() > 1e-6 or ".3.vis" in name or name.startswith("layers.3"), name
-        torch.testing.assert_close(again[name], gradient, atol=1e-6, rtol=1e-6, msg=name)
-
-
-def test_the_plain_runs_gradients_are_those_of_the_formula(model: Any, frozen: Any, steered: Steered) -> None:
-    attachment = steered(modality="vis")
-    weights = attachment.parameters()["layers.0.vis.steer_shift"]
-    plain = gradients(model, one_step, "off")["layers.0.vis.steer_shift"]
-    # Central differences along the gradient itself.
-    direction = plain / plain.norm()
-    losses = []
-    with torch.no_grad():
-        for step in (1e-2, -1e-2):
-            weights.add_(direction, alpha=step)
-            losses.append(float(model(**batch_of(0)).loss))
-            weights.sub_(direction, alpha=step)
-    assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(float(plain.norm()), rel=0.05)
-
-
-@pytest.mark.parametrize("checkpointing", ["off", "reentrant", "not reentrant"])
-@pytest.mark.parametrize("modality", ["vis", "text", "vis+text"])
-def test_text_only_batch_is_untouched_and_still_gives_every_parameter_a_gradient(
-    model: Any, frozen: Any, steered: Steered, checkpointing: str, modality: str
-) -> None:
-    attachment = steered(modality=modality)
-    batch = batch_of(0, text_only=True)
-    with torch.no_grad():
-        expected = frozen(**batch)
-    train_setup(model, checkpointing)
-    try:
-        output = model(**batch)
-        assert torch.equal(output.logits, expected.logits)
-        output.loss.backward()
-    finally:
-        train_teardown(model)
-    for name, parameter in attachment.parameters().items():
-        assert parameter.grad is not None, name
-        assert not parameter.grad.any(), name
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_models_train_and_leave_text_bit_identical(frozen: Any, dtype: torch.dtype) -> None:
-    model = copy.deepcopy(frozen).to(dtype)
-    plain = copy.deepcopy(model)
-    attachment = strengthen(attach(model, MoReS(rank=4, tokens="all")))
-    assert {parameter.dtype for parameter in attachment.parameters().values()} == {torch.float32}
-    train_setup(model, "reentrant")
-    batch = batch_of(1) | {"images": pictures(2).to(dtype)}
-    output = model(**batch)
-    output.loss.backward()
-    assert torch.isfinite(output.loss)
-    with torch.no_grad():
-        assert torch.equal(output.logits[1], plain(**batch).logits[1])
-    for name, parameter in attachment.parameters().items():
-        assert torch.isfinite(parameter.grad).all(), name
