@@ -1,4 +1,4 @@
-"""A model whose calls open and close scopes: what an attached adapter and a pool of adapters have in common."""
+"""A model whose calls open and close scopes, and that can be given back as it was."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.hooks import layers
-from llava_steering_plugin.hooks.scope import Scope, current, entered, opened
+from llava_steering_plugin.hooks.scope import current, entered, opened
 from llava_steering_plugin.hooks.tokens import spliced
 from llava_steering_plugin.modes.base import LOSS_GRADIENT
 
@@ -66,10 +66,6 @@ class ScopedModel:
                     self.model.__dict__[name] = before
         del self.model.__dict__[ATTRIBUTE]
 
-    def scope_for(self, kwargs: dict[str, Any], generating: bool) -> Scope:
-        """A new scope for a call with these keyword arguments; those that are only ours are taken out of them."""
-        return opened(self, generating=generating)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> ScopedModel:
         raise SteeringError(
             "a model with an adapter cannot be copied: the copy would share its scope. Call remove(model), copy, and "
@@ -94,13 +90,13 @@ class ScopedModel:
         scope = current()
         if scope is not None and scope.owner is self and scope.generating:
             return original(*args, **kwargs)
-        with entered(self.scope_for(kwargs, generating=False)) as scope:
+        with entered(opened(self)) as scope:
             result = original(*args, **kwargs)
         _note_loss_gradient(result, scope.kept)
         return result
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with entered(self.scope_for(kwargs, generating=True)):
+        with entered(opened(self, generating=True)):
             return original(*args, **kwargs)
 
     def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
