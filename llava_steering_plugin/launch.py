@@ -17,6 +17,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -90,6 +91,10 @@ def run(request: Request) -> None:
         from .cpu import redirect_cuda_to_cpu  # first of all: it also decides what torch sees
 
         redirect_cuda_to_cpu()
+        if "--deepspeed" in request.arguments and "RANK" in os.environ:
+            from .zero import start_on_cpu
+
+            start_on_cpu()
     source = _find_source(request.module)
     sys.argv[0] = str(source)
     program = main_block(source)

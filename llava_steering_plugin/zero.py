@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from llava_steering_plugin.errors import SteeringError
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -27,3 +33,76 @@ def gathered(parameters: Iterable[nn.Parameter], *, modify: bool = False) -> Ite
 
     with zero.GatheredParameters(partitioned, modifier_rank=0 if modify else None):
         yield
+
+
+def whole(parameter: nn.Parameter, keep: bool = True) -> Tensor:
+    """A copy of the parameter on the processor; empty on the ranks that do not `keep` it. All ranks must call it.
+
+    Raises:
+        SteeringError: other ranks did not take part, so that only a shard is here.
+    """
+    with gathered([parameter]):
+        if not keep:
+            return torch.empty(0)
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if parameter.shape != shape:
+            raise SteeringError(
+                f"a parameter of shape {list(shape)} is here as {list(parameter.shape)}, so it cannot be saved. Have "
+                "every rank save, not the first alone."
+            )
+        return parameter.detach().cpu().clone()
+
+
+def start_on_cpu() -> None:
+    """Lets this process, one that a launcher started, train with DeepSpeed on the processor (`launch --cpu`).
+
+    Call it before transformers reads `--deepspeed`: accelerate would start NCCL and take a CUDA device.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+
+
+def before_initialize(config: dict[str, Any], dtype: torch.dtype, model: nn.Module, hidden_size: int) -> None:
+    """Mends what keeps current DeepSpeed from ZeRO-3 with transformers 4.37.
+
+    Args:
+        config: DeepSpeed's, as transformers has read it; it is what `deepspeed.initialize` will get.
+        dtype: what the engine computes in.
+        model: with everything that is trained, before `deepspeed.initialize`.
+        hidden_size: width of the model.
+    """
+    settings = config.get("zero_optimization", {})
+    if settings.get("stage") != 3:
+        return
+    if settings.get("stage3_prefetch_bucket_size") == "auto":
+        # transformers would fill in 0.9 times the square as a float, which DeepSpeed >= 0.16 refuses.
+        settings["stage3_prefetch_bucket_size"] = int(0.9 * hidden_size * hidden_size)
+    for parameter in model.parameters():
+        if is_partitioned(parameter):
+            # Upstream casts the vision tower when its parameters are empty already, so that the first image is rounded
+            # to a dtype that the weights never take.
+            parameter.data = parameter.data.to(parameter.ds_tensor.dtype)  # type: ignore[attr-defined]
+        elif parameter.is_floating_point():
+            # What `from_pretrained` made is cut and cast already. The rest, projector and adapter, DeepSpeed 0.19 would
+            # cut in the dtype it has, and then refuse to mix it with the model's.
+            parameter.data = parameter.data.to(dtype)
+
+
+def save_only_what_is_trained(accelerator: Any) -> None:
+    """Has the engine that `accelerator` will prepare leave frozen weights out of its checkpoints, and load them so."""
+    prepare = accelerator.prepare
+
+    @functools.wraps(prepare)
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        results: Any = prepare(*args, **kwargs)
+        engines: Iterable[Any] = results if isinstance(results, tuple) else (results,)
+        for engine in engines:
+            if hasattr(engine, "load_checkpoint"):
+                engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+                engine.load_checkpoint = functools.partial(engine.load_checkpoint, load_module_strict=False)
+        return results
+
+    accelerator.prepare = prepared
