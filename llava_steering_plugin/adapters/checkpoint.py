@@ -20,7 +20,7 @@ from llava_steering_plugin.adapters.files import ADAPTER, ADDED, EXTRA, FINGERPR
 from llava_steering_plugin.adapters.summary import model_card
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, BaseMismatch, SteeringError, listing
 from llava_steering_plugin.modes.base import Mode
-from llava_steering_plugin.zero import gathered
+from llava_steering_plugin.zero import gathered, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,16 +62,11 @@ def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], *, writ
     config = describe(attachment)
     parameters = {ADAPTER + name: parameter for name, parameter in attachment.parameters().items()}
     parameters |= {EXTRA + name: model.get_parameter(name) for name in sorted(attachment.extras)}
-    tensors = {name: _whole(parameter, write) for name, parameter in parameters.items()}
+    tensors = {name: whole(parameter, write) for name, parameter in parameters.items()}
     tensors |= _vocabulary(model, config, write)
     if write:
         count = sum(value.numel() for name, value in tensors.items() if name.startswith(ADAPTER))
         files.write(folder, config, tensors, _llava_config(model), model_card(config, count, sorted(attachment.extras)))
-
-
-def _whole(parameter: nn.Parameter, keep: bool) -> Tensor:
-    with gathered([parameter]):
-        return parameter.detach().cpu().clone() if keep else torch.empty(0)
 
 
 def _vocabulary(model: PreTrainedModel, config: AdapterConfig, keep: bool) -> dict[str, Tensor]:

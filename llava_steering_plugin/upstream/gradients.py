@@ -52,6 +52,8 @@ class GradientCheck(TrainerCallback):
             return
         self.steps += 1
         if self.steps in (1, STEPS):
+            # Offloaded parameters are on the processor, and ranks cannot exchange what is there.
+            self.seen = self.seen.to(args.device)
             self._judge()
         if self.steps == STEPS:
             for handle in self.handles:

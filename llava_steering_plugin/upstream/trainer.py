@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from llava_steering_plugin import zero
 from llava_steering_plugin.adapters import files
 from llava_steering_plugin.adapters.attach import Attachment, attach
 from llava_steering_plugin.adapters.checkpoint import load_adapter, restore, save_adapter
@@ -37,6 +38,8 @@ class SteeringTrainerMixin:
     args: Any
     train_dataset: Any
     data_collator: Any
+    accelerator: Any
+    is_deepspeed_enabled: bool
     _attachment: Attachment | None = None
 
     def __init__(self, *positional: Any, **kwargs: Any):
@@ -86,6 +89,23 @@ class SteeringTrainerMixin:
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSeededSampler(sampler, seed)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if self._attachment is not None and self.is_deepspeed_enabled:
+            config = self.args.hf_deepspeed_config
+            zero.before_initialize(
+                config.config, config.dtype(), self._attachment.model, self._attachment.shape.hidden_size
+            )
+            zero.save_only_what_is_trained(self.accelerator)
+
+    def create_optimizer(self) -> Any:
+        optimizer = super().create_optimizer()  # type: ignore[misc]
+        if self._attachment is not None:
+            # Upstream's groups by weight decay may be empty when so little is trained. DeepSpeed drops those, and the
+            # scheduler then gives a group the learning rate of another one.
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()  # type: ignore[misc]
