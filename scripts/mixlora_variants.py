@@ -1,8 +1,11 @@
-"""What bench_mixlora.py compares: one linear, and a block's seven, frozen and with adapters over the same weights."""
+"""What bench_mixlora.py compares: one linear, and a block's seven, frozen and adapted over the same weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -135,3 +138,33 @@ def _adapted(hosted: T, kind: str) -> T:
             nn.init.normal_(module.routed_b, std=0.01)
         hang(hosted, dict(made))
     return hosted
+
+
+def forward_backward(layer: Layer, hidden: Tensor, gradient: Tensor) -> Callable[[], None]:
+    """A call that leaves no gradient behind."""
+
+    def call() -> None:
+        torch.autograd.backward(layer.prefill(hidden), gradient)
+        hidden.grad = None
+        for parameter in trained(layer):
+            parameter.grad = None
+
+    return call
+
+
+def peak_bytes(call: Callable[[], None]) -> int:
+    """The most that `call` holds at a time, in the processor's memory, of what it allocates itself."""
+    call()
+    activity = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda change: change[0]):
+        held += change
+        peak = max(peak, held)
+    return peak

@@ -227,7 +227,7 @@ class MixLoRA(Mode):
         found = []
         if self.factors < 1:
             found.append(f"mixlora_factors is {self.factors}; it must be at least 1")
-        if not 1 <= self.rank <= max(self.factors, 1):
+        if self.rank < 1 or self.rank > self.factors >= 1:
             found.append(f"mixlora_rank is {self.rank}; it must be from 1 to mixlora_factors, {self.factors}")
         if self.alpha is not None and not (self.alpha > 0 and math.isfinite(self.alpha)):
             found.append(f"mixlora_alpha is {self.alpha}; it must be above 0")

@@ -1,0 +1,313 @@
+"""One routed linear: the authors' numbers, the formula written out naively, gradients, dtypes, hosts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForCausalLM
+
+from llava_steering_plugin import attach, token_map
+from llava_steering_plugin.errors import TokenMapError
+from llava_steering_plugin.modes.base import LOSS_GRADIENT, Pass
+from llava_steering_plugin.modes.mixlora import MixLoRA, RoutedLinear
+from llava_steering_plugin.modes.routing import best
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SMALL = {"factors": 6, "rank": 3}
+
+
+def a_pass(prompt: Tensor, *, decode: bool = False) -> Pass:
+    return Pass(torch.zeros_like(prompt), torch.ones_like(prompt), prompt, decode, {})
+
+
+def everything(rows: int, positions: int) -> Pass:
+    return a_pass(torch.ones(rows, positions, dtype=torch.bool))
+
+
+def routed(mode: MixLoRA, in_features: int = 12, out_features: int = 10, balance: float = 0.0) -> RoutedLinear:
+    """Far from the identity, and with routers that are sure of themselves."""
+    module = RoutedLinear(in_features, out_features, mode, balance)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    return module
+
+
+def load_released(module: RoutedLinear, tensors: dict[str, Tensor]) -> None:
+    """From the authors' names, as the docstring of RoutedLinear maps them."""
+    factors, width = module.routed_a.shape
+    conditional = "cmoa_loarB_extra_selector.loraB_selector.weight" in tensors
+    router_b = "cmoa_loarB_extra_selector" if conditional else "cmoa_selector"
+    with torch.no_grad():
+        module.routed_a.copy_(torch.cat([tensors[f"lora_A.default.{number}"] for number in range(factors)]))
+        module.routed_b.copy_(torch.cat([tensors[f"lora_B.default.{number}"] for number in range(factors)]))
+        module.router_a.copy_(tensors["cmoa_selector.loraA_selector.weight"])
+        module.router_b.copy_(tensors[f"{router_b}.loraB_selector.weight"])
+        if conditional:
+            given_a = tensors["cmoa_loarB_extra_selector.loraA_param2loraB_selector.weight"]
+            module.router_ab.copy_(given_a.view(factors, module.mode.rank, width).transpose(0, 1))
+
+
+# The authors' code, run on random weights
+
+
+@pytest.mark.parametrize("name", ["mixlora_layer_0", "mixlora_layer_1"])
+def test_the_released_codes_layers_give_its_outputs_and_choose_exactly_its_factors(name: str) -> None:
+    about = json.loads((GOLDEN / "mixlora.json").read_text())[name]
+    tensors = load_file(GOLDEN / f"{name}.safetensors")
+    conditional = "lora_a_param" in about["cond"]
+    mode = MixLoRA(about["E"], about["r"], about["alpha"], conditional=conditional, variant="released")
+    module = RoutedLinear(about["i"], about["o"], mode).eval()
+    load_released(module, tensors)
+    step = everything(about["b"], about["s"])
+    with torch.no_grad():
+        output = module(tensors["__x"] @ tensors["weight"].T, tensors["__x"], step)
+    torch.testing.assert_close(output, tensors["__y"], atol=1e-5, rtol=0)
+    assert torch.equal(step.kept[module].a, tensors["__A_idx"])
+    assert torch.equal(step.kept[module].b, tensors["__B_idx"])
+
+
+def test_the_released_codes_checkpoint_gives_its_logits_through_an_attached_model() -> None:
+    about = json.loads((GOLDEN / "mixlora.json").read_text())["mixlora_released"]
+    golden = load_file(GOLDEN / "mixlora_released_io.safetensors")
+    weights = torch.load(GOLDEN / "mixlora_released" / "pytorch_model.bin", weights_only=True)
+    model = LlamaForCausalLM.from_pretrained(GOLDEN / "mixlora_base", attn_implementation="eager").eval()
+    attachment = attach(model, MixLoRA(about["E"], about["r"], about["alpha"], variant="released"))
+    for path, module in attachment.modules.items():
+        prefix = f"base_model.model.model.{path}."
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        assert isinstance(module, RoutedLinear)
+        load_released(module, own)
+    embeds = golden["inputs_embeds"]
+    with torch.no_grad(), token_map(torch.zeros(embeds.shape[:2], dtype=torch.bool)):
+        logits = model(inputs_embeds=embeds).logits
+    assert (golden["logits"] - golden["base_logits"]).abs().max() > 1e-2, "the golden data would show nothing"
+    torch.testing.assert_close(logits, golden["logits"], atol=1e-5, rtol=0)
+
+
+# The formula, one row and one factor at a time
+
+
+def by_hand(module: RoutedLinear, output: Tensor, inputs: Tensor, prompt: Tensor) -> Tensor:
+    """The module's docstring in plain loops, straight-through gates written as 1 + p - stopgrad(p)."""
+    mode, rows = module.mode, []
+    for row in range(len(inputs)):
+        pooled = inputs[row][prompt[row]].mean(0).detach() if prompt[row].any() else torch.zeros(inputs.shape[2])
+        for_a, for_b = (module.router_a @ pooled).softmax(0), (module.router_b @ pooled).softmax(0)
+        chosen_a = for_a.argsort(descending=True)[: mode.rank]
+        if mode.conditional:
+            summed = torch.zeros(mode.factors)
+            for place, factor in enumerate(chosen_a):
+                summed = summed + (module.router_ab[place] @ module.routed_a[factor].detach()).softmax(0)
+            for_b = (for_b + mode.ifs_weight * summed.softmax(0)) / (1 + mode.ifs_weight)
+        chosen_b = for_b.argsort(descending=True)[: mode.rank]
+        updated = output[row]
+        for factor_a, factor_b in zip(chosen_a, chosen_b, strict=True):
+            gate = (1 + for_a[factor_a] - for_a[factor_a].detach()) * (1 + for_b[factor_b] - for_b[factor_b].detach())
+            update = torch.outer(inputs[row] @ module.routed_a[factor_a], module.routed_b[factor_b])
+            updated = updated + mode.scale * gate * update
+        rows.append(updated)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("conditional", [True, False], ids=["CFS", "IFS"])
+def test_outputs_and_all_gradients_are_those_of_the_formula(conditional: bool) -> None:
+    module = routed(MixLoRA(**SMALL, conditional=conditional, ifs_weight=0.7))
+    prompt = torch.rand(5, 7) < 0.6
+    prompt[4] = False
+    output, weights = torch.randn(5, 7, 10), torch.randn(5, 7, 10)
+
+    def gradients(run: Any) -> tuple[Tensor, list[Tensor]]:
+        inputs = INPUTS.clone().requires_grad_()
+        result = run(inputs)
+        return result, list(torch.autograd.grad((result * weights).sum(), [inputs, *module.parameters()]))
+
+    torch.manual_seed(1)
+    INPUTS = torch.randn(5, 7, 12)
+    ours, our_gradients = gradients(lambda inputs: module(output, inputs, a_pass(prompt)))
+    theirs, their_gradients = gradients(lambda inputs: by_hand(module, output, inputs, prompt))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    for one, other in zip(our_gradients, their_gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    assert all(bool(gradient.abs().max() > 0) for gradient in our_gradients)
+
+
+def test_the_gate_changes_no_bit_of_the_forward_value() -> None:
+    learning, frozen = (routed(MixLoRA(**SMALL, router_grad=how)) for how in ("straight_through", "none"))
+    frozen.load_state_dict(learning.state_dict())
+    output, inputs = torch.randn(3, 7, 10), torch.randn(3, 7, 12)
+    assert torch.equal(learning(output, inputs, everything(3, 7)), frozen(output, inputs, everything(3, 7)))
+
+
+def test_frozen_routers_are_built_without_a_gradient_and_the_factors_still_learn() -> None:
+    module = routed(MixLoRA(**SMALL, router_grad="none"))
+    module(torch.randn(3, 7, 10), torch.randn(3, 7, 12), everything(3, 7)).sum().backward()
+    learning = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert learning == {"routed_a", "routed_b"}
+    assert all(parameter.grad is not None for parameter in (module.routed_a, module.routed_b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"conditional": False, "dropout": 0.3}, {"variant": "released"}])
+def test_a_fresh_adapter_changes_no_bit(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    module = RoutedLinear(64, 48, MixLoRA(**settings))
+    output, inputs = torch.randn(2, 5, 48).to(dtype), torch.randn(2, 5, 64).to(dtype)
+    for training in (True, False):
+        result = module.train(training)(output, inputs, everything(2, 5))
+        assert result.dtype == dtype
+        assert torch.equal(result, output)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_chooses_as_float32_does_and_comes_as_close_as_its_rounding(dtype: torch.dtype) -> None:
+    module = routed(MixLoRA(), 256, 128)
+    with torch.no_grad():
+        module.routed_a.mul_(1 / 16)
+        module.routed_b.mul_(0.1)
+    inputs, output = torch.randn(3, 600, 256).to(dtype), torch.randn(3, 600, 128).to(dtype)
+    half, whole = everything(3, 600), everything(3, 600)
+    found = module(output, inputs, half)
+    expected = module(output.float(), inputs.float(), whole)
+    assert found.dtype == dtype
+    assert torch.equal(half.kept[module].a, whole.kept[module].a)
+    assert torch.equal(half.kept[module].b, whole.kept[module].b)
+    error = (found.float() - expected).detach().norm() / expected.detach().norm()
+    assert float(error) < 4 * torch.finfo(dtype).eps
+
+
+def test_equal_scores_go_to_the_lowest_numbers() -> None:
+    scores = torch.tensor([[1.0, 3.0, 3.0, 3.0, 2.0, 2.0], [0.0] * 6])
+    assert best(scores, 4).tolist() == [[1, 2, 3, 4], [0, 1, 2, 3]]
+
+
+def test_no_tensor_is_as_large_as_a_weight_for_every_row() -> None:
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            made = result if isinstance(result, (tuple, list)) else (result,)
+            largest = max([largest, *(part.numel() for part in made if isinstance(part, Tensor))])
+            return result
+
+    module = routed(MixLoRA(), 200, 300)
+    inputs = torch.randn(2, 5, 200, requires_grad=True)
+    with Sizes():
+        module(torch.randn(2, 5, 300), inputs, everything(2, 5)).sum().backward()
+    assert largest == 4 * 16 * 200, "W_AB is the largest there is"
+
+
+def test_dropout_falls_on_the_adapters_input_and_only_in_training() -> None:
+    module = routed(MixLoRA(**SMALL, dropout=0.5))
+    output, inputs = torch.zeros(1, 1, 10), torch.randn(1, 1, 12)
+    still = RoutedLinear(12, 10, MixLoRA(**SMALL))
+    still.load_state_dict(module.state_dict())
+    plain = still(output, inputs, everything(1, 1))
+    assert torch.equal(module.eval()(output, inputs, everything(1, 1)), plain)
+    mean = sum(module.train()(output, inputs, everything(1, 1)).detach() for _ in range(4000)) / 4000
+    assert not torch.equal(module(output, inputs, everything(1, 1)), plain)
+    torch.testing.assert_close(mean, plain.detach(), atol=0.15 * float(plain.abs().max()), rtol=0)
+
+
+# Balance, noise, what is logged
+
+
+def test_the_balance_loss_has_the_gradient_of_its_formula_times_the_losss_scale() -> None:
+    mode, weight, scale = MixLoRA(**SMALL, conditional=False), 0.3, 512.0
+    module, balanced = routed(mode), RoutedLinear(12, 10, mode, balance=weight)
+    balanced.load_state_dict(module.state_dict())
+    output, inputs = torch.randn(5, 7, 10), torch.randn(5, 7, 12)
+    found = []
+    for one in (module, balanced):
+        step = everything(5, 7)
+        step.kept[LOSS_GRADIENT] = torch.tensor(scale)
+        (scale * one(output, inputs, step).sum()).backward()
+        found.append(one.router_a.grad)
+    pooled = inputs.mean(1)
+    probability = (pooled @ module.router_a.T).softmax(1)
+    share = torch.bincount(best(probability, mode.rank).flatten(), minlength=6) / (5 * mode.rank)
+    loss = weight * mode.factors * (share * probability.mean(0)).sum()
+    (expected,) = torch.autograd.grad(scale * loss, module.router_a)
+    torch.testing.assert_close(found[1] - found[0], expected, atol=2e-2, rtol=1e-3)
+
+
+def test_balancing_spreads_a_collapsed_router_over_its_factors() -> None:
+    module = RoutedLinear(12, 10, MixLoRA(8, 2, conditional=False), balance=1.0)
+    inputs = torch.randn(32, 1, 12) + 2
+    with torch.no_grad():
+        module.router_a[:2] = 1.0  # everything goes to the first two
+    optimizer = torch.optim.Adam([module.router_a], lr=0.05)
+    shares = []
+    for _ in range(150):
+        step = everything(32, 1)
+        module(torch.zeros(32, 1, 10), inputs, step).sum().backward()
+        optimizer.step()
+        module.zero_grad()
+        shares.append(torch.bincount(step.kept[module].a.flatten(), minlength=8).max() / 64)
+    assert shares[0] > 0.45
+    assert shares[-1] < 0.3
+
+
+def test_noise_changes_choices_in_training_only() -> None:
+    module = routed(MixLoRA(**SMALL, noise=5.0))
+    inputs = torch.randn(4, 3, 12)
+
+    def choice() -> list[int]:
+        step = everything(4, 3)
+        module(torch.zeros(4, 3, 10), inputs, step)
+        return step.kept[module].a.flatten().tolist()
+
+    assert len({tuple(choice()) for _ in range(5)}) > 1
+    module.eval()
+    assert len({tuple(choice()) for _ in range(5)}) == 1
+
+
+def test_the_report_tells_a_sure_and_collapsed_router_from_an_undecided_one() -> None:
+    mode = MixLoRA(8, 1, conditional=False)
+    module = RoutedLinear(8, 8, mode)
+    assert mode.report({"q": module}) == {}
+    with torch.no_grad():
+        module.router_a.zero_()
+        module.router_b.copy_(100 * torch.eye(8))
+    for _ in range(3):
+        module(torch.zeros(8, 1, 8), torch.eye(8).unsqueeze(1), everything(8, 1))
+    report = mode.report({"q": module})
+    assert report == pytest.approx(
+        {"mixlora_entropy_a": 1.0, "mixlora_factors_a": 1.0, "mixlora_entropy_b": 0.0, "mixlora_factors_b": 8.0}
+    )
+    assert mode.report({"q": module}) == {}, "it reports what happened since the last report"
+
+
+# Hosts
+
+
+def test_tokens_of_unknown_rows_are_refused_with_the_flag_to_use() -> None:
+    module = routed(MixLoRA(**SMALL))
+    with pytest.raises(TokenMapError, match="--mixlora_targets"):
+        module(torch.randn(5, 10), torch.randn(5, 12), everything(2, 4))
+    flat = module(torch.zeros(8, 10), torch.randn(8, 12), everything(2, 4))
+    assert flat.shape == (8, 10)
+
+
+def test_a_quantised_linear_is_a_host_like_any_other() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    host = bitsandbytes.nn.Linear4bit(64, 96, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    host.weight = bitsandbytes.nn.Params4bit(torch.randn(96, 64), requires_grad=False, quant_type="nf4")
+    host = host.to("cpu")
+    assert isinstance(host, nn.Linear)
+    module = RoutedLinear(64, 96, MixLoRA())
+    inputs = torch.randn(2, 5, 64, requires_grad=True)
+    output = host(inputs)
+    result = module(output, inputs, everything(2, 5))
+    assert torch.equal(result, output)
+    result.square().sum().backward()
+    assert float(module.routed_b.grad.abs().max()) > 0
+    assert inputs.grad is not None
