@@ -202,7 +202,9 @@ def test_edges_of_no_token_are_left_out(
     assert convert(folder, tmp_path / "done", golden_base("mores")).config.settings["tokens"] == tokens
 
 
-def test_an_adapter_on_some_layers_stays_on_these(released: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_adapter_on_some_layers_stays_on_these(
+    converted: dict[str, Conversion], released: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder = released("mores")
     described = inner(folder) / "intervention_config.json"
     entries = json.loads(described.read_text())["representations"]
@@ -211,6 +213,7 @@ def test_an_adapter_on_some_layers_stays_on_these(released: Callable[[str], Path
     layer_file(folder, 1).unlink()
     done = convert(folder, tmp_path / "done", golden_base("mores"))
     assert done.config.settings["layers"] == "0,2"
+    assert "layers: 2 of the base's 3 are steered" in said(done) and "are steered" not in said(converted["mores"])
     assert {name.split(".")[2] for name in files.read(done.folder).tensors if name.startswith(files.ADAPTER)} == {
         "0",
         "2",

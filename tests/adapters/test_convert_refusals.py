@@ -54,6 +54,13 @@ def shortened(path: Callable[[Path], Path]) -> Spoil:
     return spoil
 
 
+def spanning_disks(path: Path) -> None:
+    content = path.read_bytes()
+    end = content.rindex(b"PK\x05\x06")
+    locator = b"PK\x06\x07" + bytes(4) + bytes(8) + (2).to_bytes(4, "little")
+    path.write_bytes(content[:end] + locator + content[end:])
+
+
 def selector(folder: Path) -> None:
     name = f"{Q_PROJ}__cmoa_loarB_extra_selector__loraA_param2loraB_selector__weight"
     edit_tensors(folder / "pytorch_model.bin", **{name: torch.zeros(8, 64)})
@@ -105,6 +112,10 @@ BAD_MORES: dict[str, tuple[Spoil, str]] = {
     "positions missing": (lambda folder: (inner(folder) / "mores_pos_configs.json").unlink(), "pos_configs.*missing"),
     "layers cut short": (shortened(lambda folder: inner(folder) / "intervention_config.json"), "config.json.*read"),
     "layers missing": (lambda folder: (inner(folder) / "intervention_config.json").unlink(), "config.json.*missing"),
+    "layers nested without end": (
+        lambda folder: (inner(folder) / "intervention_config.json").write_text("[" * 100_000),
+        "config.json cannot be read",
+    ),
     "layers no list": (
         lambda folder: edit_json(inner(folder) / "intervention_config.json", representations={}),
         "lists no layers",
@@ -134,6 +145,11 @@ BAD_MORES: dict[str, tuple[Spoil, str]] = {
 BAD_MIXLORA: dict[str, tuple[Spoil, str]] = {
     "weights cut short": (shortened(lambda folder: folder / "pytorch_model.bin"), "pytorch_model.bin cannot be read"),
     "arguments cut short": (shortened(lambda folder: folder / "cmoa_args.bin"), "cmoa_args.bin cannot be read"),
+    "arguments whose archive is said to span disks": (
+        # 20 bytes before the end record, the mark of a zip64 locator; then its number of disks.
+        lambda folder: spanning_disks(folder / "cmoa_args.bin"),
+        "cmoa_args.bin cannot be read",
+    ),
     "arguments a table": (lambda folder: torch.save({}, folder / "cmoa_args.bin"), "holds a dict"),
     "config cut short": (shortened(lambda folder: folder / "config.json"), "config.json cannot be read"),
     "no weights": (lambda folder: (folder / "pytorch_model.bin").unlink(), "has cmoa_args.bin but no weights"),

@@ -124,6 +124,9 @@ class ReleasedMoReS(Released):
             assert isinstance(steering, Steering)
             rotation, weight, offset = (tensors[name].float() for name in _PARTS)
             steering.set_paper_weights(rotation.T, weight, offset)
+        if len(self.layers) < len(shape.layers):
+            text = f"{len(self.layers)} of the base's {len(shape.layers)} are steered; is it the right base?"
+            self.notes.append(Note("layers", text))
 
 
 def _described_layers(path: Path) -> tuple[int, list[int], float]:

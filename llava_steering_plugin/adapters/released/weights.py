@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -40,6 +41,8 @@ _DAMAGE = (
     AttributeError,
     AssertionError,
     OverflowError,
+    struct.error,
+    zipfile.BadZipFile,
 )
 
 
@@ -113,7 +116,7 @@ def json_in(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(f"{path} is missing. Copy the checkpoint again, with all its files.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read: {error}. Copy it again from where it came from.") from error
 
 
