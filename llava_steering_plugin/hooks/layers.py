@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from llava_steering_plugin.errors import SteeringError, TokenMapError
-from llava_steering_plugin.hooks.scope import Scope, TokenMap, bound_to_scope, current
+from llava_steering_plugin.hooks.scope import Scope, TokenMap, bound_to_scope, current, unbound
 from llava_steering_plugin.modes.base import DecoderShape, LayerShape, Pass
 
 if TYPE_CHECKING:
@@ -63,11 +64,21 @@ def hang(stack: nn.Module, modules: dict[str, nn.Module]) -> list[RemovableHandl
     handles = []
     for path, module in modules.items():
         host = stack.get_submodule(path)
-        anchor = next(host.parameters(), None)
+        device = _device(host)
         module.train(host.training)
-        host.add_module(CHILD, module if anchor is None else module.to(anchor.device))
+        host.add_module(CHILD, module if device is None else module.to(device))
         handles.append(host.register_forward_hook(_replace_output, with_kwargs=True))
     return handles
+
+
+def _device(host: nn.Module) -> torch.device | None:
+    """Where `host` computes: not always where its parameters are, which accelerate may have offloaded."""
+    for part in host.modules():
+        computes_on = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if computes_on is not None:
+            return torch.device(computes_on)
+    anchor = next(host.parameters(), None)
+    return None if anchor is None else anchor.device
 
 
 def unhang(stack: nn.Module, modules: dict[str, nn.Module], handles: list[RemovableHandle]) -> None:
@@ -99,14 +110,11 @@ def watch(stack: nn.Module, shape: DecoderShape, owner: object, takes_images: bo
         takes_images: the model splices images itself, so that a generation without a map is one without images.
     """
     signature = inspect.signature(stack.forward)
-    parts = [stack, *(stack.get_submodule(layer.path) for layer in shape.layers)]
+    parts = _checkpointing_parts(stack, shape)
 
     def describe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for part in parts:
-            # transformers sets the function in `train()` and may replace it, so it is looked at in every pass; newer
-            # versions keep one on every layer rather than on the stack.
-            if checkpoint := part.__dict__.get("_gradient_checkpointing_func"):
-                part.__dict__["_gradient_checkpointing_func"] = bound_to_scope(checkpoint)
+        # transformers sets the function in `train()` and may replace it, so it is looked at in every pass.
+        _change_checkpointing(parts, bound_to_scope)
         scope = current()
         if scope is None:
             raise TokenMapError(
@@ -118,6 +126,23 @@ def watch(stack: nn.Module, shape: DecoderShape, owner: object, takes_images: bo
             scope.step = _pass(scope, signature.bind_partial(*args, **kwargs).arguments, takes_images)
 
     return stack.register_forward_pre_hook(describe, with_kwargs=True)
+
+
+def unwatch(stack: nn.Module, shape: DecoderShape, handle: RemovableHandle) -> None:
+    """Undoes `watch`."""
+    handle.remove()
+    _change_checkpointing(_checkpointing_parts(stack, shape), unbound)
+
+
+def _checkpointing_parts(stack: nn.Module, shape: DecoderShape) -> list[nn.Module]:
+    """Who may hold a checkpointing function: the stack or, in newer versions of transformers, every layer."""
+    return [stack, *(stack.get_submodule(layer.path) for layer in shape.layers)]
+
+
+def _change_checkpointing(parts: list[nn.Module], change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    for part in parts:
+        if checkpoint := part.__dict__.get("_gradient_checkpointing_func"):
+            part.__dict__["_gradient_checkpointing_func"] = change(checkpoint)
 
 
 def _pass(scope: Scope, given: dict[str, Any], takes_images: bool) -> Pass:

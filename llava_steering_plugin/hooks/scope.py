@@ -138,7 +138,7 @@ def bound_to_scope(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     The recomputation runs in the backward pass, after the scope has closed and, on CUDA, in autograd's own thread:
     unbound, the layers would be recomputed without the adapter, silently.
     """
-    if getattr(checkpoint, "_bound_to_scope", False):
+    if hasattr(checkpoint, "_bound_to_scope"):
         return checkpoint
 
     def bound(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -152,5 +152,11 @@ def bound_to_scope(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 
         return checkpoint(reinstated, *args, **kwargs)
 
-    bound._bound_to_scope = True  # type: ignore[attr-defined]
+    bound._bound_to_scope = checkpoint  # type: ignore[attr-defined]
     return bound
+
+
+def unbound(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """What `bound_to_scope` has wrapped; any other function as it is."""
+    original: Callable[..., Any] = getattr(checkpoint, "_bound_to_scope", checkpoint)
+    return original

@@ -40,13 +40,13 @@ class ScopedModel:
             )
         self.model = model
         self.stack, self.shape = layers.find_decoder(model)
-        self._handles: list[RemovableHandle] = []
+        self._watching: RemovableHandle | None = None
         self._overridden: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {}
 
     def take(self) -> None:
         """Starts to own the model."""
         takes_images = hasattr(self.model, "prepare_inputs_labels_for_multimodal")
-        self._handles.append(layers.watch(self.stack, self.shape, self, takes_images))
+        self._watching = layers.watch(self.stack, self.shape, self, takes_images)
         self._override("forward", self._forward)
         if hasattr(self.model, "generate"):
             self._override("generate", self._generate)
@@ -56,8 +56,8 @@ class ScopedModel:
 
     def release(self) -> None:
         """Gives the model back as it was."""
-        for handle in self._handles:
-            handle.remove()
+        if self._watching is not None:
+            layers.unwatch(self.stack, self.shape, self._watching)
         for name, (shadow, before) in self._overridden.items():
             # Whoever wrapped our method since then (mixed precision does) keeps it; it only passes calls on from now.
             if self.model.__dict__.get(name) is shadow:
