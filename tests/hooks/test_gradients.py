@@ -18,7 +18,7 @@ from steered import (
 )
 from torch import Tensor
 
-from llava_steering_plugin import attach, disabled
+from llava_steering_plugin import attach, disabled, remove
 from llava_steering_plugin.adapters.attach import Attachment
 from llava_steering_plugin.modes.mores import MoReS
 
@@ -152,6 +152,19 @@ def test_the_plain_runs_gradients_are_those_of_the_formula(model: Any, frozen: A
             losses.append(float(model(**batch_of(0)).loss))
             weights.sub_(direction, alpha=step)
     assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(float(plain.norm()), rel=0.05)
+
+
+def test_removing_gives_the_models_own_checkpointing_back(model: Any, steered: Steered) -> None:
+    model.gradient_checkpointing_enable()
+    before = model.model._gradient_checkpointing_func
+    try:
+        steered()
+        model(**batch_of(0))
+        assert model.model._gradient_checkpointing_func is not before
+        remove(model)
+        assert model.model._gradient_checkpointing_func is before
+    finally:
+        model.gradient_checkpointing_disable()
 
 
 @pytest.mark.parametrize("checkpointing", ["off", "reentrant", "not reentrant"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from steered import (
     PROMPT,
     TEXT,
@@ -57,6 +58,18 @@ def test_a_token_map_steers_a_model_that_is_no_llava_also_through_generate() -> 
         assert torch.equal(model.generate(inputs_embeds=embeds, **options), beams)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     assert not torch.equal(plain.generate(inputs_embeds=embeds, **options), beams)
+
+
+def test_a_model_whose_layers_accelerate_has_offloaded_is_steered_where_it_computes() -> None:
+    model, embeds, visual = small_llama(), torch.randn(1, 9, 32), mask_of((2, 5, 2))
+    attachment = strengthen(attach(model, MoReS(tokens="all")), size=1.0)
+    with token_map(visual), torch.inference_mode():
+        expected = model(inputs_embeds=embeds).logits
+    attachment.remove()
+    cpu_offload(model)
+    strengthen(attach(model, MoReS(tokens="all")), size=1.0)
+    with token_map(visual), torch.inference_mode():
+        torch.testing.assert_close(model(inputs_embeds=embeds).logits, expected)
 
 
 def test_a_model_that_is_no_llava_is_refused_without_a_map() -> None:
