@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, get_args, get_type_hints
@@ -13,10 +14,23 @@ from llava_steering_plugin.modes.base import Mode
 
 GROUP = "llava_steering.modes"
 
+logger = logging.getLogger(__name__)
+
 
 def names() -> list[str]:
     """The names of all registered modes, sorted. Loads none of them."""
     return sorted(_found())
+
+
+def loadable() -> dict[str, type[Mode]]:
+    """All modes that can be loaded, by name. A broken one is left out with a warning: nobody may have asked for it."""
+    modes = {}
+    for name in names():
+        try:
+            modes[name] = get(name)
+        except SteeringError as error:
+            logger.warning("%s", error)
+    return modes
 
 
 def get(name: str) -> type[Mode]:

@@ -29,6 +29,8 @@ OFFLINE_AND_REPRODUCIBLE = {
     "WANDB_DISABLED": "true",
     "OMP_NUM_THREADS": "1",  # also what makes sums come out the same from run to run
 }
+# Here rather than in a hook: a folder's own conftest may import torch before any hook runs.
+os.environ.update(OFFLINE_AND_REPRODUCIBLE)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    os.environ.update(OFFLINE_AND_REPRODUCIBLE)
     try:
         source = _llava_to_test(config.getoption("--llava-path"))
         if source is None:

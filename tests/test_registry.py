@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -170,6 +171,20 @@ def test_a_broken_foreign_mode_is_named_with_its_distribution(
         registry.get("bad")
     assert "from broken)" in str(error.value)
     assert registry.get("mores").name == "mores", "the others stay usable"
+
+
+def test_a_broken_foreign_mode_that_nobody_asked_for_costs_no_more_than_a_warning(
+    installed: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    from llava.train.train import TrainingArguments
+
+    from llava_steering_plugin.upstream.arguments import extended
+
+    installed("broken", "bad = broken_mode:Bad", "1 / 0")
+    flags = {field.name for field in dataclasses.fields(extended(TrainingArguments.__bases__[0]))}
+    assert "mores_rank" in flags
+    assert not [flag for flag in flags if flag.startswith("bad_")]
+    assert "cannot be loaded: ZeroDivisionError" in caplog.text
 
 
 def test_two_distributions_that_claim_one_name_are_both_named(installed: Callable[..., None]) -> None:

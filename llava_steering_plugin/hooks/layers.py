@@ -61,9 +61,10 @@ def _linears(prefix: str, layer: nn.Module) -> dict[str, tuple[int, int]]:
 
 def hang(stack: nn.Module, modules: dict[str, nn.Module]) -> list[RemovableHandle]:
     """Makes each module a child of its host, on the host's device, and lets it replace the host's output."""
+    hosts = {path: stack.get_submodule(path) for path in modules}  # all of them before any is touched
     handles = []
     for path, module in modules.items():
-        host = stack.get_submodule(path)
+        host = hosts[path]
         device = _device(host)
         module.train(host.training)
         host.add_module(CHILD, module if device is None else module.to(device))

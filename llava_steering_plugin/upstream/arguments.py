@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -19,16 +21,18 @@ from llava_steering_plugin.modes.base import Mode
 
 NONE = "none"
 CANNOT_START = "this training cannot start"
+NO_FSDP = "FSDP flattens adapter parameters together with frozen ones; use DeepSpeed ZeRO or plain DDP"
 
 
 def extended(original: type) -> type:
     """Upstream's TrainingArguments with our flags, under its own name: its pickles load where we are not installed."""
+    modes = registry.loadable()
     fields: list[tuple[str, Any, Any]] = [
-        ("tuning_mode", str, _flag(NONE, f"parameter-efficient tuning mode: {NONE}, {', '.join(registry.names())}")),
+        ("tuning_mode", str, _flag(NONE, f"parameter-efficient tuning mode: {NONE}, {', '.join(modes)}")),
         ("adapter_path", str | None, _flag(None, "continue training from this adapter (folder or hub id)")),
     ]
-    for name in registry.names():
-        fields += _flags_of(registry.get(name))
+    for mode in modes.values():
+        fields += _flags_of(mode)
     taken = {field.name for field in dataclasses.fields(original)}
     if clashes := sorted(taken & {name for name, _, _ in fields}):
         raise SteeringError(
@@ -132,7 +136,7 @@ def problems_in(flags: Namespace, unknown: Sequence[str] = ()) -> list[str]:
         return [*problems, *unknown, *_mode_problems(flags), *_conflicts(flags)]
     return problems + [
         f"--{name} belongs to a tuning mode and none is on; add --tuning_mode {mode}"
-        for mode in registry.names()
+        for mode in registry.loadable()
         for name in _given(flags, mode)
     ]
 
@@ -174,7 +178,7 @@ def _mode_problems(flags: Namespace) -> list[str]:
             if value != getattr(mode, name)
         ]
     problems += [f"--{problem}" for problem in mode.problems()]
-    others = [name for other in registry.names() if other != mode.name for name in _given(flags, other)]
+    others = [name for other in registry.loadable() if other != mode.name for name in _given(flags, other)]
     problems += [f"--{name} belongs to another mode than {mode.name}; remove it" for name in others]
     return problems
 
@@ -185,13 +189,42 @@ def _conflicts(flags: Namespace) -> list[str]:
         "lora_enable": "LoRA is a tuning mode of its own; remove one of the two",
         "tune_mm_mlp_adapter": "that is stage 1, the projector alone; run it first, without a mode",
         "load_best_model_at_end": "upstream does not evaluate while it trains; evaluate the checkpoints",
+        "fsdp": NO_FSDP,
         "mm_tunable_parts": "it unfreezes parts of the model; with a mode, the adapter and the projector are trained",
     }
     return [
         f"--{name} cannot be combined with a tuning mode: {why}"
         for name, why in reasons.items()
         if getattr(flags, name, None)
-    ]
+    ] + _deepspeed_conflicts(flags)
+
+
+def _deepspeed_conflicts(flags: Namespace) -> list[str]:
+    """What cannot be combined with this file of DeepSpeed's; a file that is missing is for transformers to report."""
+    path = getattr(flags, "deepspeed", None)
+    if not path or not os.path.isfile(path):
+        return []
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [f"--deepspeed {path} cannot be read: {error}"]
+    problems = []
+    if flags.bits in (4, 8) and config.get("zero_optimization", {}).get("stage") == 3:
+        problems.append(
+            f"--bits {flags.bits} with ZeRO-3: transformers cannot cut quantised weights into shards; use ZeRO-2, or "
+            "torchrun without --deepspeed"
+        )
+    if flags.mm_projector_lr is not None and "optimizer" in config:
+        problems.append(
+            f"--mm_projector_lr with the optimizer of {path}: it has one learning rate for all; remove `optimizer` and "
+            "`scheduler` from that file, or the flag"
+        )
+    if flags.use_cpu:
+        problems.append(
+            "--use_cpu with --deepspeed: transformers then starts without DeepSpeed's ranks; remove --use_cpu and "
+            "train through `llava_steering_plugin.launch --cpu`"
+        )
+    return problems
 
 
 def fail(error: SteeringError, *, every_rank: bool) -> NoReturn:
