@@ -1,0 +1,105 @@
+"""The README's commands and snippets work as they stand there, in a folder laid out as they assume."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_llava import TinyLlava
+from training_runs import subprocess_environment, train_flags, train_in_process
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+# Beginnings of commands that are not run by this test, and why.
+NOT_RUN_HERE = {
+    "scripts/demo.sh": "tests/scripts/test_demo.py runs it",
+    "scripts/test.sh": "this test is a part of it",
+    "scripts/multitask.sh": "tests/scripts/test_multitask.py runs it",
+    "pip install": "scripts/setup.sh does it",
+    "deepspeed": "train_mem.py asks for flash attention, which has no CPU version; see test_launch.py",
+    "python -m llava.serve.model_worker": "tests/upstream/test_model_worker.py runs it, with its controller",
+    "python -m llava.eval.": "it asks for CUDA; run below through launch --cpu",
+    "python -m llava_steering_plugin.launch llava.train.train_mem": "asks for flash attention; see test_launch.py",
+    "llava-steering convert": "tests/adapters/test_convert.py runs it on the authors' layouts",
+}
+
+
+@pytest.fixture(scope="module")
+def workplace(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the README's examples name."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(tiny.llava, folder / "checkpoints" / "my-base")
+    shutil.copytree(tiny.images, folder / "images")
+    shutil.copy(next(tiny.images.glob("*.png")), folder / "cat.jpg")
+    first = tiny.questions.read_text().splitlines()[0]
+    (folder / "q.jsonl").write_text(first + "\n")
+    shutil.copytree(patched_llava / "llava", folder / "checkout" / "llava")
+    mode = {"tuning_mode": "mores", "freeze_mm_mlp_adapter": True, "max_steps": 1}
+    train_in_process(train_flags(tiny, folder / "checkpoints" / "my-adapter", mode))
+    return folder
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith(tuple(NOT_RUN_HERE))])
+def test_a_command_of_the_readme_works(command: str, workplace: Path) -> None:
+    words = shlex.split(command)
+    program = {"python": [sys.executable], "llava-steering": [sys.executable, "-m", "llava_steering_plugin"]}[words[0]]
+    # The one thing to add on a machine without a GPU; LLaVA's chat has its own flag for it.
+    device = ["--device", "cpu"] if "llava.serve.cli" in words else []
+    done = subprocess.run(
+        [*program, *words[1:], *device],
+        cwd=workplace,
+        env=subprocess_environment(workplace / "checkout"),
+        input="What color is this?\n\n",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    if "llava.serve.cli" in words:
+        assert len(done.stdout.partition("ASSISTANT: ")[2].partition("USER: ")[0].strip()) > 0
+    if "llava.eval.model_vqa_loader" in words:
+        assert json.loads((workplace / "answers" / "a.jsonl").read_text())["text"]
+
+
+def test_the_python_snippets_of_the_readme_work(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.chdir(workplace)
+    embeds = torch.randn(2, 9, 32)
+    mask = torch.zeros(2, 9, dtype=torch.bool)
+    mask[:, 2:6] = True
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
+    )
+    plain = {"model": LlamaForCausalLM(config), "embeds": embeds, "mask": mask, "attention": torch.ones(2, 9)}
+    assert len(SNIPPETS) == 2
+    for snippet, names in zip(SNIPPETS, ({}, plain), strict=True):
+        space: dict[str, Any] = dict(names)
+        exec(compile(snippet, "README.md", "exec"), space)
+        assert "llava_steering" in space["model"].__dict__
+
+
+def test_no_command_is_excused_that_the_readme_does_not_have() -> None:
+    assert not [start for start in NOT_RUN_HERE if not any(command.startswith(start) for command in COMMANDS)]
+
+
+def test_every_file_that_the_readme_links_to_exists() -> None:
+    root = Path(__file__).parents[1]
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links
+    assert not [link for link in links if not (root / link).exists()]
