@@ -18,8 +18,7 @@ from typing import Annotated, Any
 import commands
 import report
 import typer
-import world
-from backbone import build_language_model, build_tower
+from base import Base, build
 from rich.console import Console
 from settings import CAMERA, FULL, QUICK, SEED, Settings, Tuning
 from stages import Context, Done, Runner, Stage, StageError
@@ -62,41 +61,35 @@ def main(
 def run(settings: Settings, runner: Runner) -> dict[str, Any]:
     """All stages, in order; returns results.json."""
     started = time.monotonic()
-    data = runner.run(Stage("data", {"questions": settings.questions, "camera": CAMERA}, (), _data(settings)))
-    tower = runner.run(Stage("tower", {"epochs": settings.tower_epochs}, (data,), _tower(settings)))
-    llm = runner.run(
-        Stage("language-model", {}, (data,), lambda stage: build_language_model(stage.folder / "llm") or {})
-    )
-    lengths = {"steps": settings.projector_steps, "batch": settings.batch}
-    projector = runner.run(
-        Stage("stage-1-projector", lengths, (data, tower, llm), _projector(settings, data, tower, llm))
-    )
-    lengths = {"steps": settings.tuning_steps, "batch": settings.batch}
-    base = runner.run(Stage("stage-2-base", lengths, (projector,), _base(settings, data, tower, llm, projector)))
+    base = build(settings, runner)
     lengths = {"steps": settings.shift_steps, "batch": settings.batch}
     tuned = runner.run_side_by_side(
         [
             Stage(
                 f"shift-{_slug(tuning)}",
                 {**lengths, **tuning.flags, "lr": tuning.learning_rate},
-                (base,),
-                _shift(settings, tuning, data, tower, base),
+                (base.done,),
+                _shift(settings, tuning, base),
             )
             for tuning in settings.tunings
         ]
     )
-    model = base.folder / "llava-v1-base"
-    asked = [("clean", base, model, None), ("shifted", base, model, None)]
+    asked = [("clean", base.done, base.model, None), ("shifted", base.done, base.model, None)]
     for tuning, done in zip(settings.tunings, tuned, strict=True):
-        told = model if tuning.flags.get("lora_enable") else None
+        told = base.model if tuning.flags.get("lora_enable") else None
         asked.append(("shifted", done, done.folder / f"llava-v1-{_slug(tuning)}", told))
     answered = runner.run_side_by_side(
         [
-            Stage(f"eval-{path.name}-{camera}", {"camera": camera}, (data, done), _evaluation(data, camera, path, told))
+            Stage(
+                f"eval-{path.name}-{camera}",
+                {"camera": camera},
+                (base.data, done),
+                _evaluation(base.data, camera, path, told),
+            )
             for camera, done, path, told in asked
         ]
     )
-    chat = runner.run(Stage("chat", {}, (tuned[0],), _chat(data, asked[2][2])))
+    chat = runner.run(Stage("chat", {}, (tuned[0],), _chat(base.data, asked[2][2])))
     names = ["base", "base", *(tuning.name for tuning in settings.tunings)]
     trained = [None, None, *tuned]
     rows = [
@@ -109,12 +102,12 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
         }
         for name, (camera, *_), done, evaluation in zip(names, asked, trained, answered, strict=True)
     ]
-    stages = (data, tower, llm, projector, base, *tuned, *answered, chat)
+    stages = (*base.stages, *tuned, *answered, chat)
     return {
         "questions": settings.questions,
         "rows": rows,
         "chat": chat.values,
-        "tower_accuracy": tower.values,
+        "tower_accuracy": base.tower.values,
         "seconds": {done.folder.name: done.seconds for done in stages},
         "seconds_of_this_run": round(time.monotonic() - started, 1),
         "seed": SEED,
@@ -128,60 +121,13 @@ def _slug(tuning: Tuning) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in tuning.name.lower()).replace("--", "-")
 
 
-def _data(settings: Settings) -> Any:
-    def work(stage: Context) -> dict[str, Any]:
-        world.write(stage.folder, settings.questions)
-        return {}
-
-    return work
-
-
-def _tower(settings: Settings) -> Any:
-    return lambda stage: build_tower(stage.folder / "clip-tower", settings.tower_epochs, stage.report)
-
-
-def _projector(settings: Settings, data: Done, tower: Done, llm: Done) -> Any:
-    def work(stage: Context) -> dict[str, Any]:
-        output = stage.folder / "projector"
-        stage.run(commands.stage_1(settings, output, llm.folder / "llm", data.folder, tower.folder / "clip-tower"))
-        return {}
-
-    return work
-
-
-def _base(settings: Settings, data: Done, tower: Done, llm: Done, projector: Done) -> Any:
-    def work(stage: Context) -> dict[str, Any]:
-        weights = projector.folder / "projector" / "mm_projector.bin"
-        output, clip = stage.folder / "llava-v1-base", tower.folder / "clip-tower"
-        stage.run(commands.stage_2(settings, output, llm.folder / "llm", weights, data.folder, clip))
-        return {}
-
-    return work
-
-
-def _shift(settings: Settings, tuning: Tuning, data: Done, tower: Done, base: Done) -> Any:
+def _shift(settings: Settings, tuning: Tuning, base: Base) -> Any:
     def work(stage: Context) -> dict[str, Any]:
         output = stage.folder / f"llava-v1-{_slug(tuning)}"
-        model = base.folder / "llava-v1-base"
-        stage.run(commands.shift(settings, tuning, output, model, data.folder, tower.folder / "clip-tower"))
-        return {"parameters": _parameters(output)}
+        stage.run(commands.shift(settings, tuning, output, base.model, base.data.folder, base.clip))
+        return {"parameters": report.parameters(output)}
 
     return work
-
-
-def _parameters(adapter: Path) -> int:
-    """Trained parameters in an adapter's file, ours or PEFT's."""
-    from safetensors import safe_open
-
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        shapes = [file.get_slice(name).get_shape() for name in file.keys() if not name.startswith("fingerprint.")]
-    count = 0
-    for shape in shapes:
-        size = 1
-        for length in shape:
-            size *= length
-        count += size
-    return count
 
 
 def _evaluation(data: Done, camera: str, model: Path, told: Path | None) -> Any:

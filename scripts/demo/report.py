@@ -11,7 +11,7 @@ from rich.table import Table
 from world import KINDS
 
 
-def accuracy(answers: Path, expected: Path) -> dict[str, float]:
+def accuracy(answers: Path, expected: Path, kinds: Sequence[str] = KINDS) -> dict[str, float]:
     """Share of exactly right answers by kind of question, and over all, from upstream's answers file.
 
     Raises:
@@ -23,10 +23,26 @@ def accuracy(answers: Path, expected: Path) -> dict[str, float]:
         raise ValueError(f"{answers} has {len(given)} answers and {expected} {len(wanted)} questions")
     right = [given[place].strip().lower() == entry["answer"] for place, entry in enumerate(wanted)]
     shares = {"all": sum(right) / len(right)}
-    for kind in KINDS:
+    for kind in kinds:
         of_kind = [hit for hit, entry in zip(right, wanted, strict=True) if entry["kind"] == kind]
         shares[kind] = sum(of_kind) / len(of_kind)
     return shares
+
+
+def parameters(adapter: Path, without: str | None = None) -> int:
+    """Parameters in an adapter's file, ours or PEFT's; those with `without` in their names are left out."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        names = [name for name in file.keys() if not name.startswith("fingerprint.")]
+        shapes = [file.get_slice(name).get_shape() for name in names if without is None or without not in name]
+    count = 0
+    for shape in shapes:
+        size = 1
+        for length in shape:
+            size *= length
+        count += size
+    return count
 
 
 def table(results: Mapping[str, Any]) -> Table:

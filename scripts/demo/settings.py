@@ -9,6 +9,8 @@ CAMERA = (2, 0, 1)
 SEED = 7
 IMAGE_SIDE, PATCH = 64, 8
 VISUAL_TOKENS = (IMAGE_SIDE // PATCH) ** 2
+# Questions about one picture that share a conversation in training: the picture is then read and encoded once for all.
+TURNS = 3
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Settings:
 
     Attributes:
         tower_epochs: passes of the vision tower over its training images.
-        projector_steps, tuning_steps: upstream's stage 1 and stage 2, of `batch` samples each.
+        projector_steps, tuning_steps: upstream's stage 1 and stage 2, of `batch` conversations each.
         shift_steps: steps that teach the shifted camera.
         questions: test questions, a third of each type.
         tunings: the ways to teach the shifted camera, in order.
@@ -49,9 +51,9 @@ class Settings:
 
     tower_epochs: int = 24
     projector_steps: int = 200
-    tuning_steps: int = 1200
-    shift_steps: int = 400
-    batch: int = 32
+    tuning_steps: int = 900
+    shift_steps: int = 300
+    batch: int = 16
     questions: int = 900
     tunings: tuple[Tuning, ...] = field(default=(MAIN, *BESIDE))
 

@@ -7,11 +7,12 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import easy_vqa
 import numpy as np
 from PIL import Image
-from settings import CAMERA, SEED
+from settings import CAMERA, SEED, TURNS
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -104,16 +105,12 @@ def write(folder: Path, questions: int) -> None:
             for number, path in split.pictures.items():
                 seen(Image.open(path).convert("RGB")).save(target / f"{number}.png")
     captions = [
-        _sample(f"caption-{number}", f"train/{number}.png", "<image>", f"a {colour} {shape}")
+        conversation(f"caption-{number}", f"train/{number}.png", "<image>", f"a {colour} {shape}")
         for number, (colour, shape) in sorted(seen_in(train.questions).items())
         if colour and shape
     ]
     (folder / "captions.json").write_text(json.dumps(captions))
-    asked = [
-        _sample(f"question-{place}", f"train/{question.image}.png", f"<image>\n{question.text}", question.answer)
-        for place, question in enumerate(train.questions)
-    ]
-    (folder / "train.json").write_text(json.dumps(asked))
+    (folder / "train.json").write_text(json.dumps(conversations(train.questions)))
     sample = test_sample(test.questions, questions)
     with (folder / "questions.jsonl").open("w") as lines:
         for place, question in enumerate(sample):
@@ -124,6 +121,30 @@ def write(folder: Path, questions: int) -> None:
     )
 
 
-def _sample(identity: str, image: str, prompt: str, answer: str) -> dict[str, object]:
-    turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
-    return {"id": identity, "image": image, "conversations": turns}
+def conversations(questions: Sequence[Question], turns: int = TURNS, seed: int = SEED) -> list[dict[str, Any]]:
+    """All questions in conversations about one picture, of at most `turns` questions each, in shuffled order."""
+    rng = random.Random(seed)
+    by_picture: dict[int, list[Question]] = {}
+    for question in questions:
+        by_picture.setdefault(question.image, []).append(question)
+    samples = []
+    for picture, asked in sorted(by_picture.items()):
+        rng.shuffle(asked)
+        for start in range(0, len(asked), turns):
+            first, *more = asked[start : start + turns]
+            sample = conversation(
+                f"picture-{picture}-{start}", f"train/{picture}.png", f"<image>\n{first.text}", first.answer
+            )
+            for question in more:
+                sample["conversations"] += _turn(question.text, question.answer)
+            samples.append(sample)
+    return samples
+
+
+def conversation(identity: str, image: str, prompt: str, answer: str) -> dict[str, Any]:
+    """A conversation of one turn, in LLaVA's format."""
+    return {"id": identity, "image": image, "conversations": _turn(prompt, answer)}
+
+
+def _turn(prompt: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": prompt}, {"from": "gpt", "value": answer}]
