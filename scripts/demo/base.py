@@ -1,0 +1,87 @@
+"""The stages that make the base: data, vision tower, language model, projector, and upstream's full tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import commands
+import world
+from backbone import build_language_model, build_tower
+from settings import CAMERA, TURNS, Settings
+from stages import Context, Done, Runner, Stage
+
+Work = Callable[[Context], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A finished LLaVA that knows easy-VQA through the clean camera.
+
+    Attributes:
+        done: its last stage.
+        data, tower: the stages that its successors need again.
+        stages: all of them, in order.
+    """
+
+    done: Done
+    data: Done
+    tower: Done
+    stages: tuple[Done, ...]
+
+    @property
+    def model(self) -> Path:
+        return self.done.folder / "llava-v1-base"
+
+    @property
+    def clip(self) -> Path:
+        return self.tower.folder / "clip-tower"
+
+
+def build(settings: Settings, runner: Runner) -> Base:
+    """The base, made by `runner` or found done in its folder."""
+    data = runner.run(
+        Stage("data", {"questions": settings.questions, "camera": CAMERA, "turns": TURNS}, (), _data(settings))
+    )
+    tower = runner.run(Stage("tower", {"epochs": settings.tower_epochs}, (), _tower(settings)))
+    llm = runner.run(Stage("language-model", {}, (), lambda stage: build_language_model(stage.folder / "llm") or {}))
+    lengths = {"steps": settings.projector_steps, "batch": settings.batch}
+    projector = runner.run(
+        Stage("stage-1-projector", lengths, (data, tower, llm), _projector(settings, data, tower, llm))
+    )
+    lengths = {"steps": settings.tuning_steps, "batch": settings.batch}
+    base = runner.run(Stage("stage-2-base", lengths, (projector,), _base(settings, data, tower, llm, projector)))
+    return Base(base, data, tower, (data, tower, llm, projector, base))
+
+
+def _data(settings: Settings) -> Work:
+    def work(stage: Context) -> dict[str, Any]:
+        world.write(stage.folder, settings.questions)
+        return {}
+
+    return work
+
+
+def _tower(settings: Settings) -> Work:
+    return lambda stage: build_tower(stage.folder / "clip-tower", settings.tower_epochs, stage.report)
+
+
+def _projector(settings: Settings, data: Done, tower: Done, llm: Done) -> Work:
+    def work(stage: Context) -> dict[str, Any]:
+        output = stage.folder / "projector"
+        stage.run(commands.stage_1(settings, output, llm.folder / "llm", data.folder, tower.folder / "clip-tower"))
+        return {}
+
+    return work
+
+
+def _base(settings: Settings, data: Done, tower: Done, llm: Done, projector: Done) -> Work:
+    def work(stage: Context) -> dict[str, Any]:
+        weights = projector.folder / "projector" / "mm_projector.bin"
+        output, clip = stage.folder / "llava-v1-base", tower.folder / "clip-tower"
+        stage.run(commands.stage_2(settings, output, llm.folder / "llm", weights, data.folder, clip))
+        return {}
+
+    return work
