@@ -1,0 +1,37 @@
+"""4-bit and 8-bit models without a GPU, which transformers 4.37 refuses although bitsandbytes can."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+
+@contextlib.contextmanager
+def quantising_on_cpu() -> Iterator[None]:
+    """In the block, `from_pretrained` takes the processor for a device that can be quantised on; nothing else does."""
+    import bitsandbytes
+    import torch
+    from transformers import PreTrainedModel, modeling_utils
+
+    original = PreTrainedModel.from_pretrained.__func__
+
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not (kwargs.get("quantization_config") or kwargs.get("load_in_4bit") or kwargs.get("load_in_8bit")):
+            return original(cls, *args, **kwargs)
+        with mock.patch.object(torch.cuda, "is_available", lambda: True):
+            model = original(cls, *args, **kwargs | {"device_map": {"": "cpu"}})
+        # With a device map, transformers takes it for a model that is spread over several devices.
+        model.hf_device_map = {}
+        return model
+
+    with (
+        # It asks for a GPU too, and later for the size of the model.
+        mock.patch.object(modeling_utils, "is_bitsandbytes_available", lambda: True),
+        mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(from_pretrained)),
+        # On processors with these instructions an evaluation repacks the weights for good, and training after it gets
+        # no gradient from them.
+        mock.patch.object(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False),
+    ):
+        yield
