@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# The multi-task measurement, beside the demo and from its base: sets up .venv if need be, then runs scripts/multitask.
+#
+#   scripts/multitask.sh                 the whole of it (goes on where it stopped; makes the demo's base if need be)
+#   scripts/multitask.sh --quick         every part, too short to learn anything
+#   scripts/multitask.sh --output DIR    the demo's output, if it is not ./demo-output
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+"$here/setup.sh"
+venv=${VENV:-$here/../.venv}
+export PATH="$venv/bin:$PATH"
+exec "$venv/bin/python" "$here/multitask" "$@"

@@ -1,0 +1,210 @@
+"""The multi-task measurement: its tasks pull against each other, and its figures are what they are called."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+FOLDERS = (SCRIPTS / "demo", SCRIPTS / "multitask")
+SAMPLES, QUESTIONS, FIRST = 40, 20, 1300
+
+
+@pytest.fixture(autouse=True, scope="module")
+def scripts_on_the_path() -> Iterator[None]:
+    for folder in FOLDERS:
+        sys.path.insert(0, str(folder))
+    yield
+    for folder in FOLDERS:
+        sys.path.remove(str(folder))
+        for module in folder.glob("*.py"):
+            sys.modules.pop(module.stem, None) if module.stem != "__main__" else None
+
+
+@pytest.fixture(scope="module")
+def digits() -> list[int]:
+    from sklearn.datasets import load_digits
+
+    return load_digits().target.tolist()
+
+
+def test_every_task_has_as_many_questions_and_all_cameras_see_the_same_test_pictures(digits: list[int]) -> None:
+    import tasks
+    import world
+
+    trained = tasks.training(world.Split.load("train").questions, digits[:FIRST], SAMPLES)
+    tested = tasks.testing(world.Split.load("test").questions, digits[FIRST:], FIRST, QUESTIONS)
+    assert Counter(asked.task for asked in trained) == dict.fromkeys(tasks.TASKS, SAMPLES)
+    assert Counter(asked.task for asked in tested) == dict.fromkeys(tasks.TASKS, QUESTIONS)
+    seen = defaultdict(list)
+    for asked in tested:
+        if asked.task in tasks.COLOUR_TASKS:
+            seen[asked.task].append((Path(asked.image).name, asked.text.partition(": ")[2], asked.answer))
+    assert all(questions == seen["colour a"] for questions in seen.values())
+    assert {asked.text.partition(":")[0] for asked in tested if asked.task == "colour c"} == {"camera c"}
+
+
+def test_no_test_digit_is_trained_on_and_answers_are_the_digits_in_the_pictures(digits: list[int]) -> None:
+    import tasks
+    import world
+
+    def numbers(asked: list[tasks.Asked]) -> dict[int, str]:
+        return {int(Path(one.image).stem): one.answer for one in asked if one.task == "digit"}
+
+    trained = numbers(tasks.training(world.Split.load("train").questions, digits[:FIRST], 2 * FIRST))
+    tested = numbers(tasks.testing(world.Split.load("test").questions, digits[FIRST:], FIRST, QUESTIONS))
+    assert set(trained) == set(range(FIRST))
+    assert min(tested) >= FIRST
+    assert all(answer == str(digits[number]) for number, answer in {**trained, **tested}.items())
+
+
+def test_cameras_are_different_orders_of_the_channels_and_the_first_is_clean() -> None:
+    import tasks
+
+    orders = list(tasks.CAMERAS.values())
+    assert orders[0] == (0, 1, 2)
+    assert len(set(orders)) == len(orders)
+    assert all(sorted(order) == [0, 1, 2] for order in orders)
+
+
+def test_the_same_pixels_have_different_answers_under_different_cameras() -> None:
+    """What makes the tasks pull: a red that camera b shows is a colour that camera a shows from another shape."""
+    import tasks
+    import world
+
+    pure = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+    answers = defaultdict(set)
+    for order in tasks.CAMERAS.values():
+        for name, colour in pure.items():
+            shown = world.permuted(Image.new("RGB", (1, 1), colour), order)
+            answers[shown.getpixel((0, 0))].add(name)
+    assert all(names == set(pure) for names in answers.values())
+
+
+def test_a_digit_becomes_a_grey_picture_of_the_size_of_the_tower_with_full_contrast() -> None:
+    import tasks
+
+    values = np.zeros((8, 8))
+    values[2:6, 2:6] = 16
+    picture = np.asarray(tasks.digit_picture(values))
+    assert picture.shape == (64, 64, 3)
+    assert (picture == picture[..., :1]).all()
+    assert (picture[0, 0, 0], picture[32, 32, 0]) == (0, 255)
+
+
+def test_mutual_information_is_that_of_constructed_cases() -> None:
+    from information import entropy, mutual_information
+
+    labels = [0, 0, 1, 1]
+    assert entropy(labels) == pytest.approx(math.log(2))
+    assert mutual_information(labels, labels) == pytest.approx(math.log(2))
+    assert mutual_information(labels, ["x", "x", "y", "z"]) == pytest.approx(math.log(2))
+    assert mutual_information(labels, [0, 1, 0, 1]) == pytest.approx(0)
+    # A channel that is wrong once in four: 1 - H(1/4) bits.
+    noisy = mutual_information([0] * 4 + [1] * 4, [0, 0, 0, 1, 1, 1, 1, 0])
+    assert noisy / math.log(2) == pytest.approx(1 - (0.25 * 2 + 0.75 * math.log2(4 / 3)))
+
+
+def test_a_set_that_tells_the_task_tells_all_of_it_and_one_that_does_not_tells_no_more_than_chance() -> None:
+    from information import of_linears
+
+    rng = np.random.default_rng(0)
+    tasks = [("left", "right")[place % 2] for place in range(2000)]
+    telling = np.array([[2, 5] if task == "left" else [1, 2] for task in tasks])
+    # The order in which a set was chosen is no information.
+    telling[::3] = telling[::3, ::-1]
+    silent = rng.integers(0, 8, (2000, 2))
+    found = of_linears(tasks, {"telling": telling, "silent": silent})
+    assert found["telling"]["told"] == pytest.approx(1)
+    assert found["telling"]["sets"] == 2
+    assert found["silent"]["told"] == pytest.approx(found["silent"]["chance"], abs=0.01)
+    assert found["telling"]["chance"] < 0.01
+    with pytest.raises(ValueError, match="one task"):
+        of_linears(["left"] * 4, {"telling": telling[:4]})
+
+
+def test_the_rank_of_the_larger_lora_trains_as_many_parameters_as_learned_routing() -> None:
+    from methods import ACTIVE, FACTORS, compared, linears, lora_parameters, matching_rank, mixlora_parameters
+
+    from llava_steering_plugin.modes.base import DecoderShape, LayerShape
+    from llava_steering_plugin.modes.mixlora import MixLoRA
+
+    decoder = linears(4, 128)
+    layer = LayerShape("layers.0", {f"layers.0.{place}": shape for place, shape in enumerate(linears(1, 128))})
+    built = MixLoRA(factors=FACTORS, rank=ACTIVE).build(DecoderShape(128, (layer,)))
+    counted = sum(parameter.numel() for module in built.values() for parameter in module.parameters())
+    wanted = mixlora_parameters(FACTORS, ACTIVE, decoder)
+    assert wanted == 4 * counted
+    equal = lora_parameters(matching_rank(wanted, decoder), decoder)
+    assert abs(equal - wanted) < 0.02 * wanted
+    small, large, frozen, learned = compared(4, 128, 1e-3)
+    assert (small.flags["lora_r"], large.flags["lora_r"]) == (ACTIVE, matching_rank(wanted, decoder))
+    assert (small.is_lora, learned.is_lora) == (True, False)
+    assert [method.frozen_routers for method in (small, large, frozen, learned)] == [False, False, True, False]
+
+
+def _row(method: str, seed: int, right: float, told: float | None = None) -> dict[str, Any]:
+    import tasks
+
+    row: dict[str, Any] = {"method": method, "seed": seed, "parameters": 1000, "train_seconds": 10.0 * seed}
+    row["accuracy"] = dict.fromkeys(("all", *tasks.TASKS), right)
+    if told is not None:
+        figures = {"told": told, "chance": 0.02, "sets": 9.0, "layers": {"0": told, "1": told}}
+        row["information"] = {"tasks": figures, "cameras": figures}
+    return row
+
+
+def test_means_spreads_and_differences_are_over_seeds() -> None:
+    from summary import by_method, differences
+
+    rows = [_row("LoRA", 1, 0.5), _row("MixLoRA", 1, 0.6, 0.25), _row("LoRA", 2, 0.7), _row("MixLoRA", 2, 0.8, 0.35)]
+    lora, mixlora = by_method(rows)
+    assert (lora["method"], mixlora["method"], lora["seeds"]) == ("LoRA", "MixLoRA", [1, 2])
+    assert lora["accuracy"]["digit"] == pytest.approx({"mean": 0.6, "sd": math.sqrt(0.02)})
+    assert lora["train_seconds"]["mean"] == 15
+    assert "information" not in lora
+    assert mixlora["information"]["cameras"]["layers"]["1"]["mean"] == pytest.approx(0.3)
+    assert differences(rows, "MixLoRA", "LoRA", ("shape",))["shape"] == pytest.approx({"mean": 0.1, "sd": 0.0})
+
+
+def test_the_table_and_the_plot_show_every_method(tmp_path: Path) -> None:
+    from summary import by_method, plot, table
+
+    rows = [_row("LoRA r=2", 1, 0.5), _row("MixLoRA 2 of 8, learned routers", 1, 0.6, 0.25)]
+    results = {"questions": 4, "steps": 4, "base": rows[0]["accuracy"], "rows": rows, "methods": by_method(rows)}
+    console = Console(width=240, record=True, file=(tmp_path / "shown").open("w"))
+    console.print(table(results))
+    shown = console.export_text()
+    assert "LoRA r=2" in shown
+    assert "0.25 ±0.00" in shown
+    plot(results, tmp_path / "plot.png")
+    assert min(Image.open(tmp_path / "plot.png").size) > 400
+
+
+@pytest.mark.slow
+def test_the_quick_measurement_runs_every_part_and_a_second_run_uses_what_is_there(tmp_path: Path) -> None:
+    command = [str(SCRIPTS / "multitask.sh"), "--quick", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=1500)
+    found = tmp_path / "quick" / "multitask"
+    results = json.loads((found / "results.json").read_text())
+    small, large, frozen, learned = results["methods"]
+    assert (small["parameters"], frozen["parameters"]) == (4 * 2944 * 2, 4 * 2944 * 8)
+    assert abs(large["parameters"] - learned["parameters"]) < 0.02 * learned["parameters"]
+    for entry in (frozen, learned):
+        assert 0 <= entry["information"]["cameras"]["told"]["mean"] <= 1
+        assert len(entry["information"]["tasks"]["layers"]) == 4
+    assert all(0 <= share <= 1 for row in results["rows"] for share in row["accuracy"].values())
+    assert (found / "multitask.png").is_file()
+    again = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+    assert again.stdout.count("multitask/") >= again.stdout.count("done before") - 5 == 1 + 4 + 5
