@@ -18,12 +18,17 @@ from typing import Annotated, Any
 import commands
 import report
 import typer
+import world
 from base import Base, build
 from rich.console import Console
 from settings import CAMERA, FULL, QUICK, SEED, Settings, Tuning
 from stages import Context, Done, Runner, Stage, StageError
 
+from llava_steering_plugin.upstream.checkout import find_llava
+from llava_steering_plugin.upstream.patch import State, state
+
 NEEDED_BYTES = 500e6
+VERSIONS = ("llava-steering-plugin", "llava-torch", "torch", "transformers", "tokenizers", "peft", "numpy", "pillow")
 
 
 def main(
@@ -42,6 +47,10 @@ def main(
     if shutil.disk_usage(root).free < NEEDED_BYTES:
         raise SystemExit(
             f"demo: {root} has less than {NEEDED_BYTES / 1e6:.0f} MB free; give another place with --output"
+        )
+    if state(find_llava()) is not State.PATCHED:
+        raise SystemExit(
+            "demo: this llava is not patched; run `llava-steering patch`, or start scripts/demo.sh, which does"
         )
     # Nothing here is on a hub, and numbers from a GPU would differ.
     os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
@@ -70,10 +79,12 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
                 {**lengths, **tuning.flags, "lr": tuning.learning_rate},
                 (base.done,),
                 _shift(settings, tuning, base),
+                (commands,),
             )
             for tuning in settings.tunings
         ]
     )
+    test = runner.run(Stage("questions", {"count": settings.questions}, (), _questions(settings), (world,)))
     asked = [("clean", base.done, base.model, None), ("shifted", base.done, base.model, None)]
     for tuning, done in zip(settings.tunings, tuned, strict=True):
         told = base.model if tuning.flags.get("lora_enable") else None
@@ -83,8 +94,9 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
             Stage(
                 f"eval-{path.name}-{camera}",
                 {"camera": camera},
-                (base.data, done),
-                _evaluation(base.data, camera, path, told),
+                (test, base.data, done),
+                _evaluation(test, base.data, camera, path, told),
+                (report,),
             )
             for camera, done, path, told in asked
         ]
@@ -102,7 +114,7 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
         }
         for name, (camera, *_), done, evaluation in zip(names, asked, trained, answered, strict=True)
     ]
-    stages = (*base.stages, *tuned, *answered, chat)
+    stages = (*base.stages, *tuned, test, *answered, chat)
     return {
         "questions": settings.questions,
         "rows": rows,
@@ -112,7 +124,7 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
         "seconds_of_this_run": round(time.monotonic() - started, 1),
         "seed": SEED,
         "camera": list(CAMERA),
-        "versions": {name: version(name) for name in ("torch", "transformers", "llava-steering-plugin")},
+        "versions": {name: version(name) for name in VERSIONS},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
     }
 
@@ -130,11 +142,19 @@ def _shift(settings: Settings, tuning: Tuning, base: Base) -> Any:
     return work
 
 
-def _evaluation(data: Done, camera: str, model: Path, told: Path | None) -> Any:
+def _questions(settings: Settings) -> Any:
     def work(stage: Context) -> dict[str, Any]:
-        answers = stage.folder / "answers.jsonl"
-        stage.run(commands.evaluate(answers, model, told, data.folder / "pictures" / camera, data.folder))
-        return report.accuracy(answers, data.folder / "answers.json")
+        world.write_questions(stage.folder, settings.questions)
+        return {}
+
+    return work
+
+
+def _evaluation(test: Done, data: Done, camera: str, model: Path, told: Path | None) -> Any:
+    def work(stage: Context) -> dict[str, Any]:
+        answers, pictures = stage.folder / "answers.jsonl", data.folder / "pictures" / camera
+        stage.run(commands.evaluate(answers, model, told, pictures, test.folder / "questions.jsonl"))
+        return report.accuracy(answers, test.folder / "answers.json")
 
     return work
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import backbone
 import commands
 import world
-from backbone import build_language_model, build_tower
 from settings import CAMERA, TURNS, Settings
 from stages import Context, Done, Runner, Stage
 
@@ -42,30 +42,30 @@ class Base:
 
 def build(settings: Settings, runner: Runner) -> Base:
     """The base, made by `runner` or found done in its folder."""
-    data = runner.run(
-        Stage("data", {"questions": settings.questions, "camera": CAMERA, "turns": TURNS}, (), _data(settings))
-    )
-    tower = runner.run(Stage("tower", {"epochs": settings.tower_epochs}, (), _tower(settings)))
-    llm = runner.run(Stage("language-model", {}, (), lambda stage: build_language_model(stage.folder / "llm") or {}))
+    data = runner.run(Stage("data", {"camera": CAMERA, "turns": TURNS}, (), _data, (world,)))
+    tower = runner.run(Stage("tower", {"epochs": settings.tower_epochs}, (), _tower(settings), (backbone,)))
+    llm = runner.run(Stage("language-model", {}, (), _language_model, (backbone, world)))
     lengths = {"steps": settings.projector_steps, "batch": settings.batch}
-    projector = runner.run(
-        Stage("stage-1-projector", lengths, (data, tower, llm), _projector(settings, data, tower, llm))
-    )
+    work = _projector(settings, data, tower, llm)
+    projector = runner.run(Stage("stage-1-projector", lengths, (data, tower, llm), work, (commands,)))
     lengths = {"steps": settings.tuning_steps, "batch": settings.batch}
-    base = runner.run(Stage("stage-2-base", lengths, (projector,), _base(settings, data, tower, llm, projector)))
+    work = _base(settings, data, tower, llm, projector)
+    base = runner.run(Stage("stage-2-base", lengths, (projector,), work, (commands,)))
     return Base(base, data, tower, (data, tower, llm, projector, base))
 
 
-def _data(settings: Settings) -> Work:
-    def work(stage: Context) -> dict[str, Any]:
-        world.write(stage.folder, settings.questions)
-        return {}
-
-    return work
+def _data(stage: Context) -> dict[str, Any]:
+    world.write(stage.folder)
+    return {}
 
 
 def _tower(settings: Settings) -> Work:
-    return lambda stage: build_tower(stage.folder / "clip-tower", settings.tower_epochs, stage.report)
+    return lambda stage: backbone.build_tower(stage.folder / "clip-tower", settings.tower_epochs, stage.report)
+
+
+def _language_model(stage: Context) -> dict[str, Any]:
+    backbone.build_language_model(stage.folder / "llm")
+    return {}
 
 
 def _projector(settings: Settings, data: Done, tower: Done, llm: Done) -> Work:

@@ -74,12 +74,12 @@ def shift(settings: Settings, tuning: Tuning, output: Path, base: Path, data: Pa
     return train(output, base, data / "train.json", data / "pictures" / "shifted", tower, flags)
 
 
-def evaluate(answers: Path, model: Path, base: Path | None, pictures: Path, data: Path) -> list[str]:
+def evaluate(answers: Path, model: Path, base: Path | None, pictures: Path, questions: Path) -> list[str]:
     """Upstream's `model_vqa_loader`; `base` is for what needs to be told (LoRA), not for our adapters."""
     flags: dict[str, object] = {
         "model-path": model,
         "image-folder": pictures,
-        "question-file": data / "questions.jsonl",
+        "question-file": questions,
         "answers-file": answers,
         "conv-mode": "v1",
         "temperature": 0,

@@ -50,8 +50,8 @@ class Settings:
     """
 
     tower_epochs: int = 24
-    projector_steps: int = 200
-    tuning_steps: int = 900
+    projector_steps: int = 100
+    tuning_steps: int = 800
     shift_steps: int = 300
     batch: int = 16
     questions: int = 900

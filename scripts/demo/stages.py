@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rich.console import Console
@@ -62,7 +63,7 @@ class Context:
         Raises:
             StageError: it ended with an error.
         """
-        with self.log.open("a") as log:
+        with self.log.open("a", buffering=1) as log:
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()
             process = subprocess.Popen(
@@ -106,16 +107,19 @@ class Stage:
         settings: everything that changes its result, as JSON values; the keys of `needs` are added.
         needs: the finished stages it builds on.
         work: does it, and returns what it has to say.
+        code: the modules whose code changes its result.
     """
 
     name: str
     settings: Mapping[str, Any]
     needs: Sequence[Done]
     work: Callable[[Context], dict[str, Any]]
+    code: Sequence[ModuleType] = ()
 
     @property
     def key(self) -> str:
-        content = [self.name, self.settings, [done.key for done in self.needs]]
+        sources = [Path(str(module.__file__)).read_text() for module in self.code]
+        content = [self.name, self.settings, [done.key for done in self.needs], sources]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -95,8 +95,8 @@ def sentences() -> Iterator[str]:
         yield template.system
 
 
-def write(folder: Path, questions: int) -> None:
-    """Writes pictures/ (both cameras), captions.json, train.json, test questions and their answers into `folder`."""
+def write(folder: Path) -> None:
+    """Writes pictures/ (both cameras), captions.json and train.json into `folder`."""
     train, test = Split.load("train"), Split.load("test")
     for split in (train, test):
         for camera, seen in (("clean", lambda picture: picture), ("shifted", permuted)):
@@ -111,7 +111,11 @@ def write(folder: Path, questions: int) -> None:
     ]
     (folder / "captions.json").write_text(json.dumps(captions))
     (folder / "train.json").write_text(json.dumps(conversations(train.questions)))
-    sample = test_sample(test.questions, questions)
+
+
+def write_questions(folder: Path, count: int) -> None:
+    """Writes questions.jsonl for upstream's evaluation, and answers.json in the same order, into `folder`."""
+    sample = test_sample(Split.load("test").questions, count)
     with (folder / "questions.jsonl").open("w") as lines:
         for place, question in enumerate(sample):
             image = f"test/{question.image}.png"

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,6 @@ from PIL import Image
 from rich.console import Console
 
 DEMO = Path(__file__).parents[2] / "scripts" / "demo"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def demo_on_the_path() -> Iterator[None]:
-    sys.path.insert(0, str(DEMO))
-    yield
-    sys.path.remove(str(DEMO))
-    for name in ("world", "settings", "stages", "report", "commands", "backbone"):
-        sys.modules.pop(name, None)
 
 
 def test_the_shifted_camera_moves_red_to_green_green_to_blue_and_blue_to_red() -> None:
@@ -56,6 +46,19 @@ def test_what_is_seen_in_a_picture_comes_from_answers_and_questions() -> None:
         world.Question(2, "is there a circle?", "yes"),
     ]
     assert world.seen_in(asked) == {0: ("red", "triangle"), 1: ("blue", "circle"), 2: (None, None)}
+
+
+def test_conversations_hold_every_question_once_three_about_one_picture_and_the_picture_first() -> None:
+    import world
+
+    questions = world.Split.load("test").questions[:200]
+    made = world.conversations(questions)
+    turns = [sample["conversations"] for sample in made]
+    assert all(len(each) in (2, 4, 6) for each in turns)
+    asked = [turn["value"].removeprefix("<image>\n") for each in turns for turn in each[::2]]
+    assert Counter(asked) == Counter(question.text for question in questions)
+    assert all("<image>" in each[0]["value"] for each in turns)
+    assert not [turn for each in turns for turn in each[1:] if "<image>" in turn["value"]]
 
 
 def test_a_finished_stage_runs_again_only_if_something_it_depends_on_changed(tmp_path: Path) -> None:
