@@ -219,6 +219,7 @@ def test_everything_wrong_with_a_command_line_is_said_at_once(
         ({"tuning_mode": "moers"}, "did you mean 'mores'?"),
         ({"mores_rank": 2}, "--mores_rank belongs to a tuning mode and none is on; add --tuning_mode mores"),
         ({"adapter_path": "nowhere"}, "nowhere is no folder"),
+        ({**MORES, "mixlora_rank": 2}, "--mixlora_rank belongs to another mode than mores; remove it"),
     ],
 )
 def test_a_wrong_mode_says_what_to_do(
