@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 FORWARD_BACKWARD_LIMIT, DECODE_LIMIT = 0.05, 0.10
 JUDGED_POSITIONS = (128, 704)
-# At 128 the gradients of pools and routers show (2 MiB at 4096 x 4096, whatever the length), and are not judged.
+# Both are shown, the longer is judged: for short ones the gradients of pools and routers weigh most.
 MEMORY_POSITIONS = (128, 704)
 DECODE_STEPS = 32
 # Seconds that the turns of one case may take, and the fewest and most turns.

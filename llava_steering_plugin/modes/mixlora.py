@@ -88,11 +88,17 @@ class RoutedLinear(nn.Module):
                 "positions, so MixLoRA cannot tell whose tokens these are (experts of a mixture get them so). Leave "
                 "such linears out with --mixlora_targets."
             )
-        hidden = inputs.reshape(rows, positions, -1)
+        if inputs.dim() == 2:
+            by_rows = output.reshape(rows, positions, -1), inputs.reshape(rows, positions, -1)
+            return self._updated(by_rows[0], by_rows[1], step).view_as(output)
+        return self._updated(output, inputs, step)
+
+    def _updated(self, output: Tensor, inputs: Tensor, step: Pass) -> Tensor:
+        # No views here: autograd adds the base's gradient into the one that `updated` gives if nothing else refers to
+        # it, and else takes a third tensor of the input's size for the sum.
         with no_autocast(output.device):
-            a, b = self.factors_for(hidden, step, output.dtype)
-            hidden = self.dropout(hidden.to(output.dtype))
-            return updated(output.reshape(rows, positions, -1), hidden, a, b).view_as(output)
+            a, b = self.factors_for(inputs, step, output.dtype)
+            return updated(output, self.dropout(inputs.to(output.dtype)), a, b)
 
     def factors_for(self, hidden: Tensor, step: Pass, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A [rows, r, in] and B [rows, r, out] of `dtype` for `hidden` [rows, positions, in], B times alpha / r."""
