@@ -21,19 +21,24 @@ sys.path.insert(1, str(Path(__file__).parents[1] / "demo"))
 
 import backbone
 import commands
+import information
 import report
 import settings
+import tasks
 import typer
+import world
 from base import Base, build
-from information import mean_of, of_linears
 from methods import FULL, QUICK, Method, Plan
 from rich.console import Console
 from stages import Context, Done, Runner, Stage, StageError
 from summary import by_method, differences, plot, table
-from tasks import CAMERAS, COLOUR_TASKS, TASKS, write
+from tasks import CAMERAS, COLOUR_TASKS, TASKS
+
+from llava_steering_plugin.upstream.checkout import find_llava
+from llava_steering_plugin.upstream.patch import State, state
 
 NEEDED_BYTES = 500e6
-HERE = Path(__file__).parent
+ANSWERING = Path(__file__).with_name("answering.py")
 
 
 def main(
@@ -56,6 +61,10 @@ def main(
         raise SystemExit(
             f"multitask: {root} has less than {NEEDED_BYTES / 1e6:.0f} MB free; give another place with --output"
         )
+    if state(find_llava()) is not State.PATCHED:
+        raise SystemExit(
+            "multitask: this llava is not patched; run `llava-steering patch`, or scripts/multitask.sh, which does"
+        )
     os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", TOKENIZERS_PARALLELISM="false")
     runner = Runner(root, console)
     try:
@@ -74,7 +83,7 @@ def run(plan: Plan, base: Base, runner: Runner) -> dict[str, Any]:
     """All stages after the base, in order; returns results.json."""
     started = time.monotonic()
     content = {"samples": plan.samples, "questions": plan.questions, "cameras": CAMERAS}
-    data = runner.run(Stage("multitask/data", content, (base.data,), _data(plan)))
+    data = runner.run(Stage("multitask/data", content, (), _data(plan), (tasks, world)))
     methods = plan.methods(backbone.LAYERS, backbone.WIDTH)
     wanted = [(method, seed) for seed in plan.seeds for method in methods]
     trained = runner.run_side_by_side(
@@ -90,6 +99,7 @@ def run(plan: Plan, base: Base, runner: Runner) -> dict[str, Any]:
                 },
                 (data, base.done),
                 _training(plan, method, seed, base, data),
+                (commands,),
             )
             for method, seed in wanted
         ]
@@ -100,7 +110,13 @@ def run(plan: Plan, base: Base, runner: Runner) -> dict[str, Any]:
         models.append((f"{method.slug}-seed-{seed}", _adapter(done, method), told, done, not method.is_lora))
     answered = runner.run_side_by_side(
         [
-            Stage(f"multitask/eval-{name}", {}, (data, done), _answering(data, model, told, routed))
+            Stage(
+                f"multitask/eval-{name}",
+                {"program": ANSWERING.read_text()},
+                (data, done),
+                _answering(data, model, told, routed),
+                (report, information),
+            )
             for name, model, told, done, routed in models
         ]
     )
@@ -144,7 +160,7 @@ def _adapter(trained: Done, method: Method) -> Path:
 
 def _data(plan: Plan) -> Any:
     def work(stage: Context) -> dict[str, Any]:
-        write(stage.folder, plan.samples, plan.questions)
+        tasks.write(stage.folder, plan.samples, plan.questions)
         return {}
 
     return work
@@ -173,7 +189,7 @@ def _training(plan: Plan, method: Method, seed: int, base: Base, data: Done) -> 
 def _answering(data: Done, model: Path, told: Path | None, routed: bool) -> Any:
     def work(stage: Context) -> dict[str, Any]:
         answers, routing = stage.folder / "answers.jsonl", stage.folder / "routing.npz"
-        command = [sys.executable, str(HERE / "answering.py"), "--model", str(model), "--answers", str(answers)]
+        command = [sys.executable, str(ANSWERING), "--model", str(model), "--answers", str(answers)]
         command += ["--questions", str(data.folder / "questions.jsonl"), "--pictures", str(data.folder / "pictures")]
         command += ["--base", str(told)] if told else []
         stage.run(command + (["--routing", str(routing)] if routed else []))
@@ -188,19 +204,21 @@ def _information(routing: Path, expected: Path) -> dict[str, Any]:
     """How much the chosen factors tell of the task among all tasks, and of the camera among questions about colours."""
     import numpy as np
 
-    tasks = [entry["kind"] for entry in json.loads(expected.read_text())]
-    coloured = [place for place, task in enumerate(tasks) if task in COLOUR_TASKS]
+    of_question = [entry["kind"] for entry in json.loads(expected.read_text())]
+    coloured = [place for place, task in enumerate(of_question) if task in COLOUR_TASKS]
     found: dict[str, Any] = {}
     with np.load(routing) as file:
         chosen = {name: file[name] for name in file.files}
-    for within, places in (("tasks", list(range(len(tasks)))), ("cameras", coloured)):
-        linears = of_linears([tasks[place] for place in places], {name: at[places] for name, at in chosen.items()})
+    for within, places in (("tasks", list(range(len(of_question)))), ("cameras", coloured)):
+        linears = information.of_linears(
+            [of_question[place] for place in places], {name: at[places] for name, at in chosen.items()}
+        )
         layers: dict[str, dict[str, Any]] = {}
         for name, figures in linears.items():
             layers.setdefault(name.split(".")[1], {})[name] = figures
         found[within] = {
-            **mean_of(linears),
-            "layers": {layer: mean_of(own)["told"] for layer, own in layers.items()},
+            **information.mean_of(linears),
+            "layers": {layer: information.mean_of(own)["told"] for layer, own in layers.items()},
         }
     return found
 
