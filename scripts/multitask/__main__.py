@@ -31,7 +31,7 @@ from base import Base, build
 from methods import FULL, QUICK, Method, Plan
 from rich.console import Console
 from stages import Context, Done, Runner, Stage, StageError
-from summary import by_method, differences, plot, table
+from summary import by_method, differences, markdown, plot, table
 from tasks import CAMERAS, COLOUR_TASKS, TASKS
 
 from llava_steering_plugin.upstream.checkout import find_llava
@@ -74,9 +74,10 @@ def main(
         raise SystemExit(f"multitask: {error}") from error
     found = root / "multitask" / "results.json"
     found.write_text(json.dumps(results, indent=2) + "\n")
+    found.with_suffix(".md").write_text(markdown(results))
     plot(results, found.with_name("multitask.png"))
     console.print(table(results))
-    console.print(f"[bold]{found}[/bold] and multitask.png beside it")
+    console.print(f"[bold]{found}[/bold] with results.md and multitask.png beside it")
 
 
 def run(plan: Plan, base: Base, runner: Runner) -> dict[str, Any]:

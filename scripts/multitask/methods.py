@@ -42,7 +42,7 @@ class Plan:
 
     samples: int = 2500
     questions: int = 200
-    steps: int = 400
+    steps: int = 300
     batch: int = 16
     seeds: tuple[int, ...] = (1, 2, 3)
     learning_rate: float = 2e-3

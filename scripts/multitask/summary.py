@@ -90,6 +90,27 @@ def _of(value: Mapping[str, float], times: float) -> str:
     return f"{times * value['mean']:.{digits}f} ±{times * value['sd']:.{digits}f}"
 
 
+def markdown(results: Mapping[str, Any]) -> str:
+    """The figures as tables for a document: accuracy by task, differences from the first method, information."""
+    names = ("all", *TASKS)
+    base = results["base"]
+    lines = ["| model | trained | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    lines.append("| base, untuned | | " + " | ".join(f"{100 * base[name]:.1f}" for name in names) + " |")
+    for entry in results["methods"]:
+        shares = " | ".join(_of(entry["accuracy"][name], 100) for name in names)
+        lines.append(f"| {entry['method']} | {entry['parameters']:,} | {shares} |")
+    lines += ["", "| difference, points | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for pair, of_pair in results["differences"].items():
+        lines.append(f"| {pair} | " + " | ".join(_of(of_pair[name], 100) for name in names) + " |")
+    lines += ["", "| chosen factors | among | told | by chance | sets in use |", "|---|---|---|---|---|"]
+    for entry in results["methods"]:
+        for within, said in WITHIN.items() if "information" in entry else ():
+            figures = entry["information"][within]
+            told, chance = (_of(figures[name], 1) for name in ("told", "chance"))
+            lines.append(f"| {entry['method']} | {said} | {told} | {chance} | {figures['sets']['mean']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(results: Mapping[str, Any], path: Path) -> None:
     """Left: accuracy by task, every seed a dot. Right: how much of the task the chosen factors tell, by layer."""
     import matplotlib

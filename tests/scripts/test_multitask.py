@@ -178,8 +178,9 @@ def test_means_spreads_and_differences_are_over_seeds() -> None:
     assert differences(rows, "MixLoRA", "LoRA", ("shape",))["shape"] == pytest.approx({"mean": 0.1, "sd": 0.0})
 
 
-def test_the_table_and_the_plot_show_every_method(tmp_path: Path) -> None:
-    from summary import by_method, plot, table
+def test_the_tables_and_the_plot_show_every_method(tmp_path: Path) -> None:
+    from summary import by_method, differences, markdown, plot, table
+    from tasks import TASKS
 
     rows = [_row("LoRA r=2", 1, 0.5), _row("MixLoRA 2 of 8, learned routers", 1, 0.6, 0.25)]
     results = {"questions": 4, "steps": 4, "base": rows[0]["accuracy"], "rows": rows, "methods": by_method(rows)}
@@ -188,6 +189,10 @@ def test_the_table_and_the_plot_show_every_method(tmp_path: Path) -> None:
     shown = console.export_text()
     assert "LoRA r=2" in shown
     assert "0.25 ±0.00" in shown
+    results["differences"] = {"MixLoRA - LoRA": differences(rows, rows[1]["method"], "LoRA r=2", ("all", *TASKS))}
+    written = markdown(results)
+    assert "| MixLoRA - LoRA | 10.0 ±0.0 |" in written
+    assert "| MixLoRA 2 of 8, learned routers | cameras only | 0.25 ±0.00 | 0.02 ±0.00 | 9.0 |" in written
     plot(results, tmp_path / "plot.png")
     assert min(Image.open(tmp_path / "plot.png").size) > 400
 
