@@ -1,0 +1,85 @@
+"""The benchmark of MoReS: what it counts is exact, how it judges is right, and --quick writes what it measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_runs import subprocess_environment
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(autouse=True)
+def scripts_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_flops_parameters_and_buffers_are_what_the_formulas_say_for_every_rank_and_selection(batch: int) -> None:
+    import torch
+    from mores_variants import FROZEN, Case, expected, flops_of, size, squares_of, variants
+
+    from llava_steering_plugin.modes.mores import MoReS
+
+    case = Case(64, 96, 4, layers=3, batch=batch, visual=150, text=10)
+    settings = tuple(MoReS(rank=rank, tokens=tokens) for rank in (1, 2, 4) for tokens in ("1%", "all"))
+    made = variants(case, settings, torch.float32)
+    flops, squares = flops_of(made[FROZEN]), squares_of(made[FROZEN])
+
+    steered = [variant for variant in made.values() if variant.attachment is not None]
+    assert len(steered) == len(settings)
+    for variant in steered:
+        assert size(variant, variant.attachment, flops, squares) == expected(case, variant.mode)
+
+
+def test_an_adapter_fails_by_its_median_and_in_quick_runs_only_if_it_is_certainly_too_slow() -> None:
+    from bench_mores import failures
+
+    counts = {"counted": {}, "formula": {}, "equal": True}
+    for excess, lowest, full, quick in ((0.02, 0.01, 0, 0), (0.04, 0.01, 1, 0), (0.05, 0.04, 1, 1)):
+        times = {"forward": {"rank 1": {"excess": excess, "interval": [lowest, 0.06]}}}
+        results = [{"case": {"width": 64}, "times": times, "sizes": {"rank 1": counts}}]
+
+        assert len(failures(results, quick=False)) == full
+        assert len(failures(results, quick=True)) == quick
+
+
+def test_the_interval_holds_the_middle_of_the_turns_and_all_of_them_where_they_are_few() -> None:
+    from bench_mores import CONTROL, FROZEN, interval
+
+    many = {FROZEN: [1.0] * 100, CONTROL: [1.0] * 100, "slower": [1 + turn / 1000 for turn in range(100)]}
+    few = {name: seconds[:4] for name, seconds in many.items()}
+
+    assert interval(many, "slower") == pytest.approx((0.040, 0.059))
+    assert interval(few, "slower") == pytest.approx((0.0, 0.003))
+
+
+@pytest.mark.slow
+def test_a_quick_run_writes_every_time_ratio_and_count(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+
+    result = subprocess.run(
+        [sys.executable, str(SCRIPTS / "bench_mores.py"), "--quick", "--json", str(file)],
+        env=subprocess_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,  # whether the times pass depends on what else this machine does
+    )
+
+    written = json.loads(file.read_text())
+    assert result.returncode == (0 if written["passed"] else 1)
+    assert {"processor", "torch", "date", "clock"} <= written["machine"].keys()
+    assert [found["case"]["width"] for found in written["results"]] == [1024, 4096]
+    for found in written["results"]:
+        assert found["times"].keys() == {"forward", "forward + backward", "decode step"}
+        for of in found["times"].values():
+            assert of.keys() >= {"frozen", "control (frozen again)", *found["sizes"]}
+            for timing in of.values():
+                assert 0 < timing["seconds_low"] <= timing["seconds"] <= timing["seconds_high"]
+        for counts in found["sizes"].values():
+            assert counts["equal"] and counts["counted"]["buffers"] == counts["counted"]["square_tensors"] == 0
+            assert counts["counted"]["decode_flops"] == 0
