@@ -29,7 +29,8 @@ results = [
     x.to(dtype=torch.float16, device="cuda", non_blocking=True), x.to(x.half()),
 ]
 assert {result.device.type for result in results} == {"cpu"}
-assert [result.dtype == torch.float16 for result in results] == [False, True, False, False, True, False, False, True, True]
+in_half = [result.dtype == torch.float16 for result in results]
+assert in_half == [False, True, False, False, True, False, False, True, True]
 assert layer.cuda() is layer and layer.to("cuda") is layer and layer.to(device="cuda:0", dtype=torch.float64) is layer
 assert layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float64
 assert x.to("meta").device.type == "meta", "other devices are other devices"
