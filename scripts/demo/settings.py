@@ -24,7 +24,7 @@ class Tuning:
 
 def _mores(rank: int, tokens: str) -> Tuning:
     flags: dict[str, object] = {"tuning_mode": "mores", "mores_rank": rank, "mores_tokens": tokens}
-    return Tuning(f"MoReS rank {rank}, {tokens}", flags, 5e-3)
+    return Tuning(f"MoReS rank {rank}, {tokens}", flags, 2e-2)
 
 
 # The first is what the demo is about; the others stand beside it.
@@ -52,7 +52,7 @@ class Settings:
     tower_epochs: int = 24
     projector_steps: int = 100
     tuning_steps: int = 800
-    shift_steps: int = 300
+    shift_steps: int = 600
     batch: int = 16
     questions: int = 900
     tunings: tuple[Tuning, ...] = field(default=(MAIN, *BESIDE))
