@@ -101,7 +101,8 @@ class SteeringTrainerMixin:
 
     def create_optimizer(self) -> Any:
         optimizer = super().create_optimizer()  # type: ignore[misc]
-        if self._attachment is not None:
+        # One that DeepSpeed's config names is only a placeholder here, and has no groups.
+        if self._attachment is not None and hasattr(optimizer, "param_groups"):
             # Upstream's groups by weight decay may be empty when so little is trained. DeepSpeed drops those, and the
             # scheduler then gives a group the learning rate of another one.
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
@@ -149,7 +150,7 @@ def _refuse_setups(given: Any) -> None:
             f"torchrun --nproc_per_node {given.n_gpu} ... or deepspeed ..., or show one only (CUDA_VISIBLE_DEVICES=0)"
         )
     if given.fsdp:
-        problems.append("FSDP flattens adapter parameters together with frozen ones; use DeepSpeed ZeRO or plain DDP")
+        problems.append(arguments.NO_FSDP)
     if problems:
         raise ArgumentsError(listing("this training cannot start", problems))
 
