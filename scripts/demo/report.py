@@ -81,16 +81,17 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     tuned = [row for row in rows if row["parameters"]]
     for row in tuned:
         right.scatter(row["parameters"], 100 * row["colour"], s=45, zorder=3)
-    ordered = sorted(tuned, key=lambda row: float(row["colour"]))
-    for place, row in enumerate(ordered):
-        side = -1 if row["parameters"] > 3e4 else 1
+    for parameters in sorted({row["parameters"] for row in tuned}):
+        alike = sorted((row for row in tuned if row["parameters"] == parameters), key=lambda row: -float(row["colour"]))
+        # Points of one size share a label below them: they may lie on top of each other.
         right.annotate(
-            row["model"],
-            (row["parameters"], 100 * row["colour"]),
-            xytext=(9 * side, -11 if place % 2 else 7),
+            "\n".join(f"{row['model']}: {row['colour']:.1%}" for row in alike),
+            (parameters, min(100 * row["colour"] for row in alike)),
+            xytext=(0, -9),
             textcoords="offset points",
-            ha="right" if side < 0 else "left",
-            fontsize=8,
+            ha="center",
+            va="top",
+            fontsize=7.5,
         )
     right.axhline(100 * rows[1]["colour"], color="#d9822b", linestyle="--", linewidth=1, label="base, shifted camera")
     right.set_xscale("log")
