@@ -28,7 +28,6 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 NOT_RUN_HERE = {
     "scripts/demo.sh": "tests/scripts/test_demo.py runs it",
     "scripts/test.sh": "this test is a part of it",
-    "scripts/multitask.sh": "tests/scripts/test_multitask.py runs it",
     "pip install": "scripts/setup.sh does it",
     "deepspeed": "train_mem.py asks for flash attention, which has no CPU version; see test_launch.py",
     "python -m llava.serve.model_worker": "tests/upstream/test_model_worker.py runs it, with its controller",

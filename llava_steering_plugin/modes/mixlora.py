@@ -58,7 +58,8 @@ class RoutedLinear(nn.Module):
         balance: weight of this linear's load-balance loss, on each side.
 
     Shapes:
-        output: [rows, positions, out] in any float dtype, which the update is computed in; the routers in float32.
+        output: [rows, positions, out] in any float dtype, which the update is computed in; the routers in float32. It
+            is written into.
         inputs: [rows, positions, in], or both with rows and positions flattened into one.
     """
 

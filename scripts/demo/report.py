@@ -81,21 +81,22 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     tuned = [row for row in rows if row["parameters"]]
     for row in tuned:
         right.scatter(row["parameters"], 100 * row["colour"], s=45, zorder=3)
-    for parameters in sorted({row["parameters"] for row in tuned}):
+    for place, parameters in enumerate(sorted({row["parameters"] for row in tuned})):
         alike = sorted((row for row in tuned if row["parameters"] == parameters), key=lambda row: -float(row["colour"]))
-        # Points of one size share a label below them: they may lie on top of each other.
+        # Points of one size share a label: they may lie on top of each other. Above and below in turns, for neighbours.
+        above = place % 2 == 0
         right.annotate(
             "\n".join(f"{row['model']}: {row['colour']:.1%}" for row in alike),
-            (parameters, min(100 * row["colour"] for row in alike)),
-            xytext=(0, -9),
+            (parameters, 100 * alike[0 if above else -1]["colour"]),
+            xytext=(0, 7 if above else -9),
             textcoords="offset points",
             ha="center",
-            va="top",
+            va="bottom" if above else "top",
             fontsize=7.5,
         )
     right.axhline(100 * rows[1]["colour"], color="#d9822b", linestyle="--", linewidth=1, label="base, shifted camera")
     right.set_xscale("log")
-    right.set_xlim(5e2, 3e5)
+    right.set_xlim(2e2, 4e5)
     right.set_ylim(0, 108)
     right.set_xlabel("trained parameters")
     right.set_ylabel("colour questions right, %")

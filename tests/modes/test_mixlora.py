@@ -113,7 +113,7 @@ def test_outputs_and_all_gradients_are_those_of_the_formula(conditional: bool) -
 
     torch.manual_seed(1)
     INPUTS = torch.randn(5, 7, 12)
-    ours, our_gradients = gradients(lambda inputs: module(output, inputs, a_pass(prompt)))
+    ours, our_gradients = gradients(lambda inputs: module(output.clone(), inputs, a_pass(prompt)))
     theirs, their_gradients = gradients(lambda inputs: by_hand(module, output, inputs, prompt))
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     for one, other in zip(our_gradients, their_gradients, strict=True):
@@ -125,7 +125,9 @@ def test_the_gate_changes_no_bit_of_the_forward_value() -> None:
     learning, frozen = (routed(MixLoRA(**SMALL, router_grad=how)) for how in ("straight_through", "none"))
     frozen.load_state_dict(learning.state_dict())
     output, inputs = torch.randn(3, 7, 10), torch.randn(3, 7, 12)
-    assert torch.equal(learning(output, inputs, everything(3, 7)), frozen(output, inputs, everything(3, 7)))
+    assert torch.equal(
+        learning(output.clone(), inputs, everything(3, 7)), frozen(output.clone(), inputs, everything(3, 7))
+    )
 
 
 def test_frozen_routers_are_built_without_a_gradient_and_the_factors_still_learn() -> None:
@@ -142,7 +144,7 @@ def test_a_fresh_adapter_changes_no_bit(settings: dict[str, Any], dtype: torch.d
     module = RoutedLinear(64, 48, MixLoRA(**settings))
     output, inputs = torch.randn(2, 5, 48).to(dtype), torch.randn(2, 5, 64).to(dtype)
     for training in (True, False):
-        result = module.train(training)(output, inputs, everything(2, 5))
+        result = module.train(training)(output.clone(), inputs, everything(2, 5))
         assert result.dtype == dtype
         assert torch.equal(result, output)
 
@@ -155,8 +157,8 @@ def test_half_precision_chooses_as_float32_does_and_comes_as_close_as_its_roundi
         module.routed_b.mul_(0.1)
     inputs, output = torch.randn(3, 600, 256).to(dtype), torch.randn(3, 600, 128).to(dtype)
     half, whole = everything(3, 600), everything(3, 600)
-    found = module(output, inputs, half)
-    expected = module(output.float(), inputs.float(), whole)
+    found = module(output.clone(), inputs, half)
+    expected = module(output.float().clone(), inputs.float(), whole)
     assert found.dtype == dtype
     assert torch.equal(half.kept[module].a, whole.kept[module].a)
     assert torch.equal(half.kept[module].b, whole.kept[module].b)
@@ -192,10 +194,10 @@ def test_dropout_falls_on_the_adapters_input_and_only_in_training() -> None:
     output, inputs = torch.zeros(1, 1, 10), torch.randn(1, 1, 12)
     still = RoutedLinear(12, 10, MixLoRA(**SMALL))
     still.load_state_dict(module.state_dict())
-    plain = still(output, inputs, everything(1, 1))
-    assert torch.equal(module.eval()(output, inputs, everything(1, 1)), plain)
-    mean = sum(module.train()(output, inputs, everything(1, 1)).detach() for _ in range(4000)) / 4000
-    assert not torch.equal(module(output, inputs, everything(1, 1)), plain)
+    plain = still(output.clone(), inputs, everything(1, 1))
+    assert torch.equal(module.eval()(output.clone(), inputs, everything(1, 1)), plain)
+    mean = sum(module.train()(output.clone(), inputs, everything(1, 1)).detach() for _ in range(4000)) / 4000
+    assert not torch.equal(module(output.clone(), inputs, everything(1, 1)), plain)
     torch.testing.assert_close(mean, plain.detach(), atol=0.15 * float(plain.abs().max()), rtol=0)
 
 
@@ -219,7 +221,7 @@ def test_a_quantised_linear_is_a_host_like_any_other() -> None:
     module = RoutedLinear(64, 96, MixLoRA())
     inputs = torch.randn(2, 5, 64, requires_grad=True)
     output = host(inputs)
-    result = module(output, inputs, everything(2, 5))
+    result = module(output.clone(), inputs, everything(2, 5))
     assert torch.equal(result, output)
     result.square().sum().backward()
     assert float(module.routed_b.grad.abs().max()) > 0
