@@ -116,4 +116,5 @@ def setting(default: Any, help: str) -> Any:
 
 def no_autocast(device: torch.device) -> torch.autocast:
     """Switches autocast off: the maths of an adapter is float32 whatever the backbone runs in."""
-    return torch.autocast(device_type=device.type, enabled=False)
+    # The meta device, on which plans are made, has no autocast of its own, and torch refuses its name.
+    return torch.autocast(device_type="cpu" if device.type == "meta" else device.type, enabled=False)
