@@ -56,7 +56,7 @@ def _load(original: Callable[..., Any], call: inspect.BoundArguments, folder: Pa
     described = _config_of(base, folder)
     with tempfile.TemporaryDirectory(prefix="llava-steering-") as staging:
         if "mm_vision_tower" in described:
-            call.arguments |= {"model_path": base, "model_base": None, "model_name": _name_for(described["model_type"])}
+            call.arguments |= {"model_path": base, "model_base": None, "model_name": name_for(described["model_type"])}
         else:
             _stage_plain_base(Path(staging), folder, described)
             call.arguments |= {"model_path": staging, "model_base": base, "model_name": "llava-staged"}
@@ -125,6 +125,6 @@ def _config_of(base: str, folder: Path) -> dict[str, Any]:
     return config
 
 
-def _name_for(model_type: str) -> str:
+def name_for(model_type: str) -> str:
     """A name from which upstream's rules pick the class that the base's config.json names."""
     return "llava-" + (model_type.removeprefix("llava").strip("_-") or "llama")

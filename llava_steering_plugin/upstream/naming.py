@@ -54,7 +54,7 @@ def display_name(name_or_path: str | os.PathLike[str]) -> str | None:
                 f"scripts cannot tell from a model's name. Say it: --conv-mode {conversation}"
             )
         prefix = "llava"
-    return f"{prefix}-{_harmless(_stem(str(name_or_path)))}"
+    return f"{prefix}-{harmless(_stem(str(name_or_path)))}"
 
 
 def _stem(name_or_path: str) -> str:
@@ -64,6 +64,6 @@ def _stem(name_or_path: str) -> str:
     return f"{parts[-2]}_{parts[-1]}" if parts[-1].startswith("checkpoint-") and len(parts) > 1 else parts[-1]
 
 
-def _harmless(name: str) -> str:
+def harmless(name: str) -> str:
     """The name with a dot inside every word that upstream's rules look for: still readable, no longer matched."""
     return _LOOKED_FOR.sub(lambda match: f"{match[0][0]}.{match[0][1:]}", name)
