@@ -3,6 +3,9 @@
 # nothing when nothing has changed. Needs Python 3.11, git, gcc and pip; g++ (for DeepSpeed's compiled op) comes from apt
 # if it is missing.
 #
+#   scripts/setup.sh              what the demo needs, and all tests but one
+#   scripts/setup.sh --browser    also a headless Chromium, from apt, for the test of the web page
+#
 # Environment:
 #   PYTHON  the interpreter to start from           (default: python3.11, else python3)
 #   VENV    where the virtual environment goes      (default: .venv beside this project's setup.cfg)
@@ -29,6 +32,19 @@ if command -v flock >/dev/null; then  # the demo and the tests may be started si
   flock 9
 fi
 
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi; }
+apt_install() {
+  as_root apt-get update -qq >/dev/null &&
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+if [ "${1:-}" = --browser ] && ! command -v chromium-headless-shell chromium google-chrome >/dev/null; then
+  step "headless Chromium (apt)"
+  apt_install chromium-headless-shell || apt_install chromium ||
+    step "no Chromium and no way to install it: the test of the web page will be skipped. If apt has none (Ubuntu)," \
+      "$venv/bin/playwright install --with-deps chromium-headless-shell fetches one"
+fi
+
 stamp=$(cat "$constraints" setup.cfg pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)-$torch-$(pwd)
 if [ "$(cat "$venv/.setup.stamp" 2>/dev/null)" = "$stamp" ] && "$venv/bin/python" -c 'import llava_steering_plugin' 2>/dev/null; then
   "$venv/bin/llava-steering" patch >/dev/null
@@ -37,10 +53,9 @@ fi
 rm -f "$venv/.setup.stamp"
 started=$SECONDS
 
-as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi; }
 if ! command -v g++ >/dev/null; then
   step "g++ (apt)"
-  { as_root apt-get update -qq && as_root apt-get install -y -qq --no-install-recommends g++; } >/dev/null ||
+  apt_install g++ ||
     step "no g++ and no way to install it: DeepSpeed on the CPU will not work, everything else will"
 fi
 

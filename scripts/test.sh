@@ -6,7 +6,7 @@
 #   scripts/test.sh ARGUMENTS  handed on to pytest, for example: tests/upstream -k patch
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-scripts/setup.sh
+if [ "${1:-}" = --fast ]; then scripts/setup.sh; else scripts/setup.sh --browser; fi
 bin=$(cd "${VENV:-.venv}/bin" && pwd)
 export PATH="$bin:$PATH"  # for what tests start: deepspeed, ninja, llava-steering
 
