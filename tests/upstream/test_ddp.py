@@ -1,0 +1,84 @@
+"""Several processes without DeepSpeed: torchrun and gloo here, NCCL on GPUs. Plain DDP works, FSDP is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ranks
+from rank_runs import (
+    MIXLORA,
+    MORES,
+    ONE_RANK,
+    PARITY,
+    RESUMABLE,
+    TWO_RANKS,
+    assert_close,
+    assert_equal,
+    losses,
+    mixed_data,
+    resumed_from,
+)
+from tiny_llava import TinyLlava
+from training_runs import train_flags, train_in_process
+
+
+@pytest.fixture(scope="module")
+def ddp(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs on two ranks, and `one-rank` in this process."""
+    folder = tmp_path_factory.mktemp("ddp")
+    mixed = {"data_path": mixed_data(tiny, folder)}
+    mixlora = {**PARITY, **MIXLORA, "mores_rank": None, "mores_tokens": None}
+    ranks.run_on_ranks(
+        [
+            train_flags(tiny, folder / "two-ranks", {**PARITY, **TWO_RANKS, **mixed}),
+            train_flags(tiny, folder / "mixlora-two-ranks", {**mixlora, **TWO_RANKS, **mixed}),
+            train_flags(tiny, folder / "whole", RESUMABLE),
+            train_flags(tiny, resumed_from(folder / "whole", 3, folder / "resumed"), RESUMABLE),
+        ],
+        patched_llava,
+        folder,
+    )
+    train_in_process(train_flags(tiny, folder / "one-rank", {**PARITY, **ONE_RANK, **mixed}))
+    train_in_process(train_flags(tiny, folder / "mixlora-one-rank", {**mixlora, **ONE_RANK, **mixed}))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["", "mixlora-"], ids=["mores", "mixlora"])
+def test_two_ranks_end_where_one_rank_with_accumulation_ends_also_when_one_has_no_image(ddp: Path, mode: str) -> None:
+    assert_close(ddp / f"{mode}one-rank", ddp / f"{mode}two-ranks")
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_bit_equal(ddp: Path) -> None:
+    assert len(losses(ddp / "resumed")) == 6
+    assert_equal(ddp / "whole", ddp / "resumed")
+
+
+@pytest.mark.slow
+def test_two_ranks_write_one_adapter_and_the_random_states_of_both(ddp: Path) -> None:
+    assert {path.name for path in (ddp / "whole" / "checkpoint-6").iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "config.json",
+        "README.md",
+        "optimizer.pt",
+        "scheduler.pt",
+        "trainer_state.json",
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
+
+
+@pytest.mark.parametrize("fsdp", ["full_shard", "full_shard auto_wrap"])
+def test_fsdp_is_refused_with_the_reason_before_a_model_is_loaded(
+    tiny: TinyLlava, tmp_path: Path, capsys: pytest.CaptureFixture[str], fsdp: str
+) -> None:
+    flags = {**MORES, "model_name_or_path": tmp_path / "nothing-here", "fsdp": fsdp}
+    with pytest.raises(SystemExit) as stopped:
+        train_in_process(train_flags(tiny, tmp_path / "run", flags))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "--fsdp cannot be combined with a tuning mode" in error
+    assert "use DeepSpeed ZeRO or plain DDP" in error
