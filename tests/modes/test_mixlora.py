@@ -16,6 +16,8 @@ from transformers import LlamaForCausalLM
 
 from llava_steering_plugin import attach, token_map
 from llava_steering_plugin.errors import TokenMapError
+from llava_steering_plugin.hooks.layers import hang, unhang
+from llava_steering_plugin.hooks.scope import Scope, entered
 from llava_steering_plugin.modes.mixlora import MixLoRA, RoutedLinear
 from llava_steering_plugin.modes.routing import best
 
@@ -190,15 +192,39 @@ def test_no_tensor_is_as_large_as_a_weight_for_every_row() -> None:
 
 
 def test_dropout_falls_on_the_adapters_input_and_only_in_training() -> None:
-    module = routed(MixLoRA(**SMALL, dropout=0.5))
-    output, inputs = torch.zeros(1, 1, 10), torch.randn(1, 1, 12)
-    still = RoutedLinear(12, 10, MixLoRA(**SMALL))
-    still.load_state_dict(module.state_dict())
-    plain = still(output.clone(), inputs, everything(1, 1)).detach()
-    assert torch.equal(module.eval()(output.clone(), inputs, everything(1, 1)), plain)
-    mean = sum(module.train()(output.clone(), inputs, everything(1, 1)).detach() for _ in range(4000)) / 4000
-    assert not torch.equal(module(output.clone(), inputs, everything(1, 1)), plain)
-    torch.testing.assert_close(mean, plain, atol=0.15 * float(plain.abs().max()), rtol=0)
+    # One input feature: dropped, it takes the whole update of its position with it, and kept, it counts double.
+    module = routed(MixLoRA(**SMALL, dropout=0.5), in_features=1)
+    output, inputs = torch.zeros(1, 4000, 10), torch.randn(1, 1, 1).expand(1, 4000, 1)
+    step = everything(1, 4000)
+    plain = module.eval()(output.clone(), inputs, step).detach()
+    assert torch.equal(plain[0, 0], plain[0, -1]) and bool(plain[0, 0].all())
+    update = module.train()(output.clone(), inputs, step).detach() / plain
+    assert {round(float(value), 3) for value in update.unique()} == {0.0, 2.0}
+    assert torch.equal(update.amin(-1), update.amax(-1)), "it fell on the update, not on the input"
+    assert 0.45 < float(update.mean()) / 2 < 0.55
+
+
+def test_autocast_changes_neither_the_choice_nor_a_bit_of_the_update() -> None:
+    module = routed(MixLoRA(), 256, 128)
+    inputs, output = torch.randn(3, 40, 256), torch.randn(3, 40, 128)
+    plain, cast = everything(3, 40), everything(3, 40)
+    expected = module(output.clone(), inputs, plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.mm(inputs[0], inputs[0].T).dtype == torch.bfloat16, "autocast is off; it would show nothing"
+        found = module(output.clone(), inputs, cast)
+    assert torch.equal(found, expected)
+    assert torch.equal(cast.kept[module].a, plain.kept[module].a)
+
+
+def test_sequence_pooling_counts_every_position_and_prompt_pooling_none_but_the_prompts() -> None:
+    prompt = torch.tensor([[True, True, False, False]])
+    inputs = torch.randn(1, 4, 12)
+    for routing, counted in (("sequence", slice(None)), ("prompt", slice(2))):
+        module = routed(MixLoRA(**SMALL, routing=routing))
+        step = a_pass(prompt)
+        module(torch.zeros(1, 4, 10), inputs, step)
+        scores = inputs[:, counted].mean(1) @ module.router_a.T
+        assert step.kept[module].a.tolist() == scores.topk(3).indices.tolist()
 
 
 # Hosts
@@ -212,17 +238,36 @@ def test_tokens_of_unknown_rows_are_refused_with_the_flag_to_use() -> None:
     assert flat.shape == (8, 10)
 
 
-def test_a_quantised_linear_is_a_host_like_any_other() -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    host = bitsandbytes.nn.Linear4bit(64, 96, bias=False, compute_dtype=torch.float32, quant_type="nf4")
-    host.weight = bitsandbytes.nn.Params4bit(torch.randn(96, 64), requires_grad=False, quant_type="nf4")
-    host = host.to("cpu")
-    assert isinstance(host, nn.Linear)
-    module = RoutedLinear(64, 96, MixLoRA())
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_linear_is_a_host_like_any_other(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bnb = pytest.importorskip("bitsandbytes").nn
+    # On processors with these instructions bitsandbytes repacks the weights in evaluation, and training is then wrong.
+    monkeypatch.setattr(bnb.modules, "has_avx512bf16", lambda: False)
+    weight = torch.randn(96, 64)
+    if bits == 4:
+        host = bnb.Linear4bit(64, 96, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+        host.weight = bnb.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    else:
+        host = bnb.Linear8bitLt(64, 96, bias=False, has_fp16_weights=False)
+        host.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    stack = nn.ModuleDict({"host": host.to("cpu")})
+    assert stack["host"].weight.dtype == (torch.uint8 if bits == 4 else torch.int8)
     inputs = torch.randn(2, 5, 64, requires_grad=True)
-    output = host(inputs).detach()
-    result = module(host(inputs), inputs, everything(2, 5))
-    assert torch.equal(result, output)
+    plain = stack["host"](inputs).detach()
+    error = (plain - inputs.detach() @ weight.T).norm() / plain.norm()
+    assert 0 < float(error) < 0.2, "it is not quantised, or not this weight"
+    module = RoutedLinear(64, 96, MixLoRA())
+    handles = hang(stack, {"host": module})
+    with entered(Scope(step=everything(2, 5))):
+        assert torch.equal(stack["host"](inputs), plain)
+        with torch.no_grad():
+            module.routed_b.normal_()
+        result = stack["host"](inputs)
+    expected = module.eval()(plain.clone(), inputs, everything(2, 5))
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(result, plain, atol=0.1)
     result.square().sum().backward()
-    assert float(module.routed_b.grad.abs().max()) > 0
-    assert inputs.grad is not None
+    assert all(bool(parameter.grad.any()) for parameter in module.parameters())
+    assert bool(inputs.grad.any())
+    unhang(stack, {"host": module}, handles)
+    assert torch.equal(stack["host"](inputs), plain)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from routed import LONG, SETTINGS, SHORT, adapted, batch, small_llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -89,18 +91,53 @@ def test_the_balance_loss_is_scaled_as_the_loss_is(
         assert bool(once.abs().max() > 0) == ("router_" in name), "it must reach all routers, and nothing else"
 
 
+@pytest.mark.parametrize("reentrant", [None, True])
+def test_the_balance_loss_survives_a_real_grad_scaler_and_a_real_accelerators_accumulation(
+    base: LlamaForCausalLM, reentrant: bool | None
+) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+
+    def scaled(model: Any) -> None:
+        optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=1.0)
+        scaler.scale(loss_of(model)).backward()
+        scaler.unscale_(optimizer)
+
+    def accumulated(model: Any) -> None:
+        for _ in range(4):
+            accelerator.backward(loss_of(model))
+
+    found = {}
+    try:
+        for balance in (0.0, 100.0):
+            for run in (one_step, scaled, accumulated):
+                with adapted(base, balance=balance) as attachment:
+                    found[balance, run] = gradients(attachment, run, reentrant)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    for run in (scaled, accumulated):
+        for name, plain in found[100.0, one_step].items():
+            torch.testing.assert_close(found[100.0, run][name], plain, atol=1e-5, rtol=1e-3, msg=name)
+            own = plain - found[0.0, one_step][name]
+            assert bool(own.abs().max() > 1e-3) == ("router_" in name), "a balance too small to see would show nothing"
+
+
 def test_every_router_and_every_pool_gets_a_gradient_and_moves(base: LlamaForCausalLM) -> None:
     attachment = attach(base, MixLoRA(**SETTINGS))
     base.train()
     before = {name: value.detach().clone() for name, value in attachment.parameters().items()}
-    optimizer = torch.optim.AdamW(attachment.parameters().values(), lr=1e-2)
+    # No weight decay: that moves parameters whose gradients are zeros, too.
+    optimizer = torch.optim.AdamW(attachment.parameters().values(), lr=1e-2, weight_decay=0.0)
+    reached: set[str] = set()
     for _ in range(3):
         loss_of(base).backward()
+        reached |= {name for name, value in attachment.parameters().items() if bool(value.grad.any())}
         optimizer.step()
         optimizer.zero_grad()
     unmoved = [name for name, value in attachment.parameters().items() if torch.equal(value, before[name])]
     remove(base)
     base.eval()
+    assert reached == before.keys()
     assert not unmoved
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import pytest
 import torch
 from routed import LONG, SHORT, adapted, batch, small_llama
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from llava_steering_plugin import attach, disabled, remove, token_map
 from llava_steering_plugin.adapters.attach import Attachment
@@ -129,14 +130,30 @@ def test_sampling_decides_once_and_keeps_it(base: LlamaForCausalLM) -> None:
     assert row_of(passes[0], 1) != row_of(passes[0], 2)
 
 
-def test_threads_with_different_questions_answer_as_alone(base: LlamaForCausalLM) -> None:
+class Together(StoppingCriteria):
+    """Has generations take turns: none makes another token before all have made theirs."""
+
+    def __init__(self, threads: int):
+        self.barrier = threading.Barrier(threads)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> bool:
+        self.barrier.wait(timeout=60)
+        return False
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_threads_with_different_questions_answer_as_alone(base: LlamaForCausalLM, how: dict[str, Any]) -> None:
     questions = [SHORT, LONG, LONG[2:], [3, 1, 4, 1, 5]]
     with adapted(base):
-        alone = [generate(base, question) for question in questions]
+        alone = [generate(base, question, **how) for question in questions]
+        together = StoppingCriteriaList([Together(len(questions))])
         with ThreadPoolExecutor(len(questions)) as threads:
-            together = list(threads.map(lambda question: generate(base, question), questions * 3))
-    for number, answer in enumerate(together):
-        assert torch.equal(answer, alone[number % len(questions)])
+            answers = list(
+                threads.map(lambda question: generate(base, question, stopping_criteria=together, **how), questions)
+            )
+    assert len({tuple(answer.flatten().tolist()) for answer in alone}) > 1
+    for answer, expected in zip(answers, alone, strict=True):
+        assert torch.equal(answer, expected)
 
 
 def test_a_decode_step_without_its_prefill_is_refused_and_sequence_routing_takes_it(base: LlamaForCausalLM) -> None:

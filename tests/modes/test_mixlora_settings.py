@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
 from llava_steering_plugin import attach
@@ -28,6 +29,28 @@ def test_targets_and_start_layer_choose_the_linears() -> None:
     routed_linear = chosen["layers.1.mlp.down_proj"]
     assert isinstance(routed_linear, RoutedLinear)
     assert (routed_linear.routed_a.shape, routed_linear.routed_b.shape) == ((16, 16), (16, 8))
+
+
+def test_defaults_are_the_papers_and_the_scale_is_alpha_over_rank() -> None:
+    mode = MixLoRA()
+    assert (mode.factors, mode.rank, mode.scale, mode.conditional, mode.ifs_weight) == (16, 4, 32 / 4, True, 1)
+    assert (mode.pooling, mode.router_learns, mode.balance, mode.noise, mode.dropout) == ("prompt", True, 0, 0, 0)
+    assert MixLoRA(factors=8, rank=2).scale == 16 / 2
+    assert MixLoRA(factors=8, rank=2, alpha=3.0).scale == 1.5
+    released = MixLoRA(variant="released")
+    assert (released.pooling, released.router_learns) == ("sequence", False)
+
+
+@pytest.mark.parametrize(("settings", "count"), [({}, 149_291_008), ({"factors": 8, "rank": 2}, 56_426_496)])
+def test_on_llava_1_5_7b_it_has_the_parameters_that_the_readme_says(settings: dict[str, Any], count: int) -> None:
+    attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (4096, 4096))
+    sizes = attention | {"gate_proj": (4096, 11008), "up_proj": (4096, 11008), "down_proj": (11008, 4096)}
+    layers = tuple(LayerShape(f"{n}", {f"{n}.{name}": size for name, size in sizes.items()}) for n in range(32))
+    with torch.device("meta"):
+        modules = MixLoRA(**settings).build(DecoderShape(4096, layers))
+    assert sum(parameter.numel() for module in modules.values() for parameter in module.parameters()) == count
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"{count:,}" in readme
 
 
 @pytest.mark.parametrize(
