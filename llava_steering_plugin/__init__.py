@@ -14,14 +14,27 @@ if TYPE_CHECKING:
     from llava_steering_plugin.adapters.checkpoint import load_adapter, save_adapter
     from llava_steering_plugin.adapters.config import AdapterConfig
     from llava_steering_plugin.hooks.scope import token_map
+    from llava_steering_plugin.serving.pool import AdapterPool, using
 
-__all__ = ["AdapterConfig", "Attachment", "attach", "disabled", "load_adapter", "remove", "save_adapter", "token_map"]
+__all__ = [
+    "AdapterConfig",
+    "AdapterPool",
+    "Attachment",
+    "attach",
+    "disabled",
+    "load_adapter",
+    "remove",
+    "save_adapter",
+    "token_map",
+    "using",
+]
 
 _HOMES = {
     "adapters.attach": ("Attachment", "attach", "disabled", "remove"),
     "adapters.checkpoint": ("load_adapter", "save_adapter"),
     "adapters.config": ("AdapterConfig",),
     "hooks.scope": ("token_map",),
+    "serving.pool": ("AdapterPool", "using"),
 }
 
 

@@ -13,7 +13,7 @@ from llava_steering_plugin import registry
 from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.hooks import layers
-from llava_steering_plugin.hooks.scope import Scope, current, entered
+from llava_steering_plugin.hooks.scope import without
 from llava_steering_plugin.hooks.scoped import ScopedModel, owner_of
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.zero import gathered
@@ -88,31 +88,35 @@ def attachment_of(model: PreTrainedModel) -> Attachment | None:
 
 
 def remove(model: PreTrainedModel) -> None:
-    """Takes the adapter off `model`. Tensors that came with it (a trained projector) stay.
+    """Takes the adapter, or the pool, off `model`. Tensors that came with an adapter (a trained projector) stay.
 
     Raises:
         SteeringError: the model carries none.
     """
-    required(model).remove()
+    _owner(model).remove()
 
 
 @contextmanager
 def disabled(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block, and in this thread, `model` answers as without its adapter.
+    """Inside the block, and in this thread, `model` answers as without its adapter, or its pool of adapters.
 
     Raises:
         SteeringError: the model carries no adapter.
     """
-    owner, around = id(required(model)), current()
-    tokens = around.tokens if around is not None and around.owner is None else None
-    before = around.disabled if around is not None else frozenset()
-    with entered(Scope(tokens=tokens, disabled=before | {owner})):
+    with without(_owner(model)):
         yield
 
 
 def required(model: PreTrainedModel) -> Attachment:
-    """The adapter on `model`; SteeringError if it carries none."""
-    found = attachment_of(model)
+    """The adapter on `model`; SteeringError if it carries none, or a pool of them."""
+    found = _owner(model)
+    if not isinstance(found, Attachment):
+        raise SteeringError("this model carries a pool of adapters, none of which can be trained or saved from it.")
+    return found
+
+
+def _owner(model: PreTrainedModel) -> ScopedModel:
+    found = owner_of(model)
     if found is None:
         raise SteeringError(f"this {type(model).__name__} carries no adapter; attach() or load_adapter() puts one on.")
     return found

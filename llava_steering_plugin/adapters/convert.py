@@ -14,8 +14,9 @@ from torch import Tensor
 
 from llava_steering_plugin.adapters import files
 from llava_steering_plugin.adapters.attach import attach
-from llava_steering_plugin.adapters.checkpoint import mode_of, restore
+from llava_steering_plugin.adapters.checkpoint import restore
 from llava_steering_plugin.adapters.config import AdapterConfig
+from llava_steering_plugin.adapters.fitting import mode_of
 from llava_steering_plugin.adapters.released.backbone import Backbone, find_backbone
 from llava_steering_plugin.adapters.released.layouts import read_released
 from llava_steering_plugin.adapters.released.source import Note, Released

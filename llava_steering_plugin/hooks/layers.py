@@ -65,14 +65,14 @@ def hang(stack: nn.Module, modules: dict[str, nn.Module]) -> list[RemovableHandl
     handles = []
     for path, module in modules.items():
         host = hosts[path]
-        device = _device(host)
+        device = device_of(host)
         module.train(host.training)
         host.add_module(CHILD, module if device is None else module.to(device))
         handles.append(host.register_forward_hook(_replace_output, with_kwargs=True))
     return handles
 
 
-def _device(host: nn.Module) -> torch.device | None:
+def device_of(host: nn.Module) -> torch.device | None:
     """Where `host` computes: not always where its parameters are, which accelerate may have offloaded."""
     for part in host.modules():
         computes_on = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
@@ -95,20 +95,36 @@ def _replace_output(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     step = scope.step if scope is not None else None
     if step is None:
         return None
-    inputs = args[0] if args else kwargs.get("hidden_states", kwargs.get("input"))
     module: nn.Module = host.get_submodule(CHILD)
-    if isinstance(output, tuple):
-        return (module(output[0], inputs, step), *output[1:])
-    return module(output, inputs, step)
+    return replaced(output, module(hidden_of(output), inputs_of(args, kwargs), step))
 
 
-def watch(stack: nn.Module, shape: DecoderShape, owner: object, takes_images: bool) -> RemovableHandle:
+def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a layer or linear was called on, from the arguments of its call."""
+    return args[0] if args else kwargs.get("hidden_states", kwargs.get("input"))
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a layer or linear gave."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def replaced(output: Any, hidden: Tensor) -> Any:
+    """What a layer or linear gave, with other hidden states."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def watch(
+    stack: nn.Module, shape: DecoderShape, owner: object, takes_images: bool, begin: Callable[[Scope, Pass], None]
+) -> RemovableHandle:
     """Has every pass through the decoder stack described before its first layer runs.
 
     Args:
         stack, shape: as `find_decoder` gives them.
-        owner: the attachment whose modules hang in the stack.
+        owner: whose modules work in the stack.
         takes_images: the model splices images itself, so that a generation without a map is one without images.
+        begin: is told of every pass that `owner` has not been kept out of.
     """
     signature = inspect.signature(stack.forward)
     parts = _checkpointing_parts(stack, shape)
@@ -122,9 +138,9 @@ def watch(stack: nn.Module, shape: DecoderShape, owner: object, takes_images: bo
                 f"{type(stack).__name__} was called on its own, so nobody knows which positions are visual. Call the "
                 "whole model, or wrap the call in `with token_map(visual=mask):`."
             )
-        scope.step = None
+        scope.step, scope.groups = None, ()
         if id(owner) not in scope.disabled:
-            scope.step = _pass(scope, signature.bind_partial(*args, **kwargs).arguments, takes_images)
+            begin(scope, _pass(scope, signature.bind_partial(*args, **kwargs).arguments, takes_images))
 
     return stack.register_forward_pre_hook(describe, with_kwargs=True)
 

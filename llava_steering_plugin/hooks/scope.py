@@ -7,17 +7,20 @@ they run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from llava_steering_plugin.errors import TokenMapError
 from llava_steering_plugin.modes.base import Pass
+
+if TYPE_CHECKING:
+    from llava_steering_plugin.hooks.rows import Group, Rows
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,23 @@ class Scope:
         owner: the attachment that opened it; None for a user's `token_map` or `disabled` block.
         tokens: the token map, None while unknown.
         generating: opened by `generate`: the forwards inside share it, and a missing map means text only.
-        disabled: ids of the attachments that a surrounding `disabled(model)` block switched off.
+        disabled: ids of the owners that a surrounding `disabled(model)` block switched off.
+        names: what a surrounding `using(model, ...)` block chose, by the id of the model's pool.
         kept: what a prefill leaves for the decode steps of the same generation.
         step: the pass that the decoder stack is in, None where the adapter must stay out.
+        rows: which adapter each row has, where the owner is a pool of several.
+        groups: the rows of the present pass that an adapter has something to do for; empty where there are none.
     """
 
     owner: object | None = None
     tokens: TokenMap | None = None
     generating: bool = False
     disabled: frozenset[int] = frozenset()
+    names: Mapping[int, str | Sequence[str]] = field(default_factory=dict)
     kept: dict[Hashable, Any] = field(default_factory=dict)
     step: Pass | None = None
+    rows: Rows | None = None
+    groups: tuple[Group, ...] = ()
 
 
 _current: ContextVar[Scope | None] = ContextVar("llava_steering_scope", default=None)
@@ -94,12 +103,33 @@ def entered(scope: Scope) -> Iterator[Scope]:
 
 def opened(owner: object, *, generating: bool = False, tokens: TokenMap | None = None) -> Scope:
     """A new scope for `owner` that inherits what a surrounding `token_map` or `disabled` block says."""
+    inherited = _handed_on()
+    return replace(inherited, owner=owner, generating=generating, tokens=tokens or inherited.tokens)
+
+
+def _handed_on() -> Scope:
+    """A new scope with what the present one hands on to scopes inside it."""
     around = current()
     if around is None:
-        return Scope(owner, tokens, generating)
+        return Scope()
     # A map belongs to the batch it was made for: only a user's own block hands it on, never another model's forward.
-    inherited = around.tokens if around.owner is None else None
-    return Scope(owner, inherited if tokens is None else tokens, generating, around.disabled)
+    return Scope(tokens=around.tokens if around.owner is None else None, disabled=around.disabled, names=around.names)
+
+
+@contextmanager
+def without(owner: object) -> Iterator[None]:
+    """Inside the block, and in this thread, `owner` stays out of its model."""
+    inherited = _handed_on()
+    with entered(replace(inherited, disabled=inherited.disabled | {id(owner)})):
+        yield
+
+
+@contextmanager
+def naming(owner: object, names: str | Sequence[str]) -> Iterator[None]:
+    """Inside the block, and in this thread, the pool `owner` runs the adapters `names` where a call names none."""
+    inherited = _handed_on()
+    with entered(replace(inherited, names={**inherited.names, id(owner): names})):
+        yield
 
 
 @contextmanager
@@ -126,9 +156,7 @@ def token_map(visual: Tensor, attention: Tensor | None = None, prompt: Tensor | 
         raise TokenMapError(f"token_map() needs masks of one shape [rows, positions]; got {listed}.")
     if bool((visual & ~attended).any()):
         raise TokenMapError("token_map() got visual positions that `attention` marks as padding; clear them in one.")
-    around = current()
-    disabled = around.disabled if around is not None else frozenset()
-    with entered(Scope(tokens=TokenMap(visual, attended, prompted), disabled=disabled)):
+    with entered(replace(_handed_on(), tokens=TokenMap(visual, attended, prompted))):
         yield
 
 

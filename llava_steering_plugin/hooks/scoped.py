@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,9 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.hooks import layers
-from llava_steering_plugin.hooks.scope import current, entered, opened
+from llava_steering_plugin.hooks.scope import Scope, current, entered, opened
 from llava_steering_plugin.hooks.tokens import spliced
-from llava_steering_plugin.modes.base import LOSS_GRADIENT
+from llava_steering_plugin.modes.base import LOSS_GRADIENT, Pass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +47,7 @@ class ScopedModel:
     def take(self) -> None:
         """Starts to own the model."""
         takes_images = hasattr(self.model, "prepare_inputs_labels_for_multimodal")
-        self._watching = layers.watch(self.stack, self.shape, self, takes_images)
+        self._watching = layers.watch(self.stack, self.shape, self, takes_images, self._begin)
         self._override("forward", self._forward)
         if hasattr(self.model, "generate"):
             self._override("generate", self._generate)
@@ -54,8 +55,12 @@ class ScopedModel:
             self._override("prepare_inputs_labels_for_multimodal", self._prepare)
         self.model.__dict__[ATTRIBUTE] = self
 
+    def remove(self) -> None:
+        """Gives the model back as it was, to the bit."""
+        self.release()
+
     def release(self) -> None:
-        """Gives the model back as it was."""
+        """Stops to own the model."""
         if self._watching is not None:
             layers.unwatch(self.stack, self.shape, self._watching)
         for name, (shadow, before) in self._overridden.items():
@@ -86,17 +91,27 @@ class ScopedModel:
         self.model.__dict__[name] = shadow
         self._overridden[name] = (shadow, before)
 
+    def _begin(self, scope: Scope, step: Pass) -> None:
+        """A pass through the decoder begins."""
+        scope.step = step
+
+    @contextmanager
+    def _opened(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, generating: bool) -> Iterator[Scope]:
+        """The scope of one call with these arguments; may take out of `kwargs` what is meant for the owner alone."""
+        with entered(opened(self, generating=generating)) as scope:
+            yield scope
+
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         scope = current()
         if scope is not None and scope.owner is self and scope.generating:
             return original(*args, **kwargs)
-        with entered(opened(self)) as scope:
+        with self._opened(args, kwargs, generating=False) as scope:
             result = original(*args, **kwargs)
         _note_loss_gradient(result, scope.kept)
         return result
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with entered(opened(self, generating=True)):
+        with self._opened(args, kwargs, generating=True):
             return original(*args, **kwargs)
 
     def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

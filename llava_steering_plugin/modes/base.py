@@ -80,6 +80,8 @@ class Mode(ABC):
     """
 
     name: ClassVar[str]
+    # Whether the modules change nothing at decode steps: where many adapters share a model, they are not even called.
+    idle_at_decode: ClassVar[bool] = False
 
     def problems(self, decoder: DecoderShape | None = None) -> list[str]:
         """Everything wrong with the settings, one sentence each, also for `decoder` where it is known already."""

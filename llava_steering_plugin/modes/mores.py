@@ -131,6 +131,7 @@ class MoReS(Mode):
     """Settings of MoReS, and its modules: one `SteeredLayer` on every chosen decoder layer."""
 
     name: ClassVar[str] = "mores"
+    idle_at_decode: ClassVar[bool] = True
 
     rank: int = setting(1, "dimension of the steering subspace, 1 to 4 in the paper")
     tokens: str = setting("1%", "which tokens of each image: all, f4+l5, uniform9, 1%")

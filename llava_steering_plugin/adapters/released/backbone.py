@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.adapters.checkpoint import FINGERPRINT_COLUMNS, FINGERPRINT_ROWS, FINGERPRINT_TOLERANCE
 from llava_steering_plugin.adapters.config import BaseModel
 from llava_steering_plugin.adapters.files import ADDED, FINGERPRINT
+from llava_steering_plugin.adapters.fitting import FINGERPRINT_COLUMNS, FINGERPRINT_ROWS, FINGERPRINT_TOLERANCE
 from llava_steering_plugin.adapters.plan import language_model, read_config
 from llava_steering_plugin.adapters.released.source import Note, Released, shortened
 from llava_steering_plugin.adapters.released.weights import Weights

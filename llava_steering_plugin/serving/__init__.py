@@ -1,0 +1,1 @@
+"""Many adapters on one model, each chosen per request."""
