@@ -23,9 +23,11 @@ from released_checkpoints import (
 )
 from safetensors.torch import load_file, save_file
 from tiny_llava import TinyLlava
+from training_runs import train_flags, train_in_process
 from transformers import LlamaForCausalLM
 
 from llava_steering_plugin import load_adapter
+from llava_steering_plugin.adapters import files
 from llava_steering_plugin.adapters.convert import Conversion, convert
 from llava_steering_plugin.errors import ArgumentsError, BaseMismatch, SteeringError
 
@@ -148,6 +150,20 @@ def test_tokens_that_training_added_come_along(tiny: TinyLlava, tmp_path: Path) 
     load_adapter(model, done.folder)
     for layer, value in zip((model.get_input_embeddings(), model.get_output_embeddings()), added.values(), strict=True):
         torch.testing.assert_close(layer.weight[rows:].float(), value, atol=1e-2, rtol=1e-2)
+
+
+def test_a_converted_checkpoint_trains_on_and_its_routers_stay_as_the_authors_left_them(
+    patched_llava: Path, tiny: TinyLlava, tmp_path: Path
+) -> None:
+    mixlora_over(tiny.llava, tmp_path / "whole", {})
+    before = files.read(convert(tmp_path / "whole", tmp_path / "adapter").folder).section(files.ADAPTER)
+    flags = {"adapter_path": tmp_path / "adapter", "freeze_mm_mlp_adapter": True}
+    train_in_process(train_flags(tiny, tmp_path / "further", flags))
+    after = files.read(tmp_path / "further")
+    assert after.config.settings["variant"] == "released"
+    assert after.section(files.ADAPTER).keys() == before.keys()
+    for name, value in after.section(files.ADAPTER).items():
+        assert torch.equal(value, before[name]) == (".router_" in name), name
 
 
 def test_trained_tensors_without_a_place_are_named(released: Callable[[str], Path], tmp_path: Path) -> None:
