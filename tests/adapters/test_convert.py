@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,7 @@ from transformers import LlamaForCausalLM
 
 from llava_steering_plugin import load_adapter, remove, token_map
 from llava_steering_plugin.adapters import files
+from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.adapters.convert import Conversion, convert
 from llava_steering_plugin.errors import AdapterError
 
@@ -264,3 +265,20 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_half_written(
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == (["target"] if force else [])
     assert not force or same_adapter(target, converted["mores"].folder)
+
+
+def test_an_adapter_that_does_not_read_back_as_it_was_written_is_thrown_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = files.write
+
+    def faulty(folder: Path, config: AdapterConfig, tensors: Mapping[str, torch.Tensor], *rest: str) -> None:
+        first = min(tensors)
+        flipped = tensors[first].clone()
+        flipped.view(torch.int32)[(0,) * flipped.dim()] ^= 1  # the last bit of one value
+        write(folder, config, {**tensors, first: flipped}, *rest)
+
+    monkeypatch.setattr(files, "write", faulty)
+    with pytest.raises(AdapterError, match=r"(?s)does not read back.*adapter\.layers\.0"):
+        convert(golden("mixlora"), tmp_path / "done", golden_base("mixlora"))
+    assert not list(tmp_path.iterdir())
