@@ -26,6 +26,10 @@ class BaseMismatch(AdapterError):
     """An adapter that was trained on another base model than the one at hand."""
 
 
+class CheckpointError(SteeringError):
+    """A checkpoint of a training that cannot be written, or from which the training cannot go on."""
+
+
 class UpstreamError(SteeringError):
     """LLaVA is not there, cannot be patched, or lacks a name that the plugin needs."""
 

@@ -12,7 +12,6 @@ import json
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -69,19 +68,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def wait_for(path: Path, processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
-    """Returns once `path` is there.
-
-    Raises:
-        RuntimeError: a process ended before, or the time is over.
-    """
-    end = time.monotonic() + seconds
-    while not path.exists():
-        if time.monotonic() > end or any(process.poll() is not None for process in processes):
-            raise RuntimeError(f"{path} did not appear; exit codes {[process.poll() for process in processes]}")
-        time.sleep(0.1)
 
 
 def main(listed: Path) -> None:

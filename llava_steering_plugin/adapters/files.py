@@ -198,6 +198,7 @@ def write(
     staged = {name: path / f".{name}.{os.getpid()}.partial" for name in writers}
     try:
         path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
         for name, writer in writers.items():
             writer(staged[name])
             _flush(staged[name])
@@ -215,6 +216,28 @@ def write(
             f"the adapter could not be written to {path}: {error}. An adapter that was there before is "
             "unharmed. Free some space or choose another folder, and save again."
         ) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what processes that were killed while they wrote an adapter have left in `folder`.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    for path in folder.glob(".*.partial"):
+        name, _, process = path.name.removeprefix(".").removesuffix(".partial").rpartition(".")
+        if name in (WEIGHTS, CONFIG, LLAVA_CONFIG, CARD) and process.isdigit() and not _runs(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def _flush(path: Path) -> None:

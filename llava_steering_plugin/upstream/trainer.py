@@ -7,12 +7,15 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from llava_steering_plugin import zero
 from llava_steering_plugin.adapters import files
@@ -21,8 +24,9 @@ from llava_steering_plugin.adapters.checkpoint import load_adapter, restore, sav
 from llava_steering_plugin.adapters.summary import counted, parameter_table
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.hooks.tokens import IGNORED
-from llava_steering_plugin.upstream import arguments, provenance
+from llava_steering_plugin.upstream import arguments, checkpoints, provenance, soundness
 from llava_steering_plugin.upstream.gradients import GradientCheck
+from llava_steering_plugin.upstream.preemption import Preemption
 from llava_steering_plugin.upstream.samples import KEY, EpochSeededSampler, NumberedCollator, NumberedDataset
 
 logger = logging.getLogger(__name__)
@@ -40,22 +44,52 @@ class SteeringTrainerMixin:
     data_collator: Any
     accelerator: Any
     is_deepspeed_enabled: bool
+    state: Any
     _attachment: Attachment | None = None
+    _saved: int | None = None
 
     def __init__(self, *positional: Any, **kwargs: Any):
-        given, model = kwargs.get("args"), kwargs.get("model")
+        given: Any = kwargs.get("args")
+        model = kwargs.get("model")
         if not arguments.active(given):
             super().__init__(*positional, **kwargs)
             return
         _refuse_setups(given)
         self._attachment = _attached(model, given, kwargs.get("tokenizer"))
+        if given.process_index == 0:
+            checkpoints.prepare(Path(given.output_dir))
         kwargs["train_dataset"] = NumberedDataset(kwargs["train_dataset"])
         kwargs["data_collator"] = NumberedCollator(kwargs["data_collator"])
         with _taken_for_peft(model):
             super().__init__(**kwargs)
         self._warned = False
+        self._preemption = Preemption()
+        self.add_callback(self._preemption)  # type: ignore[attr-defined]
         last_layer = self._attachment.shape.layers[-1].path
         self.add_callback(GradientCheck(self._attachment.trained(), last_layer))  # type: ignore[attr-defined]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self._attachment is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        found = checkpoints.starting_point(resume_from_checkpoint, self.args, self.is_deepspeed_enabled)
+        if found is not None and self._ended_with(found):
+            return TrainOutput(self.state.global_step, float("nan"), {})
+        with self._preemption.watched():
+            return super().train(None if found is None else str(found), *args, **kwargs)  # type: ignore[misc]
+
+    def _ended_with(self, checkpoint: Path) -> bool:
+        """Whether nothing is left to train behind a checkpoint; its adapter and state are taken over then.
+
+        transformers' loop asks only after a step whether it was the last one, and would go one step too far.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / soundness.STATE))
+        wanted = self.args.max_steps
+        if state.global_step < wanted if wanted > 0 else state.epoch < self.args.num_train_epochs:
+            return False
+        logger.warning("%s is the end of this training; nothing is left to do but to save its result.", checkpoint)
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        return True
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
         numbers = inputs.pop(KEY, None)
@@ -121,6 +155,8 @@ class SteeringTrainerMixin:
 
             # The training loop calls it at every epoch's start if it is there.
             loader.set_epoch = set_epoch
+        if self._attachment is not None:
+            self._preemption.shield(loader)
         return loader
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -130,6 +166,38 @@ class SteeringTrainerMixin:
         save_adapter(self.model, output_dir or self.args.output_dir, write=self.args.should_save)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Adapter save")  # type: ignore[attr-defined]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._attachment is None:
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+            return
+        output, step = Path(self.args.output_dir), self.state.global_step
+        if step == self._saved:
+            return  # after a SIGTERM, `--save_strategy epoch` asks again for what the end of the step has saved
+        with checkpoints.clear_errors(output, f"checkpoint-{step}", tidy=self.args.should_save):
+            if self.args.should_save:
+                checkpoints.make_room(output, step)
+            # Each rank looks for itself whether the folder is there.
+            self.args.distributed_state.wait_for_everyone()
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        self._saved = step
+
+    def _rotate_checkpoints(self, use_mtime: bool = False, output_dir: str | None = None) -> None:
+        if self._attachment is None:
+            super()._rotate_checkpoints(use_mtime, output_dir)  # type: ignore[misc]
+            return
+        checkpoints.rotate(
+            Path(output_dir or self.args.output_dir),
+            self.state.global_step,
+            self.args.save_total_limit,
+            without_states=checkpoints.model_only(self.args),
+            best=self.state.best_model_checkpoint,
+        )
+
+    def save_state(self) -> None:
+        tells = checkpoints.clear_errors(Path(self.args.output_dir), soundness.STATE, tidy=False)
+        with tells if self._attachment is not None else nullcontext():
+            super().save_state()  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._attachment is None:

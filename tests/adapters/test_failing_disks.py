@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import largest_file, mount, unmount
 from steered import contents, strengthen
 
 from llava_steering_plugin import load_adapter, remove, save_adapter
@@ -19,17 +17,6 @@ from llava_steering_plugin.errors import AdapterError, SteeringError
 pytest_plugins = ["steered_fixtures"]
 
 Steered = Callable[..., Attachment]
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: the real thing, by the kernel."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [0, 500, 5000])
@@ -46,12 +33,6 @@ def test_a_save_that_runs_out_of_space_leaves_the_previous_adapter(
     load_adapter(model, saved)
 
 
-def mount(*arguments: str) -> None:
-    done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"may not mount: {done.stderr.strip()}")
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KB."""
@@ -59,7 +40,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk.mkdir()
     mount("-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk))
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    unmount(disk)
 
 
 def test_a_full_disk_leaves_the_previous_adapter(model: Any, steered: Steered, small_disk: Path) -> None:
