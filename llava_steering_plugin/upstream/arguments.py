@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from llava_steering_plugin.modes.base import Mode
 
 NONE = "none"
 CANNOT_START = "this training cannot start"
+# Also with the dashes that text processors make of two hyphens; what follows a flag may be a negative number.
+_FLAG = re.compile("[-–—]+[A-Za-z]")
 NO_FSDP = "FSDP flattens adapter parameters together with frozen ones; use DeepSpeed ZeRO or plain DDP"
 
 
@@ -77,11 +80,11 @@ def mode_from(arguments: Any) -> Mode:
 
     Raises:
         AdapterError: the adapter is missing or damaged.
-        ArgumentsError: unknown mode.
+        ArgumentsError: unknown mode, or one that is installed in a version without the adapter's settings.
     """
     if arguments.adapter_path:
         config = _config_at(arguments.adapter_path)
-        return registry.get(config.mode)(**config.settings)
+        return registry.configured(config.mode, config.settings)
     return registry.get(arguments.tuning_mode)(**given_settings(arguments, arguments.tuning_mode))
 
 
@@ -110,7 +113,7 @@ def read_command_line(
     parser = HfArgumentParser((module.ModelArguments, module.DataArguments, module.TrainingArguments), usage=usage)
     namespace, unknown = parser.parse_known_args(list(words))
     known = [option for action in parser._actions for option in action.option_strings]
-    return namespace, [_unknown(word, known) for word in unknown if word.startswith("--")]
+    return namespace, [_unknown(word, known) for word in unknown if _FLAG.match(word)]
 
 
 def _unknown(word: str, known: list[str]) -> str:
@@ -165,8 +168,9 @@ def _mode_problems(flags: Namespace) -> list[str]:
     problems = []
     try:
         mode = mode_from(flags)
-    except AdapterError as error:
-        return [f"--adapter_path: {error}"]
+    except SteeringError as error:
+        given = f"adapter_path {flags.adapter_path}" if flags.adapter_path else "tuning_mode"
+        return [f"--{given}: {error}"]
     if flags.adapter_path:
         if named not in (None, mode.name):
             problems.append(

@@ -17,6 +17,8 @@ from ..errors import SteeringError
 
 TRAIN = "llava.train.train"
 WORKER = "llava.serve.model_worker"
+# Either of them turns a tuning mode on.
+MODE_FLAGS = ("--tuning_mode", "--adapter_path")
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,15 @@ def refuse_training_as_main(command: Sequence[str]) -> None:
         SystemExit: with the command that works; a plain exit, since a traceback through `import llava` would bury it.
     """
     start = read_start(command)
-    if start is None or not start.runs(TRAIN) or flag_value(start.arguments, "--tuning_mode") is None:
+    if start is None or not start.runs(TRAIN):
+        return
+    given = next((flag for flag in MODE_FLAGS if flag_value(start.arguments, flag) is not None), None)
+    if given is None:
         return
     how = f"-m {start.program}" if start.is_module else start.program
     flags = shlex.join(word for word in start.arguments if not word.startswith(("--local_rank", "--local-rank")))
     raise SystemExit(
-        f"--tuning_mode has no effect here: `{how}` makes train.py the main program, which no import hook reaches.\n"
+        f"{given} has no effect here: `{how}` makes train.py the main program, which no import hook reaches.\n"
         "Run it this way, with the flags as they are:\n"
         f"  python -m llava_steering_plugin.launch {TRAIN} {flags}\n"
         f"or, on several GPUs: deepspeed --module llava_steering_plugin.launch {TRAIN} ...\n"

@@ -63,7 +63,11 @@ STARTS = {
 
 
 @pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
-@pytest.mark.parametrize("flag", [["--tuning_mode", "mores"], ["--tuning_mode=mores"]], ids=["apart", "joined"])
+@pytest.mark.parametrize(
+    "flag",
+    [["--tuning_mode", "mores"], ["--tuning_mode=mores"], ["--adapter_path", "pets"]],
+    ids=["apart", "joined", "an adapter"],
+)
 def test_train_py_as_the_main_program_stops_with_the_command_that_works(
     checkout: Path, start: list[str], flag: list[str]
 ) -> None:
@@ -71,6 +75,7 @@ def test_train_py_as_the_main_program_stops_with_the_command_that_works(
     done = run_python(*start, *flags, path=[checkout], cwd=checkout)
     assert done.returncode == 1
     assert "ran" not in done.stdout and "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"{flag[0].partition('=')[0]} has no effect here")
     command = f"python -m llava_steering_plugin.launch llava.train.train --output_dir 'my runs/pets' {' '.join(flag)}"
     assert command in done.stderr
 

@@ -1,0 +1,79 @@
+"""The check of the whole command line, on upstream's own flags and without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llava_steering_plugin.adapters import files
+from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
+from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.upstream import arguments
+
+BASE = BaseModel("/models/base", "llava_llama", 64, 4, 700)
+
+
+@pytest.fixture(autouse=True)
+def needs_llava(patched_llava: Path) -> None:
+    """The flags are those of the llava under test."""
+
+
+def problems(*words: str) -> list[str]:
+    """What is wrong with a training by these flags."""
+    from llava.train import train
+
+    flags, unknown = arguments.read_command_line(train, ["--output_dir", "out", *words])
+    return arguments.problems_in(flags, unknown)
+
+
+def adapter(folder: Path, mode: str = "mores", **settings: object) -> str:
+    files.write(folder, AdapterConfig(mode, settings, BASE, "v1"), {}, "{}", "")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings", "expected"),
+    [
+        ("mores", {"rank": 2, "speed": 3}, ("cannot take these settings", "no speed, only rank")),
+        ("mores", {"rank": "2"}, ("rank is '2' where int is expected",)),
+        ("mores", {"rank": 0}, ("mores_rank is 0",)),
+        ("morse", {}, ("unknown tuning mode 'morse': did you mean 'mores'?",)),
+    ],
+)
+def test_an_adapter_of_a_mode_that_is_another_here_is_one_problem_among_the_others(
+    tmp_path: Path, mode: str, settings: dict[str, object], expected: tuple[str, ...]
+) -> None:
+    path = adapter(tmp_path / "pets", mode, **settings)
+    first, second = problems("--adapter_path", path, "--lora_enable", "True")
+    assert all(part in first for part in expected)
+    assert "--lora_enable cannot be combined" in second
+
+
+def test_an_adapter_of_another_mode_than_the_flags_say_is_refused(tmp_path: Path) -> None:
+    path = adapter(tmp_path / "pets", rank=1)
+    assert problems("--adapter_path", path, "--tuning_mode", "mixlora") == [
+        f"--adapter_path {path} is a mores adapter and --tuning_mode says mixlora"
+    ]
+    assert problems("--adapter_path", path, "--tuning_mode", "mores") == []
+
+
+@pytest.mark.parametrize("word", ["--mores_rnak", "-mores_rank", "\N{EM DASH}mores_rank", "\N{EN DASH}mores_rank=3"])
+def test_a_flag_with_a_slip_of_the_pen_is_named_with_the_one_that_was_meant(word: str) -> None:
+    assert problems("--tuning_mode", "mores", word) == [
+        f"unknown flag {word.partition('=')[0]}; did you mean --mores_rank?"
+    ]
+
+
+def test_negative_numbers_are_no_flags() -> None:
+    assert problems("--tuning_mode", "mores", "--mm_vision_select_layer", "-2") == []
+
+
+def test_all_problems_are_in_the_one_error() -> None:
+    from llava.train import train
+
+    words = ["--output_dir", "out", "--tuning_mode", "mores", "--mores_rank", "0", "--bogus", "--fsdp", "full_shard"]
+    flags, unknown = arguments.read_command_line(train, words)
+    with pytest.raises(ArgumentsError, match="this training cannot start") as error:
+        arguments.check(flags, unknown)
+    assert str(error.value).count("\n  - ") == 3
