@@ -51,7 +51,8 @@ def display_name(name_or_path: str | os.PathLike[str]) -> str | None:
         if not any(argument.split("=")[0] in ("--conv-mode", "--conv_mode") for argument in sys.argv):
             raise UpstreamError(
                 f"the adapter in {folder} was trained with the conversation template {conversation!r}, which LLaVA's "
-                f"scripts cannot tell from a model's name. Say it: --conv-mode {conversation}"
+                f"scripts cannot tell from a model's name. Say it: --conv-mode {conversation}; for the model worker, "
+                "which has no such flag, give any --model-name."
             )
         prefix = "llava"
     return f"{prefix}-{harmless(_stem(str(name_or_path)))}"
