@@ -29,11 +29,11 @@ NOT_RUN_HERE = {
     "scripts/demo.sh": "tests/scripts/test_demo.py runs it",
     "scripts/test.sh": "this test is a part of it",
     "pip install": "scripts/setup.sh does it",
-    "deepspeed": "train_mem.py asks for flash attention, which has no CPU version; see test_launch.py",
+    "deepspeed": "train_mem.py asks for flash attention, which has no CPU version; see test_launched_programs.py",
     "python -m llava.serve.model_worker": "tests/upstream/test_model_worker.py runs it, with its controller",
     "python -m llava.eval.": "it asks for CUDA; run below through launch --cpu",
-    "python -m llava_steering_plugin.launch llava.train.train_mem": "asks for flash attention; see test_launch.py",
-    "llava-steering convert": "tests/adapters/test_convert.py runs it on the authors' layouts",
+    "python -m llava_steering_plugin.launch llava.train.train_mem": "flash attention; see test_launched_programs.py",
+    "llava-steering convert": "tests/adapters/test_convert_command.py runs it on the authors' layouts",
 }
 
 
