@@ -90,30 +90,40 @@ def doctor(
 
 @app.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-    options_metavar="[--json] [the flags of a training]",
+    options_metavar="[--json] [--gpu NAME] [--gpus N] [--sequence N] [the flags of a training]",
 )
 def plan(
     flags: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    gpu: Annotated[str | None, typer.Option(help="Does it fit this card? Its name (A100-80GB), or its GiB.")] = None,
+    gpus: Annotated[int, typer.Option(help="How many GPUs share the work.")] = 1,
+    sequence: Annotated[
+        int | None, typer.Option(help="Positions of the longest rows with their image; default: --model_max_length.")
+    ] = None,
 ) -> None:
-    """Check a training's flags and count what it would train, from the base's config.json alone.
+    """Check a training's flags, count what it would train and how much memory it needs, from config.json alone.
 
     Paste the flags of your training script as they are; --output_dir may be absent. Status 1 if it would not start.
     """
     from .errors import ArgumentsError, listing
     from .upstream.arguments import CANNOT_START
+    from .upstream.memory_flags import Wanted
     from .upstream.planning import plan as made_from
 
-    made = made_from(flags.args)
+    made = made_from(flags.args, Wanted(gpu, gpus, sequence))
     if as_json:
         typer.echo(json.dumps(made.as_json(), indent=2))
         raise typer.Exit(1 if made.problems else 0)
     if made.problems:
         raise ArgumentsError(listing(CANNOT_START, made.problems))
     if made.mode is not None and made.counts is not None:
+        from .adapters.fit import memory_table
         from .adapters.summary import parameter_table
 
-        Console(width=None if sys.stdout.isatty() else 160).print(parameter_table(made.mode, made.counts))
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        console.print(parameter_table(made.mode, made.counts))
+        if made.memory is not None:
+            console.print(memory_table(made.memory))
     for note in made.notes:
         typer.echo(f"note: {note}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from llava_steering_plugin.adapters.summary import LORA_RANKS, ParameterCounts, 
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.hooks.layers import find_decoder
 from llava_steering_plugin.modes.base import Mode
+
+if TYPE_CHECKING:
+    from llava_steering_plugin.adapters.fit import MemoryPlan
 
 VISION_PREFIX = "llava"
 PARAMETERS = ("mode", "projector", "trainable", "model", "percent", *(f"lora_r{rank}" for rank in LORA_RANKS))
@@ -27,6 +30,7 @@ class Plan:
     Attributes:
         mode, settings: the tuning mode; None if the command line names none that is known.
         counts: None if the model or the mode cannot be built.
+        memory: None if it was not asked for, or something that it needs is not known.
         notes: what the plan does not know or has not checked.
         problems: why this training would not start.
     """
@@ -34,6 +38,7 @@ class Plan:
     mode: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     counts: ParameterCounts | None = None
+    memory: MemoryPlan | None = None
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -48,6 +53,7 @@ class Plan:
             "mode": self.mode,
             "settings": dict(self.settings),
             "parameters": parameters,
+            "memory": None if self.memory is None else self.memory.as_json(),
             "notes": list(self.notes),
             "problems": list(self.problems),
         }
@@ -89,6 +95,7 @@ def language_model(described: Mapping[str, Any], name: str) -> nn.Module:
         SteeringError: the model type is unknown here, or its config cannot be built.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from transformers.modeling_utils import no_init_weights
 
     kind, text = _text_config(described)
     config_class = _config_class(kind)
@@ -99,7 +106,8 @@ def language_model(described: Mapping[str, Any], name: str) -> nn.Module:
         )
     try:
         config = config_class.from_dict({key: value for key, value in text.items() if key != "model_type"})
-        with torch.device("meta"):
+        # Drawing values that the meta device does not keep takes seconds.
+        with torch.device("meta"), no_init_weights():
             model: nn.Module = AutoModelForCausalLM.from_config(config)
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
         raise SteeringError(f"the config.json of {name} describes no model that can be built: {error}") from error

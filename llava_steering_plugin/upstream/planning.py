@@ -15,13 +15,15 @@ import torch
 
 from llava_steering_plugin import registry
 from llava_steering_plugin.adapters.plan import Plan, count, language_model, misfits, read_config
+from llava_steering_plugin.adapters.rehearsal import Base
 from llava_steering_plugin.adapters.summary import numel
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.upstream import arguments
 from llava_steering_plugin.upstream.install import install
+from llava_steering_plugin.upstream.memory_flags import Wanted, deepspeed_problems, planned_memory
 
-USAGE = "llava-steering plan [--json] [the flags of a training]"
+USAGE = "llava-steering plan [--json] [--gpu NAME] [--gpus N] [--sequence N] [the flags of a training]"
 BASE_FLAG = "--model_name_or_path"
 
 
@@ -45,12 +47,13 @@ class _TrainingFlags:
     freeze_mm_mlp_adapter: bool = False
 
 
-def plan(words: Sequence[str]) -> Plan:
+def plan(words: Sequence[str], wanted: Wanted | None = None) -> Plan:
     """The plan of a training, from its flags as they are; of the base only config.json is read.
 
     Args:
         words: the command line of upstream's training, with or without the program before it. --output_dir may be
             absent.
+        wanted: what to know of its memory; None: nothing.
 
     Raises:
         SystemExit: argparse cannot read a value.
@@ -58,9 +61,10 @@ def plan(words: Sequence[str]) -> Plan:
     """
     notes: list[str] = []
     module = _flags_of_training(notes)
+    few = bool(notes)
     # transformers demands it, and one that is given comes later and wins.
     flags, unknown = arguments.read_command_line(module, ["--output_dir", "", *words], USAGE)
-    if notes:
+    if few:
         ours = tuple(f"unknown flag --{name}_" for name in registry.names())
         unknown = [problem for problem in unknown if problem.startswith(ours)]
 
@@ -72,17 +76,23 @@ def plan(words: Sequence[str]) -> Plan:
     if not arguments.active(flags):
         problems.append(f"--tuning_mode is missing; registered: {', '.join(registry.names())}")
     problems += arguments.problems_in(flags, unknown)
+    if wanted is not None:
+        problems += wanted.problems() + deepspeed_problems(flags)
 
     mode = _mode(flags)
     described, model = _base(flags.model_name_or_path, problems)
-    counts = None
+    counts = memory = None
     if model is not None and mode is not None:
         here = misfits(model, mode)
         problems += [f"--{problem}" for problem in here]
         if not here and not mode.problems():
-            counts = count(model, mode, _projector(flags, described, model.config.hidden_size, notes))
+            vision = _vision(flags, described, model.config.hidden_size, notes)
+            counts = count(model, mode, 0 if flags.freeze_mm_mlp_adapter else vision.parameters)
+            if wanted is not None and not problems and not few:
+                base = Base(described, flags.model_name_or_path, mode, vision.tower, vision.projector, vision.newline)
+                memory = planned_memory(base, flags, wanted, model.config.hidden_size, notes)
     settings = {} if mode is None else mode.settings()
-    return Plan(None if mode is None else mode.name, settings, counts, tuple(notes), tuple(problems))
+    return Plan(None if mode is None else mode.name, settings, counts, memory, tuple(notes), tuple(problems))
 
 
 def _flags_of_training(notes: list[str]) -> ModuleType:
@@ -123,46 +133,69 @@ def _base(name: str | None, problems: list[str]) -> tuple[dict[str, Any], Any]:
         return {}, None
 
 
-def _projector(flags: Namespace, described: Mapping[str, Any], hidden_size: int, notes: list[str]) -> int | None:
-    """Trained parameters between vision tower and language model; None and a note if unknown."""
-    if flags.freeze_mm_mlp_adapter:
-        return 0
+@dataclass(frozen=True)
+class _Vision:
+    """What comes before the language model.
+
+    Attributes:
+        parameters: of projector and newline embedding; None if unknown.
+        projector: settings for LLaVA's builder; None if unknown.
+        newline: parameters of the newline embedding of anyres.
+        tower: config.json of the vision tower; None if it cannot be read.
+    """
+
+    parameters: int | None = None
+    projector: Any = None
+    newline: int = 0
+    tower: Mapping[str, Any] | None = None
+
+
+def _vision(flags: Namespace, described: Mapping[str, Any], hidden_size: int, notes: list[str]) -> _Vision:
+    """The vision tower and the projector; a note for a trained projector that is unknown."""
+    unknown: list[str] = [] if flags.freeze_mm_mlp_adapter else notes
+    source: Mapping[str, Any] = vars(flags)
+    name = flags.vision_tower
     if "mm_vision_tower" in described:
         # The base brings its projector; upstream keeps that one whatever the flags say.
-        source: Mapping[str, Any] = described
-        width = described.get("mm_hidden_size")
-    elif flags.vision_tower:
-        source, width = vars(flags), _tower_width(flags.vision_tower, notes)
+        source, name = described, described["mm_vision_tower"]
+        tower, width = _tower(name, []), described.get("mm_hidden_size")
+    elif name:
+        tower = _tower(name, unknown)
+        width = None if tower is None else _width(tower, name, unknown)
     else:
-        width = None
-        notes.append("the projector is not counted: the base has none, and --vision_tower is not given")
+        unknown.append("the projector is not counted: the base has none, and --vision_tower is not given")
+        return _Vision()
     if width is None:
-        return None
+        return _Vision(tower=tower)
     config = SimpleNamespace(
         mm_projector_type=source.get("mm_projector_type", "linear"), mm_hidden_size=width, hidden_size=hidden_size
     )
     try:
         build = import_module("llava.model.multimodal_projector.builder").build_vision_projector
         with torch.device("meta"):
-            trained = numel(build(config))
+            count = numel(build(config))
     except ImportError:
-        return None  # noted when the flags were read
+        return _Vision(tower=tower)  # noted when the flags were read
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        notes.append(f"the projector is not counted: LLaVA does not build it from these settings ({error})")
-        return None
-    # The newline embedding of anyres is trained with it.
-    return trained + (hidden_size if "unpad" in (source.get("mm_patch_merge_type") or "") else 0)
+        unknown.append(f"the projector is not counted: LLaVA does not build it from these settings ({error})")
+        return _Vision(tower=tower)
+    newline = hidden_size if "unpad" in (source.get("mm_patch_merge_type") or "") else 0
+    return _Vision(count + newline, config, newline, tower)
 
 
-def _tower_width(name: str, notes: list[str]) -> int | None:
-    """Features of an image token as the vision tower gives it."""
+def _tower(name: Any, notes: list[str]) -> Mapping[str, Any] | None:
+    """config.json of the vision tower."""
     try:
-        described = read_config(name)
+        return read_config(str(name))
     except SteeringError as error:
         notes.append(f"the projector is not counted: --vision_tower: {error}")
         return None
+
+
+def _width(tower: Mapping[str, Any], name: str, notes: list[str]) -> int | None:
+    """Features of an image token as the vision tower gives it."""
     # A CLIP of both halves keeps the vision tower's settings apart.
-    width = described.get("vision_config", described).get("hidden_size")
+    width = tower.get("vision_config", tower).get("hidden_size")
     if not isinstance(width, int):
         notes.append(f"the projector is not counted: the config.json of --vision_tower {name} names no hidden_size")
         return None

@@ -100,6 +100,7 @@ def test_the_whole_plan_of_llava_7b_is_exact(planned: Planned) -> None:
             "lora_r8": 8 * lora,
             "lora_r128": 128 * lora,
         },
+        "memory": None,
         "notes": [],
         "problems": [],
     }

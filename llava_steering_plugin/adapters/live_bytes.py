@@ -1,0 +1,173 @@
+"""Counts memory without having it: a computation on the meta device, where tensors have shapes and no values.
+
+    with LiveBytes() as live, as_autocast(torch.bfloat16):
+        model(...).loss.backward()
+    live.peaks
+
+What autograd saves, when a tensor goes away and what checkpointing computes anew is then not estimated: it happens.
+Only three things have to be said, because the meta device does not do them as a GPU does: autocast, attention that
+never holds the matrix of scores, and linears whose weights are packed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+META = torch.device("meta")
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows every storage on the meta device that is made inside the block.
+
+    Attributes:
+        now: bytes alive.
+        peaks: the most that were alive in each phase.
+        phase: name of the phase that runs; set it at any time.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()):
+        """
+        Args:
+            known: tensors that are there already and are not to be counted: parameters and buffers.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.phase = 0, "start"
+        self.peaks: dict[str, int] = {}
+        self._alive: dict[int, Any] = {}
+        for tensor in known:
+            storage = tensor.untyped_storage()
+            self._alive[id(storage)] = storage
+
+    def __torch_dispatch__(
+        self, operator: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and value.device == META:
+                self._see(value)
+        self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now)
+        return result
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive:
+            return
+
+        def gone(reference: Any) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, gone)
+        self.now += size
+
+
+@contextmanager
+def as_on_a_gpu(autocast: torch.dtype | None, packed: Iterable[nn.Linear] = ()) -> Iterator[None]:
+    """Has the meta device compute as a GPU does: with autocast, flash attention and packed linears.
+
+    Args:
+        autocast: dtype of products; None: no autocast.
+        packed: linears whose weights are quantised, and unpacked for each use.
+    """
+    with ExitStack() as stack:
+        if autocast is not None:
+            # The meta device has none. This only says whether it is on: modes switch it off around their own maths.
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        stack.enter_context(_Functions(autocast, packed))
+        yield
+
+
+class _Functions(TorchFunctionMode):
+    """Replaces the functions that a GPU computes in another way than the meta device."""
+
+    def __init__(self, autocast: torch.dtype | None, packed: Iterable[nn.Linear]):
+        super().__init__()
+        self.autocast = autocast
+        self.packed = {id(linear.weight) for linear in packed}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in _PRODUCTS:
+            if function is nn.functional.linear and id(args[1]) in self.packed:
+                dtype = self.autocast or args[0].dtype
+                return _PackedLinear.apply(args[0], args[1], dtype)  # type: ignore[no-untyped-call]
+            if self.autocast is not None and _autocast_is_on():
+                args = tuple(self._cast(value) for value in args)
+                kwargs = {name: self._cast(value) for name, value in kwargs.items()}
+        if function is nn.functional.scaled_dot_product_attention:
+            return _FlashAttention.apply(*args[:3])  # type: ignore[no-untyped-call]
+        return function(*args, **kwargs)
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self.autocast) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _autocast_is_on() -> bool:
+    try:
+        return torch.is_autocast_enabled("cpu")
+    except TypeError:  # torch < 2.4 has a function for each device
+        return bool(torch.is_autocast_cpu_enabled())
+
+
+_PRODUCTS = {
+    nn.functional.linear,
+    nn.functional.conv2d,
+    nn.functional.scaled_dot_product_attention,
+    torch.matmul,
+    torch.bmm,
+    torch.baddbmm,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    Tensor.bmm,
+}
+
+
+class _FlashAttention(torch.autograd.Function):
+    """Attention as flash kernels keep it: inputs, output, and one number a row; its backward sums in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        result = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, _, _ = ctx.saved_tensors
+        summed = torch.empty_like(query, dtype=torch.float32)
+        made = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        del summed
+        return made
+
+
+class _PackedLinear(torch.autograd.Function):
+    """A frozen linear as bitsandbytes computes it: the weight is unpacked for each product and not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        # The result comes in the input's dtype, whatever the product is computed in.
+        ctx.weight, ctx.dtype, ctx.inputs = weight.shape, dtype, hidden.dtype
+        unpacked, cast = hidden.new_empty(weight.shape, dtype=dtype), hidden.to(dtype)
+        product = cast.new_empty(*hidden.shape[:-1], weight.shape[0])
+        del unpacked, cast
+        return product.to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        unpacked = gradients[0].new_empty(ctx.weight, dtype=ctx.dtype)
+        cast = gradients[0].to(ctx.dtype)
+        product = cast.new_empty(*gradients[0].shape[:-1], ctx.weight[1])
+        del unpacked, cast
+        return product.to(ctx.inputs), None, None
