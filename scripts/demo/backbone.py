@@ -55,7 +55,11 @@ def build_tower(folder: Path, epochs: int, report: Callable[[int, int], None]) -
     heads = nn.ModuleDict(
         {"colour": nn.Linear(TOWER_WIDTH, len(COLOURS)), "shape": nn.Linear(TOWER_WIDTH, len(SHAPES))}
     )
-    optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], lr=1e-3, weight_decay=0.01)
+    # What is in each patch, its mean colour: features that hold it serve every camera, not only the labelled one.
+    patch_colour = nn.Linear(TOWER_WIDTH, 3)
+    optimizer = torch.optim.AdamW(
+        [*tower.parameters(), *heads.parameters(), *patch_colour.parameters()], lr=1e-3, weight_decay=0.01
+    )
     pixels, labels = _pixels("train", processor)
     batch, total = 64, epochs * (len(pixels) // 64)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=total)
@@ -65,10 +69,10 @@ def build_tower(folder: Path, epochs: int, report: Callable[[int, int], None]) -
         for axis in (2, 3):
             flip = torch.rand(batch) < 0.5
             seen[flip] = seen[flip].flip(axis)
-        loss = sum(
-            nn.functional.cross_entropy(logits, labels[kind][chosen], ignore_index=UNKNOWN)
-            for kind, logits in _classified(tower, heads, seen).items()
-        )
+        patches = _patches(tower, seen)
+        loss = nn.functional.mse_loss(patch_colour(patches), nn.functional.avg_pool2d(seen, PATCH).flatten(2).mT)
+        for kind, head in heads.items():
+            loss = loss + nn.functional.cross_entropy(head(patches.mean(1)), labels[kind][chosen], ignore_index=UNKNOWN)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -81,9 +85,14 @@ def build_tower(folder: Path, epochs: int, report: Callable[[int, int], None]) -
 
 
 def _classified(tower: CLIPVisionModel, heads: nn.ModuleDict, pixels: Tensor) -> dict[str, Tensor]:
-    # The patches of the last hidden state are what LLaVA gets to see, so they must hold what is to be told.
-    patches = tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+    patches = _patches(tower, pixels)
     return {kind: head(patches.mean(1)) for kind, head in heads.items()}
+
+
+def _patches(tower: CLIPVisionModel, pixels: Tensor) -> Tensor:
+    # The patches of the last hidden state are what LLaVA gets to see, so they must hold what is to be told.
+    patches: Tensor = tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+    return patches
 
 
 @torch.no_grad()

@@ -49,10 +49,10 @@ class Settings:
         tunings: the ways to teach the shifted camera, in order.
     """
 
-    tower_epochs: int = 24
+    tower_epochs: int = 20
     projector_steps: int = 100
-    tuning_steps: int = 800
-    shift_steps: int = 600
+    tuning_steps: int = 600
+    shift_steps: int = 500
     batch: int = 16
     questions: int = 900
     tunings: tuple[Tuning, ...] = field(default=(MAIN, *BESIDE))
