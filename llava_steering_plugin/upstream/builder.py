@@ -53,6 +53,11 @@ def on_builder_import(module: ModuleType) -> None:
 def _load(original: Callable[..., Any], call: inspect.BoundArguments, folder: Path) -> Any:
     config = files.read(folder).config
     base = call.arguments.get("model_base") or config.base.name_or_path
+    if Path(base).is_dir() and files.find(base) is not None:
+        raise BaseMismatch(
+            f"{base}, given as the base of the adapter in {folder}, is an adapter itself. Give a model with "
+            f"--model-base; this adapter was trained on {config.base.name_or_path}."
+        )
     described = _config_of(base, folder)
     with tempfile.TemporaryDirectory(prefix="llava-steering-") as staging:
         if "mm_vision_tower" in described:

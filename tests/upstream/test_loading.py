@@ -1,0 +1,72 @@
+"""Upstream's `load_pretrained_model` with an adapter and a base that is given: it wins, and it is checked."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_llava import TinyLlava
+
+from llava_steering_plugin.errors import BaseMismatch
+
+pytest_plugins = ["steered_fixtures"]
+
+
+def load(path: Path | str, base: Path | str | None = None, **options: Any) -> Any:
+    """As upstream's programs load; returns the model."""
+    from llava.mm_utils import get_model_name_from_path
+    from llava.model.builder import load_pretrained_model
+
+    name = get_model_name_from_path(str(path))
+    return load_pretrained_model(str(path), base and str(base), name, device="cpu", **options)[1]
+
+
+@pytest.fixture
+def other_base(tiny: TinyLlava, tmp_path: Path) -> Path:
+    """A LLaVA of the same shapes with other weights, as a further tuning of the same base has."""
+    folder = Path(shutil.copytree(tiny.llava, tmp_path / "other"))
+    (weights,) = folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, weights, {"format": "pt"})
+    return folder
+
+
+def test_another_base_is_refused_and_the_right_one_named(tiny: TinyLlava, saved: Path, other_base: Path) -> None:
+    with pytest.raises(BaseMismatch) as error:
+        load(saved, other_base)
+    for expected in (str(saved), str(other_base), "same shape, other weights", f"Load it on {tiny.llava}"):
+        assert expected in str(error.value)
+
+
+def test_a_base_that_is_gone_is_an_error_that_says_how_to_name_another_place(
+    tiny: TinyLlava, saved: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BaseMismatch, match=r"/nowhere/base, which cannot be found.*--model-base"):
+        load(saved, "/nowhere/base")
+    shutil.copytree(tiny.llava, tmp_path / "moved")
+    assert load(saved, tmp_path / "moved").llava_steering.mode.name == "mores"
+
+
+def test_an_adapter_given_as_the_base_of_an_adapter_is_refused(tiny: TinyLlava, saved: Path) -> None:
+    with pytest.raises(BaseMismatch, match=rf"is an adapter itself.*--model-base; .* trained on {tiny.llava}"):
+        load(saved, saved)
+
+
+def test_a_checkpoint_loads_by_its_path_as_the_run_does(saved: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(saved, tmp_path / "run" / "checkpoint-20"))
+    parameters = [load(path).llava_steering.parameters() for path in (saved, f"{checkpoint}/")]
+    assert all(torch.equal(value, parameters[1][name]) for name, value in parameters[0].items())
+
+
+def test_a_wrong_argument_is_upstreams_own_complaint_and_not_ours(saved: Path) -> None:
+    from llava.model.builder import load_pretrained_model
+
+    with pytest.raises(TypeError, match="load_pretrained_model"):
+        load_pretrained_model(str(saved))
+    with pytest.raises(TypeError):
+        load_pretrained_model(str(saved), None, "name", False, False, "auto", "cpu", "one too many", "and another")
