@@ -1,0 +1,133 @@
+"""/admin/adapters: adds, replaces and removes adapters while the worker serves. Off unless there is a token."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.serving.limits import Limits
+from llava_steering_plugin.serving.roster import Roster
+from llava_steering_plugin.serving.wire import Refused, read_object
+
+logger = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+TOKEN_CHARACTERS = 16
+
+
+def checked_token(token: str) -> str:
+    """The token, if it is long enough to be a secret.
+
+    Raises:
+        ArgumentsError: it is not.
+    """
+    if len(token) < TOKEN_CHARACTERS:
+        raise ArgumentsError(
+            f"the admin token has {len(token)} characters; it needs {TOKEN_CHARACTERS} at least. Make one with "
+            "`openssl rand -hex 16`, or leave it out: /admin is then off."
+        )
+    return token
+
+
+class Admin:
+    """What an administrator may do, and from where adapters may come.
+
+    Args:
+        token: what requests have to bring as `Authorization: Bearer TOKEN`.
+        changed: called after the roster has changed.
+        folder: adapters may be named by paths below it; None: only by hub ids.
+        any_path: they may be anywhere.
+
+    Raises:
+        ArgumentsError: the token is too short.
+    """
+
+    def __init__(
+        self,
+        token: str,
+        roster: Roster,
+        changed: Callable[[], None],
+        limits: Limits,
+        *,
+        folder: Path | None = None,
+        any_path: bool = False,
+    ):
+        self._token = checked_token(token).encode()
+        self._roster = roster
+        self._changed = changed
+        self._limits = limits
+        self._folder = folder
+        self._any_path = any_path
+
+    def routes(self) -> list[Route]:
+        """For the worker's application."""
+        return [
+            Route("/admin/adapters", self._guarded(self._list), methods=["GET"]),
+            Route("/admin/adapters", self._guarded(self._put), methods=["POST"]),
+            Route("/admin/adapters/{name}", self._guarded(self._drop), methods=["DELETE"]),
+        ]
+
+    def _guarded(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        async def guarded(request: Request) -> Response:
+            try:
+                kind, _, given = request.headers.get("authorization", "").partition(" ")
+                # Both in every case, and in constant time: how long a refusal takes tells nothing of the token.
+                if not (hmac.compare_digest(given.encode(), self._token) & (kind.lower() == "bearer")):
+                    raise Refused(401, "This needs the admin token: Authorization: Bearer TOKEN.")
+                return await answer(request)
+            except Refused as refused:
+                logger.warning("admin request refused with %d", refused.status)
+                return refused.response()
+            except SteeringError as error:
+                return Refused(409, f"{type(error).__name__}: {error}").response()
+
+        return guarded
+
+    async def _list(self, request: Request) -> Response:
+        adapters = await asyncio.to_thread(self._roster.table)
+        return JSONResponse({"base": self._roster.base, "adapters": adapters, "rejected": self._roster.rejected})
+
+    async def _put(self, request: Request) -> Response:
+        data = await read_object(request, self._limits)
+        name, path = data.get("name"), data.get("path")
+        if not isinstance(name, str) or not isinstance(path, str) or not path or "\0" in path:
+            raise Refused(422, 'The request has to be {"name": NAME, "path": FOLDER or HUB/ID}.')
+        source = self._allowed(path)
+        entry = await asyncio.to_thread(self._roster.put, name, source)
+        self._changed()
+        return JSONResponse({"name": entry.name, "shown": entry.shown})
+
+    async def _drop(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in {entry.name for entry in self._roster.entries()}:
+            raise Refused(404, "There is no adapter of that name here.")
+        await asyncio.to_thread(self._roster.drop, name)
+        self._changed()
+        return JSONResponse({"name": name})
+
+    def _allowed(self, path: str) -> str:
+        """The path, if adapters may come from there: links are followed first.
+
+        Raises:
+            Refused: they may not.
+        """
+        if self._any_path:
+            return str(Path(path).expanduser())
+        if _HUB_ID.fullmatch(path) and not Path(path).exists():
+            return path
+        if self._folder is not None:
+            below = self._folder.resolve()
+            wanted = (below / path).resolve()
+            if wanted != below and wanted.is_relative_to(below):
+                return str(wanted)
+        where = f"paths below {self._folder} and hub ids" if self._folder is not None else "hub ids"
+        raise Refused(403, f"Adapters are only taken from {where}; --admin-any-path lifts this.")

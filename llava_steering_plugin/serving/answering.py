@@ -1,0 +1,175 @@
+"""Upstream's ModelWorker, answering each request with the adapter it asks for.
+
+`generate_stream` is upstream's, as it is. It runs on a shallow copy of the worker, one for each request, whose model
+forwards everything to the one model but says which adapter is meant, stops when the client has gone, and ends the
+stream of text whatever happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import sys
+import threading
+from argparse import Namespace
+from asyncio import Semaphore
+from collections.abc import Iterator
+from typing import Any
+
+from llava import utils as upstream_utils
+from transformers import PretrainedConfig, StoppingCriteria
+
+from llava_steering_plugin.adapters import files
+from llava_steering_plugin.errors import ArgumentsError, UpstreamError
+from llava_steering_plugin.serving.pool import AdapterPool
+from llava_steering_plugin.serving.requests import Asked
+from llava_steering_plugin.serving.roster import Roster
+from llava_steering_plugin.serving.wire import FAILED, chunk
+from llava_steering_plugin.upstream.builder import name_for
+
+# Importing upstream's worker would turn standard output and error into log records, and start a log file in the current
+# folder. Both stay with whoever runs the program.
+upstream_utils.handler = upstream_utils.handler or logging.NullHandler()
+with contextlib.redirect_stdout(sys.stdout), contextlib.redirect_stderr(sys.stderr):
+    from llava.mm_utils import get_model_name_from_path
+    from llava.serve import model_worker as upstream
+upstream.logger.setLevel(logging.WARNING)  # or a line for each heart beat
+
+logger = logging.getLogger(__name__)
+
+NO_ANSWER = "The worker could not finish this answer; its log says why. Please try again."
+
+
+class PatientStreamer(upstream.TextIteratorStreamer):
+    """Waits as long as generating takes. Upstream's gives up when no text comes for 15 seconds.
+
+    That can be a long prefill, or a machine with much to do. `_AskedModel` ends the stream in every case.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **(kwargs | {"timeout": None}))
+
+
+class ClientGone(StoppingCriteria):
+    """Ends a generation before its next token once nobody waits for it."""
+
+    def __init__(self, gone: threading.Event):
+        self.gone = gone
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> bool:
+        return self.gone.is_set()
+
+
+class _AskedModel:
+    """The model as one request sees it.
+
+    Attributes:
+        failure: what ended the generation early, None if nothing did.
+    """
+
+    def __init__(self, model: Any, adapter: str, gone: threading.Event):
+        self._model = model
+        self._adapter = adapter
+        self._gone = gone
+        self.failure: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """What upstream starts as a thread of its own: an exception here would reach nobody."""
+        criteria = [*(kwargs.pop("stopping_criteria", None) or ()), ClientGone(self._gone)]
+        streamer = kwargs["streamer"]
+        try:
+            return self._model.generate(*args, stopping_criteria=criteria, adapter_names=self._adapter, **kwargs)
+        except Exception as error:
+            self.failure = error
+            logger.exception("an answer failed")
+            return None
+        finally:
+            streamer.text_queue.put(streamer.stop_signal)
+
+
+class AdapterWorker(upstream.ModelWorker):
+    """One base model and a pool of adapters on it, each a model of its own to the controller.
+
+    Args:
+        model_path: the base, a folder or a hub id.
+        model_name: the name that the page shows for the base; None: the one that upstream would give it.
+
+    Raises:
+        ArgumentsError: `model_path` is an adapter.
+        UpstreamError: there is no model at `model_path`.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        controller: str,
+        address: str,
+        model_name: str | None = None,
+        device: str = "cuda",
+        load_8bit: bool = False,
+        load_4bit: bool = False,
+        max_resident: int | None = None,
+    ):
+        if files.find(model_path) is not None:
+            raise ArgumentsError(
+                f"{model_path} is an adapter. Give its base with --model-path and the adapter with --adapters."
+            )
+        upstream.TextIteratorStreamer = PatientStreamer
+        super().__init__(
+            controller,
+            address,
+            upstream.worker_id,
+            True,  # no_register: the adapters are not there yet, and upstream's heart beat would outlive a shutdown
+            model_path,
+            None,
+            _loading_name(model_path),
+            load_8bit,
+            load_4bit,
+            device,
+        )
+        self.model_name = model_name or get_model_name_from_path(model_path)
+        self.is_multimodal = self.image_processor is not None
+        self.pool = AdapterPool(self.model, self.tokenizer, max_resident=max_resident)
+        self.roster = Roster(self.pool, self.model_name)
+
+    def get_status(self) -> dict[str, Any]:
+        """What the controller is told: every adapter, and the base, is a model."""
+        return {**super().get_status(), "model_names": self.roster.names()}
+
+    def report(self, slots: Semaphore, limit: int) -> None:
+        """Has the controller told how many of `limit` slots are taken, and how many requests wait for one."""
+        # Upstream's functions read these as globals of their module, where its own program would have put them.
+        upstream.model_semaphore = slots
+        upstream.args = Namespace(limit_model_concurrency=limit)
+        upstream.worker = self
+
+    def answer(self, asked: Asked, gone: threading.Event) -> Iterator[bytes]:
+        """The states of one answer, each the whole text so far, as upstream's worker streams them.
+
+        Args:
+            gone: set it when nobody waits any more; generating ends then.
+        """
+        view = copy.copy(self)
+        view.model = model = _AskedModel(self.model, asked.adapter, gone)
+        try:
+            yield from view.generate_stream_gate(asked.parameters)
+            if model.failure is not None:
+                yield chunk(NO_ANSWER, FAILED)
+        finally:
+            gone.set()
+
+
+def _loading_name(model_path: str) -> str:
+    """A name from which upstream's rules load the base as what its config.json says it is, whatever it is called."""
+    try:
+        described, _ = PretrainedConfig.get_config_dict(model_path)
+    except (OSError, ValueError) as error:
+        raise UpstreamError(f"there is no model at {model_path}: {error}. Give the base with --model-path.") from error
+    if "mm_vision_tower" in described:
+        return name_for(described["model_type"])
+    return str(get_model_name_from_path(model_path))

@@ -1,0 +1,225 @@
+"""The worker's HTTP side: upstream's two routes, /health, and /admin where it is switched on.
+
+Upstream's own routes take any body, stop the event loop while they call the controller, and go on generating for
+clients that have gone. These keep to limits, answer errors in upstream's form, and hold a slot exactly as long as
+something is generated in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from llava_steering_plugin.serving.limits import Limits
+from llava_steering_plugin.serving.mailbox import Mailbox
+from llava_steering_plugin.serving.requests import Asked, checked
+from llava_steering_plugin.serving.wire import Refused, read_object, refusal
+
+if TYPE_CHECKING:
+    from llava_steering_plugin.serving.answering import AdapterWorker
+
+logger = logging.getLogger(__name__)
+
+# Between the states of an answer every client of upstream's skips empty ones. One every few seconds keeps the page
+# (10 seconds of patience) and the controller (5) waiting while an answer queues or its prefill takes long.
+KEEP_WAITING, KEEP_WAITING_SECONDS = b"\0", 3.0
+
+
+class Answers:
+    """POST /worker_generate_stream, as an ASGI application of its own: it has to see the client go.
+
+    Attributes:
+        inside: requests that have come and are not answered yet, waiting ones too.
+        slots: one for each answer that may be generated at a time.
+    """
+
+    def __init__(self, worker: AdapterWorker, limits: Limits, log_requests: bool = False):
+        self.worker = worker
+        self.limits = limits
+        self.log_requests = log_requests
+        self.inside = 0
+        self.slots = asyncio.Semaphore(limits.running)
+        worker.report(self.slots, limits.running)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self._admitted():
+                data = await read_object(Request(scope, receive), self.limits)
+                asked = await asyncio.to_thread(
+                    checked, data, self.limits, self.worker.roster.find, self.worker.is_multimodal
+                )
+                del data
+                await self._answer(asked, receive, send)
+        except Refused as refused:
+            logger.info("refused with %d: %s", refused.status, refused.text)
+            await refused.response()(scope, receive, send)
+        except ClientDisconnect:
+            logger.info("a client left before its request had come")
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if self.inside >= self.limits.running + self.limits.waiting:
+            raise Refused(503, "The worker has too much to do. Please try again in a moment.")
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+
+    async def _answer(self, asked: Asked, receive: Receive, send: Send) -> None:
+        started = time.monotonic()
+        gone = threading.Event()
+        leaving = asyncio.ensure_future(_left(receive))
+        mailbox = Mailbox()
+        how = "a client left"
+        try:
+            # Now, not when a slot is free: the client knows that it has been heard.
+            headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
+            await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
+            if await self._slot(leaving, send):
+                # From here on the slot belongs to the thread: it is free when nothing is generated any more.
+                threading.Thread(target=self._generate, args=(asked, gone, mailbox), daemon=True).start()
+                if await self._relay(mailbox, leaving, send):
+                    how = "answered"
+        except asyncio.TimeoutError:
+            how = f"a client took nothing for {self.limits.stall_seconds:g} seconds"
+        finally:
+            gone.set()
+            leaving.cancel()
+            logger.info("%s after %.2f s: %s", how, time.monotonic() - started, asked)
+
+    async def _slot(self, leaving: asyncio.Future[Any], send: Send) -> bool:
+        """Waits for a slot; False if the client left first. However this ends, no slot is lost."""
+        taking = asyncio.ensure_future(self.slots.acquire())
+        taken = False
+        try:
+            while not taking.done() and not leaving.done():
+                await _either(taking, leaving)
+                if not taking.done() and not leaving.done():
+                    await self._send(send, _body(KEEP_WAITING))
+            taken = taking.done() and taking.result() and not leaving.done()
+            return taken
+        finally:
+            if not taken:
+                taking.add_done_callback(self._give_back)
+                taking.cancel()
+
+    def _give_back(self, taking: asyncio.Future[Any]) -> None:
+        if not taking.cancelled() and taking.exception() is None:
+            self.slots.release()
+
+    def _generate(self, asked: Asked, gone: threading.Event, mailbox: Mailbox) -> None:
+        """In a thread of its own, which never waits for the client."""
+        last = b""
+        try:
+            for last in self.worker.answer(asked, gone):
+                mailbox.put(last)
+        finally:
+            if self.log_requests:
+                logger.info("prompt %r of %s: %s", asked.parameters["prompt"], asked.shown, last[:-1].decode())
+            mailbox.close(self.slots.release)
+
+    async def _relay(self, mailbox: Mailbox, leaving: asyncio.Future[Any], send: Send) -> bool:
+        """Sends each state of the answer, or only the newest where the client is slower than the model.
+
+        Returns:
+            Whether the client got all of it.
+        """
+        coming = asyncio.ensure_future(mailbox.get())
+        try:
+            while not leaving.done():
+                await _either(coming, leaving)
+                if not coming.done():
+                    await self._send(send, _body(KEEP_WAITING))
+                    continue
+                state = coming.result()
+                await self._send(send, _body(state or b"", more=state is not None))
+                if state is None:
+                    return True
+                coming = asyncio.ensure_future(mailbox.get())
+            return False
+        finally:
+            coming.cancel()
+
+    async def _send(self, send: Send, message: dict[str, Any]) -> None:
+        """Raises asyncio.TimeoutError for a client that has stopped to read."""
+        await asyncio.wait_for(send(message), self.limits.stall_seconds)
+
+
+def give_up_stalled(listener: socket.socket, seconds: float) -> None:
+    """Has the kernel close connections whose peers take nothing: closing them here would wait for the peer.
+
+    Connections take this over from the socket that listens. Linux only; elsewhere they stay until the peer goes.
+    """
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+
+
+def _body(content: bytes, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": content, "more_body": more}
+
+
+async def _either(first: asyncio.Future[Any], second: asyncio.Future[Any]) -> None:
+    """Waits for one of them, but not for longer than a client does that hears nothing."""
+    futures: set[asyncio.Future[Any]] = {first, second}
+    await asyncio.wait(futures, timeout=KEEP_WAITING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _left(receive: Receive) -> None:
+    """Ends when the client has hung up."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def build(
+    worker: AdapterWorker, limits: Limits, *, log_requests: bool = False, admin: Sequence[Route] = ()
+) -> Starlette:
+    """The application.
+
+    Args:
+        admin: the routes of `admin.routes`, where the server may be administered.
+    """
+    answers = Answers(worker, limits, log_requests)
+
+    async def status(request: Request) -> Response:
+        return JSONResponse(worker.get_status())
+
+    async def health(request: Request) -> Response:
+        return JSONResponse(
+            {
+                "status": "ok",
+                "models": len(worker.roster.names()),
+                "rejected": len(worker.roster.rejected),
+                "running": limits.running - answers.slots._value,
+                "open": answers.inside,
+            }
+        )
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        code, detail = (error.status_code, error.detail) if isinstance(error, HTTPException) else (500, "")
+        return refusal(code, detail or "The worker failed; its log says why.")
+
+    app = Starlette(
+        routes=[
+            Route("/worker_generate_stream", answers, methods=["POST"]),
+            Route("/worker_get_status", status, methods=["POST"]),
+            Route("/health", health, methods=["GET"]),
+            *admin,
+        ],
+        exception_handlers={HTTPException: http_error, Exception: http_error},
+    )
+    app.state.answers = answers
+    return app

@@ -1,0 +1,144 @@
+"""A request for an answer, checked whole before a model sees it: upstream's worker trusts what it gets."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from llava_steering_plugin.serving.limits import Limits
+from llava_steering_plugin.serving.wire import Refused
+
+IMAGE_TOKEN = "<image>"  # upstream's DEFAULT_IMAGE_TOKEN
+# What PIL may take an upload for. Not all that PIL knows: some of its formats start other programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+STOP_CHARACTERS = 256
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A checked request.
+
+    Attributes:
+        shown: the model's name as the page shows it.
+        adapter: the pool's name of it.
+        parameters: what upstream's `generate_stream` reads.
+    """
+
+    shown: str
+    adapter: str
+    parameters: dict[str, Any]
+
+    def __str__(self) -> str:
+        """For the log: nothing of what was asked but how much."""
+        images, prompt = len(self.parameters["images"]), len(self.parameters["prompt"])
+        return f"{self.shown}: {prompt} characters, {images} image(s)"
+
+
+def checked(data: dict[str, Any], limits: Limits, find: Callable[[str], str | None], multimodal: bool) -> Asked:
+    """Checks every field and unpacks every image once. Takes a while for large images: not for an event loop.
+
+    Args:
+        data: the request.
+        find: the pool's name of a model that the page shows, None for an unknown one.
+        multimodal: whether the model takes images.
+
+    Raises:
+        Refused: missing or mistyped fields (422, all listed), an unknown model (404), too long a prompt (413), images
+            that are none, are cut off, too many or too large, or do not match the prompt (400).
+    """
+    problems = [problem for key, check in _CHECKS.items() if (problem := check(key, data.get(key)))]
+    if problems:
+        raise Refused(422, "The request cannot be answered: " + "; ".join(problems) + ".")
+    prompt, images = data["prompt"], data.get("images") or []
+    if len(prompt) > limits.prompt_characters:
+        raise Refused(413, f"The prompt is longer than {limits.prompt_characters:,} characters.")
+    adapter = find(data["model"])
+    if adapter is None:
+        raise Refused(404, "There is no model of that name here. Reload the page for the list.")
+    marks = prompt.count(IMAGE_TOKEN)
+    if images and not multimodal:
+        raise Refused(400, "This model takes no images.")
+    if marks != len(images):
+        raise Refused(400, f"The request has {len(images)} image(s) and its prompt {marks} {IMAGE_TOKEN} mark(s).")
+    if len(images) > limits.images:
+        raise Refused(400, f"The request has more than {limits.images} images.")
+    parameters = {key: data[key] for key in _CHECKS if data.get(key) is not None}
+    parameters["images"] = [_checked_image(image, number, limits) for number, image in enumerate(images, start=1)]
+    return Asked(data["model"], adapter, parameters)
+
+
+def _checked_image(text: str, number: int, limits: Limits) -> str:
+    """The image as base64 of what upstream can process: as it came if it is in RGB."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Refused(400, f"Image {number} is not valid base64.") from error
+    too_large = Refused(400, f"Image {number} has more than {limits.image_pixels:,} pixels.")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            # Before the pixels are unpacked: a few bytes can stand for gigabytes.
+            if image.width * image.height <= limits.image_pixels:
+                image.load()
+                if image.mode == "RGB":
+                    return text
+                # Upstream pads with a colour of three values, which other modes cannot hold.
+                unpacked = io.BytesIO()
+                image.convert("RGB").save(unpacked, "PNG")
+                return base64.b64encode(unpacked.getvalue()).decode()
+    except Image.DecompressionBombError as error:
+        raise too_large from error
+    except Exception as error:  # decoders raise what they like on a damaged file
+        known = ", ".join(FORMATS)
+        raise Refused(400, f"Image {number} is damaged, cut off, or none of {known}.") from error
+    raise too_large
+
+
+def _text(key: str, value: Any) -> str | None:
+    if not isinstance(value, str):
+        return f"{key!r} is missing or not text"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return f"{key!r} holds half a character"
+    return None
+
+
+def _stop(key: str, value: Any) -> str | None:
+    if (problem := _text(key, value)) is None and not 0 < len(value) <= STOP_CHARACTERS:
+        return f"{key!r} has to be 1 to {STOP_CHARACTERS} characters"
+    return problem
+
+
+def _images(key: str, value: Any) -> str | None:
+    if value is None or (isinstance(value, list) and all(isinstance(image, str) for image in value)):
+        return None
+    return f"{key!r} is not a list of base64 texts"
+
+
+def _number(least: float, most: float, kinds: tuple[type, ...] = (int, float)) -> Callable[[str, Any], str | None]:
+    def check(key: str, value: Any) -> str | None:
+        if value is None:
+            return None  # upstream has a default
+        # type(): True is an int too. NaN is not between anything.
+        if type(value) not in kinds or not least <= value <= most:
+            return f"{key!r} is not {'a whole number' if kinds == (int,) else 'a number'} from {least:g} to {most:g}"
+        return None
+
+    return check
+
+
+_CHECKS: dict[str, Callable[[str, Any], str | None]] = {
+    "model": _text,
+    "prompt": _text,
+    "stop": _stop,
+    "images": _images,
+    "temperature": _number(0, 100),
+    "top_p": _number(0, 1),
+    "max_new_tokens": _number(0, 1_000_000, (int,)),
+}

@@ -1,0 +1,130 @@
+"""Who can be asked for: the adapters of a pool and the plain base, by the names that the web page shows."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_steering_plugin.adapters import files
+from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
+from llava_steering_plugin.serving.names import checked_label, shown_name
+from llava_steering_plugin.serving.pool import BASE, AdapterPool
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One adapter that is served: its name, the name that the page shows, and where it came from."""
+
+    name: str
+    shown: str
+    source: str
+
+
+class Roster:
+    """Adds, replaces and removes adapters, one at a time; whoever is being answered keeps the adapter it began with.
+
+    Attributes:
+        base: the name under which the plain base is registered.
+        rejected: why adapters were not taken, by name, until one of that name is.
+    """
+
+    def __init__(self, pool: AdapterPool, base: str):
+        self.pool = pool
+        self.base = base
+        self.rejected: dict[str, str] = {}
+        self._entries: Mapping[str, Entry] = {}
+        self._changing = threading.Lock()
+
+    def names(self) -> list[str]:
+        """What the page lists: the base, then the adapters in the order in which they came."""
+        return [self.base, *(entry.shown for entry in self._entries.values())]
+
+    def entries(self) -> list[Entry]:
+        return list(self._entries.values())
+
+    def find(self, shown: str) -> str | None:
+        """The pool's name of what the page calls `shown`; None if there is no such thing."""
+        if shown == self.base:
+            return BASE
+        return next((entry.name for entry in self._entries.values() if entry.shown == shown), None)
+
+    def put(self, name: str, source: str) -> Entry:
+        """Adds the adapter at `source`, a folder or a hub id, or replaces the one of that name.
+
+        Raises:
+            SteeringError: it cannot be served; the reason is kept in `rejected`, and nothing has changed.
+        """
+        with self._changing:
+            try:
+                entry = self._checked(name, source)
+                self.pool.load(name, source)
+            except SteeringError as error:
+                self.rejected[name] = str(error)
+                raise
+            except (OSError, RuntimeError) as error:  # a disk that fails, memory that is full
+                self.rejected[name] = f"{source} could not be loaded: {error}"
+                raise AdapterError(self.rejected[name]) from error
+            self.rejected.pop(name, None)
+            self._entries = {**self._entries, name: entry}
+        logger.info("serving %s as %s", name, entry.shown)
+        return entry
+
+    def drop(self, name: str) -> None:
+        """Takes an adapter away.
+
+        Raises:
+            ArgumentsError: there is none of that name.
+        """
+        with self._changing:
+            if name not in self._entries:
+                raise ArgumentsError(f"there is no adapter {name!r} to remove; there are: {', '.join(self._entries)}.")
+            # First the name, then the weights: nobody finds a name that leads nowhere.
+            self._entries = {other: entry for other, entry in self._entries.items() if other != name}
+            self.pool.unload(name)
+        logger.info("no longer serving %s", name)
+
+    def table(self) -> list[dict[str, Any]]:
+        """What is known of each adapter, for whoever administers the server."""
+        return [
+            {
+                "name": entry.name,
+                "shown": entry.shown,
+                "source": entry.source,
+                "mode": details.mode,
+                "settings": details.settings,
+                "parameters": details.parameters,
+                "bytes": details.bytes,
+                "resident": details.resident,
+                "conversation": details.conversation,
+            }
+            for entry in self.entries()
+            if (details := self._details(entry.name)) is not None
+        ]
+
+    def _details(self, name: str) -> Any:
+        try:
+            return self.pool.details(name)
+        except SteeringError:
+            return None  # removed since the list was made
+
+    def _checked(self, name: str, source: str) -> Entry:
+        checked_label(name)
+        folder = files.find(source)
+        if folder is None:
+            files.read(Path(source))  # says why
+            raise AdapterError(f"{source} is no adapter: no such folder, and no such model on the hub.")
+        shown = shown_name(name, files.read_config(folder).conversation, self.base)
+        taken = {entry.shown: entry.name for entry in self._entries.values() if entry.name != name} | {self.base: BASE}
+        if shown in taken:
+            holder = "the base" if taken[shown] == BASE else f"the adapter {taken[shown]!r}"
+            raise ArgumentsError(
+                f"the adapter {name!r} ({source}) would be shown as {shown!r}, as {holder} is already. "
+                "Give it another name: NAME=PATH."
+            )
+        return Entry(name, shown, source)

@@ -1,0 +1,105 @@
+"""A folder of adapter folders, watched: what is put there is served, what is replaced is loaded again.
+
+Looked at every few seconds rather than by the kernel's notices, which network file systems do not send. An adapter's
+weights are replaced by one rename (`adapters.files`), so their time, size and number on disk tell of every change. What
+copies a file in place is met by waiting until two looks see the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from llava_steering_plugin.adapters.files import WEIGHTS
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.serving.names import checked_label
+from llava_steering_plugin.serving.roster import Roster
+
+logger = logging.getLogger(__name__)
+
+Signature = tuple[int, int, int]
+
+
+class WatchedFolder(threading.Thread):
+    """Keeps a roster in step with a folder; a broken adapter is reported once and the one before it goes on serving.
+
+    Args:
+        changed: called after the roster has changed.
+        every: seconds between two looks.
+
+    Raises:
+        ArgumentsError: there is no such folder.
+    """
+
+    def __init__(self, folder: Path, roster: Roster, changed: Callable[[], None], every: float = 2.0):
+        super().__init__(name="watched-folder", daemon=True)
+        if not folder.is_dir():
+            raise ArgumentsError(f"--adapter-dir {folder} is no folder. Create it; it may be empty.")
+        self.folder = folder
+        self._roster = roster
+        self._changed = changed
+        self._every = every
+        self._seen: dict[str, Signature] = {}
+        self._taken: dict[str, Signature] = {}
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.wait(self._every):
+            self.look()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def look(self, settled: bool = False) -> bool:
+        """Compares the folder with what was taken from it, and says whether the roster has changed.
+
+        Args:
+            settled: nothing is being copied: take what is there without a second look.
+        """
+        try:
+            found = self._found()
+        except OSError as error:
+            logger.warning("%s cannot be read: %s; its adapters go on serving", self.folder, error)
+            return False
+        changed = False
+        for name in self._taken.keys() - found.keys():
+            del self._taken[name]
+            changed |= self._drop(name)
+        for name, signature in found.items():
+            if self._taken.get(name) != signature and (settled or self._seen.get(name) == signature):
+                self._taken[name] = signature  # whatever comes of it: it is not tried again before it changes
+                changed |= self._put(name)
+        self._seen = found
+        if changed:
+            self._changed()
+        return changed
+
+    def _found(self) -> dict[str, Signature]:
+        found = {}
+        for entry in sorted(self.folder.iterdir()):
+            if entry.name.startswith("."):
+                continue
+            try:
+                status = (entry / WEIGHTS).stat()
+            except OSError:
+                continue  # no adapter, not yet or not any more
+            found[entry.name] = (status.st_mtime_ns, status.st_size, status.st_ino)
+        return found
+
+    def _put(self, name: str) -> bool:
+        try:
+            self._roster.put(checked_label(name), str(self.folder / name))
+        except SteeringError as error:
+            logger.warning("%s is not served: %s", self.folder / name, error)
+            return False
+        return True
+
+    def _drop(self, name: str) -> bool:
+        self._roster.rejected.pop(name, None)
+        try:
+            self._roster.drop(name)
+        except SteeringError:
+            return False  # it was broken, or an administrator has removed it
+        return True

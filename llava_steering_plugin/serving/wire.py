@@ -1,0 +1,90 @@
+"""Upstream's wire: how a request is read, and how one that may not be answered is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from llava_steering_plugin.serving.limits import Limits
+
+# Upstream's page shows the text of any chunk whose code is not 0, and the code. Upstream itself uses 1 to 3, for
+# failures; 4 is ours.
+FAILED, REFUSED = 1, 4
+# An oversized body is read on for a while and thrown away: a client that is still sending would not see the answer.
+DRAINED_SECONDS, DRAINED_TIMES = 5.0, 8
+LONG = 1 << 16  # bytes of JSON that are not parsed in passing
+
+
+class Refused(Exception):
+    """A request that gets an error for an answer; the text goes to the client and holds nothing of the request."""
+
+    def __init__(self, status: int, text: str):
+        super().__init__(text)
+        self.status = status
+        self.text = text
+
+    def response(self) -> Response:
+        """The answer in the form that upstream's page and controller read."""
+        return refusal(self.status, self.text)
+
+
+def refusal(status: int, text: str) -> Response:
+    headers = {"Retry-After": "5"} if status == 503 else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(chunk(text, REFUSED), status, headers, "application/json")
+
+
+def chunk(text: str, code: int) -> bytes:
+    """One state of an answer on upstream's wire: JSON and a zero byte."""
+    return json.dumps({"text": text, "error_code": code}).encode() + b"\0"
+
+
+async def read_object(request: Request, limits: Limits) -> dict[str, Any]:
+    """The JSON object in the body of a request.
+
+    Raises:
+        Refused: too long (413), too slow (408), no JSON (400), no object (422).
+        ClientDisconnect: the client has gone.
+    """
+    try:
+        body = await asyncio.wait_for(_collect(request, limits.body_bytes), limits.receive_seconds)
+    except asyncio.TimeoutError as error:
+        raise Refused(408, f"The request did not arrive within {limits.receive_seconds:g} seconds.") from error
+    if body is None:
+        raise Refused(413, f"The request is longer than {limits.body_bytes:,} bytes.")
+    try:
+        # Text with images takes a while to read, and others are served meanwhile.
+        data = await asyncio.to_thread(json.loads, body) if len(body) > LONG else json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, "The request is not valid JSON.") from error
+    if not isinstance(data, dict):
+        raise Refused(422, "The request is not a JSON object.")
+    return data
+
+
+async def _collect(request: Request, most: int) -> bytes | None:
+    """The body; None if it is longer than `most`. Some of what follows then is read and thrown away."""
+    announced = request.headers.get("content-length", "")
+    too_long = announced.isascii() and announced.isdigit() and int(announced) > most
+    body, thrown_away, since = bytearray(), 0, time.monotonic()
+    try:
+        async for part in request.stream():
+            if not too_long:
+                body += part
+                if too_long := len(body) > most:
+                    body.clear()
+                    since = time.monotonic()
+                continue
+            thrown_away += len(part)
+            if thrown_away > DRAINED_TIMES * most or time.monotonic() - since > DRAINED_SECONDS:
+                break
+    except ClientDisconnect:
+        if not too_long:
+            raise
+    return None if too_long else bytes(body)

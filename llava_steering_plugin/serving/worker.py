@@ -1,0 +1,199 @@
+"""The model worker: upstream's, with any number of adapters on one base.
+
+    python -m llava_steering_plugin.serving.worker --model-path BASE --adapters cats=./cats ./pets --adapter-dir ./more
+
+It speaks upstream's protocol, so upstream's controller and web page take it for one of theirs, with a model for each
+adapter and one for the plain base. Flags that upstream's worker has too are called the same.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
+from llava_steering_plugin.serving.flags import (
+    BODY_MB,
+    DEFAULTS,
+    AdapterFolder,
+    Adapters,
+    AdminToken,
+    AnyPath,
+    BasePath,
+    BodyLimit,
+    Device,
+    Load4bit,
+    Load8bit,
+    LogRequests,
+    MaxResident,
+    ModelName,
+    MoreAdapters,
+    PixelLimit,
+    PromptLimit,
+    Running,
+    Stall,
+    Waiting,
+    WatchEvery,
+)
+from llava_steering_plugin.serving.limits import Limits
+
+if TYPE_CHECKING:
+    from starlette.routing import Route
+
+logger = logging.getLogger(__name__)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def run(
+    model_path: BasePath,
+    adapters: Adapters = None,
+    more_adapters: MoreAdapters = None,
+    adapter_dir: AdapterFolder = None,
+    watch_every: WatchEvery = 2.0,
+    model_name: ModelName = None,
+    device: Device = "auto",
+    load_4bit: Load4bit = False,
+    load_8bit: Load8bit = False,
+    max_resident: MaxResident = None,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 21002,
+    worker_address: Annotated[
+        str | None, typer.Option(help="This worker's URL as controller and page reach it; default: from host and port.")
+    ] = None,
+    controller_address: Annotated[str, typer.Option(help="The controller's URL.")] = "http://localhost:21001",
+    no_register: Annotated[bool, typer.Option("--no-register", help="Run without a controller.")] = False,
+    limit_model_concurrency: Running = DEFAULTS.running,
+    limit_queue: Waiting = DEFAULTS.waiting,
+    limit_body_mb: BodyLimit = BODY_MB,
+    limit_prompt: PromptLimit = DEFAULTS.prompt_characters,
+    limit_pixels: PixelLimit = DEFAULTS.image_pixels,
+    stall_seconds: Stall = DEFAULTS.stall_seconds,
+    admin_token: AdminToken = None,
+    admin_any_path: AnyPath = False,
+    log_requests: LogRequests = False,
+) -> None:
+    """Serve a base and its adapters to LLaVA's controller and web page."""
+    logging.basicConfig(level=logging.INFO)
+    given = [*(adapters or []), *(more_adapters or [])]
+    limits = Limits(
+        running=limit_model_concurrency,
+        waiting=limit_queue,
+        body_bytes=int(limit_body_mb * (1 << 20)),
+        prompt_characters=limit_prompt,
+        image_pixels=limit_pixels,
+        stall_seconds=stall_seconds,
+    )
+    sources = read_sources(given)
+
+    import uvicorn
+
+    from llava_steering_plugin.serving.admin import Admin, checked_token
+
+    if admin_token is not None:
+        checked_token(admin_token)
+
+    # The port before the model: one that is taken is found out in a second, not in minutes.
+    config = uvicorn.Config(None, host, port, log_config=None, access_log=False, timeout_graceful_shutdown=5)  # type: ignore[arg-type]
+    listener = config.bind_socket()
+    if not _local(host):
+        logger.warning("listening on %s: whoever reaches this machine can ask; no password is needed", host)
+
+    from llava_steering_plugin.serving.announcing import Announcer
+    from llava_steering_plugin.serving.answering import AdapterWorker
+    from llava_steering_plugin.serving.app import build, give_up_stalled
+    from llava_steering_plugin.serving.watched import WatchedFolder
+
+    worker = AdapterWorker(
+        model_path,
+        controller=controller_address.rstrip("/"),
+        address=(worker_address or f"http://{'localhost' if _local(host) else host}:{port}").rstrip("/"),
+        model_name=model_name,
+        device=_device(device),
+        load_8bit=load_8bit,
+        load_4bit=load_4bit,
+        max_resident=max_resident,
+    )
+    announcer = Announcer(worker)
+    problems = []
+    for name, source in sources.items():
+        try:
+            worker.roster.put(name, source)
+        except SteeringError as error:
+            problems.append(str(error))
+    if problems:
+        raise ArgumentsError(listing("not every adapter can be served", problems))
+    if adapter_dir is not None:
+        watched = WatchedFolder(adapter_dir.absolute(), worker.roster, announcer.changed, watch_every)
+        watched.look(settled=True)
+        watched.start()
+    admin: list[Route] = []
+    if admin_token is not None:
+        admin = Admin(
+            admin_token, worker.roster, announcer.changed, limits, folder=adapter_dir, any_path=admin_any_path
+        ).routes()
+    config.app = build(worker, limits, log_requests=log_requests, admin=admin)
+    if not no_register:
+        announcer.start()
+    logger.info("serving %s", ", ".join(worker.roster.names()))
+    give_up_stalled(listener, limits.stall_seconds)
+    uvicorn.Server(config).run([listener])
+
+
+def read_sources(given: list[str]) -> dict[str, str]:
+    """Where each adapter is, by name, of what --adapters says.
+
+    Raises:
+        ArgumentsError: names that cannot be used, or that several adapters have; all of them.
+    """
+    from llava_steering_plugin.serving.names import checked_label, label_of
+
+    sources: dict[str, str] = {}
+    problems = []
+    for word in given:
+        name, equals, source = word.partition("=")
+        named = bool(equals) and not Path(word).exists()
+        source = source if named else word
+        source = str(Path(source).expanduser().absolute()) if Path(source).expanduser().exists() else source
+        try:
+            name = checked_label(name) if named else label_of(source)
+            if name in sources:
+                raise ArgumentsError(f"{sources[name]} and {source} are both called {name!r}. Use NAME=PATH.")
+            sources[name] = source
+        except ArgumentsError as error:
+            problems.append(str(error))
+    if problems:
+        raise ArgumentsError(listing("--adapters cannot be served under these names", problems))
+    return sources
+
+
+def _local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main() -> None:
+    """Entry of `python -m llava_steering_plugin.serving.worker`."""
+    try:
+        app()
+    except SteeringError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""What clients may do to the worker, over real HTTP: each gets an error that upstream's page can show, and it lives."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import struct
+import time
+import zlib
+from typing import Any
+
+import pytest
+import requests
+from PIL import Image
+from serving_fixtures import PROMPT, Client, Question
+
+pytest_plugins = ["serving_fixtures"]
+
+pytestmark = pytest.mark.usefixtures("unharmed")
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> str:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    """A good request with one picture, changed; None takes a field out."""
+    good = Question(PROMPT).body("cats") | {"images": [encoded(Image.new("RGB", (40, 60), "red"))]}
+    return {key: value for key, value in (good | changes).items() if value is not None}
+
+
+def bomb() -> str:
+    """A PNG of 8 KB that unpacks to 30,000 x 30,000 pixels."""
+
+    def part(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1 << 20), 9)
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + part(b"IHDR", header) + part(b"IDAT", pixels)).decode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"\xff\xfe", b'{"model": "cats",}', b"[" * 100_000, b'{"max_new_tokens": ' + b"9" * 5000 + b"}"],
+    ids=["empty", "cut", "no text", "comma", "deep", "huge number"],
+)
+def test_malformed_json_is_a_400(strict: Client, data: bytes) -> None:
+    assert strict.refused(None, data=data) == (400, "The request is not valid JSON.")
+
+
+@pytest.mark.parametrize("data", [[], "text", 3, None])
+def test_json_that_is_no_object_is_a_422(strict: Client, data: Any) -> None:
+    assert strict.refused(None, data=json.dumps(data).encode())[0] == 422
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": None},
+        {"prompt": None},
+        {"stop": None},
+        {"stop": ""},
+        {"model": 7},
+        {"model": ["cats"]},
+        {"prompt": {"text": "hello"}},
+        {"prompt": "half \ud800"},
+        {"stop": ["</s>"]},
+        {"stop": "x" * 257},
+        {"images": "iVBORw0"},
+        {"images": [7]},
+        {"images": {}},
+        {"temperature": "hot"},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": True},
+        {"top_p": 1.5},
+        {"max_new_tokens": "12"},
+        {"max_new_tokens": 1.5},
+        {"max_new_tokens": -1},
+        {"max_new_tokens": 10**400},
+    ],
+    ids=lambda changes: str(changes)[:40],
+)
+def test_missing_and_mistyped_fields_are_a_422_that_names_them(strict: Client, changes: dict[str, Any]) -> None:
+    status, text = strict.refused(None, data=json.dumps(body(**changes)))
+    assert status == 422
+    assert repr(next(iter(changes))) in text
+
+
+def test_all_that_is_wrong_with_the_fields_is_said_at_once(strict: Client) -> None:
+    _, text = strict.refused({"temperature": "x"})
+    assert all(f"'{key}'" in text for key in ("model", "prompt", "stop", "temperature"))
+
+
+@pytest.mark.parametrize(
+    "name", ["nobody", "", "../../etc/passwd", "__base__", "cats\0", "llava_steering_plugin", "C" * 9999]
+)
+def test_an_unknown_model_is_a_404_and_no_path(strict: Client, name: str) -> None:
+    assert strict.refused(body(model=name))[0] == 404
+
+
+def test_images_that_are_none_or_are_damaged_are_a_400(strict: Client) -> None:
+    picture = io.BytesIO()
+    Image.effect_noise((200, 200), 90).convert("RGB").save(picture, "PNG")
+    whole = picture.getvalue()
+    damaged = {
+        "no base64": "not base64 at all!",
+        "no image": base64.b64encode(b"hello" * 100).decode(),
+        "empty": "",
+        "cut off": base64.b64encode(whole[: len(whole) // 2]).decode(),
+        "a header alone": base64.b64encode(whole[:30]).decode(),
+        "flipped bits": base64.b64encode(whole[:100] + bytes(300) + whole[400:]).decode(),
+        "a format that runs other programs": base64.b64encode(
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+        ).decode(),
+    }
+    answers = {what: strict.refused(body(images=[image])) for what, image in damaged.items()}
+    assert {what: status for what, (status, _) in answers.items()} == dict.fromkeys(damaged, 400)
+    assert all("Image 1 is" in text for _, text in answers.values())
+
+
+def test_images_that_are_too_large_or_too_many_or_do_not_match_the_prompt_are_a_400(strict: Client) -> None:
+    small = encoded(Image.new("RGB", (9, 9)))
+    large = encoded(Image.new("RGB", (400, 300)))
+    started = time.monotonic()
+    for images in ([large], [bomb()], [small] * 2, []):
+        assert strict.refused(body(images=images))[0] == 400
+    assert strict.refused(body(images=[small] * 3, prompt="<image>" * 3))[0] == 400
+    assert time.monotonic() - started < 10, "the bomb was unpacked"
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_pictures_in_other_modes_than_rgb_are_answered(strict: Client, mode: str) -> None:
+    image = Image.new("RGB", (40, 60), "red").convert(mode)
+    picture = encoded(image, "JPEG" if mode == "CMYK" else "PNG")
+    response = strict.post(body(images=[picture]))
+    states = [json.loads(part) for part in response.content.split(b"\0") if part]
+    assert {state["error_code"] for state in states} == {0}
+
+
+def test_a_prompt_of_10_mb_is_a_413_and_so_is_any_body_over_the_limit(strict: Client, client: Client) -> None:
+    assert strict.refused(body(prompt="x" * 10_000_000))[0] == 413
+    assert strict.refused(body(prompt="<image>" + "x" * 3000)) == (413, "The prompt is longer than 2,000 characters.")
+    chunked = (b" " * 65536 for _ in range(40))  # without a Content-Length
+    assert strict.refused(None, data=chunked)[0] == 413
+
+
+def test_a_prompt_beyond_the_context_gets_upstreams_own_answer(client: Client) -> None:
+    [state] = client.states("cats", Question("word " * 9000))
+    assert state["text"].endswith("Exceeds max token length. Please start a new conversation, thanks.")
+
+
+def test_other_routes_and_methods_answer_in_the_same_form(strict: Client) -> None:
+    for method, path, status in (("GET", "/worker_generate_stream", 405), ("POST", "/../etc/passwd", 404)):
+        response = requests.request(method, strict.address + path, timeout=30)
+        assert response.status_code == status
+        assert json.loads(response.content[:-1])["error_code"] != 0

@@ -1,0 +1,140 @@
+"""Clients that hang up, read slowly, send nothing, or come in a crowd; and what is logged of them all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import struct
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from serving_fixtures import BASE_NAME, STRICT, Alone, Client, Question, free_port, listening, wait_until
+
+from llava_steering_plugin.serving.app import build
+
+pytest_plugins = ["serving_fixtures"]
+pytestmark = pytest.mark.usefixtures("unharmed")
+
+HEAD = b"POST /worker_generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+
+
+def test_a_request_that_never_arrives_is_given_up(strict: Client) -> None:
+    host, _, port = strict.address.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(HEAD % 500 + b"{")
+        assert b" 408 " in connection.recv(4096)
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(HEAD % 500 + b"{")
+
+
+def test_more_than_may_wait_are_a_503_at_once_and_the_others_are_answered(
+    strict: Client, worker: Any, alone: Alone, asked: list[Question]
+) -> None:
+    question = Question(asked[0].prompt, asked[0].image, 60)
+    with ThreadPoolExecutor(24) as users:
+        responses = list(users.map(lambda _: strict.post(question.body("dogs")), range(24)))
+    statuses = [response.status_code for response in responses]
+    assert set(statuses) == {200, 503}
+    assert statuses.count(200) >= 8
+    full = next(response for response in responses if response.status_code == 503)
+    assert full.headers["Retry-After"] and json.loads(full.content[:-1])["error_code"] != 0
+    last = {json.loads(r.content.split(b"\0")[-2])["text"] for r in responses if r.status_code == 200}
+    assert {text.removeprefix(question.prompt).strip() for text in last} == {alone("dogs", question)}
+
+
+def test_clients_that_hang_up_at_any_moment_leave_no_slot_taken(strict: Client, asked: list[Question]) -> None:
+    """Again and again, and more at once than there are slots; the fixture looks at what is left."""
+    host, _, port = strict.address.removeprefix("http://").partition(":")
+    content = json.dumps(Question(asked[0].prompt, asked[0].image, 300).body("pets")).encode()
+
+    def hang_up(number: int) -> None:
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            sent = HEAD % len(content) + content
+            connection.sendall(sent if number % 4 else sent[: len(sent) // 2])
+            if number % 2:  # with a reset, rather than politely
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            time.sleep(0.02 * (number % 5))
+
+    with ThreadPoolExecutor(16) as users:
+        list(users.map(hang_up, range(48)))
+
+
+def test_a_slow_reader_holds_no_slot_and_is_given_up_in_the_end(worker: Any, asked: list[Question]) -> None:
+    """It reads nothing of an answer that does not fit into the buffers between: the prompt comes with every state."""
+    content = json.dumps(Question("<image>" + "word " * 380, asked[0].image, 300).body("cats")).encode()
+    with listening(build(worker, STRICT), free_port(), send_buffer=4096) as client, socket.socket() as connection:
+        host, _, port = client.address.removeprefix("http://").partition(":")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.settimeout(30)
+        connection.connect((host, int(port)))
+        connection.sendall(HEAD % len(content) + content)
+        wait_until(lambda: client.free() == 3)
+        wait_until(lambda: client.free() == 4, 120)
+        assert client.answer("dogs", asked[0])
+        wait_until(lambda: client.health()["open"] == 0)
+        with pytest.raises(ConnectionError):  # not the end of an answer: the connection is gone
+            while connection.recv(65536):
+                pass
+
+
+def test_a_failure_while_an_answer_is_made_is_an_error_that_the_page_shows(
+    strict: Client, worker: Any, asked: list[Question]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = worker.model.lm_head.register_forward_hook(fail)
+    try:
+        states = strict.states("cats", asked[0])
+    finally:
+        handle.remove()
+    assert states[-1]["error_code"] == 1
+    assert "out of memory" not in states[-1]["text"]
+
+
+def test_an_answer_that_begins_late_is_waited_for(
+    strict: Client, worker: Any, alone: Alone, asked: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upstream's page gives up after 10 seconds without a byte, its worker after 15: here something comes every few."""
+    monkeypatch.setattr("llava_steering_plugin.serving.app.KEEP_WAITING_SECONDS", 0.1)
+    held = threading.Event()
+
+    def _late(*_: Any) -> None:
+        held.wait(2.0)
+        held.set()  # only the first pass
+
+    handle = worker.model.lm_head.register_forward_hook(_late)
+    try:
+        response = strict.post(asked[0].body("cats"), stream=True, timeout=0.6)
+        states = [json.loads(part) for part in response.iter_lines(delimiter=b"\0") if part]
+    finally:
+        held.set()
+        handle.remove()
+    assert states[-1]["text"].removeprefix(asked[0].prompt).strip() == alone("cats", asked[0])
+
+
+def test_the_log_holds_nothing_of_what_was_asked_and_answered_unless_it_is_asked_to(
+    worker: Any, strict: Client, alone: Alone, asked: list[Question], caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = Question("A chat. USER: <image>\nWho is xyzzy? ASSISTANT:", asked[0].image)
+    with caplog.at_level(logging.DEBUG, "llava_steering_plugin"):
+        answer = strict.answer("cats", secret)
+        strict.refused(secret.body("xyzzy"))
+        strict.refused(secret.body("cats") | {"stop": ["xyzzy"]})
+        wait_until(lambda: "answered after" in caplog.text)
+        quiet = caplog.text
+        with listening(build(worker, STRICT, log_requests=True), free_port()) as talkative:
+            assert talkative.answer("cats", secret) == answer
+        wait_until(lambda: caplog.text.count("answered after") == 2)
+    assert f"cats: {len(secret.prompt)} characters, 1 image(s)" in quiet
+    assert "xyzzy" not in quiet and answer not in quiet
+    assert "xyzzy" in caplog.text and answer in caplog.text
+
+
+def test_no_name_of_a_model_is_one_of_the_pool_that_is_not_shown(strict: Client, worker: Any) -> None:
+    assert worker.roster.find(BASE_NAME) == worker.pool.BASE
+    assert worker.roster.find(worker.pool.BASE) is None

@@ -1,0 +1,257 @@
+"""Adapters come, change and go while the worker serves; upstream's controller, and so the page's list, follows."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from serving_fixtures import BASE_NAME, NAMES, TOKEN, Alone, Client, Question, free_port, listening, wait_until
+from training_runs import subprocess_environment
+
+from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.serving.admin import Admin
+from llava_steering_plugin.serving.announcing import Announcer
+from llava_steering_plugin.serving.app import build
+from llava_steering_plugin.serving.limits import Limits
+from llava_steering_plugin.serving.watched import WatchedFolder
+
+pytest_plugins = ["serving_fixtures"]
+
+
+@pytest.fixture(scope="module")
+def controller(patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Upstream's controller, as a process."""
+    folder, port = tmp_path_factory.mktemp("controller"), free_port()
+    command = [sys.executable, "-m", "llava.serve.controller", "--host", "127.0.0.1", "--port", str(port)]
+    with (folder / "output").open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=folder, env=subprocess_environment(patched_llava), stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_until(lambda: process.poll() is not None or _up(address), 120)
+        assert process.poll() is None, (folder / "output").read_text()
+        yield address
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _up(address: str) -> bool:
+    try:
+        return requests.post(f"{address}/list_models", timeout=5).ok
+    except requests.exceptions.RequestException:
+        return False
+
+
+def listed(controller: str) -> set[str]:
+    """What the page shows when it is loaded: it asks for these two in this order."""
+    assert requests.post(f"{controller}/refresh_all_workers", timeout=30).ok
+    return set(requests.post(f"{controller}/list_models", timeout=30).json()["models"])
+
+
+@pytest.fixture
+def shown(worker: Any, client: Client) -> Iterator[set[str]]:
+    """What is shown before a test, and after it again."""
+    before = {entry.name: entry for entry in worker.roster.entries()}
+    yield set(worker.roster.names())
+    for entry in worker.roster.entries():
+        if entry.name not in before:
+            worker.roster.drop(entry.name)
+    for name, entry in before.items():
+        worker.roster.put(name, entry.source)
+    worker.roster.rejected.clear()
+
+
+@pytest.fixture
+def announcer(worker: Any, controller: str, shown: set[str]) -> Iterator[Announcer]:
+    before = worker.controller_addr
+    worker.controller_addr = controller
+    announcer = Announcer(worker, every=0.5)
+    announcer.start()
+    wait_until(lambda: listed(controller) == shown)
+    yield announcer
+    announcer.stop()
+    announcer.join(30)
+    worker.controller_addr = before
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "adapters").mkdir()
+    return tmp_path / "adapters"
+
+
+@pytest.fixture
+def admin(worker: Any, announcer: Announcer, folder: Path) -> Iterator[Client]:
+    limits = Limits(running=4)
+    routes = Admin(TOKEN, worker.roster, announcer.changed, limits, folder=folder).routes()
+    with listening(build(worker, limits, admin=routes), free_port()) as client:
+        yield client
+
+
+def put(client: Client, name: str, path: object) -> requests.Response:
+    return client.admin("POST", json={"name": name, "path": str(path)})
+
+
+def test_an_administrator_adds_replaces_and_removes_adapters_and_the_controllers_list_follows(
+    admin: Client, controller: str, folder: Path, shelf: Path, shown: set[str], alone: Alone, asked: list[Question]
+) -> None:
+    shutil.copytree(shelf / "cats", folder / "one")
+    shutil.copytree(shelf / "dogs", folder / "two")
+    assert put(admin, "new", "one").json() == {"name": "new", "shown": "new"}
+    wait_until(lambda: listed(controller) == shown | {"new"})
+    assert admin.answer("new", asked[0]) == alone("cats", asked[0])
+    assert put(admin, "new", folder / "two").ok
+    assert admin.answer("new", asked[0]) == alone("dogs", asked[0])
+    [known] = [entry for entry in admin.admin("GET").json()["adapters"] if entry["name"] == "new"]
+    assert known["mode"] == "mores" and known["source"] == str(folder / "two") and known["conversation"] == "v1"
+    assert admin.admin("DELETE", "/new").ok
+    wait_until(lambda: listed(controller) == shown)
+    assert admin.refused(asked[0].body("new"))[0] == 404
+    assert admin.admin("DELETE", "/new").status_code == 404
+
+
+def test_an_answer_on_its_way_keeps_the_adapter_it_began_with(
+    admin: Client, worker: Any, shelf: Path, folder: Path, shown: set[str], alone: Alone, asked: list[Question]
+) -> None:
+    long = Question(asked[0].prompt, asked[0].image, 150)
+    shutil.copytree(shelf / "dogs", folder / "dogs")
+    begun = threading.Event()
+    handle = worker.model.model.register_forward_hook(lambda *_: begun.set())
+    with ThreadPoolExecutor(1) as user:
+        answer = user.submit(admin.answer, "cats", long)
+        assert begun.wait(60)
+        assert put(admin, "cats", "dogs").ok
+        assert not answer.done(), "it was over before anything changed: nothing is shown"
+        replaced = admin.answer("cats", asked[0])
+        assert admin.admin("DELETE", "/cats").ok
+        assert not answer.done(), "it was over before the adapter was removed"
+        assert answer.result() == alone("cats", long)
+    handle.remove()
+    assert replaced == alone("dogs", asked[0])
+
+
+def test_a_broken_adapter_is_rejected_with_the_reason_and_disturbs_nobody(
+    admin: Client, controller: str, shelf: Path, folder: Path, shown: set[str], alone: Alone, asked: list[Question]
+) -> None:
+    shutil.copytree(shelf / "cats", folder / "cut")
+    weights = folder / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused = put(admin, "cats", "cut")
+    assert refused.status_code == 409
+    assert "cut short" in refused.text
+    assert "cut short" in admin.admin("GET").json()["rejected"]["cats"]
+    assert admin.answer("cats", asked[0]) == alone("cats", asked[0])
+    assert listed(controller) == shown
+    assert put(admin, "pets", "nothing-here").status_code == 409
+    # Shown like one that is there: two entries of one name could not be told apart.
+    shutil.copytree(shelf / "dogs", folder / "good")
+    assert "'mixlora-x' is already" in put(admin, "mixl.ora-x", "good").text
+    assert put(admin, "cats", shelf / "cats").status_code == 403, "not below the folder"
+
+
+@pytest.mark.parametrize(
+    "path", ["../outside", "/etc", "..", ".", "one/../../outside", "link", "owner/../../x", "~/adapters"]
+)
+def test_an_administrator_reaches_no_folder_but_the_servers_own(
+    admin: Client, folder: Path, shelf: Path, path: str
+) -> None:
+    shutil.copytree(shelf / "cats", folder.parent / "outside")
+    (folder / "link").symlink_to(folder.parent / "outside")
+    response = put(admin, "new", path)
+    assert response.status_code in (403, 409)
+    assert "new" not in {entry["name"] for entry in admin.admin("GET").json()["adapters"]}
+
+
+def test_without_the_right_token_nothing_is_told_and_nothing_changes(
+    admin: Client, client: Client, shown: set[str]
+) -> None:
+    for token in ("", "wrong", TOKEN + "x", TOKEN[:-1], "\xff"):
+        assert admin.admin("GET", token=token).status_code == 401
+        assert admin.admin("DELETE", "/cats", token=token).status_code == 401
+    assert requests.get(f"{admin.address}/admin/adapters", timeout=30).status_code == 401
+    assert set(admin.admin("GET").json()) == {"base", "adapters", "rejected"}
+    assert client.admin("GET").status_code == 404, "it is there although no token was set"
+    assert len(admin.admin("GET").json()["adapters"]) == len(NAMES)
+
+
+def test_a_short_token_is_refused(worker: Any) -> None:
+    with pytest.raises(ArgumentsError, match="16 at least"):
+        Admin("secret", worker.roster, lambda: None, Limits())
+
+
+def test_what_is_put_into_the_watched_folder_replaced_in_it_and_taken_out_is_followed(
+    worker: Any,
+    client: Client,
+    announcer: Announcer,
+    controller: str,
+    shelf: Path,
+    folder: Path,
+    shown: set[str],
+    alone: Alone,
+    asked: list[Question],
+) -> None:
+    watched = WatchedFolder(folder, worker.roster, announcer.changed, every=0.1)
+    watched.start()
+    try:
+        shutil.copytree(shelf / "cats", folder / "new")
+        (folder / ".hidden").mkdir()
+        (folder / "no-adapter").mkdir()
+        wait_until(lambda: listed(controller) == shown | {"new"})
+        assert client.answer("new", asked[0]) == alone("cats", asked[0])
+
+        replacement = folder / "new" / "coming.partial"
+        shutil.copy(shelf / "dogs" / "adapter_model.safetensors", replacement)
+        replacement.replace(folder / "new" / "adapter_model.safetensors")
+        wait_until(lambda: client.answer("new", asked[0]) == alone("dogs", asked[0]))
+
+        (folder / "new" / "adapter_model.safetensors").write_bytes(b"broken")
+        wait_until(lambda: "new" in worker.roster.rejected)
+        assert client.answer("new", asked[0]) == alone("dogs", asked[0]), "the last good one goes on"
+
+        shutil.rmtree(folder / "new")
+        wait_until(lambda: listed(controller) == shown)
+        assert "new" not in worker.roster.rejected
+    finally:
+        watched.stop()
+        watched.join(30)
+
+
+def test_a_file_that_is_still_being_copied_is_not_read(worker: Any, shelf: Path, folder: Path, shown: set[str]) -> None:
+    changes: list[None] = []
+    watched = WatchedFolder(folder, worker.roster, lambda: changes.append(None))
+    weights = (shelf / "cats" / "adapter_model.safetensors").read_bytes()
+    (folder / "new").mkdir()
+    for end in (100, 5000, len(weights)):
+        (folder / "new" / "adapter_model.safetensors").write_bytes(weights[:end])
+        assert not watched.look()
+    assert watched.look() and not watched.look()
+    assert changes == [None] and not worker.roster.rejected
+
+
+def test_a_controller_that_has_forgotten_the_worker_is_told_again(
+    worker: Any, announcer: Announcer, controller: str, shown: set[str]
+) -> None:
+    time.sleep(1)  # several heart beats: they must not register anew each time
+    assert requests.post(f"{controller}/get_worker_address", json={"model": BASE_NAME}, timeout=30).json() == {
+        "address": worker.worker_addr
+    }
+    status = worker.get_status
+    try:
+        worker.get_status = dict  # as if it did not answer in time: the controller drops it
+        worker.worker_addr, address = "http://127.0.0.1:9", worker.worker_addr
+        worker.register_to_controller()
+    finally:
+        worker.get_status, worker.worker_addr = status, address
+    assert requests.post(f"{controller}/refresh_all_workers", timeout=30).ok
+    wait_until(lambda: listed(controller) == shown)
