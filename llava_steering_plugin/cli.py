@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import SteeringError
+from .serving.talking import chat
 
 if TYPE_CHECKING:
     from .adapters.convert import Conversion
@@ -150,6 +151,9 @@ def convert(
         converted(source, target, base, projector=projector, conversation=conversation, force=force),
         Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160),
     )
+
+
+app.command()(chat)
 
 
 def _show_conversion(done: Conversion, console: Console) -> None:

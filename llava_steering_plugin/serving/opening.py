@@ -1,0 +1,133 @@
+"""Opens a chat: loads the base through upstream's loader, and the adapters into a pool on it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import load_pretrained_model
+from transformers import PretrainedConfig
+
+from llava_steering_plugin.adapters import files
+from llava_steering_plugin.adapters.attach import remove
+from llava_steering_plugin.adapters.config import AdapterConfig
+from llava_steering_plugin.errors import AdapterError, BaseMismatch, SteeringError, listing
+from llava_steering_plugin.serving.chat import Chat, checked_template, template_by_name, template_of_adapter
+from llava_steering_plugin.serving.pool import BASE, AdapterPool
+from llava_steering_plugin.upstream.builder import name_for
+
+logger = logging.getLogger(__name__)
+
+_Loaded = tuple[AdapterPool, Any, Any]  # the pool, the tokenizer, the image processor
+
+
+def open_chat(
+    path: str,
+    adapters: Mapping[str, str],
+    *,
+    first: str | None = None,
+    base: str | None = None,
+    device: str = "cpu",
+    load_4bit: bool = False,
+    conversation: str | None = None,
+    temperature: float = 0.2,
+    max_new_tokens: int = 512,
+) -> Chat:
+    """Loads everything that a chat needs.
+
+    Args:
+        path: a model, folder or hub id; or the adapter `first`, which is loaded on the base that it knows.
+        adapters: folders or hub ids of adapters by name, `first` among them.
+        first: the adapter that `path` is; None if it is none.
+        base: where the base of `first` is, if not where the adapter knows it to be.
+        conversation: the template for everybody; None: each adapter's own, by the rules of upstream's chat.
+
+    Raises:
+        SteeringError: something cannot be loaded; all adapters' problems at once.
+    """
+    if conversation is not None:
+        checked_template(conversation)
+    how = {"load_4bit": load_4bit, "device": device}
+    if first is None:
+        pool, tokenizer, processor = _load_base(path, how)
+        shown = get_model_name_from_path(path)
+    else:
+        config = files.read_config(files.find(path) or Path(path))
+        pool, tokenizer, processor = _load_adapter(path, first, config, base, how)
+        shown = get_model_name_from_path(base or config.base.name_or_path)
+    problems = []
+    for name, source in adapters.items():
+        if name == first:
+            continue
+        try:
+            pool.load(name, source)
+        except SteeringError as error:
+            problems.append(str(error))
+    if problems:
+        raise AdapterError(listing("not every adapter can be loaded", problems))
+    templates = {BASE: template_by_name(shown)}
+    templates |= {name: template_of_adapter(pool.details(name).conversation) for name in adapters}
+    return Chat(
+        pool,
+        tokenizer,
+        processor,
+        templates if conversation is None else dict.fromkeys(templates, conversation),
+        adapter=first or BASE,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def _load_adapter(path: str, name: str, config: AdapterConfig, base: str | None, how: dict[str, Any]) -> _Loaded:
+    """The base of the adapter at `path`, with a pool that holds it."""
+    where = base or config.base.name_or_path
+    hint = f" It is the base that the adapter in {path} knows; if it has moved, say where it is with --model-base."
+    described = _described(where, "" if base else hint)
+    if "mm_vision_tower" in described:
+        loaded = _load_base(where, how)
+        try:
+            loaded[0].load(name, path)
+            return loaded
+        except BaseMismatch:
+            raise
+        except AdapterError as error:
+            logger.info("loading %s together with its base: %s", path, error)
+            del loaded
+            gc.collect()  # the model goes in circles with its pool; two would not fit
+    # It needs more of its base than modules and a projector: loaded as one, the base is left with all of that.
+    tokenizer, model, processor, _ = _loaded(path, base, "llava", how)
+    remove(model)
+    pool = AdapterPool(model, tokenizer)
+    pool.load(name, path)
+    return pool, tokenizer, processor
+
+
+def _load_base(path: str, how: dict[str, Any]) -> _Loaded:
+    described = _described(path)
+    # Upstream takes a model for a plain language model unless its name says otherwise.
+    is_llava = "mm_vision_tower" in described
+    name = name_for(described["model_type"]) if is_llava else get_model_name_from_path(path)
+    tokenizer, model, processor, _ = _loaded(path, None, name, how)
+    return AdapterPool(model, tokenizer), tokenizer, processor
+
+
+def _described(path: str, hint: str = "") -> dict[str, Any]:
+    """The config.json of a model."""
+    try:
+        described: dict[str, Any] = PretrainedConfig.get_config_dict(path)[0]
+    except (OSError, ValueError) as error:
+        raise SteeringError(f"{path} is no model that can be loaded: {error}.{hint}") from error
+    if "model_type" not in described:
+        raise SteeringError(f"{path} is no model that can be loaded: its config.json has no model_type.{hint}")
+    return described
+
+
+def _loaded(path: str, base: str | None, name: str, how: dict[str, Any]) -> tuple[Any, ...]:
+    try:
+        return tuple(load_pretrained_model(path, base, name, **how))
+    except (OSError, ValueError, ImportError, RuntimeError, AssertionError) as error:
+        raise SteeringError(f"{path} cannot be loaded: {error}") from error
