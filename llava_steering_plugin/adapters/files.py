@@ -53,21 +53,43 @@ def find(name_or_path: str | os.PathLike[str]) -> Path | None:
 
     Files decide, not names. A folder with our adapter_config.json is ours even if the weights are missing, so that the
     error which follows can say so.
+
+    Raises:
+        AdapterError: the folder, or a file by which an adapter is known, is there and may not be read.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike pathlib's, these two answer also below a folder that is closed to us
         return path if _ours(path) else None
-    if path.exists() or str(name_or_path).count("/") != 1:
+    if os.path.exists(path) or str(name_or_path).count("/") != 1:
         return None
     return _from_hub(str(name_or_path))
 
 
 def _ours(folder: Path) -> bool:
+    if _readable(folder / CONFIG):
+        with suppress(ValueError):
+            described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            if isinstance(described, dict) and is_ours(described.get("peft_type")):
+                return True
+    return _readable(folder / WEIGHTS) and _header(folder / WEIGHTS) is not None
+
+
+def _readable(file: Path) -> bool:
+    """Whether there is such a file.
+
+    Raises:
+        AdapterError: there is one that cannot be read. safetensors would say that there is none.
+    """
     try:
-        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return isinstance(described, dict) and is_ours(described.get("peft_type"))
-    except (OSError, ValueError):
-        return _header(folder / WEIGHTS) is not None
+        file.open("rb").close()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise AdapterError(
+            f"{file} cannot be read: {error.strerror}. Whoever runs this needs to be allowed to read the adapter's "
+            "folder and the files in it."
+        ) from error
+    return True
 
 
 def _header(weights: Path) -> str | None:
@@ -96,13 +118,14 @@ def read(folder: str | os.PathLike[str]) -> StoredAdapter:
     """Reads an adapter and checks everything that can be checked without a model.
 
     Raises:
-        AdapterError: not a folder, not ours, damaged, of a newer format, with tensors that are not finite or no floats.
+        AdapterError: not a folder, not ours, not to be read, damaged, of a newer format, with tensors that are not
+            finite or no floats.
     """
     path = Path(folder).expanduser()
     weights = path / WEIGHTS
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise AdapterError(f"{path} is no folder. Give the adapter's folder, the one that holds {WEIGHTS}.")
-    if not weights.is_file():
+    if not _readable(weights):
         _refuse_without_weights(path)
     tensors: dict[str, Tensor] = {}
     try:
