@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import SteeringError
+from .serving.evaluating import evaluate
 from .serving.talking import chat
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ def convert(
     )
 
 
+app.command("eval")(evaluate)
 app.command()(chat)
 
 

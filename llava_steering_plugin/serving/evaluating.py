@@ -1,0 +1,121 @@
+"""The sub-command `llava-steering eval`: from its flags to a file of answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError, UpstreamError, listing
+
+
+def evaluate(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model, a LLaVA: folder or hub id.")],
+    question_file: Annotated[Path, typer.Option(help="LLaVA's question.jsonl; a line may name an adapter.")],
+    image_folder: Annotated[Path, typer.Option(help="Where the images are that the questions name.")],
+    answers_file: Annotated[Path, typer.Option(help="LLaVA's answer.jsonl, written anew.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="[NAME=]ADAPTER", help="An adapter: folder or hub id. Repeat it.")
+    ] = None,
+    ask: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who answers lines that name none; default: the one adapter.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions that are answered at once.")] = 8,
+    conv_mode: Annotated[
+        str | None, typer.Option(help="LLaVA's conversation template; default: each adapter's own.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely answer.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    num_beams: Annotated[int, typer.Option(min=1)] = 1,
+    device: Annotated[str, typer.Option(help="auto: cuda where there is a GPU, else cpu.")] = "auto",
+    load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Quantise the base to 4 bits.")] = False,
+    load_8bit: Annotated[bool, typer.Option("--load-8bit", help="Quantise the base to 8 bits.")] = False,
+    max_resident: Annotated[
+        int | None, typer.Option(min=1, help="Adapters on the device at a time; the others wait in CPU memory.")
+    ] = None,
+) -> None:
+    """Answer a file of questions in batches, each question with an adapter of its own, in LLaVA's formats.
+
+    A line {"question_id": 3, "image": "3.png", "text": "...", "adapter": "cats"} asks the adapter `cats`; __base__ is
+    the base without any.
+    """
+    from llava_steering_plugin.serving.pool import BASE
+    from llava_steering_plugin.serving.questions import Answers, Asking, read_questions
+
+    sources = _sources(adapter or [])
+    asked = ask or (next(iter(sources)) if len(sources) == 1 else BASE)
+    questions = read_questions(question_file, asked)
+    generation = {
+        "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
+        "use_cache": True,
+        **({"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}),
+    }
+    pool, tokenizer, processor = _pool(base, sources, device, load_4bit, load_8bit, max_resident)
+    answers = Answers(pool, tokenizer, processor, image_folder, Asking(batch_size, conv_mode, generation))
+    answers_file.parent.mkdir(parents=True, exist_ok=True)
+    with answers_file.open("w", encoding="utf-8") as file:
+        for line in answers.to(questions):
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+    typer.echo(f"{len(questions)} answers in {answers_file}")
+
+
+def _sources(given: list[str]) -> dict[str, str]:
+    """Where each adapter is, by name: NAME=ADAPTER, or what its folder or repository is called."""
+    sources: dict[str, str] = {}
+    problems = []
+    for word in given:
+        name, equals, source = word.partition("=")
+        if not equals or Path(word).exists():
+            name, source = Path(word).name, word
+        if name in sources:
+            problems.append(f"{sources[name]} and {source} are both called {name!r}; use NAME=ADAPTER")
+        sources[name] = source
+    if problems:
+        raise ArgumentsError(listing("adapters need different names", problems))
+    return sources
+
+
+def _pool(
+    base: str, sources: dict[str, str], device: str, load_4bit: bool, load_8bit: bool, max_resident: int | None
+) -> tuple[Any, Any, Any]:
+    """The pool with all adapters, the tokenizer and the image processor."""
+    import torch
+    from transformers import PretrainedConfig
+
+    from llava_steering_plugin.upstream.checkout import find_llava
+    from llava_steering_plugin.upstream.install import install
+
+    find_llava()  # says what to do where there is none
+    install()
+    from llava.model.builder import load_pretrained_model
+
+    from llava_steering_plugin.serving.pool import AdapterPool
+    from llava_steering_plugin.upstream.builder import name_for
+
+    try:
+        described, _ = PretrainedConfig.get_config_dict(base)
+    except (OSError, ValueError) as error:
+        raise UpstreamError(f"there is no model at {base}: {error}") from error
+    if "mm_vision_tower" not in described:
+        raise ArgumentsError(f"{base} is no LLaVA (its config.json has no mm_vision_tower); give the adapters' base.")
+    chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    name = name_for(described["model_type"])
+    # A device map also where there is one device: without it upstream leaves the vision tower in another precision.
+    tokenizer, model, processor, _ = load_pretrained_model(
+        base, None, name, load_8bit, load_4bit, device_map="auto" if chosen == "cuda" else chosen, device=chosen
+    )
+    pool = AdapterPool(model, tokenizer, max_resident=max_resident)
+    problems = []
+    for label, source in sources.items():
+        try:
+            pool.load(label, source)
+        except SteeringError as error:
+            problems.append(str(error))
+    if problems:
+        raise AdapterError(listing("not every adapter can be loaded", problems))
+    return pool, tokenizer, processor

@@ -1,0 +1,134 @@
+"""The batched eval: the answers that each adapter gives alone, in upstream's formats, whatever shares its batch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asking import Asker
+from asking import Question as Asked
+from pooled import BASE
+from tiny_llava import TinyLlava
+from training_runs import subprocess_environment
+from typer.testing import CliRunner
+
+from llava_steering_plugin.cli import app
+from llava_steering_plugin.errors import SteeringError
+
+pytest_plugins = ["steered_fixtures", "pooled_fixtures"]
+
+ADAPTERS = ("cats", "pets", "birds", "bats")
+SHORT = 12
+
+Evaluate = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def questions(tiny: TinyLlava) -> list[dict[str, Any]]:
+    """Upstream's questions, one each without an image and with a longer text, asked of several adapters in turn."""
+    asked = [json.loads(line) for line in tiny.questions.read_text().splitlines()]
+    asked[1] |= {"text": "What color is the circle in the picture, and how many sides does a triangle have?"}
+    asked.append({"question_id": "text", "text": "How many sides does a triangle have?"})
+    for number, question in enumerate(asked):
+        question["adapter"] = (*ADAPTERS, BASE)[number % 5]
+    return asked
+
+
+@pytest.fixture
+def evaluate(tiny: TinyLlava, folders: dict[str, Path], tmp_path: Path) -> Evaluate:
+    """Runs `llava-steering eval` with all adapters; returns the lines of the answer file."""
+
+    def run(questions: list[dict[str, Any]], *flags: str) -> list[dict[str, Any]]:
+        file, answers = tmp_path / "question.jsonl", tmp_path / "made" / "answer.jsonl"
+        file.write_text("".join(json.dumps(question) + "\n" for question in questions))
+        given = [word for name in ADAPTERS for word in ("--adapter", f"{name}={folders[name]}")]
+        files = ["--question-file", file, "--image-folder", tiny.images, "--answers-file", answers]
+        words = ["eval", tiny.llava, *files, "--device", "cpu", "--max-new-tokens", SHORT, *given, *flags]
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        if isinstance(result.exception, SteeringError):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return [json.loads(line) for line in answers.read_text().splitlines()]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: TinyLlava, folders: dict[str, Path]) -> Callable[[dict[str, Any]], str]:
+    """What upstream's Python API answers to one question, of one adapter, loaded as upstream loads it."""
+    asker = Asker(tiny.images)
+
+    def answer(question: dict[str, Any]) -> str:
+        path = folders.get(question["adapter"], tiny.llava)
+        asked = Asked(question["text"], question.get("image"))
+        return asker(path, asked, conversation="llava_v1", max_new_tokens=SHORT)
+
+    return answer
+
+
+@pytest.mark.parametrize("batch_size", ["4", "1"])
+def test_batches_over_several_adapters_answer_what_each_answers_alone(
+    evaluate: Evaluate, questions: list[dict[str, Any]], alone: Callable[[dict[str, Any]], str], batch_size: str
+) -> None:
+    lines = evaluate(questions, "--batch-size", batch_size)
+    assert [line["text"] for line in lines] == [alone(question) for question in questions]
+    assert [line["question_id"] for line in lines] == [question["question_id"] for question in questions]
+    assert [line["prompt"] for line in lines] == [question["text"] for question in questions]
+    assert [line["model_id"] for line in lines] == [question["adapter"] for question in questions]
+    assert len({line["answer_id"] for line in lines}) == len(lines)
+    assert len({line["text"] for line in lines}) > 4, "equal answers would show nothing"
+
+
+def test_questions_that_name_no_adapter_go_to_the_one_that_is_asked(
+    evaluate: Evaluate, questions: list[dict[str, Any]], alone: Callable[[dict[str, Any]], str]
+) -> None:
+    nameless = [{key: value for key, value in each.items() if key != "adapter"} for each in questions[:3]]
+    lines = evaluate(nameless, "--ask", "pets", "--max-resident", "1")
+    assert [line["text"] for line in lines] == [alone(each | {"adapter": "pets"}) for each in nameless]
+    assert {line["model_id"] for line in evaluate(nameless)} == {BASE}
+
+
+def test_all_that_is_wrong_with_the_questions_is_said_at_once_and_before_anything_is_answered(
+    evaluate: Evaluate, questions: list[dict[str, Any]]
+) -> None:
+    bad = [{"text": "?"}, {"question_id": 1, "text": "a", "adapter": 3}, {"question_id": 2, "text": "<image> what?"}]
+    with pytest.raises(SteeringError, match=r"(?s)line 1 lacks.*line 2: adapter and image.*line 3 has <image>"):
+        evaluate(bad)
+    lost = [questions[0] | {"image": "lost.png"}, questions[1] | {"adapter": "owls"}]
+    with pytest.raises(SteeringError, match=r"(?s)no adapter 'owls'.*no image lost\.png"):
+        evaluate(lost)
+    with pytest.raises(SteeringError, match="no conversation template 'klingon'"):
+        evaluate(questions[:1], "--conv-mode", "klingon")
+
+
+@pytest.mark.slow
+def test_the_answers_are_those_of_upstreams_own_program(
+    evaluate: Evaluate,
+    questions: list[dict[str, Any]],
+    tiny: TinyLlava,
+    folders: dict[str, Path],
+    patched_llava: Path,
+    tmp_path: Path,
+) -> None:
+    with_images = [question for question in questions if "image" in question]
+    file, answers = tmp_path / "asked.jsonl", tmp_path / "answered.jsonl"
+    file.write_text("".join(json.dumps(question) + "\n" for question in with_images))
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "llava_steering_plugin.launch", "--cpu", "llava.eval.model_vqa"),
+            *("--model-path", folders["pets"], "--image-folder", tiny.images, "--question-file", file),
+            *("--answers-file", answers, "--conv-mode", "llava_v1", "--temperature", "0"),
+        ],
+        env=subprocess_environment(patched_llava),
+        check=True,
+        timeout=600,
+    )
+    nameless = [{key: value for key, value in each.items() if key != "adapter"} for each in with_images]
+    lines = evaluate(nameless, "--ask", "pets", "--max-new-tokens", "1024", "--batch-size", "3")
+    expected = [json.loads(line)["text"] for line in answers.read_text().splitlines()]
+    assert [line["text"] for line in lines] == expected
