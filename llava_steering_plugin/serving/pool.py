@@ -105,11 +105,14 @@ class AdapterPool(ScopedModel):
             AdapterError: not found, damaged, of another kind, with tensors that do not fit, or one that needs more of
                 its base than modules and a projector; nothing has changed then.
             BaseMismatch: the model is not the base that the adapter was trained on.
+            SteeringError: the pool was removed from its model.
         """
         if not isinstance(name, str) or not name.strip() or name == BASE:
             raise ArgumentsError(f"an adapter cannot be called {name!r}: {BASE} is the plain model, the rest any text")
         entry = read_entry(self.model, self.shape, self._tokenizer, name, name_or_path)
         with self._lock:
+            if owner_of(self.model) is not self:
+                raise SteeringError("this pool has given its model back; make a new one with AdapterPool(model).")
             self._hooks.need(_hosts(entry))
             before = self._entries.get(name)
             self._entries[name] = entry

@@ -35,11 +35,16 @@ class Residents:
         used = list(entries)
         for entry in used:
             entry.users += 1
-        for entry in used:
-            if not entry.resident:
-                self._bring(entry)
-            self._order.move_to_end(entry)
-        self._make_room()
+        try:
+            self._make_room(sum(not entry.resident for entry in used))
+            for entry in used:
+                if not entry.resident:
+                    self._bring(entry)
+                self._order.move_to_end(entry)
+        except BaseException:
+            for entry in used:
+                entry.users -= 1
+            raise
 
     def leave(self, entries: Iterable[Entry]) -> None:
         """The call has ended."""
@@ -53,20 +58,24 @@ class Residents:
 
     def _bring(self, entry: Entry) -> None:
         for path, module in entry.modules.items():
-            module.to(device_of(self._host(path)))
+            _move(module, device_of(self._host(path)))
         if entry.projector is not None and self._projector is not None:
-            entry.projector.to(device_of(self._projector))
+            _move(entry.projector, device_of(self._projector))
         entry.resident = True
         self._order[entry] = None
 
-    def _make_room(self) -> None:
-        if self.limit is None or len(self._order) <= self.limit:
+    def _make_room(self, coming: int = 0) -> None:
+        excess = 0 if self.limit is None else len(self._order) + coming - self.limit
+        if excess <= 0:
             return
-        excess = len(self._order) - self.limit
         for entry in [entry for entry in self._order if not entry.users][:excess]:
-            for module in entry.modules.values():
-                module.to(torch.device("cpu"))
-            if entry.projector is not None:
-                entry.projector.to(torch.device("cpu"))
+            for module in (*entry.modules.values(), entry.projector):
+                if module is not None:
+                    _move(module, torch.device("cpu"))
             entry.resident = False
             del self._order[entry]
+
+
+def _move(module: nn.Module, device: torch.device | None) -> None:
+    if device is not None:
+        module.to(device)

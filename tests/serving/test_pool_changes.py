@@ -18,6 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from llava_steering_plugin import AdapterPool, load_adapter, remove, save_adapter
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.hooks.scoped import owner_of
+from llava_steering_plugin.modes.mixlora import RoutedLinear
 
 pytest_plugins = ["steered_fixtures", "pooled_fixtures"]
 
@@ -167,6 +168,26 @@ def test_the_least_recently_used_adapters_wait_in_memory_and_those_in_use_never_
     assert resident() <= {"birds", "dogs"}
 
 
+def test_an_adapter_that_does_not_fit_on_the_device_fails_its_own_call_only(
+    served: Any, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = AdapterPool(served, max_resident=1)
+    for name in ("cats", "pets"):
+        pool.load(name, folders[name])
+    expected = answer(served, "cats")
+    with monkeypatch.context() as patched:
+
+        def full(module: Any, device: Any) -> Any:
+            raise torch.OutOfMemoryError("no memory left")
+
+        patched.setattr(RoutedLinear, "to", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            answer(served, "pets")
+        assert answer(served, "cats") == expected
+    assert answer(served, "pets") != expected and answer(served, "cats") == expected
+    pool.remove()
+
+
 def test_a_device_must_have_room_for_one_adapter(served: Any) -> None:
     with pytest.raises(ArgumentsError, match="max_resident is 0"):
         AdapterPool(served, max_resident=0)
@@ -189,6 +210,9 @@ def test_remove_gives_the_model_back_to_the_bit(served: Any, folders: Folders) -
     assert set(served.__dict__) == attributes and hooks_of(served) == hooks
     assert all(torch.equal(value, state[name]) for name, value in served.state_dict().items())
     assert torch.equal(batch.logits(served), plain)
+    with pytest.raises(SteeringError, match="given its model back"):
+        pool.load("cats", folders["cats"])
+    assert hooks_of(served) == hooks
     load_adapter(served, folders["pets"])
     remove(served)
 

@@ -1,0 +1,210 @@
+"""What bench_serving.py compares: one model plain, and clones over the same weights with 1 to 1,000 adapters each."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mores_variants import Case
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+
+from llava_steering_plugin import AdapterPool, attach, remove, save_adapter, token_map
+from llava_steering_plugin.modes.base import Mode
+from llava_steering_plugin.modes.mixlora import MixLoRA
+from llava_steering_plugin.modes.mores import MoReS
+
+BASE, CONTROL = "base", "control (base again)"
+VOCABULARY = 512  # small, so that the head does not hide what the layers cost
+# MixLoRA and LoRA on two linears of every layer, so that a thousand of them fit into memory beside each other.
+TARGETS = ("q_proj", "v_proj")
+LORA_RANK = 8
+MODES: dict[str, Mode] = {
+    "MoReS": MoReS(rank=1, tokens="1%"),
+    "MixLoRA": MixLoRA(factors=4, rank=2, targets=",".join(TARGETS)),
+}
+PEFT = "PEFT LoRA"
+# From one generation to the next, so far apart that the adapters' weights are in no cache any more.
+STRIDE = 379
+
+
+class _Passes(LogitsProcessor):
+    """Notes when each pass of a generation has ended."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self.clock, self.ends = clock, list[float]()
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        self.ends.append(self.clock())
+        return scores
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the adapters of a variant take: bytes of tensors each, and by how much each let the process grow."""
+
+    tensors: float
+    process: float
+
+
+class Variant:
+    """A model that generates with one of its adapters, another one each time."""
+
+    memory: Memory | None = None
+
+    def __init__(self, case: Case, model: Any, embeds: Tensor, count: int = 0):
+        self.case, self.model, self.embeds, self.count = case, model, embeds, count
+        self.generations = 0
+        self.visual = torch.zeros(embeds.shape[:2], dtype=torch.bool)
+        self.visual[:, : case.visual] = True
+
+    def adapter(self) -> str:
+        """The adapter of the next generation."""
+        return f"adapter-{self.generations * STRIDE % max(1, self.count)}"
+
+    def generate(self, steps: int, clock: Callable[[], float]) -> tuple[float, float]:
+        """Seconds of the prefill, and of a decode step in the mean of `steps`."""
+        self.generations += 1
+        passes = _Passes(clock)
+        with torch.inference_mode(), self._choosing() as chosen:
+            start = clock()
+            self.model.generate(
+                inputs_embeds=self.embeds,
+                max_new_tokens=steps + 1,
+                do_sample=False,
+                logits_processor=LogitsProcessorList([passes]),
+                **chosen,
+            )
+        return passes.ends[0] - start, (passes.ends[-1] - passes.ends[0]) / steps
+
+    @contextmanager
+    def _choosing(self) -> Iterator[dict[str, Any]]:
+        yield {}
+
+    def switch(self) -> float:
+        """Seconds that it takes to choose another adapter; 0 where there is none."""
+        return 0.0
+
+
+class Pooled(Variant):
+    """An `AdapterPool` with `count` adapters of one mode."""
+
+    def __init__(self, case: Case, model: Any, embeds: Tensor, count: int, folder: Path):
+        super().__init__(case, model, embeds, count)
+        self.pool = AdapterPool(model)
+        before = _process_bytes()
+        for number in range(count):
+            self.pool.load(f"adapter-{number}", folder)
+        grown = _process_bytes() - before
+        self.memory = Memory(self.pool.details("adapter-0").bytes, grown / count)
+
+    @contextmanager
+    def _choosing(self) -> Iterator[dict[str, Any]]:
+        with token_map(visual=self.visual):
+            yield {"adapter_names": self.adapter()}
+
+    def switch(self) -> float:
+        """Everything that a generation does for its name: finding the adapter, holding it, and letting it go."""
+        self.generations += 1
+        arguments = {"adapter_names": self.adapter()}
+        start = time.perf_counter()
+        with self.pool._opened((), arguments, generating=True):
+            pass
+        return time.perf_counter() - start
+
+
+class Peft(Variant):
+    """PEFT's LoRA, `count` adapters in one model, none merged; `set_adapter` chooses for the whole model."""
+
+    model: PeftModel
+
+    def __init__(self, case: Case, model: Any, embeds: Tensor, count: int):
+        before = _process_bytes()
+        config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=list(TARGETS))
+        wrapped = get_peft_model(model, config, "adapter-0")
+        for number in range(1, count):
+            wrapped.add_adapter(f"adapter-{number}", config)
+        super().__init__(case, wrapped.eval(), embeds, count)
+        weights = [value for name, value in wrapped.named_parameters() if "lora_" in name]
+        grown = _process_bytes() - before
+        with torch.no_grad():
+            for value in weights:
+                value.normal_(0, 0.02)
+        self.memory = Memory(sum(value.nbytes for value in weights) / count, grown / count)
+
+    @contextmanager
+    def _choosing(self) -> Iterator[dict[str, Any]]:
+        self.model.set_adapter(self.adapter())
+        with nullcontext({}) as nothing:
+            yield nothing
+
+    def switch(self) -> float:
+        self.generations += 1
+        start = time.perf_counter()
+        self.model.set_adapter(self.adapter())
+        return time.perf_counter() - start
+
+
+def _process_bytes() -> int:
+    """Memory of this process that is in RAM."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def variants(case: Case, kinds: dict[str, tuple[int, ...]], dtype: torch.dtype, scratch: Path) -> dict[str, Variant]:
+    """The plain base first, one variant for each kind and count, and the control in their middle.
+
+    Args:
+        kinds: how many adapters at once, by `MODES` or `PEFT`.
+        scratch: a folder for the adapters that pools load.
+    """
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=case.width,
+        intermediate_size=case.intermediate,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.heads,
+        num_key_value_heads=case.heads,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    embeds = torch.randn(case.batch, case.positions, case.width).to(dtype)
+
+    def clone() -> LlamaForCausalLM:
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        return copy.deepcopy(model, shared)
+
+    wanted = [(kind, count) for kind, counts in kinds.items() for count in counts]
+    made: dict[str, Variant] = {BASE: Variant(case, model, embeds)}
+    for number, (kind, count) in enumerate(wanted):
+        if number == len(wanted) // 2:
+            # Half a turn after the first, so that the two enclose what a turn lasts.
+            made[CONTROL] = Variant(case, clone(), embeds)
+        name = f"{kind}, {count:,} resident"
+        if kind == PEFT:
+            made[name] = Peft(case, clone(), embeds, count)
+        else:
+            folder = scratch / kind
+            if not folder.exists():
+                _save(clone(), MODES[kind], folder)
+            made[name] = Pooled(case, clone(), embeds, count, folder)
+    return made
+
+
+def _save(model: LlamaForCausalLM, mode: Mode, folder: Path) -> None:
+    attachment = attach(model, mode)
+    with torch.no_grad():
+        for parameter in attachment.parameters().values():
+            parameter.normal_(0, 0.02)
+    save_adapter(model, folder)
+    remove(model)

@@ -1,0 +1,89 @@
+"""The benchmark of serving: how it judges is right, and --quick writes what it measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_runs import subprocess_environment
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(autouse=True)
+def scripts_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+def measured(excess: float, lowest: float, switch: float) -> list[dict[str, Any]]:
+    from bench_serving import DECODE, SPREAD
+
+    names = ("base", "control (base again)", "MoReS, 1,000 resident", "MixLoRA, 10 resident", "PEFT LoRA, 10 resident")
+    timing = {"excess": excess, "interval": (lowest, 2 * excess)}
+    adapters = {name: {"switch seconds": switch} for name in names[2:]}
+    passes = {DECODE: {SPREAD: 0.04, "variants": dict.fromkeys(names, timing)}}
+    return [{"case": {"width": 64}, "passes": passes, "adapters": adapters}]
+
+
+@pytest.mark.parametrize(
+    ("excess", "lowest", "switch", "full", "quick"),
+    [
+        (0.03, 0.02, 1e-5, 0, 0),
+        (0.05, 0.03, 1e-5, 1, 0),  # beyond the spread, but a short run cannot tell
+        (0.09, 0.05, 1e-5, 1, 1),
+        (0.03, 0.02, 2e-3, 2, 2),  # both of a pool's kinds; PEFT's own switch is not judged
+    ],
+)
+def test_decode_steps_with_mores_are_judged_by_the_spread_and_choosing_by_a_millisecond(
+    excess: float, lowest: float, switch: float, full: int, quick: int
+) -> None:
+    from bench_serving import failures
+
+    results = measured(excess, lowest, switch)
+    assert len(failures(results, quick=False)) == full
+    assert len(failures(results, quick=True)) == quick
+
+
+def test_the_spread_is_what_the_control_differs_from_the_base_in_most_turns_either_way() -> None:
+    from bench_serving import BASE, CONTROL, interval, spread, with_reference
+
+    control = [1.0, 0.98, 1.02, 0.96, 1.06]
+    samples = with_reference({BASE: [1.0] * 5, CONTROL: control, "slower": [1.1] * 5})
+    assert spread(samples) == pytest.approx(0.04)
+    low, high = interval(samples, "slower")
+    assert low == pytest.approx(1.1 / 1.03 - 1) and high == pytest.approx(1.1 / 0.98 - 1)
+
+
+@pytest.mark.slow
+def test_a_quick_run_writes_every_time_and_what_adapters_take(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+
+    result = subprocess.run(
+        [sys.executable, str(SCRIPTS / "bench_serving.py"), "--quick", "--json", str(file)],
+        env=subprocess_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,  # whether the times pass depends on what else this machine does
+    )
+
+    written = json.loads(file.read_text())
+    assert result.returncode == (0 if written["passed"] else 1)
+    assert {"processor", "torch", "date", "clock"} <= written["machine"].keys()
+    (found,) = written["results"]
+    adapters = {f"{kind} resident" for kind in ("MoReS, 1", "MoReS, 100", "MixLoRA, 1", "MixLoRA, 10")}
+    adapters |= {"PEFT LoRA, 1 resident", "PEFT LoRA, 10 resident"}
+    assert found["adapters"].keys() == adapters
+    # 2 layers of width 256: R and M of rank 1, and an offset each, in float32.
+    assert {found["adapters"][f"MoReS, {count} resident"]["bytes each"] for count in (1, 100)} == {
+        2 * (2 * 256 + 1) * 4
+    }
+    assert all(kept["switch seconds"] > 0 for kept in found["adapters"].values())
+    for of in found["passes"].values():
+        assert of["variants"].keys() >= {"base", "control (base again)", *adapters}
+        assert of["spread of the control"] >= 0
+        for timing in of["variants"].values():
+            assert 0 < timing["seconds_low"] <= timing["seconds"] <= timing["seconds_high"]
