@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,6 +71,18 @@ def stage_1_overrides(tiny: TinyLlava) -> dict[str, object]:
 def plain_llm_overrides(tiny: TinyLlava) -> dict[str, object]:
     """What turns `train_flags` into LLaVA-1.5's stage 2: a plain LLM with the projector of stage 1."""
     return {"model_name_or_path": tiny.llm, "pretrain_mm_mlp_adapter": tiny.projector}
+
+
+def with_other_weights(source: Path, target: Path) -> Path:
+    """A copy of a LLaVA with the same shapes and other weights."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    (weights,) = target.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, weights, {"format": "pt"})
+    return target
 
 
 LORA: dict[str, object] = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "mm_projector_lr": 2e-4}

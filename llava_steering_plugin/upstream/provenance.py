@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from llava_steering_plugin.adapters import files
 from llava_steering_plugin.adapters.attach import Attachment
 from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
+from llava_steering_plugin.adapters.fitting import check_base, mode_of
+from llava_steering_plugin.errors import BaseMismatch, CheckpointError, listing
 
 
 def projector_parameters(model: Any) -> dict[str, nn.Parameter]:
@@ -55,6 +59,38 @@ def record(attachment: Attachment, given: Any, flags: Namespace | None, tokenize
         added_tokens=_added_tokens(name, tokenizer),
         trained_on=_training(given, model),
     )
+
+
+def refuse_another_training(attachment: Attachment, checkpoint: Path) -> None:
+    """Refuses to go on from a checkpoint of other settings, or of another base: its tensors may fit all the same.
+
+    Raises:
+        CheckpointError: with all that differs.
+        AdapterError: the checkpoint's adapter is damaged.
+    """
+    stored = files.read(checkpoint)
+    here, there = (_as_flags(each.name, each.settings()) for each in (attachment.mode, mode_of(stored.config)))
+    problems = [
+        f"--{name} is {here.get(name)} and was {there.get(name)}"
+        for name in (*there, *(here.keys() - there.keys()))
+        if here.get(name) != there.get(name)
+    ]
+    try:
+        check_base(attachment.model, stored)
+    except BaseMismatch:
+        problems.append(f"--model_name_or_path is another base than {stored.config.base.name_or_path}")
+    if problems:
+        raise CheckpointError(
+            listing(
+                f"{checkpoint} is of another training, and this one would go on from it. Repeat its flags, or give "
+                "another --output_dir to start anew",
+                problems,
+            )
+        )
+
+
+def _as_flags(mode: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"tuning_mode": mode, **{f"{mode}_{name}": value for name, value in settings.items()}}
 
 
 def _config_of(name: str) -> dict[str, Any]:

@@ -72,6 +72,8 @@ class SteeringTrainerMixin:
         if self._attachment is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
         found = checkpoints.starting_point(resume_from_checkpoint, self.args, self.is_deepspeed_enabled)
+        if found is not None:
+            provenance.refuse_another_training(self._attachment, found)
         if found is not None and self._ended_with(found):
             return TrainOutput(self.state.global_step, float("nan"), {})
         with self._preemption.watched():
@@ -104,13 +106,13 @@ class SteeringTrainerMixin:
         names = ", ".join(self.train_dataset.name_of(int(number)) for number in numbers)
         supervised = int((inputs["labels"] != IGNORED).sum())
         why = (
-            f"its {supervised} targets lie behind --model_max_length once the images are spliced in"
+            f"no supervised token is left if its {supervised} targets lie behind --model_max_length once the images "
+            "are spliced in; otherwise the training has diverged: lower --learning_rate, or use --bf16, not --fp16"
             if supervised
-            else "it has no answer, or its prompt fills --model_max_length (upstream masks what it cannot tokenise)"
+            else "it has no supervised token: no answer, or a prompt that fills --model_max_length (upstream masks "
+            "what it cannot tokenise)"
         )
-        logger.warning(
-            "a batch has no supervised token, so its loss is not a number and it teaches nothing: %s; %s.", names, why
-        )
+        logger.warning("the loss of a batch is not a number, so it teaches nothing: %s; %s.", names, why)
 
     def log(self, logs: dict[str, float], *rest: Any) -> None:
         if self._attachment is not None and "loss" in logs:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tiny_llava import TinyLlava
+from training_runs import with_other_weights
 
 from llava_steering_plugin.errors import BaseMismatch
 
@@ -27,13 +27,7 @@ def load(path: Path | str, base: Path | str | None = None, **options: Any) -> An
 
 @pytest.fixture
 def other_base(tiny: TinyLlava, tmp_path: Path) -> Path:
-    """A LLaVA of the same shapes with other weights, as a further tuning of the same base has."""
-    folder = Path(shutil.copytree(tiny.llava, tmp_path / "other"))
-    (weights,) = folder.glob("*.safetensors")
-    tensors = load_file(weights)
-    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
-    save_file(tensors, weights, {"format": "pt"})
-    return folder
+    return with_other_weights(tiny.llava, tmp_path / "other")
 
 
 def test_another_base_is_refused_and_the_right_one_named(tiny: TinyLlava, saved: Path, other_base: Path) -> None:
