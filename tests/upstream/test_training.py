@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,8 +139,14 @@ def test_without_gradient_checkpointing_the_result_is_the_same(tiny: TinyLlava, 
 
 
 def test_tensorboard_sees_the_losses(tiny: TinyLlava, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     train(tiny, tmp_path / "run", {**FROZEN, "report_to": "tensorboard", "logging_dir": tmp_path / "board"})
-    assert list((tmp_path / "board").glob("events.out.tfevents.*"))
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert len(losses) == 3
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(losses)
 
 
 def test_the_table_at_the_start_compares_with_lora(
@@ -150,6 +157,10 @@ def test_the_table_at_the_start_compares_with_lora(
     projector = HIDDEN * HIDDEN * 2 + 2 * HIDDEN
     for expected in (f"{PARAMETERS:,}", f"{projector:,}", f"{PARAMETERS + projector:,}", "LoRA r=8", "LoRA r=128"):
         assert expected in shown
+    shares = re.findall(r"(mores|projector|total) │ ([\d,]+) │ (\d+\.\d{4}) %", shown)
+    assert [name for name, _, _ in shares] == ["mores", "projector", "total"]
+    wholes = [int(count.replace(",", "")) / float(share) for _, count, share in shares]
+    assert wholes == pytest.approx([wholes[0]] * 3, rel=1e-2), "each is a share of the same whole"
 
 
 def test_a_batch_without_targets_warns_once_and_names_its_samples(
