@@ -163,8 +163,8 @@ def memory(tensors: list[Stored], peak: int, optimizer: str, width: int, shardin
         buffers = gradients if sharding.world > 1 else 0
         return Memory(weights, gradients, STATES[optimizer] * gradients, buffers, activations)
 
-    def share(size: int) -> int:
-        return -(-size // sharding.world) if sharding.stage else size
+    def share(size: int, from_stage: int = 1) -> int:
+        return -(-size // sharding.world) if sharding.stage >= from_stage else size  # type: ignore[operator]
 
     states = (MASTER + STATES[optimizer] * STATE) * count
     itemsize = trained[0].itemsize if trained else HALF
@@ -175,7 +175,7 @@ def memory(tensors: list[Stored], peak: int, optimizer: str, width: int, shardin
         host += share(states) + share(4 * count)
         optimizer_bytes, gradient_bytes = 0, 0
     else:
-        optimizer_bytes, gradient_bytes = share(states), share(gradients)
+        optimizer_bytes, gradient_bytes = share(states), share(gradients, from_stage=2)
     if sharding.stage == 3:
         limit = 10 * width if sharding.persistent is None else sharding.persistent
         weights = {}

@@ -161,7 +161,8 @@ def test_zero_cuts_what_it_says_and_offloading_moves_it_to_the_host() -> None:
     alone, ddp = under(Sharding()), under(Sharding(world=4))
     assert alone == Memory({"language model": 2000, "adapter": 200}, 200, 400, 0, 300)
     assert ddp.buffers == 200 and ddp.total == alone.total + 200
-    two = under(Sharding(2, 4, bucket=50))
+    one, two = under(Sharding(1, 4, bucket=50)), under(Sharding(2, 4, bucket=50))
+    assert (one.gradients, one.optimizer) == (200, two.optimizer)
     assert (two.gradients, two.optimizer, two.buffers) == (50, 100 * 12 // 4, 50 * 2 * 2)
     assert two.weights == alone.weights
     three = under(Sharding(3, 4, bucket=50, live=600, persistent=100))
