@@ -21,7 +21,7 @@ from llava_steering_plugin.adapters.attach import required
 from llava_steering_plugin.upstream import trainer
 
 MORES: dict[str, object] = {"tuning_mode": "mores", "mores_rank": 2, "mores_tokens": "all"}
-MIXLORA: dict[str, object] = {"tuning_mode": "mixlora"}
+MIXLORA: dict[str, object] = {"tuning_mode": "mixlora", "mores_rank": None, "mores_tokens": None}
 # More than the ten steps after which a parameter without a gradient would have stopped the training.
 WATCHED = {"max_steps": 11}
 
@@ -133,8 +133,8 @@ def test_a_resumed_four_bit_run_ends_bit_equal(four_bit: tuple[Path, Any], tiny:
         {"bits": 4, "quant_type": "fp4", "double_quant": False, "bf16": False},
         {"bits": 8, **WATCHED},
         {"bits": 8, "bf16": False, "freeze_mm_mlp_adapter": True},
-        {"bits": 4, **WATCHED, **MIXLORA, "mores_rank": None, "mores_tokens": None},
-        {"bits": 8, "bf16": False, **MIXLORA, "mores_rank": None, "mores_tokens": None},
+        {"bits": 4, **WATCHED, **MIXLORA},
+        {"bits": 8, "bf16": False, **MIXLORA},
     ],
     ids=["fp4 in fp32", "8 bits in bf16", "8 bits in fp32", "MixLoRA over nf4 in bf16", "MixLoRA over 8 bits in fp32"],
 )
@@ -147,6 +147,9 @@ def test_other_quantisations_precisions_and_modes_train(
     stored = files.read(tmp_path / "run")
     assert stored.config.trained_on["bits"] == flags["bits"]
     assert all(bool(value.isfinite().all()) for value in stored.tensors.values())
+    # Zero at first, in MixLoRA.
+    pools = [value for name, value in stored.tensors.items() if name.endswith("routed_b")]
+    assert all(bool(value.any()) for value in pools)
 
 
 def test_over_four_bits_gradient_checkpointing_changes_nothing(tiny: TinyLlava, tmp_path: Path) -> None:
@@ -178,10 +181,13 @@ def test_an_adapter_trained_on_four_bits_loads_on_any_with_its_trained_projector
     assert bool(answer(loaded, tiny).isfinite().all())
 
 
-def test_an_adapter_trained_on_sixteen_bits_loads_on_four_and_steers_there_too(tiny: TinyLlava, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [{}, MIXLORA], ids=["MoReS", "MixLoRA"])
+def test_an_adapter_trained_on_sixteen_bits_loads_on_four_and_works_there_too(
+    tiny: TinyLlava, tmp_path: Path, mode: Mapping[str, object]
+) -> None:
     from llava_steering_plugin import disabled
 
-    train(tiny, tmp_path / "pets", {"learning_rate": 1e-2, "freeze_mm_mlp_adapter": True})
+    train(tiny, tmp_path / "pets", {"learning_rate": 1e-2, "freeze_mm_mlp_adapter": True, **mode})
     whole, packed = load(tmp_path / "pets"), load(tmp_path / "pets", load_4bit=True)
     assert linear_kinds(packed[1]) == {bitsandbytes.nn.Linear4bit}
     moves = []
