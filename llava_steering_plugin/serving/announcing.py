@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+RETRY_SECONDS = 2.0
+
 
 class Announcer(threading.Thread):
     """Registers the worker and sends upstream's heart beats, in a thread of its own.
@@ -43,13 +45,15 @@ class Announcer(threading.Thread):
     def run(self) -> None:
         while not self._stopped:
             self._wake.clear()
+            pause = self._every
             try:
                 self._announce()
             except (requests.exceptions.RequestException, AssertionError, ValueError, KeyError) as error:
                 # Upstream asserts that the controller answered, and reads its answer as JSON.
                 logger.warning("the controller at %s cannot be told: %s", self._worker.controller_addr, error)
                 self._told = None
-            self._wake.wait(self._every)
+                pause = min(RETRY_SECONDS, self._every)
+            self._wake.wait(pause)
 
     def _announce(self) -> None:
         names = self._worker.roster.names()

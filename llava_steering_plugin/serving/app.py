@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 from llava_steering_plugin.serving.limits import Limits
 from llava_steering_plugin.serving.mailbox import Mailbox
 from llava_steering_plugin.serving.requests import Asked, checked
-from llava_steering_plugin.serving.wire import Refused, read_object, refusal
+from llava_steering_plugin.serving.wire import FAILED, Refused, chunk, read_object, refusal
 
 if TYPE_CHECKING:
     from llava_steering_plugin.serving.answering import AdapterWorker
@@ -87,11 +87,10 @@ class Answers:
         how = "a client left"
         try:
             # Now, not when a slot is free: the client knows that it has been heard.
-            headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
+            headers = [(b"content-type", b"application/octet-stream"), (b"cache-control", b"no-store")]
             await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
             if await self._slot(leaving, send):
-                # From here on the slot belongs to the thread: it is free when nothing is generated any more.
-                threading.Thread(target=self._generate, args=(asked, gone, mailbox), daemon=True).start()
+                self._begin(asked, gone, mailbox)
                 if await self._relay(mailbox, leaving, send):
                     how = "answered"
         except asyncio.TimeoutError:
@@ -121,15 +120,24 @@ class Answers:
         if not taking.cancelled() and taking.exception() is None:
             self.slots.release()
 
+    def _begin(self, asked: Asked, gone: threading.Event, mailbox: Mailbox) -> None:
+        """Hands the slot to a thread: it is free when nothing is generated in it any more."""
+        try:
+            threading.Thread(target=self._generate, args=(asked, gone, mailbox), daemon=True).start()
+        except RuntimeError as error:  # the system has no more threads
+            logger.error("an answer could not be begun: %s", error)
+            mailbox.put(chunk("The worker has too much to do. Please try again in a moment.", FAILED))
+            mailbox.close(self.slots.release)
+
     def _generate(self, asked: Asked, gone: threading.Event, mailbox: Mailbox) -> None:
         """In a thread of its own, which never waits for the client."""
         last = b""
         try:
             for last in self.worker.answer(asked, gone):
                 mailbox.put(last)
-        finally:
             if self.log_requests:
                 logger.info("prompt %r of %s: %s", asked.parameters["prompt"], asked.shown, last[:-1].decode())
+        finally:
             mailbox.close(self.slots.release)
 
     async def _relay(self, mailbox: Mailbox, leaving: asyncio.Future[Any], send: Send) -> bool:

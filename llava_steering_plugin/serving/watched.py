@@ -22,6 +22,13 @@ logger = logging.getLogger(__name__)
 Signature = tuple[int, int, int]
 
 
+def checked_folder(folder: Path) -> Path:
+    """The folder, if there is one; ArgumentsError otherwise."""
+    if not folder.is_dir():
+        raise ArgumentsError(f"--adapter-dir {folder} is no folder. Create it; it may be empty.")
+    return folder
+
+
 class WatchedFolder(threading.Thread):
     """Keeps a roster in step with a folder; a broken adapter is reported once and the one before it goes on serving.
 
@@ -35,9 +42,7 @@ class WatchedFolder(threading.Thread):
 
     def __init__(self, folder: Path, roster: Roster, changed: Callable[[], None], every: float = 2.0):
         super().__init__(name="watched-folder", daemon=True)
-        if not folder.is_dir():
-            raise ArgumentsError(f"--adapter-dir {folder} is no folder. Create it; it may be empty.")
-        self.folder = folder
+        self.folder = checked_folder(folder)
         self._roster = roster
         self._changed = changed
         self._every = every

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -95,25 +96,27 @@ def run(
     import uvicorn
 
     from llava_steering_plugin.serving.admin import Admin, checked_token
+    from llava_steering_plugin.serving.watched import WatchedFolder, checked_folder
 
+    # All that can be wrong is found before a model is loaded.
     if admin_token is not None:
         checked_token(admin_token)
-
+    if adapter_dir is not None:
+        checked_folder(adapter_dir)
+    address = worker_address or _address(host, port)
     # The port before the model: one that is taken is found out in a second, not in minutes.
-    config = uvicorn.Config(None, host, port, log_config=None, access_log=False, timeout_graceful_shutdown=5)  # type: ignore[arg-type]
-    listener = config.bind_socket()
+    listener = _bound(host, port)
     if not _local(host):
         logger.warning("listening on %s: whoever reaches this machine can ask; no password is needed", host)
 
     from llava_steering_plugin.serving.announcing import Announcer
     from llava_steering_plugin.serving.answering import AdapterWorker
     from llava_steering_plugin.serving.app import build, give_up_stalled
-    from llava_steering_plugin.serving.watched import WatchedFolder
 
     worker = AdapterWorker(
         model_path,
         controller=controller_address.rstrip("/"),
-        address=(worker_address or f"http://{'localhost' if _local(host) else host}:{port}").rstrip("/"),
+        address=address.rstrip("/"),
         model_name=model_name,
         device=_device(device),
         load_8bit=load_8bit,
@@ -138,11 +141,12 @@ def run(
         admin = Admin(
             admin_token, worker.roster, announcer.changed, limits, folder=adapter_dir, any_path=admin_any_path
         ).routes()
-    config.app = build(worker, limits, log_requests=log_requests, admin=admin)
+    application = build(worker, limits, log_requests=log_requests, admin=admin)
     if not no_register:
         announcer.start()
     logger.info("serving %s", ", ".join(worker.roster.names()))
     give_up_stalled(listener, limits.stall_seconds)
+    config = uvicorn.Config(application, host, port, log_config=None, access_log=False, timeout_graceful_shutdown=5)
     uvicorn.Server(config).run([listener])
 
 
@@ -171,6 +175,24 @@ def read_sources(given: list[str]) -> dict[str, str]:
     if problems:
         raise ArgumentsError(listing("--adapters cannot be served under these names", problems))
     return sources
+
+
+def _address(host: str, port: int) -> str:
+    if host in ("0.0.0.0", "::"):
+        raise ArgumentsError(f"--host {host} is no address that others can call: say theirs with --worker-address.")
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that holds the port and does not listen yet."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ArgumentsError(f"cannot listen on {host}:{port}: {error}. Choose with --host and --port.") from error
+    return listener
 
 
 def _local(host: str) -> bool:

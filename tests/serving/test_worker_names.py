@@ -123,3 +123,19 @@ def test_two_adapters_of_one_name_are_refused_together_with_everything_else_that
     with pytest.raises(ArgumentsError) as refused:
         read_sources([f"{tmp_path}/a/cats", f"{tmp_path}/b/cats", f"{tmp_path}/b/two words"])
     assert "a/cats and" in str(refused.value) and "'two words' cannot be" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--admin-token", "secret"], "needs 16 at least"),
+        (["--adapter-dir", "nowhere"], "nowhere is no folder"),
+        (["--host", "0.0.0.0"], "--worker-address"),
+        (["--adapters", "two words=x", "a/b", "c/b"], "both called 'b'"),
+    ],
+)
+def test_a_command_line_that_cannot_work_is_refused_before_a_model_is_looked_for(words: list[str], said: str) -> None:
+    from llava_steering_plugin.serving.worker import app
+
+    with pytest.raises(ArgumentsError, match=said):
+        app(["--model-path", "no/such-model", *words], standalone_mode=False)
