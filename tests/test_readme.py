@@ -76,6 +76,7 @@ def test_a_command_of_the_readme_works(command: str, workplace: Path) -> None:
 
 def test_the_python_snippets_of_the_readme_work(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
+    from steered import IMAGE, load_llava, pictures
     from transformers import LlamaConfig, LlamaForCausalLM
 
     monkeypatch.chdir(workplace)
@@ -86,8 +87,11 @@ def test_the_python_snippets_of_the_readme_work(workplace: Path, monkeypatch: py
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
     )
     plain = {"model": LlamaForCausalLM(config), "embeds": embeds, "mask": mask, "attention": torch.ones(2, 9)}
-    assert len(SNIPPETS) == 2
-    for snippet, names in zip(SNIPPETS, ({}, plain), strict=True):
+    ids = torch.tensor([[1, 300, IMAGE, 301]] * 2)
+    base = load_llava(workplace / "checkpoints" / "my-base")
+    pooled = {"model": base, "ids": ids, "attention": torch.ones_like(ids), "images": pictures(2)}
+    assert len(SNIPPETS) == 3
+    for snippet, names in zip(SNIPPETS, ({}, pooled, plain), strict=True):
         space: dict[str, Any] = dict(names)
         exec(compile(snippet, "README.md", "exec"), space)
         assert "llava_steering" in space["model"].__dict__
