@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import SteeringError
+from .serving.command import serve
 from .serving.evaluating import evaluate
 from .serving.talking import chat
 
@@ -155,6 +156,7 @@ def convert(
 
 
 app.command("eval")(evaluate)
+app.command()(serve)
 app.command()(chat)
 
 
