@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: the one place that names it. Everywhere else a parameter is just a parameter."""
+"""DeepSpeed's ZeRO: the one place that imports it. Everywhere else a parameter is just a parameter."""
 
 from __future__ import annotations
 
@@ -57,10 +57,20 @@ def start_on_cpu() -> None:
     """Lets this process, one that a launcher started, train with DeepSpeed on the processor (`launch --cpu`).
 
     Call it before transformers reads `--deepspeed`: accelerate would start NCCL and take a CUDA device.
+
+    Raises:
+        SteeringError: there is no DeepSpeed, or one that needs more than the processor.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
-    import deepspeed
+    try:
+        import deepspeed
+    except (ImportError, ValueError) as error:
+        # 0.12.6, which upstream pins, wants Intel's extension of torch.
+        raise SteeringError(
+            f"DeepSpeed does not start on the processor: {error} Version 0.19.8 does: pip install deepspeed==0.19.8 "
+            "ninja (after torch, with --no-build-isolation)."
+        ) from error
 
     deepspeed.init_distributed("gloo")
 
