@@ -1,0 +1,103 @@
+"""What the chat is made of, in this process: loading, the end of an answer, completion."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asking import Asker, Question
+from steered import strengthen
+from tiny_llava import TinyLlava
+
+from llava_steering_plugin import attach, remove, save_adapter
+from llava_steering_plugin.adapters.checkpoint import describe
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.modes.mores import MoReS
+
+pytest_plugins = ["steered_fixtures"]
+
+SHORT = 12  # tokens of an answer
+
+
+def test_an_adapter_that_brings_what_its_base_lacks_answers_as_it_does_alone(
+    _shared: Any, tiny: TinyLlava, ask: Asker, tmp_path: Path
+) -> None:
+    from llava_steering_plugin.serving.opening import open_chat
+
+    question = Question("What color is the circle?", "01.png")  # 80 x 48: padded or cut, that makes a difference
+
+    def saved(name: str, base: Path, *, extras: set[str]) -> Path:
+        attachment = strengthen(attach(_shared, MoReS(rank=2, tokens="all")), seed=7)
+        described = describe(attachment)
+        attachment.config = replace(described, conversation="v1", base=replace(described.base, name_or_path=str(base)))
+        attachment.extras |= extras
+        save_adapter(_shared, tmp_path / name)
+        remove(_shared)
+        return tmp_path / name
+
+    projector = {name for name, _ in _shared.named_parameters() if "mm_projector" in name}
+    over_plain_llm = saved("over-plain-llm", tiny.llm, extras=projector)
+    before = _shared.config.image_aspect_ratio
+    _shared.config.image_aspect_ratio = "square"
+    other_images = saved("other-images", tiny.llava, extras=set())
+    _shared.config.image_aspect_ratio = before
+
+    answers = []
+    for folder in (over_plain_llm, other_images):
+        named = {"it": str(folder)}
+        chat = open_chat(str(folder), named, first="it", temperature=0, max_new_tokens=SHORT)
+        chat.look_at(str(tiny.images / str(question.image)))
+        answers.append(chat.ask(question.text, lambda piece: None).text)
+        assert answers[-1] == ask(folder, question, conversation="llava_v1", max_new_tokens=SHORT)
+    assert answers[0] != answers[1], "the way of cutting images changes nothing, so nothing is shown"
+
+
+def test_what_cannot_be_loaded_is_said_with_what_to_do(_shared: Any, tiny: TinyLlava, tmp_path: Path) -> None:
+    from llava_steering_plugin.serving.opening import open_chat
+
+    with pytest.raises(SteeringError, match="no-model is no model that can be loaded"):
+        open_chat(str(tmp_path / "no-model"), {})
+    attachment = attach(_shared, MoReS(rank=1))
+    described = describe(attachment)
+    attachment.config = replace(described, base=replace(described.base, name_or_path=str(tmp_path / "moved")))
+    save_adapter(_shared, tmp_path / "cats")
+    remove(_shared)
+    with pytest.raises(SteeringError, match="if it has moved, say where it is with --model-base"):
+        open_chat(str(tmp_path / "cats"), {"cats": str(tmp_path / "cats")}, first="cats")
+    with pytest.raises(ArgumentsError, match="did you mean 'llava_v1'"):
+        open_chat(str(tiny.llava), {}, conversation="lava_v1")
+
+
+def test_an_answer_ends_at_the_stop_text_of_its_template_where_the_model_goes_on(tiny: TinyLlava) -> None:
+    import torch
+    from transformers import AutoTokenizer
+
+    from llava_steering_plugin.serving.streaming import AnswerStreamer, Ended
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny.llm, use_fast=False)
+    pieces: list[str] = []
+    streamer = AnswerStreamer(tokenizer, "###", pieces.append)
+    ended = Ended(streamer)
+    streamer.put(torch.empty(1, 0, dtype=torch.long))
+    until = []
+    for token in tokenizer("It is red.###Human: and what is this? ", add_special_tokens=False).input_ids:
+        streamer.put(torch.tensor([token]))
+        until.append(ended(torch.empty(1, 0), torch.empty(1, 0)))
+    streamer.end()
+    assert "".join(pieces) == streamer.text == "It is red."
+    assert until[0] is False and until[-1] is True
+    assert streamer.speed().tokens == len(until)
+
+
+def test_tab_completes_commands_names_and_files(tmp_path: Path) -> None:
+    from llava_steering_plugin.serving.terminal import completions
+
+    (tmp_path / "cat.png").touch()
+    (tmp_path / "cats").mkdir()
+    names = ["__base__", "cats", "pets", "pet shop"]
+    assert completions("/ad", names) == ["/adapter"]
+    assert completions("/adapter p", names) == ["/adapter pets", "/adapter pet shop"]
+    assert completions(f"/image {tmp_path}/ca", names) == [f"/image {tmp_path}/cat.png", f"/image {tmp_path}/cats/"]
+    assert completions("What c", names) == completions("", names) == []
