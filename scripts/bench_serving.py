@@ -2,11 +2,12 @@
 
     python scripts/bench_serving.py [--quick] [--json FILE] [--threads N] [--dtype bfloat16]
 
-Real Llama layer shapes with random weights. 1, 10, 100 and 1,000 adapters of MoReS, of MixLoRA and of PEFT's LoRA
-(unmerged, `set_adapter` before each generation) wait in one model each; all models share their weights. They generate
-in turns with the plain base and with that base once more, the control, through transformers' own `generate`, another
-adapter in every turn. Prefill and decode steps are told apart by when each pass ends. What a variant takes is compared
-with the mean of the base and the control in the same turn.
+Real Llama layer shapes with random weights. 1, 10, 100 and 1,000 adapters of MoReS and of MixLoRA, and up to 100 of
+PEFT's LoRA (unmerged, `set_adapter` before each generation), wait in one model each; all models share their weights.
+They generate in turns with the plain base and with that base once more, the control, through transformers' own
+`generate`, another adapter in every turn. Prefill and decode steps are told apart by when each pass ends. What a
+variant takes is compared with the mean of the base and the control in the same turn. Last, eight prompts with eight
+adapters are answered one after the other, and as one batch in which each row has its own.
 
 The control's spread is the third quartile of what it differs from the base, turn by turn. Status 0 if no decode step
 with MoReS takes longer than the base by more than that spread, and choosing one of a pool's adapters takes less than a
@@ -18,6 +19,7 @@ with more it is the wall clock. Choosing is always timed by the wall clock.
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import random
@@ -25,14 +27,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from bench_timing import machine, ratio_table, summarise, write_json
+from bench_timing import interleave, machine, ratio_table, summarise, write_json
 from mores_variants import Case
 from rich.console import Console
 from rich.table import Table
@@ -54,6 +56,7 @@ class Plan:
         seconds: wall seconds after which no turn begins, the fewest excepted.
         steps: decode steps of a generation.
         switches: how often choosing is timed.
+        batches: turns of the batches.
     """
 
     cases: tuple[tuple[Case, dict[str, tuple[int, ...]]], ...]
@@ -61,6 +64,7 @@ class Plan:
     seconds: float
     steps: int
     switches: int
+    batches: int
 
 
 COUNTS = (1, 10, 100, 1000)
@@ -69,7 +73,8 @@ FULL = Plan(
     (
         (
             Case(1024, 2816, 16, layers=2, batch=1, visual=576, text=64),
-            {"MoReS": COUNTS, "MixLoRA": COUNTS, PEFT: COUNTS},
+            # PEFT takes longer to add an adapter the more there are: a thousand would take most of the time.
+            {"MoReS": COUNTS, "MixLoRA": COUNTS, PEFT: COUNTS[:3]},
         ),
         (Case(64, 128, 4, layers=32, batch=1, visual=24, text=8), {"MoReS": COUNTS}),
     ),
@@ -77,7 +82,11 @@ FULL = Plan(
     seconds=100,
     steps=16,
     switches=200,
+    batches=7,
 )
+# What is answered one by one and as a batch.
+ROWS = 8
+BATCHED = Case(512, 1408, 8, layers=4, batch=1, visual=64, text=16)
 QUICK = Plan(
     (
         (
@@ -89,6 +98,7 @@ QUICK = Plan(
     seconds=4,
     steps=8,
     switches=50,
+    batches=2,
 )
 
 
@@ -185,6 +195,31 @@ def _kept_table(kept: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
+def batched(plan: Plan, dtype: torch.dtype, console: Console) -> dict[str, Any]:
+    """Prompts with different adapters, one after the other and at once."""
+    console.rule(f"{ROWS} prompts with {ROWS} adapters: {BATCHED}", align="left")
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    with tempfile.TemporaryDirectory(prefix="bench-serving-") as scratch:
+        made = variants(BATCHED, {"MoReS": (ROWS,), "MixLoRA": (ROWS,)}, dtype, Path(scratch))
+    made.pop(CONTROL)
+    calls: dict[str, Callable[[], object]] = {}
+    for name, variant in made.items():
+        one: Callable[[], object] = functools.partial(_one_by_one, variant, plan.steps, clock)
+        calls |= {
+            f"{name}: one by one": one,
+            f"{name}: one batch": functools.partial(variant.generate_together, ROWS, plan.steps, clock),
+        }
+    samples = interleave(calls, rounds=plan.batches, warmup=1, clock=clock)
+    timings = summarise(samples, baseline=f"{BASE}: one by one")
+    console.print(ratio_table(f"{ROWS} x ({BATCHED.positions} + {plan.steps} tokens), {plan.batches} turns", timings))
+    return {"case": asdict(BATCHED), "rows": ROWS, "variants": {name: asdict(of) for name, of in timings.items()}}
+
+
+def _one_by_one(variant: Variant, steps: int, clock: Callable[[], float]) -> None:
+    for _ in range(ROWS):
+        variant.generate(steps, clock)
+
+
 def failures(results: list[dict[str, Any]], quick: bool) -> list[str]:
     """One sentence for everything that is not as it must be."""
     found = []
@@ -220,6 +255,7 @@ def main(
     about = {**machine(), "clock": clock, "dtype": dtype, "quick": quick}
     console.print(about)
     results = [measured(*case, plan, getattr(torch, dtype), console) for case in plan.cases]
+    together = batched(plan, getattr(torch, dtype), console)
     found = failures(results, quick)
     for failure in found:
         console.print(failure)
@@ -227,7 +263,10 @@ def main(
     good = f"no decode step with MoReS is {judged}slower than the base by the control's spread, choosing takes < 1 ms"
     console.print("FAILED" if found else f"passed: {good}")
     if json_file is not None:
-        write_json(json_file, {"machine": about, "results": results, "failures": found, "passed": not found})
+        write_json(
+            json_file,
+            {"machine": about, "results": results, "batches": together, "failures": found, "passed": not found},
+        )
     raise typer.Exit(1 if found else 0)
 
 

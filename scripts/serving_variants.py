@@ -76,14 +76,26 @@ class Variant:
         passes = _Passes(clock)
         with torch.inference_mode(), self._choosing() as chosen:
             start = clock()
-            self.model.generate(
-                inputs_embeds=self.embeds,
-                max_new_tokens=steps + 1,
-                do_sample=False,
-                logits_processor=LogitsProcessorList([passes]),
-                **chosen,
-            )
+            self._generate(self.embeds, steps, passes, **chosen)
         return passes.ends[0] - start, (passes.ends[-1] - passes.ends[0]) / steps
+
+    def generate_together(self, rows: int, steps: int, clock: Callable[[], float]) -> float:
+        """Seconds that `rows` generations take as one batch, each row with an adapter of its own."""
+        passes = _Passes(clock)
+        chosen = {"adapter_names": [f"adapter-{row % self.count}" for row in range(rows)]} if self.count else {}
+        with torch.inference_mode(), token_map(visual=self.visual.repeat(rows, 1)):
+            start = clock()
+            self._generate(self.embeds.repeat(rows, 1, 1), steps, passes, **chosen)
+        return passes.ends[-1] - start
+
+    def _generate(self, embeds: Tensor, steps: int, passes: _Passes, **chosen: Any) -> None:
+        self.model.generate(
+            inputs_embeds=embeds,
+            max_new_tokens=steps + 1,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([passes]),
+            **chosen,
+        )
 
     @contextmanager
     def _choosing(self) -> Iterator[dict[str, Any]]:

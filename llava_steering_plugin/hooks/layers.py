@@ -126,12 +126,14 @@ def watch(
         takes_images: the model splices images itself, so that a generation without a map is one without images.
         begin: is told of every pass that `owner` has not been kept out of.
     """
-    signature = inspect.signature(stack.forward)
+    names = list(inspect.signature(stack.forward).parameters)
     parts = _checkpointing_parts(stack, shape)
 
     def describe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # transformers sets the function in `train()` and may replace it, so it is looked at in every pass.
-        _change_checkpointing(parts, bound_to_scope)
+        # transformers sets the function in `train()` and may replace it, so it is looked at in every pass that may be
+        # recomputed. In the others, decode steps above all, it would cost as much as all that follows.
+        if torch.is_grad_enabled():
+            _change_checkpointing(parts, bound_to_scope)
         scope = current()
         if scope is None:
             raise TokenMapError(
@@ -140,7 +142,7 @@ def watch(
             )
         scope.step, scope.groups = None, ()
         if id(owner) not in scope.disabled:
-            begin(scope, _pass(scope, signature.bind_partial(*args, **kwargs).arguments, takes_images))
+            begin(scope, _pass(scope, {**dict(zip(names, args, strict=False)), **kwargs}, takes_images))
 
     return stack.register_forward_pre_hook(describe, with_kwargs=True)
 

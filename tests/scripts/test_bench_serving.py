@@ -82,6 +82,7 @@ def test_a_quick_run_writes_every_time_and_what_adapters_take(tmp_path: Path) ->
         2 * (2 * 256 + 1) * 4
     }
     assert all(kept["switch seconds"] > 0 for kept in found["adapters"].values())
+    assert len(written["batches"]["variants"]) == 6
     for of in found["passes"].values():
         assert of["variants"].keys() >= {"base", "control (base again)", *adapters}
         assert of["spread of the control"] >= 0

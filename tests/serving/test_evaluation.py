@@ -120,15 +120,16 @@ def test_the_answers_are_those_of_upstreams_own_program(
     file.write_text("".join(json.dumps(question) + "\n" for question in with_images))
     subprocess.run(
         [
-            *(sys.executable, "-m", "llava_steering_plugin.launch", "--cpu", "llava.eval.model_vqa"),
+            *(sys.executable, "-m", "llava_steering_plugin.launch", "--cpu", "llava.eval.model_vqa_loader"),
             *("--model-path", folders["pets"], "--image-folder", tiny.images, "--question-file", file),
             *("--answers-file", answers, "--conv-mode", "llava_v1", "--temperature", "0"),
+            *("--max_new_tokens", str(SHORT)),
         ],
         env=subprocess_environment(patched_llava),
         check=True,
         timeout=600,
     )
     nameless = [{key: value for key, value in each.items() if key != "adapter"} for each in with_images]
-    lines = evaluate(nameless, "--ask", "pets", "--max-new-tokens", "1024", "--batch-size", "3")
+    lines = evaluate(nameless, "--ask", "pets", "--batch-size", "3")
     expected = [json.loads(line)["text"] for line in answers.read_text().splitlines()]
     assert [line["text"] for line in lines] == expected
