@@ -1,0 +1,284 @@
+"""Compares `llava-steering plan`'s memory with measured peaks of upstream's own training.
+
+    python scripts/measure_memory.py [--only TEXT] [--json FILE]
+
+A random LLaVA of about 100 million parameters is written to a temporary folder and trained by upstream's train() for
+two steps, in a process of its own for each setting. Without a GPU the peak is the resident set (VmHWM) of that process
+during training, minus the resident set just before the model is built; allocations are given back at once
+(MALLOC_MMAP_THRESHOLD_), and libraries are warmed up before, so that their code does not count. On CUDA it is
+torch.cuda.max_memory_allocated. Status 1 if a prediction is off by more than 20 %.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from bench_timing import machine, write_json
+from rich.console import Console
+from rich.table import Table
+
+from llava_steering_plugin.upstream.memory_flags import Wanted
+from llava_steering_plugin.upstream.planning import plan
+
+LIMIT = 0.20
+SEQUENCE = 512
+CUDA = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One training: what differs from the other ones."""
+
+    mode: str
+    projector: str
+    checkpointing: bool
+    batch: int
+    dtype: str
+    bits: int = 16
+
+    def __str__(self) -> str:
+        recomputed = f"checkpointing {'on' if self.checkpointing else 'off'}"
+        packed = f", {self.bits} bits" if self.bits != 16 else ""
+        return f"{self.mode}, projector {self.projector}, {recomputed}, batch {self.batch}, {self.dtype}{packed}"
+
+    def flags(self, folder: Path) -> list[str]:
+        """Upstream's flags."""
+        flags: dict[str, object] = {
+            "model_name_or_path": folder / "llava-random",
+            "version": "v1",
+            "data_path": folder / "data.json",
+            "image_folder": folder,
+            "vision_tower": folder / "tower",
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_select_layer": -2,
+            "mm_use_im_start_end": False,
+            "mm_use_im_patch_token": False,
+            "bf16": self.dtype == "bf16",
+            "bits": self.bits,
+            "output_dir": folder / "out",
+            "max_steps": 2,
+            "per_device_train_batch_size": self.batch,
+            "gradient_accumulation_steps": 1,
+            "save_strategy": "no",
+            "learning_rate": 1e-4,
+            "model_max_length": SEQUENCE,
+            "gradient_checkpointing": self.checkpointing,
+            "lazy_preprocess": True,
+            "report_to": "none",
+            "use_cpu": not CUDA,
+            "tuning_mode": self.mode,
+            "freeze_mm_mlp_adapter": self.projector == "frozen",
+        }
+        return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+SETTINGS = (
+    Setting("mores", "frozen", True, 1, "fp32"),
+    Setting("mores", "frozen", True, 4, "fp32"),
+    Setting("mores", "frozen", False, 4, "fp32"),
+    Setting("mores", "trained", True, 4, "fp32"),
+    Setting("mores", "trained", False, 1, "fp32"),
+    Setting("mores", "trained", True, 4, "bf16"),
+    Setting("mixlora", "frozen", True, 1, "fp32"),
+    Setting("mixlora", "frozen", True, 4, "fp32"),
+    Setting("mixlora", "trained", False, 4, "fp32"),
+    Setting("mixlora", "trained", True, 4, "bf16"),
+    *((Setting("mores", "trained", True, 4, "bf16", 4), Setting("mixlora", "trained", True, 4, "bf16", 8)) * CUDA),
+)
+
+
+def write_world(folder: Path) -> None:
+    """A random LLaVA of about 100 million parameters, its tower, a tokenizer, one picture and long conversations."""
+    import sentencepiece
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+    from PIL import Image
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaTokenizer
+
+    words = [a + b for a in ("ba", "do", "ki", "lu", "me") for b in ("ra", "so", "ti", "nu", "ge")]
+    tokenizer_folder = folder / "llava-random"
+    tokenizer_folder.mkdir()
+    with (tokenizer_folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([" ".join(words), "USER: ASSISTANT: A chat between a human and an assistant."] * 50),
+            model_writer=file,
+            vocab_size=400,
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    LlamaTokenizer(str(tokenizer_folder / "tokenizer.model")).save_pretrained(tokenizer_folder)
+    size = {"height": 224, "width": 224}
+    CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=size).save_pretrained(folder / "tower")
+    tower = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=224,
+        patch_size=14,
+    )
+    CLIPVisionModel(tower).save_pretrained(folder / "tower")
+    config = LlavaConfig(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=12,
+        vocab_size=32_000,
+        max_position_embeddings=2048,
+        mm_vision_tower=str(folder / "tower"),
+        mm_hidden_size=128,
+        mm_projector_type="mlp2x_gelu",
+        mm_vision_select_layer=-2,
+        mm_vision_select_feature="patch",
+        mm_use_im_start_end=False,
+        mm_use_im_patch_token=False,
+    )
+    LlavaLlamaForCausalLM(config).half().save_pretrained(tokenizer_folder)
+    Image.new("RGB", (224, 224), (90, 120, 30)).save(folder / "picture.png")
+    turns = [
+        {"from": "human", "value": "<image>\n" + words[0]},
+        {"from": "gpt", "value": " ".join(words * 40)},  # longer than any row may be, so that all rows are full
+    ]
+    samples = [{"id": str(number), "image": "picture.png", "conversations": turns} for number in range(16)]
+    (folder / "data.json").write_text(json.dumps(samples), encoding="utf-8")
+
+
+def train_and_measure(flags: list[str], result: Path) -> None:
+    """In a process of its own: upstream's train(), and the peak of its memory."""
+    from llava_steering_plugin.upstream.install import install
+
+    install()
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    from llava.train import train as upstream
+    from transformers import TrainerCallback
+
+    before: list[int] = []
+    build = LlavaLlamaForCausalLM.from_pretrained
+
+    def built(*args: Any, **kwargs: Any) -> Any:
+        before.append(_in_use())
+        return build(*args, **kwargs)
+
+    class Peak(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            gc.collect()
+            _forget_peak()
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            result.write_text(str(_peak() - before[0]), encoding="utf-8")
+
+    class Watched(upstream.LLaVATrainer):  # type: ignore[misc, name-defined]
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            self.add_callback(Peak())
+
+    upstream.__dict__["LLaVATrainer"] = Watched
+    LlavaLlamaForCausalLM.from_pretrained = built
+    _warm_up()
+    sys.argv = ["train.py", *flags]
+    upstream.train()
+
+
+def _warm_up() -> None:
+    """Loads the code of what a step computes: it is read from disk when first used, and no part of the training."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        model = LlamaForCausalLM(config).to("cuda" if CUDA else "cpu", dtype)
+        optimizer = torch.optim.AdamW(model.parameters())
+        ids = torch.ones(1, 64, dtype=torch.long, device=model.device)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    gc.collect()
+
+
+def _in_use() -> int:
+    return torch.cuda.memory_allocated() if CUDA else _status("VmRSS")
+
+
+def _peak() -> int:
+    return torch.cuda.max_memory_allocated() if CUDA else _status("VmHWM")
+
+
+def _forget_peak() -> None:
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux's way to reset VmHWM
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def compared(setting: Setting, folder: Path) -> dict[str, Any]:
+    """Predicts and measures one setting.
+
+    Raises:
+        RuntimeError: the training failed; with the end of what it said.
+    """
+    flags, result = setting.flags(folder), folder / "peak"
+    made = plan(flags, Wanted())
+    if made.memory is None:
+        raise RuntimeError(f"{setting}: no plan: {made.problems}")
+    done = subprocess.run(
+        [sys.executable, __file__, "--train", str(result), *flags],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "WANDB_DISABLED": "true", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{setting}: the training failed:\n{done.stderr[-3000:]}")
+    predicted, measured = made.memory.shardings[made.memory.chosen], int(result.read_text())
+    return {
+        "setting": str(setting),
+        "predicted": predicted.total,
+        "measured": measured,
+        "error": predicted.total / measured - 1,
+        "parts": asdict(predicted),
+    }
+
+
+def main(
+    only: Annotated[str, typer.Option(help="Only settings whose description contains this.")] = "",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+) -> None:
+    """Predicts and measures the peak memory of trainings."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = Table(title=f"Peak memory in MiB ({'CUDA' if CUDA else 'resident set'})", title_justify="left")
+    for heading in ("setting", "predicted", "measured", "error"):
+        table.add_column(heading, justify="left" if heading == "setting" else "right")
+    results = []
+    with tempfile.TemporaryDirectory(prefix="measure-memory-") as scratch:
+        write_world(Path(scratch))
+        for setting in (setting for setting in SETTINGS if only in str(setting)):
+            found = compared(setting, Path(scratch))
+            results.append(found)
+            mebibytes = [f"{found[key] / 2**20:,.0f}" for key in ("predicted", "measured")]
+            table.add_row(str(setting), *mebibytes, f"{found['error']:+.1%}")
+    console.print(table)
+    failed = [found["setting"] for found in results if abs(found["error"]) > LIMIT]
+    if json_file is not None:
+        write_json(json_file, {"machine": machine(), "limit": LIMIT, "results": results, "failed": failed})
+    raise typer.Exit(1 if failed or not results else 0)
+
+
+if __name__ == "__main__":
+    if "--train" in sys.argv[1:2]:
+        train_and_measure(sys.argv[3:], Path(sys.argv[2]))
+    else:
+        typer.run(main)
