@@ -55,7 +55,7 @@ class Question:
 
     prompt: str = PROMPT
     image: Path | None = None
-    tokens: int = 12
+    tokens: int = 8
 
     def body(self, model: str) -> dict[str, Any]:
         return {

@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from llava_steering_plugin.serving.allocator import give_free_pages_back
 from llava_steering_plugin.serving.limits import Limits
 from llava_steering_plugin.serving.mailbox import Mailbox
 from llava_steering_plugin.serving.requests import Asked, checked
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 # Between the states of an answer every client of upstream's skips empty ones. One every few seconds keeps the page
 # (10 seconds of patience) and the controller (5) waiting while an answer queues or its prefill takes long.
 KEEP_WAITING, KEEP_WAITING_SECONDS = b"\0", 3.0
+# After which a worker that nobody asks gives free memory back.
+REST_SECONDS = 1.0
 
 
 class Answers:
@@ -53,6 +56,7 @@ class Answers:
         self.inside = 0
         self.slots = asyncio.Semaphore(limits.running)
         worker.report(self.slots, limits.running)
+        self._resting: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -78,6 +82,13 @@ class Answers:
             yield
         finally:
             self.inside -= 1
+            if not self.inside and self._resting is None:
+                self._resting = asyncio.get_running_loop().call_later(REST_SECONDS, self._rest)
+
+    def _rest(self) -> None:
+        self._resting = None
+        if not self.inside:
+            asyncio.get_running_loop().run_in_executor(None, give_free_pages_back)
 
     async def _answer(self, asked: Asked, receive: Receive, send: Send) -> None:
         started = time.monotonic()

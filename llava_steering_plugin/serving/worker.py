@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
+from llava_steering_plugin.serving.allocator import give_large_blocks_back
 from llava_steering_plugin.serving.flags import (
     BODY_MB,
     DEFAULTS,
@@ -92,6 +93,7 @@ def run(
         stall_seconds=stall_seconds,
     )
     sources = read_sources(given)
+    give_large_blocks_back()
 
     import uvicorn
 
