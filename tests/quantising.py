@@ -35,3 +35,11 @@ def quantising_on_cpu() -> Iterator[None]:
         mock.patch.object(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False),
     ):
         yield
+
+
+if __name__ == "__main__":
+    # In place of `python -m llava_steering_plugin.launch`, for programs that quantise.
+    from llava_steering_plugin.launch import main
+
+    with quantising_on_cpu():
+        main()

@@ -64,6 +64,7 @@ def _load(original: Callable[..., Any], call: inspect.BoundArguments, folder: Pa
             call.arguments |= {"model_path": base, "model_base": None, "model_name": name_for(described["model_type"])}
         else:
             _stage_plain_base(Path(staging), folder, described)
+            _leave_projector_unpacked(call)
             call.arguments |= {"model_path": staging, "model_base": base, "model_name": "llava-staged"}
         loaded = original(*call.args, **call.kwargs)
     tokenizer, model = loaded[0], loaded[1]
@@ -71,6 +72,28 @@ def _load(original: Callable[..., Any], call: inspect.BoundArguments, folder: Pa
         _prepare_inputs_as_trained(model, _llava_config(folder))
     load_adapter(model, folder, tokenizer)
     return loaded
+
+
+def _leave_projector_unpacked(call: inspect.BoundArguments) -> None:
+    """Asks for upstream's own quantisation, but of the backbone alone.
+
+    The base has no projector, so transformers would draw one: it cannot where the weights are packed already.
+    """
+    wanted = [bits for bits in (8, 4) if call.arguments.get(f"load_{bits}bit")]
+    if not wanted:
+        return
+    from transformers import BitsAndBytesConfig
+
+    call.arguments |= {f"load_{bits}bit": False for bits in wanted}
+    quantisation = BitsAndBytesConfig(
+        load_in_8bit=wanted[0] == 8,
+        load_in_4bit=wanted[0] == 4,
+        llm_int8_skip_modules=["lm_head", "mm_projector"],
+        bnb_4bit_compute_dtype=torch.float16,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+    )
+    call.arguments["kwargs"] = {**call.arguments.get("kwargs", {}), "quantization_config": quantisation}
 
 
 def _prepare_inputs_as_trained(model: Any, trained: dict[str, Any]) -> None:
