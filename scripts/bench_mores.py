@@ -48,7 +48,6 @@ SETTINGS = tuple(MoReS(rank=rank, tokens=tokens) for tokens in ("1%", "all") for
 FULL = Plan(
     (
         Case(1024, 2816, 16, layers=2, batch=1, visual=576, text=128),
-        Case(1024, 2816, 16, layers=2, batch=2, visual=576, text=128),
         Case(4096, 11008, 32, layers=1, batch=1, visual=576, text=128),
     ),
     SETTINGS,
