@@ -91,7 +91,7 @@ def run(request: Request) -> None:
         from .cpu import redirect_cuda_to_cpu  # first of all: it also decides what torch sees
 
         redirect_cuda_to_cpu()
-        if "--deepspeed" in request.arguments and "RANK" in os.environ:
+        if startup.flag_value(request.arguments, "--deepspeed") is not None and "RANK" in os.environ:
             from .zero import start_on_cpu
 
             start_on_cpu()
