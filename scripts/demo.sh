@@ -7,6 +7,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 "$here/setup.sh"
-venv=${VENV:-$here/../.venv}
+venv=${VENV:-.venv}  # as setup.sh takes it: from the project, if it is no whole path
+[[ $venv = /* ]] || venv=$here/../$venv
 export PATH="$venv/bin:$PATH"
 exec "$venv/bin/python" "$here/demo" "$@"

@@ -95,10 +95,11 @@ def test_the_balance_loss_is_scaled_as_the_loss_is(
 def test_the_balance_loss_survives_a_real_grad_scaler_and_a_real_accelerators_accumulation(
     base: LlamaForCausalLM, reentrant: bool | None
 ) -> None:
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
 
     def scaled(model: Any) -> None:
+        # One each: a scaler knows optimizers by their address, which the next one may get again.
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
         optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=1.0)
         scaler.scale(loss_of(model)).backward()
         scaler.unscale_(optimizer)

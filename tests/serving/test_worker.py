@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -75,6 +76,12 @@ def test_the_base_answers_as_without_any_adapter(client: Client, alone: Alone, a
     assert [client.answer(BASE_NAME, question) for question in asked[-2:]] == [
         alone(None, question) for question in asked[-2:]
     ]
+
+
+def test_an_answer_comes_as_it_grows(client: Client, asked: list[Question]) -> None:
+    texts = [state["text"] for state in client.states("cats", Question(asked[0].prompt, asked[0].image, 40))]
+    assert len(texts) > 1
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
 
 
 @pytest.fixture

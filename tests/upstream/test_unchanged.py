@@ -19,6 +19,8 @@ import torch
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).with_name("whole_pipeline.py")
 TIMINGS = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
 NOT_COMPARED = {"training_args.bin", "side.json"}
