@@ -65,7 +65,8 @@ class _Updated(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, hidden: Tensor, a: Tensor, b: Tensor) -> Tensor:
         narrow = torch.bmm(a, hidden.transpose(1, 2))
         ctx.save_for_backward(hidden, a, b, narrow)
-        return torch.baddbmm(output, narrow.transpose(1, 2), b)
+        ctx.mark_dirty(output)
+        return output.baddbmm_(narrow.transpose(1, 2), b)
 
     @staticmethod
     @once_differentiable
@@ -79,6 +80,9 @@ class _Updated(torch.autograd.Function):
 
 
 def updated(output: Tensor, hidden: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`output` plus (hidden a^T) b, [rows, positions, out], with factors a [rows, r, in] and b [rows, r, out]."""
+    """`output` plus (hidden a^T) b, [rows, positions, out], with factors a [rows, r, in] and b [rows, r, out].
+
+    Written into `output`, which its linear has just made and needs no more: a copy takes longer than the update.
+    """
     result: Tensor = _Updated.apply(output, hidden, a, b)  # type: ignore[no-untyped-call]
     return result
