@@ -52,7 +52,7 @@ FULL = Plan(
     ),
     SETTINGS,
     turns=6,
-    seconds=240,
+    seconds=600,
 )
 QUICK = Plan(
     (
