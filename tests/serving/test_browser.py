@@ -29,7 +29,7 @@ pytest_plugins = ["serving_fixtures"]
 pytestmark = pytest.mark.slow
 
 PATIENCE = 240  # seconds, for everything on a busy machine
-NEW_TOKENS = 64  # one step of the page's slider
+NEW_TOKENS = 256  # a stop of the slider; long enough for the page to show an answer while it grows
 CURSOR = "▌"  # ends every state of an answer but the last
 ADAPTERS = ("cats", "dogs", "mixlora-x")
 
@@ -112,7 +112,7 @@ class Tab:
         # The page asks for the models once more when it has loaded, and goes back to the first one then.
         with self.page.expect_response(lambda response: "/run/" in response.url):
             self.page.goto(address, wait_until="domcontentloaded")
-        self.page.get_by_role("button", name="Send").wait_for()
+        self.page.get_by_role("button", name="Send", exact=True).wait_for()
         self.page.evaluate(OBSERVE)
         self.page.get_by_text("Parameters").click()
         for name, value in (("Temperature", 0), ("Max output tokens", NEW_TOKENS)):
@@ -142,7 +142,7 @@ class Tab:
             self.page.locator("[data-testid=image] img").first.wait_for()
         self.page.evaluate("() => { window.states = []; }")
         self.page.get_by_placeholder("Enter text and press ENTER").fill(text)
-        self.page.get_by_role("button", name="Send").click()
+        self.page.get_by_role("button", name="Send", exact=True).click()
 
     def answer(self) -> str:
         """The answer to what was sent last, once it is whole."""
@@ -172,7 +172,8 @@ def test_a_user_picks_an_adapter_uploads_an_image_and_sees_its_answer_grow_and_a
     growing = [_words(state.replace(CURSOR, "")) for state in tab.states() if state.endswith(CURSOR)]
     _keep(tab.page, tmp_path)
     assert first == _words(ask(shelf / "cats", question, max_new_tokens=NEW_TOKENS))
-    assert len(set(growing)) > 2, "the answer came at once, not as a stream"
+    # How many of its states a busy machine shows is open; one before the last is what a stream takes.
+    assert any(part != first for part in growing), "the answer came at once, not as a stream"
     assert all(first.startswith(part) for part in growing)
 
     tab.choose("dogs")

@@ -91,7 +91,8 @@ def kill_once(forks: Forks, flags: list[str], ranks: int, rng: random.Random, se
     job = Job(forks, flags, ranks, {victim: rng.randint(1, CHANGES)} if inside else None)
     if inside:
         statuses = {victim: forks.wait(job.processes[victim])}
-        job.send(signal.SIGKILL)  # as a launcher ends the others
+        if statuses[victim] != 0:
+            job.send(signal.SIGKILL)  # as a launcher ends the others
         others = [rank for rank in range(ranks) if rank != victim]
         statuses |= {rank: forks.wait(job.processes[rank]) for rank in others}
     else:
@@ -99,7 +100,8 @@ def kill_once(forks: Forks, flags: list[str], ranks: int, rng: random.Random, se
         job.send(signal.SIGKILL)
         statuses = dict(enumerate(job.wait()))
     assert set(statuses.values()) <= {0, -signal.SIGKILL}, job.said()
-    return statuses[victim] != 0
+    # Where one rank has ended and another was killed, the training was killed: rank 0 writes the result.
+    return set(statuses.values()) != {0}
 
 
 def history(output: Path) -> list[tuple[Any, ...]]:
