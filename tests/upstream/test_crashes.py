@@ -91,8 +91,7 @@ def kill_once(forks: Forks, flags: list[str], ranks: int, rng: random.Random, se
     job = Job(forks, flags, ranks, {victim: rng.randint(1, CHANGES)} if inside else None)
     if inside:
         statuses = {victim: forks.wait(job.processes[victim])}
-        if statuses[victim] != 0:
-            job.send(signal.SIGKILL)  # as a launcher ends the others
+        job.send(signal.SIGKILL)  # as a launcher ends the others
         others = [rank for rank in range(ranks) if rank != victim]
         statuses |= {rank: forks.wait(job.processes[rank]) for rank in others}
     else:
