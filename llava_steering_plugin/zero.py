@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llava_steering_plugin.errors import SteeringError
+
+logger = logging.getLogger(__name__)
+
+# Longer than any of DeepSpeed's operations takes to compile; another machine with the same home may be at it.
+COMPILING_SECONDS = 600
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -72,7 +80,44 @@ def start_on_cpu() -> None:
             "ninja (after torch, with --no-build-isolation)."
         ) from error
 
+    remove_abandoned_locks()
     deepspeed.init_distributed("gloo")
+
+
+def remove_abandoned_locks() -> None:
+    """Removes what processes that were killed left where torch compiles DeepSpeed's operations.
+
+    torch's lock is a file that exists, without an owner or an end: whoever finds it waits for ever, so that a training
+    killed while an operation was looked up would hang at every start from then on. One that a process of this machine
+    has open is left alone, as is one that is younger than a compilation may take; of that one a warning tells.
+    """
+    from torch.utils import cpp_extension
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        with suppress(FileNotFoundError):  # the other ranks are at it as well
+            age = time.time() - lock.stat().st_mtime
+            if _is_open(lock):
+                continue
+            if age < COMPILING_SECONDS:
+                logger.warning(
+                    "DeepSpeed will wait for %s, %.0f s old, which no process of this machine holds. If this training "
+                    "does not start and no other machine is compiling into that folder, delete the file.",
+                    lock,
+                    age,
+                )
+            else:
+                lock.unlink()
+                logger.warning("removed %s, left by a process that was killed: DeepSpeed would wait for it", lock)
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process that we may look at has it open. Only Linux tells; elsewhere age alone decides."""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if descriptor.readlink() == path.absolute():
+                return True
+    return False
 
 
 def before_initialize(config: dict[str, Any], dtype: torch.dtype, model: nn.Module, hidden_size: int) -> None:

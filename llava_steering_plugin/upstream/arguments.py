@@ -17,11 +17,15 @@ from typing import Any, NoReturn, get_args, get_type_hints
 from llava_steering_plugin import registry
 from llava_steering_plugin.adapters import files
 from llava_steering_plugin.adapters.config import AdapterConfig
-from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError, listing
+from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
 from llava_steering_plugin.modes.base import Mode
 
 NONE = "none"
 CANNOT_START = "this training cannot start"
+DATA_PARALLEL = (
+    "{0} GPUs in one process (nn.DataParallel) lose the token map. Start one process per GPU: "
+    "torchrun --nproc_per_node {0} ... or deepspeed ..., or show one only (CUDA_VISIBLE_DEVICES=0)"
+)
 # Also with the dashes that text processors make of two hyphens; what follows a flag may be a negative number.
 _FLAG = re.compile("[-–—]+[A-Za-z]")
 NO_FSDP = "FSDP flattens adapter parameters together with frozen ones; use DeepSpeed ZeRO or plain DDP"
@@ -120,16 +124,6 @@ def _unknown(word: str, known: list[str]) -> str:
     flag = word.split("=")[0]
     near = difflib.get_close_matches(flag, known, n=1)
     return f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
-
-
-def check(flags: Namespace, unknown: Sequence[str] = ()) -> None:
-    """Refuses a command line that cannot work, before any model is loaded.
-
-    Raises:
-        ArgumentsError: with everything that is wrong with it.
-    """
-    if problems := problems_in(flags, unknown):
-        raise ArgumentsError(listing(CANNOT_START, problems))
 
 
 def problems_in(flags: Namespace, unknown: Sequence[str] = ()) -> list[str]:

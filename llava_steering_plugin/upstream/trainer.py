@@ -130,6 +130,7 @@ class SteeringTrainerMixin:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         if self._attachment is not None and self.is_deepspeed_enabled:
             config = self.args.hf_deepspeed_config
+            zero.remove_abandoned_locks()
             zero.before_initialize(
                 config.config, config.dtype(), self._attachment.model, self._attachment.shape.hidden_size
             )
@@ -215,14 +216,11 @@ class SteeringTrainerMixin:
 def _refuse_setups(given: Any) -> None:
     problems = []
     if given.n_gpu > 1:
-        problems.append(
-            f"{given.n_gpu} GPUs in one process (nn.DataParallel) lose the token map. Start one process per GPU: "
-            f"torchrun --nproc_per_node {given.n_gpu} ... or deepspeed ..., or show one only (CUDA_VISIBLE_DEVICES=0)"
-        )
+        problems.append(arguments.DATA_PARALLEL.format(given.n_gpu))
     if given.fsdp:
         problems.append(arguments.NO_FSDP)
     if problems:
-        raise ArgumentsError(listing("this training cannot start", problems))
+        raise ArgumentsError(listing(arguments.CANNOT_START, problems))
 
 
 def _attached(model: Any, given: Any, tokenizer: Any) -> Attachment:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import torch
 from wrapt import wrap_function_wrapper
 
-from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.adapters.plan import language_model, misfits, read_config
+from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.upstream import arguments
 from llava_steering_plugin.upstream.dialects import require
 from llava_steering_plugin.upstream.trainer import COMMAND_LINE, SteeringTrainerMixin
@@ -39,9 +43,8 @@ def _save(original: Callable[..., Any], instance: None, args: tuple[Any, ...], k
 def _checked(module: ModuleType) -> Callable[..., Any]:
     def train(original: Callable[..., Any], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         flags, unknown = arguments.read_command_line(module, sys.argv[1:])
-        try:
-            arguments.check(flags, unknown)
-        except SteeringError as error:
+        if problems := _problems_in(flags, unknown):
+            error = ArgumentsError(listing(arguments.CANNOT_START, problems))
             arguments.fail(error, every_rank=False)
         token = COMMAND_LINE.set(flags)
         try:
@@ -52,3 +55,29 @@ def _checked(module: ModuleType) -> Callable[..., Any]:
             COMMAND_LINE.reset(token)
 
     return train
+
+
+def _problems_in(flags: Namespace, unknown: Sequence[str]) -> list[str]:
+    """Everything that is wrong, as far as command line, base and machine tell it before a model is loaded."""
+    problems = arguments.problems_in(flags, unknown)
+    return [*problems, *_misfits(flags), *_data_parallel(flags)] if arguments.active(flags) else problems
+
+
+def _misfits(flags: Namespace) -> list[str]:
+    """Settings that are too much for a base in a folder; one of the hub, which may have to be fetched, comes later."""
+    base = flags.model_name_or_path
+    if not os.path.isdir(base or ""):
+        return []
+    try:
+        return [
+            f"--{problem}" for problem in misfits(language_model(read_config(base), base), arguments.mode_from(flags))
+        ]
+    except SteeringError:
+        return []  # what is wrong is said already, or by whoever loads the base
+
+
+def _data_parallel(flags: Namespace) -> list[str]:
+    """What transformers does with several GPUs and no launcher."""
+    launched = "LOCAL_RANK" in os.environ or flags.local_rank != -1 or flags.deepspeed
+    count = 0 if launched or flags.use_cpu else torch.cuda.device_count()
+    return [arguments.DATA_PARALLEL.format(count)] if count > 1 else []

@@ -254,11 +254,15 @@ def test_flags_that_contradict_the_adapter_to_continue_are_refused(
     assert "mores_tokens" not in error
 
 
-def test_a_rank_above_the_models_width_is_refused_before_the_first_step(
-    tiny: TinyLlava, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_base_and_machine_do_not_allow_is_refused_together_with_wrong_flags(
+    tiny: TinyLlava, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    error = refusal(tiny, tmp_path, {"tuning_mode": "mores", "mores_rank": HIDDEN + 1}, capsys)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    flags = {"tuning_mode": "mores", "mores_rank": HIDDEN + 1, "mores_tokns": "all", "use_cpu": None}
+    error = refusal(tiny, tmp_path, flags, capsys)
     assert f"it cannot exceed the model's width of {HIDDEN}" in error
+    assert "torchrun --nproc_per_node 2" in error
+    assert "did you mean --mores_tokens" in error
 
 
 def test_several_gpus_in_one_process_are_refused_with_the_launcher_to_use(

@@ -1,0 +1,63 @@
+"""What a killed training leaves where torch compiles DeepSpeed's operations."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from llava_steering_plugin.zero import COMPILING_SECONDS, remove_abandoned_locks
+
+
+@pytest.fixture(params=["own folder", "default folder"])
+def operations(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the operations, one below it for each."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    if request.param == "own folder":
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+        return tmp_path
+    monkeypatch.setattr("torch.utils.cpp_extension.get_default_build_root", lambda: str(tmp_path))
+    return tmp_path / "py311_cpu"
+
+
+def locked(operations: Path, seconds: float) -> Path:
+    """The lock of an operation, that old."""
+    lock = operations / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (time.time() - seconds,) * 2)
+    return lock
+
+
+def test_a_lock_that_nobody_holds_and_that_is_old_is_removed(
+    operations: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = locked(operations, COMPILING_SECONDS + 10)
+    with caplog.at_level(logging.WARNING):
+        remove_abandoned_locks()
+    assert not lock.exists()
+    assert f"removed {lock}" in caplog.text
+
+
+def test_a_lock_that_nobody_here_holds_but_that_is_young_is_told_of(
+    operations: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = locked(operations, 30)
+    with caplog.at_level(logging.WARNING):
+        remove_abandoned_locks()
+    assert lock.exists()
+    assert f"DeepSpeed will wait for {lock}, 30 s old" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux tells what a process has open")
+def test_a_lock_that_a_process_holds_stays_however_old_it_is(
+    operations: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = locked(operations, 10 * COMPILING_SECONDS)
+    with lock.open(), caplog.at_level(logging.WARNING):
+        remove_abandoned_locks()
+    assert lock.exists()
+    assert not caplog.text
