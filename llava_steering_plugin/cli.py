@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -148,7 +149,11 @@ def convert(
 ) -> None:
     """Make an adapter folder of a MoReS or MixLoRA checkpoint that the papers' authors released."""
     from .adapters.convert import convert as converted
+    from .upstream.conversations import checked_template
 
+    if conversation is not None:
+        with suppress(ImportError):  # without LLaVA there is nobody to ask
+            checked_template(conversation)
     _show_conversion(
         converted(source, target, base, projector=projector, conversation=conversation, force=force),
         Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160),

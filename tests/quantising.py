@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from unittest import mock
+
+if TYPE_CHECKING:
+    from asking import Asker
 
 
 @contextlib.contextmanager
@@ -35,6 +40,23 @@ def quantising_on_cpu() -> Iterator[None]:
         mock.patch.object(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False),
     ):
         yield
+
+
+def quantised_asker(images: Path, bits: int) -> Asker:
+    """The Python API with `load_4bit` or `load_8bit`; loads in this process."""
+    from asking import Asker
+    from llava.mm_utils import get_model_name_from_path
+    from llava.model.builder import load_pretrained_model
+
+    def load(path: str, base: str | None) -> tuple[Any, Any, Any]:
+        with quantising_on_cpu():
+            how = {f"load_{bits}bit": True}
+            loaded = load_pretrained_model(path, base, get_model_name_from_path(path), device="cpu", **how)
+        return loaded[:3]
+
+    asker = Asker(images)
+    vars(asker)["load"] = functools.cache(load)
+    return asker
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ from llava.conversation import SeparatorStyle, conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from PIL import Image
 
-from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.serving.pool import BASE, AdapterPool
 from llava_steering_plugin.serving.streaming import AnswerStreamer, Ended, Speed, first_interrupt
+from llava_steering_plugin.upstream.conversations import checked_template
 from llava_steering_plugin.upstream.naming import PREFIXES
 
 # llava/serve/cli.py: the first of these that is in a model's name, in this order, decides its template.
@@ -54,19 +54,6 @@ def template_of_adapter(conversation: str | None) -> str:
     """
     prefix = PREFIXES.get(conversation or "v0")
     return template_by_name(prefix) if prefix is not None else checked_template(str(conversation))
-
-
-def checked_template(name: str) -> str:
-    """The name of a template.
-
-    Raises:
-        ArgumentsError: LLaVA has none of that name.
-    """
-    if name not in conv_templates:
-        near = difflib.get_close_matches(name, conv_templates, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ArgumentsError(f"unknown conversation template {name!r}: {hint}LLaVA has {', '.join(conv_templates)}")
-    return name
 
 
 class Chat:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError, UpstreamError, listing
+from llava_steering_plugin.serving import flags
 
 
 def evaluate(
@@ -31,8 +32,8 @@ def evaluate(
     top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
     num_beams: Annotated[int, typer.Option(min=1)] = 1,
     device: Annotated[str, typer.Option(help="auto: cuda where there is a GPU, else cpu.")] = "auto",
-    load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Quantise the base to 4 bits.")] = False,
-    load_8bit: Annotated[bool, typer.Option("--load-8bit", help="Quantise the base to 8 bits.")] = False,
+    load_4bit: flags.Load4bit = False,
+    load_8bit: flags.Load8bit = False,
     max_resident: Annotated[
         int | None, typer.Option(min=1, help="Adapters on the device at a time; the others wait in CPU memory.")
     ] = None,

@@ -16,9 +16,10 @@ from llava_steering_plugin.adapters import files
 from llava_steering_plugin.adapters.attach import remove
 from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.errors import AdapterError, BaseMismatch, SteeringError, listing
-from llava_steering_plugin.serving.chat import Chat, checked_template, template_by_name, template_of_adapter
+from llava_steering_plugin.serving.chat import Chat, template_by_name, template_of_adapter
 from llava_steering_plugin.serving.pool import BASE, AdapterPool
 from llava_steering_plugin.upstream.builder import name_for
+from llava_steering_plugin.upstream.conversations import checked_template
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ def open_chat(
     base: str | None = None,
     device: str = "cpu",
     load_4bit: bool = False,
+    load_8bit: bool = False,
     conversation: str | None = None,
     temperature: float = 0.2,
     max_new_tokens: int = 512,
@@ -51,7 +53,7 @@ def open_chat(
     """
     if conversation is not None:
         checked_template(conversation)
-    how = {"load_4bit": load_4bit, "device": device}
+    how = {"load_4bit": load_4bit, "load_8bit": load_8bit, "device": device}
     if first is None:
         pool, tokenizer, processor = _load_base(path, how)
         shown = get_model_name_from_path(path)

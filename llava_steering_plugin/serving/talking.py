@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from llava_steering_plugin.serving import flags
 from llava_steering_plugin.upstream.checkout import find_llava
 from llava_steering_plugin.upstream.install import install
 
@@ -24,7 +25,8 @@ def chat(
     image: Annotated[str | None, typer.Option(metavar="FILE", help="Talk about this image.")] = None,
     model_base: Annotated[str | None, typer.Option(help="Where the adapter's base is, if it has moved.")] = None,
     device: Annotated[str, typer.Option(help="auto: cuda where there is a GPU, else cpu.")] = "auto",
-    load_4bit: Annotated[bool, typer.Option("--load-4bit", help="Quantise the base to 4 bits.")] = False,
+    load_4bit: flags.Load4bit = False,
+    load_8bit: flags.Load8bit = False,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely answer.")] = 0.2,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest answer.")] = 512,
     conv_mode: Annotated[
@@ -57,6 +59,7 @@ def chat(
             base=model_base,
             device=device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
             load_4bit=load_4bit,
+            load_8bit=load_8bit,
             conversation=conv_mode,
             temperature=temperature,
             max_new_tokens=max_new_tokens,

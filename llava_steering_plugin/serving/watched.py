@@ -94,6 +94,10 @@ class WatchedFolder(threading.Thread):
         return found
 
     def _put(self, name: str) -> bool:
+        other = self._source(name)
+        if other not in (None, str(self.folder / name)):
+            logger.warning("%s is not served: %r is %s already. Rename the folder.", self.folder / name, name, other)
+            return False
         try:
             self._roster.put(checked_label(name), str(self.folder / name))
         except SteeringError as error:
@@ -103,8 +107,14 @@ class WatchedFolder(threading.Thread):
 
     def _drop(self, name: str) -> bool:
         self._roster.rejected.pop(name, None)
+        if self._source(name) != str(self.folder / name):
+            return False
         try:
             self._roster.drop(name)
         except SteeringError:
-            return False  # it was broken, or an administrator has removed it
+            return False  # an administrator was faster
         return True
+
+    def _source(self, name: str) -> str | None:
+        """Where the adapter of that name came from, which may be a flag or an administrator."""
+        return next((entry.source for entry in self._roster.entries() if entry.name == name), None)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from llava_steering_plugin.adapters import files
 from llava_steering_plugin.cli import app
-from llava_steering_plugin.errors import AdapterError
+from llava_steering_plugin.errors import AdapterError, ArgumentsError
 
 
 def test_the_command_shows_what_it_made_and_what_it_lost(tmp_path: Path) -> None:
@@ -32,6 +32,14 @@ def test_the_command_shows_what_it_made_and_what_it_lost(tmp_path: Path) -> None
     assert files.read(tmp_path / "done").config.conversation == "vicuna_v1"
     again = CliRunner().invoke(app, command)
     assert isinstance(again.exception, AdapterError) and "--force" in str(again.exception)
+
+
+def test_a_conversation_template_that_llava_has_not_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    command = ["convert", str(golden("mores")), str(tmp_path / "done"), "--base", golden_base("mores")]
+    done = CliRunner().invoke(app, [*command, "--conversation", "vicuna"])
+    assert isinstance(done.exception, ArgumentsError)
+    assert "'vicuna'" in str(done.exception) and "vicuna_v1" in str(done.exception)
+    assert not (tmp_path / "done").exists()
 
 
 def test_a_base_in_the_hubs_cache_is_found_by_its_name(tmp_path: Path) -> None:

@@ -227,6 +227,19 @@ def test_what_is_put_into_the_watched_folder_replaced_in_it_and_taken_out_is_fol
         watched.join(30)
 
 
+def test_the_folder_neither_replaces_nor_removes_an_adapter_that_came_from_elsewhere(
+    worker: Any, client: Client, shelf: Path, folder: Path, shown: set[str], alone: Alone, asked: list[Question],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    shutil.copytree(shelf / "dogs", folder / "cats")
+    watched = WatchedFolder(folder, worker.roster, lambda: None)
+    assert not watched.look(settled=True)
+    assert f"{folder / 'cats'} is not served: 'cats' is {shelf / 'cats'} already" in caplog.text
+    shutil.rmtree(folder / "cats")
+    assert not watched.look(settled=True)
+    assert client.answer("cats", asked[0]) == alone("cats", asked[0])
+
+
 def test_a_file_that_is_still_being_copied_is_not_read(worker: Any, shelf: Path, folder: Path, shown: set[str]) -> None:
     changes: list[None] = []
     watched = WatchedFolder(folder, worker.roster, lambda: changes.append(None))

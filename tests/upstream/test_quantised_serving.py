@@ -7,12 +7,11 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from asking import Asker, Question
-from quantising import quantising_on_cpu
+from asking import Question
+from quantising import quantised_asker, quantising_on_cpu
 from tiny_llava import TinyLlava
 from training_runs import plain_llm_overrides, subprocess_environment, train_flags, train_in_process
 
@@ -30,22 +29,6 @@ def adapter(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempP
     with quantising_on_cpu():
         train_in_process(train_flags(tiny, output, {**plain_llm_overrides(tiny), **mode}))
     return output
-
-
-def quantised_asker(tiny: TinyLlava, bits: int) -> Asker:
-    """The Python API with the same quantisation; loads in this process."""
-    from llava.mm_utils import get_model_name_from_path
-    from llava.model.builder import load_pretrained_model
-
-    def load(path: str, base: str | None) -> tuple[Any, Any, Any]:
-        with quantising_on_cpu():
-            how = {f"load_{bits}bit": True}
-            loaded = load_pretrained_model(path, base, get_model_name_from_path(path), device="cpu", **how)
-        return loaded[:3]
-
-    asker = Asker(tiny.images)
-    vars(asker)["load"] = load
-    return asker
 
 
 @pytest.mark.slow
@@ -66,7 +49,7 @@ def test_the_chat_answers_over_a_packed_backbone_as_the_python_api_does(
 
     assert done.returncode == 0, done.stderr[-3000:]
     (answer,) = re.findall("^USER: ASSISTANT: (.*)$", done.stdout, re.MULTILINE)
-    ask = quantised_asker(tiny, bits)
+    ask = quantised_asker(tiny.images, bits)
     assert answer.strip() == ask(adapter, questions[0], conversation="llava_v1", max_new_tokens=TOKENS)
 
 
