@@ -92,8 +92,8 @@ class Variant:
             yield
 
 
-def variants(case: Case, settings: tuple[MoReS, ...], dtype: torch.dtype) -> dict[str, Variant]:
-    """The frozen model, the control and one model for each setting, all over the same weights in memory."""
+def frozen_llama(case: Case, dtype: torch.dtype, **settings: Any) -> LlamaForCausalLM:
+    """A Llama of the case's shapes with the same random weights every time; `settings` go into its configuration."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -102,20 +102,27 @@ def variants(case: Case, settings: tuple[MoReS, ...], dtype: torch.dtype) -> dic
         num_hidden_layers=case.layers,
         num_attention_heads=case.heads,
         num_key_value_heads=case.heads,
+        **settings,
     )
-    model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+
+
+def clone(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Another model over the same weights in memory, for another adapter."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def variants(case: Case, settings: tuple[MoReS, ...], dtype: torch.dtype) -> dict[str, Variant]:
+    """The frozen model, the control and one model for each setting, all over the same weights in memory."""
+    model = frozen_llama(case, dtype)
     embeds = torch.randn(case.batch, case.positions, case.width).to(dtype)
-
-    def clone() -> LlamaForCausalLM:
-        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        return copy.deepcopy(model, shared)
-
     made = {FROZEN: Variant(case, model, embeds, None)}
     for number, mode in enumerate(settings):
         if number == len(settings) // 2:
             # Half a turn after the first, so that the two enclose what a turn lasts.
-            made[CONTROL] = Variant(case, clone(), embeds, None)
-        made[f"rank {mode.rank}, {mode.tokens} of the tokens"] = Variant(case, clone(), embeds, mode)
+            made[CONTROL] = Variant(case, clone(model), embeds, None)
+        made[f"rank {mode.rank}, {mode.tokens} of the tokens"] = Variant(case, clone(model), embeds, mode)
     return made
 
 

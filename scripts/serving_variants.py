@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mores_variants import Case
+from mores_variants import Case, clone, frozen_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
 from llava_steering_plugin import AdapterPool, attach, remove, save_adapter, token_map
 from llava_steering_plugin.modes.base import Mode
@@ -23,7 +22,6 @@ from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
 
 BASE, CONTROL = "base", "control (base again)"
-VOCABULARY = 512  # small, so that the head does not hide what the layers cost
 # MixLoRA and LoRA on two linears of every layer, so that a thousand of them fit into memory beside each other.
 TARGETS = ("q_proj", "v_proj")
 LORA_RANK = 8
@@ -177,39 +175,22 @@ def variants(case: Case, kinds: dict[str, tuple[int, ...]], dtype: torch.dtype, 
         kinds: how many adapters at once, by `MODES` or `PEFT`.
         scratch: a folder for the adapters that pools load.
     """
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=case.width,
-        intermediate_size=case.intermediate,
-        num_hidden_layers=case.layers,
-        num_attention_heads=case.heads,
-        num_key_value_heads=case.heads,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    model = frozen_llama(case, dtype, bos_token_id=1, eos_token_id=None, pad_token_id=0)
     embeds = torch.randn(case.batch, case.positions, case.width).to(dtype)
-
-    def clone() -> LlamaForCausalLM:
-        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        return copy.deepcopy(model, shared)
-
     wanted = [(kind, count) for kind, counts in kinds.items() for count in counts]
     made: dict[str, Variant] = {BASE: Variant(case, model, embeds)}
     for number, (kind, count) in enumerate(wanted):
         if number == len(wanted) // 2:
             # Half a turn after the first, so that the two enclose what a turn lasts.
-            made[CONTROL] = Variant(case, clone(), embeds)
+            made[CONTROL] = Variant(case, clone(model), embeds)
         name = f"{kind}, {count:,} resident"
         if kind == PEFT:
-            made[name] = Peft(case, clone(), embeds, count)
+            made[name] = Peft(case, clone(model), embeds, count)
         else:
             folder = scratch / kind
             if not folder.exists():
-                _save(clone(), MODES[kind], folder)
-            made[name] = Pooled(case, clone(), embeds, count, folder)
+                _save(clone(model), MODES[kind], folder)
+            made[name] = Pooled(case, clone(model), embeds, count, folder)
     return made
 
 

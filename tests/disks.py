@@ -28,5 +28,10 @@ def mount(*arguments: str) -> None:
         pytest.skip(f"may not mount: {done.stderr.strip()}")
 
 
-def unmount(folder: Path) -> None:
+@contextlib.contextmanager
+def file_system(folder: Path, size: str) -> Iterator[Path]:
+    """A new folder with a file system of that size, such as "64k", in memory. Skips the test where none may be had."""
+    folder.mkdir()
+    mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder))
+    yield folder
     subprocess.run(["umount", str(folder)], check=True)

@@ -8,59 +8,37 @@ from typing import Annotated
 
 import typer
 
-from llava_steering_plugin.serving.flags import (
-    BODY_MB,
-    DEFAULTS,
-    TOKEN_VARIABLE,
-    AdapterFolder,
-    Adapters,
-    AdminToken,
-    AnyPath,
-    BodyLimit,
-    Device,
-    Load4bit,
-    Load8bit,
-    LogRequests,
-    MaxResident,
-    ModelName,
-    MoreAdapters,
-    PixelLimit,
-    PromptLimit,
-    Running,
-    Stall,
-    Waiting,
-    WatchEvery,
-)
+from llava_steering_plugin.serving import flags
 
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Default: a free one.")]
 
 
 def serve(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The base model: a folder or a hub id.")],
-    more_adapters: MoreAdapters = None,
-    adapters: Adapters = None,
-    adapter_dir: AdapterFolder = None,
-    watch_every: WatchEvery = 2.0,
-    model_name: ModelName = None,
-    device: Device = "auto",
-    load_4bit: Load4bit = False,
-    load_8bit: Load8bit = False,
-    max_resident: MaxResident = None,
+    more_adapters: flags.MoreAdapters = None,
+    adapters: flags.Adapters = None,
+    adapter_dir: flags.AdapterFolder = None,
+    watch_every: flags.WatchEvery = 2.0,
+    model_name: flags.ModelName = None,
+    device: flags.Device = "auto",
+    load_4bit: flags.Load4bit = False,
+    load_8bit: flags.Load8bit = False,
+    max_resident: flags.MaxResident = None,
     host: Annotated[str, typer.Option(help="Where the page listens; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     page_port: Annotated[
         int | None, typer.Option("--port", "--page-port", min=1, max=65535, help="Default: 7860, or a free one.")
     ] = None,
     controller_port: Port = None,
     worker_port: Port = None,
-    limit_model_concurrency: Running = DEFAULTS.running,
-    limit_queue: Waiting = DEFAULTS.waiting,
-    limit_body_mb: BodyLimit = BODY_MB,
-    limit_prompt: PromptLimit = DEFAULTS.prompt_characters,
-    limit_pixels: PixelLimit = DEFAULTS.image_pixels,
-    stall_seconds: Stall = DEFAULTS.stall_seconds,
-    admin_token: AdminToken = None,
-    admin_any_path: AnyPath = False,
-    log_requests: LogRequests = False,
+    limit_model_concurrency: flags.Running = flags.DEFAULTS.running,
+    limit_queue: flags.Waiting = flags.DEFAULTS.waiting,
+    limit_body_mb: flags.BodyLimit = flags.BODY_MB,
+    limit_prompt: flags.PromptLimit = flags.DEFAULTS.prompt_characters,
+    limit_pixels: flags.PixelLimit = flags.DEFAULTS.image_pixels,
+    stall_seconds: flags.Stall = flags.DEFAULTS.stall_seconds,
+    admin_token: flags.AdminToken = None,
+    admin_any_path: flags.AnyPath = False,
+    log_requests: flags.LogRequests = False,
 ) -> None:
     """Serve many adapters on one base: upstream's controller and web page with our worker, on this machine."""
     from rich.console import Console
@@ -89,7 +67,7 @@ def serve(
     worker += [flag for flag, on in switches.items() if on]
     worker += [word for name, source in sources.items() for word in ("--adapters", f"{name}={source}")]
     # By the environment: flags are there to be read by everybody on the machine.
-    environment = {} if admin_token is None else {TOKEN_VARIABLE: admin_token}
+    environment = {} if admin_token is None else {flags.TOKEN_VARIABLE: admin_token}
     run(
         Plan(worker, environment, host, page_port, controller_port, worker_port, log_requests),
         Console(highlight=False, emoji=False),

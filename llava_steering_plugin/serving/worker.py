@@ -18,30 +18,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
+from llava_steering_plugin.serving import flags
 from llava_steering_plugin.serving.allocator import give_large_blocks_back
-from llava_steering_plugin.serving.flags import (
-    BODY_MB,
-    DEFAULTS,
-    AdapterFolder,
-    Adapters,
-    AdminToken,
-    AnyPath,
-    BasePath,
-    BodyLimit,
-    Device,
-    Load4bit,
-    Load8bit,
-    LogRequests,
-    MaxResident,
-    ModelName,
-    MoreAdapters,
-    PixelLimit,
-    PromptLimit,
-    Running,
-    Stall,
-    Waiting,
-    WatchEvery,
-)
 from llava_steering_plugin.serving.limits import Limits
 
 if TYPE_CHECKING:
@@ -54,16 +32,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def run(
-    model_path: BasePath,
-    adapters: Adapters = None,
-    more_adapters: MoreAdapters = None,
-    adapter_dir: AdapterFolder = None,
-    watch_every: WatchEvery = 2.0,
-    model_name: ModelName = None,
-    device: Device = "auto",
-    load_4bit: Load4bit = False,
-    load_8bit: Load8bit = False,
-    max_resident: MaxResident = None,
+    model_path: flags.BasePath,
+    adapters: flags.Adapters = None,
+    more_adapters: flags.MoreAdapters = None,
+    adapter_dir: flags.AdapterFolder = None,
+    watch_every: flags.WatchEvery = 2.0,
+    model_name: flags.ModelName = None,
+    device: flags.Device = "auto",
+    load_4bit: flags.Load4bit = False,
+    load_8bit: flags.Load8bit = False,
+    max_resident: flags.MaxResident = None,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 21002,
     worker_address: Annotated[
@@ -71,15 +49,15 @@ def run(
     ] = None,
     controller_address: Annotated[str, typer.Option(help="The controller's URL.")] = "http://localhost:21001",
     no_register: Annotated[bool, typer.Option("--no-register", help="Run without a controller.")] = False,
-    limit_model_concurrency: Running = DEFAULTS.running,
-    limit_queue: Waiting = DEFAULTS.waiting,
-    limit_body_mb: BodyLimit = BODY_MB,
-    limit_prompt: PromptLimit = DEFAULTS.prompt_characters,
-    limit_pixels: PixelLimit = DEFAULTS.image_pixels,
-    stall_seconds: Stall = DEFAULTS.stall_seconds,
-    admin_token: AdminToken = None,
-    admin_any_path: AnyPath = False,
-    log_requests: LogRequests = False,
+    limit_model_concurrency: flags.Running = flags.DEFAULTS.running,
+    limit_queue: flags.Waiting = flags.DEFAULTS.waiting,
+    limit_body_mb: flags.BodyLimit = flags.BODY_MB,
+    limit_prompt: flags.PromptLimit = flags.DEFAULTS.prompt_characters,
+    limit_pixels: flags.PixelLimit = flags.DEFAULTS.image_pixels,
+    stall_seconds: flags.Stall = flags.DEFAULTS.stall_seconds,
+    admin_token: flags.AdminToken = None,
+    admin_any_path: flags.AnyPath = False,
+    log_requests: flags.LogRequests = False,
 ) -> None:
     """Serve a base and its adapters to LLaVA's controller and web page."""
     logging.basicConfig(level=logging.INFO)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disks import largest_file, mount, unmount
+from disks import file_system, largest_file, mount
 from steered import contents, strengthen
 
 from llava_steering_plugin import load_adapter, remove, save_adapter
@@ -35,12 +35,8 @@ def test_a_save_that_runs_out_of_space_leaves_the_previous_adapter(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount("-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk))
-    yield disk
-    unmount(disk)
+    with file_system(tmp_path / "disk", "64k") as disk:
+        yield disk
 
 
 def test_a_full_disk_leaves_the_previous_adapter(model: Any, steered: Steered, small_disk: Path) -> None:

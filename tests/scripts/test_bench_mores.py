@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from training_runs import subprocess_environment
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from quick_runs import SCRIPTS, quick_run
 
 
 @pytest.fixture(autouse=True)
@@ -60,19 +55,7 @@ def test_the_interval_holds_the_middle_of_the_turns_and_all_of_them_where_they_a
 
 @pytest.mark.slow
 def test_a_quick_run_writes_every_time_ratio_and_count(tmp_path: Path) -> None:
-    file = tmp_path / "bench.json"
-
-    result = subprocess.run(
-        [sys.executable, str(SCRIPTS / "bench_mores.py"), "--quick", "--json", str(file)],
-        env=subprocess_environment(tmp_path),
-        capture_output=True,
-        text=True,
-        check=False,  # whether the times pass depends on what else this machine does
-    )
-
-    written = json.loads(file.read_text())
-    assert result.returncode == (0 if written["passed"] else 1)
-    assert {"processor", "torch", "date", "clock"} <= written["machine"].keys()
+    written = quick_run("bench_mores.py", tmp_path)
     assert [found["case"]["width"] for found in written["results"]] == [1024, 4096]
     for found in written["results"]:
         assert found["times"].keys() == {"forward", "forward + backward", "decode step"}

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from training_runs import subprocess_environment
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from quick_runs import SCRIPTS, quick_run
 
 
 @pytest.fixture(autouse=True)
@@ -60,19 +55,7 @@ def test_the_spread_is_what_the_control_differs_from_the_base_in_most_turns_eith
 
 @pytest.mark.slow
 def test_a_quick_run_writes_every_time_and_what_adapters_take(tmp_path: Path) -> None:
-    file = tmp_path / "bench.json"
-
-    result = subprocess.run(
-        [sys.executable, str(SCRIPTS / "bench_serving.py"), "--quick", "--json", str(file)],
-        env=subprocess_environment(tmp_path),
-        capture_output=True,
-        text=True,
-        check=False,  # whether the times pass depends on what else this machine does
-    )
-
-    written = json.loads(file.read_text())
-    assert result.returncode == (0 if written["passed"] else 1)
-    assert {"processor", "torch", "date", "clock"} <= written["machine"].keys()
+    written = quick_run("bench_serving.py", tmp_path)
     (found,) = written["results"]
     adapters = {f"{kind} resident" for kind in ("MoReS, 1", "MoReS, 100", "MixLoRA, 1", "MixLoRA, 10")}
     adapters |= {"PEFT LoRA, 1 resident", "PEFT LoRA, 10 resident"}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from disks import largest_file, mount, unmount
+from disks import file_system, largest_file, mount
 from rank_runs import assert_equal, losses
 from steered import contents
 from tiny_llava import TinyLlava
@@ -178,11 +178,8 @@ def test_a_disk_that_fills_up_in_a_save_is_one_clear_error_and_the_same_command_
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount("-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder))
-    yield folder
-    unmount(folder)
+    with file_system(tmp_path / "disk", "8m") as folder:
+        yield folder
 
 
 def test_an_output_folder_that_is_read_only_is_refused_before_the_first_step(

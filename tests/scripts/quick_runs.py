@@ -1,0 +1,29 @@
+"""The benchmarks' quick runs, as somebody starts them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from training_runs import subprocess_environment
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def quick_run(script: str, folder: Path) -> dict[str, Any]:
+    """What a benchmark writes with --quick. Whether its times pass depends on what else this machine does."""
+    file = folder / "bench.json"
+    result = subprocess.run(
+        [sys.executable, str(SCRIPTS / script), "--quick", "--json", str(file)],
+        env=subprocess_environment(folder),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    written: dict[str, Any] = json.loads(file.read_text())
+    assert result.returncode == (0 if written["passed"] else 1), result.stderr
+    assert {"processor", "torch", "date", "clock"} <= written["machine"].keys()
+    return written
