@@ -1,0 +1,50 @@
+"""The benchmark of MixLoRA: its formula is exact, it judges beside the control, --quick writes what it measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from quick_runs import SCRIPTS, quick_run
+
+
+@pytest.fixture(autouse=True)
+def scripts_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+@pytest.mark.parametrize(("batch", "positions"), [(1, 1), (1, 16), (3, 16)])
+def test_floating_point_operations_are_what_the_formula_says(batch: int, positions: int) -> None:
+    import torch
+    from bench_mixlora import Case, expected_flops, flops
+
+    case = Case(64, 96, batch, positions)
+    counted = flops(case, torch.float32)
+    assert counted["mixlora"] - counted["frozen"] == expected_flops(case)
+    assert counted["control"] == counted["frozen"] < counted["mixlora"] < counted["dense delta"]
+
+
+def test_what_counts_is_the_time_beyond_the_controls() -> None:
+    from bench_mixlora import excess
+    from bench_timing import summarise
+
+    samples = {"frozen": [1.0] * 5, "control": [1.02] * 5, "mixlora": [1.05] * 5}
+    assert excess(summarise(samples, baseline="frozen")) == pytest.approx(0.03)
+
+
+@pytest.mark.slow
+def test_a_quick_run_writes_every_time_count_and_peak(tmp_path: Path) -> None:
+    written = quick_run("bench_mixlora.py", tmp_path)
+
+    kinds = {"frozen", "control", "mixlora", "peft", "dense delta"}
+    assert [layer["case"]["positions"] for layer in written["layers"]] == [1, 128]
+    for layer in written["layers"]:
+        assert layer["times"].keys() == layer["flops"].keys() == kinds
+        assert layer["flops"]["mixlora"] - layer["flops"]["frozen"] == layer["formula"]
+        for timing in layer["times"].values():
+            assert 0 < timing["seconds_low"] <= timing["seconds"] <= timing["seconds_high"]
+    for timings in (written["prefill"], written["decode"]):
+        assert timings.keys() == kinds - {"dense delta"}
+    for peaks in written["peak bytes"].values():
+        assert peaks["frozen"] < peaks["mixlora"] < peaks["dense delta"]
+    assert written["verdicts"]
