@@ -9,6 +9,8 @@ from dataclasses import dataclass
 FACTORS, ACTIVE = 8, 2
 # The update is multiplied by this, whatever the method and the rank.
 SCALE = 2.0
+# Of the load-balance loss, where there is one: what served learning best on the problem of docs/multitask.md.
+BALANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,10 @@ def linears(layers: int, width: int) -> list[tuple[int, int]]:
 
 
 def compared(layers: int, width: int, learning_rate: float) -> tuple[Method, ...]:
-    """LoRA of equal active rank and of equal trained parameters; MixLoRA with frozen and with learning routers."""
+    """LoRA of equal active rank and of equal trained parameters; MixLoRA with frozen and with learning routers.
+
+    Those learn from the answers alone, and with the load-balance loss beside them.
+    """
     decoder = linears(layers, width)
     equal = matching_rank(mixlora_parameters(FACTORS, ACTIVE, decoder), decoder)
 
@@ -81,7 +86,7 @@ def compared(layers: int, width: int, learning_rate: float) -> tuple[Method, ...
         flags = {"lora_enable": True, "lora_r": rank, "lora_alpha": round(SCALE * rank), "lora_dropout": 0.0}
         return Method(f"lora-r{rank}", f"LoRA r={rank}", flags, learning_rate)
 
-    def mixlora(name: str, router_grad: str) -> Method:
+    def mixlora(name: str, router_grad: str, **more: object) -> Method:
         flags = {
             "tuning_mode": "mixlora",
             "mixlora_factors": FACTORS,
@@ -89,10 +94,17 @@ def compared(layers: int, width: int, learning_rate: float) -> tuple[Method, ...
             "mixlora_alpha": SCALE * ACTIVE,
             "mixlora_variant": "paper",
             "mixlora_router_grad": router_grad,
+            **more,
         }
         return Method(f"mixlora-{name}", f"MixLoRA {ACTIVE} of {FACTORS}, {name} routers", flags, learning_rate)
 
-    return lora(ACTIVE), lora(equal), mixlora("frozen", "none"), mixlora("learned", "straight_through")
+    return (
+        lora(ACTIVE),
+        lora(equal),
+        mixlora("frozen", "none"),
+        mixlora("learned", "straight_through"),
+        mixlora("balanced", "straight_through", mixlora_balance=BALANCE),
+    )
 
 
 FULL = Plan()

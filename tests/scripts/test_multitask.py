@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -146,10 +148,11 @@ def test_the_rank_of_the_larger_lora_trains_as_many_parameters_as_learned_routin
     assert wanted == 4 * counted
     equal = lora_parameters(matching_rank(wanted, decoder), decoder)
     assert abs(equal - wanted) < 0.02 * wanted
-    small, large, frozen, learned = compared(4, 128, 1e-3)
+    small, large, frozen, learned, balanced = compared(4, 128, 1e-3)
     assert (small.flags["lora_r"], large.flags["lora_r"]) == (ACTIVE, matching_rank(wanted, decoder))
     assert (small.is_lora, learned.is_lora) == (True, False)
-    assert [method.frozen_routers for method in (small, large, frozen, learned)] == [False, False, True, False]
+    assert [method for method in compared(4, 128, 1e-3) if method.frozen_routers] == [frozen]
+    assert (learned.flags | {"mixlora_balance": 0.05}) == balanced.flags
 
 
 def _row(method: str, seed: int, right: float, told: float | None = None) -> dict[str, Any]:
@@ -193,3 +196,24 @@ def test_the_tables_and_the_plot_show_every_method(tmp_path: Path) -> None:
     assert "| MixLoRA 2 of 8, learned routers | cameras only | 0.25 ±0.00 | 0.02 ±0.00 | 9.0 |" in written
     plot(results, tmp_path / "plot.png")
     assert min(Image.open(tmp_path / "plot.png").size) > 400
+
+
+@pytest.mark.slow
+def test_the_quick_measurement_runs_every_part_and_a_second_run_uses_what_is_there(tmp_path: Path) -> None:
+    command = [str(SCRIPTS / "multitask.sh"), "--quick", "--output", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=1500)
+    found = tmp_path / "quick" / "multitask"
+    results = json.loads((found / "results.json").read_text())
+    small, large, frozen, *learning = results["methods"]
+    assert (small["parameters"], frozen["parameters"]) == (4 * 2944 * 2, 4 * 2944 * 8)
+    for entry in learning:
+        assert abs(large["parameters"] - entry["parameters"]) < 0.02 * entry["parameters"]
+    for entry in (frozen, *learning):
+        assert 0 <= entry["information"]["cameras"]["told"]["mean"] <= 1
+        assert len(entry["information"]["tasks"]["layers"]) == 4
+    assert all(0 <= share <= 1 for row in results["rows"] for share in row["accuracy"].values())
+    assert (found / "multitask.png").is_file()
+    again = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+    stages = [line for line in again.stdout.splitlines() if line.startswith("multitask/")]
+    assert len(stages) == len(results["seconds"])
+    assert all("done before" in line for line in stages)
