@@ -84,5 +84,9 @@ def updated(output: Tensor, hidden: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
     Written into `output`, which its linear has just made and needs no more: a copy takes longer than the update.
     """
+    if torch.is_grad_enabled() and output._is_view():
+        # Autograd lets nobody write into a view that another function's forward has made, as that of bitsandbytes'
+        # 8-bit linears.
+        output = output.clone()
     result: Tensor = _Updated.apply(output, hidden, a, b)  # type: ignore[no-untyped-call]
     return result

@@ -152,6 +152,25 @@ def test_other_quantisations_precisions_and_modes_train(
     assert all(bool(value.any()) for value in pools)
 
 
+def test_mixlora_over_eight_bits_trains_where_its_linears_give_views(tiny: TinyLlava) -> None:
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+    from llava_steering_plugin import attach, token_map
+
+    # In eval mode bitsandbytes multiplies on the processor as it always does on CUDA: what comes out is a view made
+    # inside its autograd function, which nobody may write into.
+    model = LlavaLlamaForCausalLM.from_pretrained(tiny.llava, load_in_8bit=True).eval().requires_grad_(False)
+    attachment = attach(model, "mixlora")
+    for parameter in attachment.trained().values():
+        parameter.requires_grad_(True)
+    ids = torch.tensor([[1, 5, 9, 23, 41]])
+    with token_map(torch.zeros_like(ids, dtype=torch.bool), torch.ones_like(ids)):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().sum().backward()
+    pools = [value for name, value in attachment.trained().items() if name.endswith("routed_b")]
+    assert pools and all(value.grad is not None and bool(value.grad.isfinite().all()) for value in pools)
+    assert any(bool(value.grad.any()) for value in pools if value.grad is not None)
+
+
 def test_over_four_bits_gradient_checkpointing_changes_nothing(tiny: TinyLlava, tmp_path: Path) -> None:
     common = {"bits": 4, "bf16": False}
     train(tiny, tmp_path / "plain", {**common, "gradient_checkpointing": False})
