@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from bench_timing import interleave, machine, ratio_table, summarise, write_json
+from bench_timing import interval, machine, ratio_table, summarise, until_decided, write_json
 from mores_variants import CONTROL, FROZEN, Case, expected, flops_of, size, squares_of, variants
 from rich.console import Console
 
@@ -33,6 +33,7 @@ from llava_steering_plugin.modes.mores import MoReS
 
 LIMIT = 0.03
 REFERENCE = "mean of these two"
+Samples = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -67,30 +68,23 @@ QUICK = Plan(
 
 
 def timed(calls: dict[str, Callable[[], None]], plan: Plan) -> dict[str, list[float]]:
-    """Takes turns until every adapter is decided, or the time is up; stopping depends on certainty, not on success."""
+    """Takes turns until every adapter is decided, or the time is up."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = time.perf_counter()
-    samples = interleave(calls, rounds=plan.turns, warmup=1, clock=clock)
-    while time.perf_counter() - start < plan.seconds:
-        intervals = [interval(samples, name) for name in calls if name not in (FROZEN, CONTROL)]
-        if all(high <= LIMIT or low > LIMIT for low, high in intervals):
-            break
-        for name, more in interleave(calls, rounds=plan.turns, warmup=0, clock=clock).items():
-            samples[name] += more
-    return samples
+
+    def judged(samples: Samples) -> dict[str, list[float]]:
+        return {name: excesses(samples, name) for name in calls if name not in (FROZEN, CONTROL)}
+
+    return until_decided(calls, judged, limit=LIMIT, turns=plan.turns, seconds=plan.seconds, clock=clock)
 
 
-def reference(samples: dict[str, list[float]]) -> list[float]:
+def reference(samples: Samples) -> list[float]:
     """What the frozen model took in each turn."""
     return [(first + second) / 2 for first, second in zip(samples[FROZEN], samples[CONTROL], strict=True)]
 
 
-def interval(samples: dict[str, list[float]], name: str) -> tuple[float, float]:
-    """95 % interval of the median excess (88 % from four turns), from order statistics: no distribution is assumed."""
-    excesses = sorted(mine / frozen - 1 for mine, frozen in zip(samples[name], reference(samples), strict=True))
-    count = len(excesses)
-    outside = max(0, int(count / 2 - 0.98 * count**0.5))
-    return excesses[outside], excesses[count - 1 - outside]
+def excesses(samples: Samples, name: str) -> list[float]:
+    """How much longer than the frozen model it took, in each turn."""
+    return [mine / frozen - 1 for mine, frozen in zip(samples[name], reference(samples), strict=True)]
 
 
 def measured(case: Case, plan: Plan, dtype: torch.dtype, console: Console) -> dict[str, Any]:
@@ -107,7 +101,7 @@ def measured(case: Case, plan: Plan, dtype: torch.dtype, console: Console) -> di
             name: {
                 **asdict(timing),
                 "excess": timing.ratio - 1,
-                "interval": interval(samples, name),
+                "interval": interval(excesses(samples, name)),
                 "over the control alone": against_frozen[name].ratio - against_frozen[CONTROL].ratio,
             }
             for name, timing in timings.items()

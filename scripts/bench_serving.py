@@ -34,7 +34,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bench_timing import interleave, machine, ratio_table, summarise, write_json
+from bench_timing import interleave, interval, machine, ratio_table, summarise, write_json
 from mores_variants import Case
 from rich.console import Console
 from rich.table import Table
@@ -129,12 +129,10 @@ def with_reference(samples: Samples) -> Samples:
     return {**samples, REFERENCE: means}
 
 
-def interval(samples: Samples, name: str) -> tuple[float, float]:
-    """95 % interval of the median excess over the reference, from order statistics: no distribution is assumed."""
+def excesses(samples: Samples, name: str) -> list[float]:
+    """How much longer than the reference it took, in each turn."""
     pairs = zip(samples[name], samples[REFERENCE], strict=True)
-    excesses = sorted(mine / reference - 1 for mine, reference in pairs)
-    outside = max(0, int(len(excesses) / 2 - 0.98 * len(excesses) ** 0.5))
-    return excesses[outside], excesses[len(excesses) - 1 - outside]
+    return [mine / reference - 1 for mine, reference in pairs]
 
 
 def spread(samples: Samples) -> float:
@@ -158,7 +156,7 @@ def measured(
         passes[title] = {
             SPREAD: spread(samples),
             "variants": {
-                name: {**asdict(timing), "excess": timing.ratio - 1, "interval": interval(samples, name)}
+                name: {**asdict(timing), "excess": timing.ratio - 1, "interval": interval(excesses(samples, name))}
                 for name, timing in timings.items()
             },
         }

@@ -80,6 +80,44 @@ def interleave(
     return samples
 
 
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the median (88 % from four values), from order statistics: no distribution is assumed."""
+    ordered = sorted(values)
+    outside = max(0, int(len(ordered) / 2 - 0.98 * len(ordered) ** 0.5))
+    return ordered[outside], ordered[len(ordered) - 1 - outside]
+
+
+def until_decided(
+    variants: Mapping[str, Callable[[], object]],
+    excesses: Callable[[Mapping[str, Sequence[float]]], Mapping[str, Sequence[float]]],
+    *,
+    limit: float | None,
+    turns: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Takes turns until the interval of every median excess lies on one side of the limit, or the time is up.
+
+    Stopping depends on certainty, not on success.
+
+    Args:
+        variants, clock: as `interleave` takes them.
+        excesses: what is judged, a value for each turn, of the samples so far.
+        limit: None: nothing is decided, only the time ends it.
+        turns: taken at a time.
+        seconds: wall time after which no more turns are added.
+    """
+    start = time.perf_counter()
+    samples = interleave(variants, rounds=turns, warmup=1, clock=clock)
+    while time.perf_counter() - start < seconds:
+        intervals = map(interval, excesses(samples).values())
+        if limit is not None and all(high <= limit or low > limit for low, high in intervals):
+            break
+        for name, more in interleave(variants, rounds=turns, warmup=0, clock=clock).items():
+            samples[name] += more
+    return samples
+
+
 def _timed(call: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
     _wait_for_device()
     start = clock()

@@ -43,16 +43,6 @@ def test_an_adapter_fails_by_its_median_and_in_quick_runs_only_if_it_is_certainl
         assert len(failures(results, quick=True)) == quick
 
 
-def test_the_interval_holds_the_middle_of_the_turns_and_all_of_them_where_they_are_few() -> None:
-    from bench_mores import CONTROL, FROZEN, interval
-
-    many = {FROZEN: [1.0] * 100, CONTROL: [1.0] * 100, "slower": [1 + turn / 1000 for turn in range(100)]}
-    few = {name: seconds[:4] for name, seconds in many.items()}
-
-    assert interval(many, "slower") == pytest.approx((0.040, 0.059))
-    assert interval(few, "slower") == pytest.approx((0.0, 0.003))
-
-
 @pytest.mark.slow
 def test_a_quick_run_writes_every_time_ratio_and_count(tmp_path: Path) -> None:
     written = quick_run("bench_mores.py", tmp_path)

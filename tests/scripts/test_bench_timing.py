@@ -1,0 +1,46 @@
+"""What the benchmarks share: intervals that assume nothing, and turns until a figure is decided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import count
+
+import pytest
+from quick_runs import SCRIPTS
+
+
+@pytest.fixture(autouse=True)
+def scripts_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+def test_the_interval_holds_the_middle_of_the_turns_and_all_of_them_where_they_are_few() -> None:
+    from bench_timing import interval
+
+    many = [turn / 1000 for turn in range(100)]
+    assert interval(many[::-1]) == pytest.approx((0.040, 0.059))
+    assert interval(many[:4]) == pytest.approx((0.0, 0.003))
+
+
+@pytest.mark.parametrize(
+    ("values", "turns"),
+    [
+        ([0.01] * 100, 5),  # certainly below
+        ([0.2] * 100, 5),  # certainly above: what fails is not given more time than what passes
+        ([0.2, 0.01, 0.02, 0.03, 0.02] + [0.01] * 95, 10),
+        ([0.0, 0.2] * 50, 50),  # never certain: until the time is up
+    ],
+)
+def test_turns_go_on_until_every_figure_is_on_one_side_of_the_limit(values: list[float], turns: int) -> None:
+    from bench_timing import until_decided
+
+    calls = {"one": lambda: None}
+    ticks = count()
+
+    def excesses(samples: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+        taken = len(samples["one"])
+        # The time is up after fifty turns.
+        return {"one": values[:taken]} if taken < 50 else {"one": [0.0]}
+
+    samples = until_decided(calls, excesses, limit=0.05, turns=5, seconds=1e6, clock=lambda: float(next(ticks)))
+    assert len(samples["one"]) == turns
