@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ IMAGE_TOKEN = "<image>"  # upstream's DEFAULT_IMAGE_TOKEN
 # What PIL may take an upload for. Not all that PIL knows: some of its formats start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 STOP_CHARACTERS = 256
+# How many times as large as the largest image its square may be, and how many times as long as wide an image: panoramas
+# are within both, and a file of a few bytes that is one pixel wide is not.
+SQUARE, LONGEST = 4, 100
 
 
 @dataclass(frozen=True)
@@ -79,24 +83,40 @@ def _checked_image(text: str, number: int, limits: Limits) -> str:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise Refused(400, f"Image {number} is not valid base64.") from error
-    too_large = Refused(400, f"Image {number} has more than {limits.image_pixels:,} pixels.")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             # Before the pixels are unpacked: a few bytes can stand for gigabytes.
-            if image.width * image.height <= limits.image_pixels:
-                image.load()
-                if image.mode == "RGB":
-                    return text
-                # Upstream pads with a colour of three values, which other modes cannot hold.
-                unpacked = io.BytesIO()
-                image.convert("RGB").save(unpacked, "PNG")
-                return base64.b64encode(unpacked.getvalue()).decode()
+            _check_size(image, number, limits)
+            image.load()
+            if image.mode == "RGB":
+                return text
+            # Upstream pads with a colour of three values, which other modes cannot hold.
+            unpacked = io.BytesIO()
+            image.convert("RGB").save(unpacked, "PNG")
+            return base64.b64encode(unpacked.getvalue()).decode()
+    except Refused:
+        raise
     except Image.DecompressionBombError as error:
-        raise too_large from error
+        raise Refused(400, f"Image {number} has more than {limits.image_pixels:,} pixels.") from error
     except Exception as error:  # decoders raise what they like on a damaged file
         known = ", ".join(FORMATS)
         raise Refused(400, f"Image {number} is damaged, cut off, or none of {known}.") from error
-    raise too_large
+
+
+def _check_size(image: Image.Image, number: int, limits: Limits) -> None:
+    """Refuses what is too large, as it is or as upstream makes it: padded to a square, or with its short side enlarged.
+
+    Raises:
+        Refused: 400.
+    """
+    short, long = sorted(image.size)
+    if short * long > limits.image_pixels:
+        raise Refused(400, f"Image {number} has more than {limits.image_pixels:,} pixels.")
+    if long**2 > SQUARE * limits.image_pixels or long > LONGEST * short:
+        most = math.isqrt(SQUARE * limits.image_pixels)
+        raise Refused(
+            400, f"Image {number} is longer than {most:,} pixels, or more than {LONGEST} times as long as wide."
+        )
 
 
 def _text(key: str, value: Any) -> str | None:

@@ -15,6 +15,9 @@ import requests
 from PIL import Image
 from serving_fixtures import PROMPT, Client, Question
 
+from llava_steering_plugin.serving.limits import Limits
+from llava_steering_plugin.serving.requests import checked
+
 pytest_plugins = ["serving_fixtures"]
 
 pytestmark = pytest.mark.usefixtures("unharmed")
@@ -132,6 +135,21 @@ def test_images_that_are_too_large_or_too_many_or_do_not_match_the_prompt_are_a_
         assert strict.refused(body(images=images))[0] == 400
     assert strict.refused(body(images=[small] * 3, prompt="<image>" * 3))[0] == 400
     assert time.monotonic() - started < 10, "the bomb was unpacked"
+
+
+@pytest.mark.parametrize("size", [(30_000, 1), (1, 30_000), (601, 100), (200, 1)])
+def test_a_strip_whose_square_or_whose_enlargement_would_take_all_memory_is_a_400(
+    strict: Client, size: tuple[int, int]
+) -> None:
+    """Upstream pads to a square, or enlarges until the short side has the vision tower's width."""
+    status, text = strict.refused(body(images=[encoded(Image.new("RGB", size))]))
+    assert status == 400 and "longer than 600 pixels, or more than 100 times as long as wide" in text
+
+
+def test_a_photo_and_a_panorama_pass_the_limits_that_a_worker_has_by_default() -> None:
+    for size in ((6000, 4000), (12_000, 3000), (1000, 11)):
+        asked = checked(body(images=[encoded(Image.new("RGB", size))]), Limits(), lambda _: "cats", True)
+        assert len(asked.parameters["images"]) == 1
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
