@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import sys
 import threading
 from argparse import Namespace
 from asyncio import Semaphore
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from llava import utils as upstream_utils
@@ -61,32 +63,50 @@ class ClientGone(StoppingCriteria):
         return self.gone.is_set()
 
 
+class Generating:
+    """What upstream starts as a thread for every generation: here a thread that stays takes it.
+
+    Each thread leaves memory of its own behind in the libraries that compute. There are as many as generations have
+    ever run at once, which the server limits.
+    """
+
+    threads = ThreadPoolExecutor(1024, "generating")
+
+    def __init__(self, *, target: Callable[..., Any], kwargs: dict[str, Any]):
+        self._work = functools.partial(target, **kwargs)
+
+    def start(self) -> None:
+        """Raises RuntimeError if the system has no more threads; the work may be done all the same, later."""
+        self.threads.submit(self._work)
+
+
 class _AskedModel:
     """The model as one request sees it.
 
     Attributes:
-        failure: what ended the generation early, None if nothing did.
+        failed: something ended the generation early. Not the exception: it would hold this object, with the images,
+            in a circle.
     """
 
     def __init__(self, model: Any, adapter: str, gone: threading.Event):
         self._model = model
         self._adapter = adapter
         self._gone = gone
-        self.failure: Exception | None = None
+        self.failed = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> None:
         """What upstream starts as a thread of its own: an exception here would reach nobody."""
         criteria = [*(kwargs.pop("stopping_criteria", None) or ()), ClientGone(self._gone)]
         streamer = kwargs["streamer"]
         try:
-            return self._model.generate(*args, stopping_criteria=criteria, adapter_names=self._adapter, **kwargs)
-        except Exception as error:
-            self.failure = error
+            if not self._gone.is_set():
+                self._model.generate(*args, stopping_criteria=criteria, adapter_names=self._adapter, **kwargs)
+        except Exception:
+            self.failed = True
             logger.exception("an answer failed")
-            return None
         finally:
             streamer.text_queue.put(streamer.stop_signal)
 
@@ -120,6 +140,7 @@ class AdapterWorker(upstream.ModelWorker):
                 f"{model_path} is an adapter. Give its base with --model-path and the adapter with --adapters."
             )
         upstream.TextIteratorStreamer = PatientStreamer
+        upstream.Thread = Generating
         super().__init__(
             controller,
             address,
@@ -158,7 +179,7 @@ class AdapterWorker(upstream.ModelWorker):
         view.model = model = _AskedModel(self.model, asked.adapter, gone)
         try:
             yield from view.generate_stream_gate(asked.parameters)
-            if model.failure is not None:
+            if model.failed:
                 yield chunk(NO_ANSWER, FAILED)
         finally:
             gone.set()

@@ -12,8 +12,9 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 # Between the states of an answer every client of upstream's skips empty ones. One every few seconds keeps the page
 # (10 seconds of patience) and the controller (5) waiting while an answer queues or its prefill takes long.
 KEEP_WAITING, KEEP_WAITING_SECONDS = b"\0", 3.0
-# After which a worker that nobody asks gives free memory back.
+# After which a worker gives free memory back if nothing is going on.
 REST_SECONDS = 1.0
 
 
@@ -55,6 +56,8 @@ class Answers:
         self.log_requests = log_requests
         self.inside = 0
         self.slots = asyncio.Semaphore(limits.running)
+        # Threads that stay, like those that generate: a new one for every answer would leave its memory behind.
+        self._threads = ThreadPoolExecutor(limits.running, "answering")
         worker.report(self.slots, limits.running)
         self._resting: asyncio.TimerHandle | None = None
 
@@ -82,12 +85,36 @@ class Answers:
             yield
         finally:
             self.inside -= 1
-            if not self.inside and self._resting is None:
-                self._resting = asyncio.get_running_loop().call_later(REST_SECONDS, self._rest)
+            self._rest_soon()
+
+    @asynccontextmanager
+    async def following_the_roster(self, app: Starlette) -> AsyncIterator[None]:
+        """While the application lives: a replaced adapter leaves memory behind, too, and nobody need ask for that."""
+        loop = asyncio.get_running_loop()
+
+        def changed() -> None:  # in whatever thread has changed it
+            with suppress(RuntimeError):  # the loop has been closed: the server has stopped
+                loop.call_soon_threadsafe(self._rest_soon)
+
+        self.worker.roster.followers.append(changed)
+        try:
+            yield
+        finally:
+            self.worker.roster.followers.remove(changed)
+
+    def _release(self) -> None:
+        """Nothing is generated in a slot any more."""
+        self.slots.release()
+        self._rest_soon()
+
+    def _rest_soon(self) -> None:
+        if self._resting is None:
+            self._resting = asyncio.get_running_loop().call_later(REST_SECONDS, self._rest)
 
     def _rest(self) -> None:
+        """If something is still going on, its end calls for the next rest."""
         self._resting = None
-        if not self.inside:
+        if not self.inside and self.slots._value == self.limits.running:
             asyncio.get_running_loop().run_in_executor(None, give_free_pages_back)
 
     async def _answer(self, asked: Asked, receive: Receive, send: Send) -> None:
@@ -129,27 +156,32 @@ class Answers:
 
     def _give_back(self, taking: asyncio.Future[Any]) -> None:
         if not taking.cancelled() and taking.exception() is None:
-            self.slots.release()
+            self._release()
 
     def _begin(self, asked: Asked, gone: threading.Event, mailbox: Mailbox) -> None:
         """Hands the slot to a thread: it is free when nothing is generated in it any more."""
         try:
-            threading.Thread(target=self._generate, args=(asked, gone, mailbox), daemon=True).start()
-        except RuntimeError as error:  # the system has no more threads
+            self._threads.submit(self._generate, asked, gone, mailbox)
+        except RuntimeError as error:  # the system has no more threads; one of those there are may still take it
+            gone.set()
             logger.error("an answer could not be begun: %s", error)
             mailbox.put(chunk("The worker has too much to do. Please try again in a moment.", FAILED))
-            mailbox.close(self.slots.release)
+            mailbox.close(self._release)
 
     def _generate(self, asked: Asked, gone: threading.Event, mailbox: Mailbox) -> None:
-        """In a thread of its own, which never waits for the client."""
+        """In a thread, which never waits for the client."""
         last = b""
         try:
+            if gone.is_set():
+                return
             for last in self.worker.answer(asked, gone):
                 mailbox.put(last)
             if self.log_requests:
                 logger.info("prompt %r of %s: %s", asked.parameters["prompt"], asked.shown, last[:-1].decode())
+        except Exception:
+            logger.exception("an answer failed")
         finally:
-            mailbox.close(self.slots.release)
+            mailbox.close(self._release)
 
     async def _relay(self, mailbox: Mailbox, leaving: asyncio.Future[Any], send: Send) -> bool:
         """Sends each state of the answer, or only the newest where the client is slower than the model.
@@ -239,6 +271,7 @@ def build(
             *admin,
         ],
         exception_handlers={HTTPException: http_error, Exception: http_error},
+        lifespan=answers.following_the_roster,
     )
     app.state.answers = answers
     return app

@@ -29,8 +29,13 @@ class Mailbox:
         self._tell(self._filled.set)
 
     def close(self, then: Callable[[], None]) -> None:
-        """From the thread: no letter follows; `then` is called in the event loop, whether anyone still reads or not."""
+        """From the thread: no letter follows; `then` is called in the event loop, whether anyone still reads or not.
+
+        Only the first time: what is given back there is given back once.
+        """
         with self._guard:
+            if self._closed:
+                return
             self._closed = True
         self._tell(then)
         self._tell(self._filled.set)

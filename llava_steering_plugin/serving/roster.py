@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,14 @@ class Roster:
     Attributes:
         base: the name under which the plain base is registered.
         rejected: why adapters were not taken, by name, until one of that name is.
+        followers: called after every attempt to change something, in the thread that made it.
     """
 
     def __init__(self, pool: AdapterPool, base: str):
         self.pool = pool
         self.base = base
         self.rejected: dict[str, str] = {}
+        self.followers: list[Callable[[], None]] = []
         self._entries: Mapping[str, Entry] = {}
         self._changing = threading.Lock()
 
@@ -60,7 +63,7 @@ class Roster:
         Raises:
             SteeringError: it cannot be served; the reason is kept in `rejected`, and nothing has changed.
         """
-        with self._changing:
+        with self._change():
             try:
                 entry = self._checked(name, source)
                 self.pool.load(name, source)
@@ -81,7 +84,7 @@ class Roster:
         Raises:
             ArgumentsError: there is none of that name.
         """
-        with self._changing:
+        with self._change():
             if name not in self._entries:
                 raise ArgumentsError(f"there is no adapter {name!r} to remove; there are: {', '.join(self._entries)}.")
             # First the name, then the weights: nobody finds a name that leads nowhere.
@@ -106,6 +109,15 @@ class Roster:
             for entry in self.entries()
             if (details := self._details(entry.name)) is not None
         ]
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        try:
+            with self._changing:
+                yield
+        finally:
+            for follower in list(self.followers):
+                follower()
 
     def _details(self, name: str) -> Any:
         try:

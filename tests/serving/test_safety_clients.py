@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from serving_fixtures import BASE_NAME, STRICT, Alone, Client, Question, free_port, listening, wait_until
 
+from llava_steering_plugin.serving.answering import Generating
 from llava_steering_plugin.serving.app import build
 
 pytest_plugins = ["serving_fixtures"]
@@ -94,6 +95,86 @@ def test_a_failure_while_an_answer_is_made_is_an_error_that_the_page_shows(
         handle.remove()
     assert states[-1]["error_code"] == 1
     assert "out of memory" not in states[-1]["text"]
+
+
+@pytest.mark.parametrize("kind", ["answering", "generating"])
+def test_an_answer_for_which_there_is_no_thread_is_an_error_and_gives_one_slot_back_and_is_not_made_later(
+    worker: Any, asked: list[Question], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Where no thread can be started the pool has queued the work already, and does it with the next request's."""
+    passes: list[None] = []
+    monkeypatch.setattr(Generating, "threads", ThreadPoolExecutor(4, "generating"))
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith(kind):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with listening(build(worker, STRICT), free_port()) as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            assert client.states("cats", asked[0])[-1]["error_code"] == 1
+        wait_until(lambda: client.free() == 4)
+        handle = worker.model.model.register_forward_pre_hook(lambda *_: passes.append(None))
+        try:
+            assert client.answer("dogs", asked[-1])
+            wait_until(lambda: client.health()["open"] == client.health()["running"] == 0)
+        finally:
+            handle.remove()
+        assert client.free() == 4
+        assert len(passes) == asked[-1].tokens
+
+
+def test_generations_run_in_threads_that_stay(strict: Client, worker: Any, asked: list[Question]) -> None:
+    used: set[int] = set()
+    handle = worker.model.model.register_forward_pre_hook(lambda *_: used.add(threading.get_native_id()))
+    try:
+        for _ in range(6):
+            assert strict.answer("cats", asked[-1])
+    finally:
+        handle.remove()
+    assert used and used <= {thread.native_id for thread in threading.enumerate()}
+
+
+@pytest.fixture
+def rests(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows whenever memory is given back, which happens soon."""
+    given_back: list[None] = []
+    monkeypatch.setattr("llava_steering_plugin.serving.app.REST_SECONDS", 0.05)
+    monkeypatch.setattr("llava_steering_plugin.serving.app.give_free_pages_back", lambda: given_back.append(None))
+    return given_back
+
+
+def test_memory_is_given_back_when_the_answer_of_a_client_that_hung_up_has_ended_and_not_before(
+    worker: Any, asked: list[Question], rests: list[None]
+) -> None:
+    held = threading.Event()
+    with listening(build(worker, STRICT), free_port()) as client:
+        with client.begun(Question(asked[0].prompt, asked[0].image, 300).body("cats")):
+            handle = worker.model.lm_head.register_forward_hook(lambda *_: held.wait(30))
+        try:
+            wait_until(lambda: client.health()["open"] == 0)
+            assert client.free() == 3
+            time.sleep(0.3)
+            assert not rests, "the answer still holds its memory"
+        finally:
+            held.set()
+            handle.remove()
+        wait_until(lambda: bool(rests))
+        assert client.free() == 4
+
+
+def test_memory_is_given_back_after_a_change_of_adapters_for_which_nobody_asked_anything(
+    worker: Any, shelf: Any, rests: list[None]
+) -> None:
+    followers = len(worker.roster.followers)
+    with listening(build(worker, STRICT), free_port()):
+        worker.roster.put("passing-by", str(shelf / "cats"))
+        wait_until(lambda: len(rests) == 1)
+        worker.roster.drop("passing-by")
+        wait_until(lambda: len(rests) == 2)
+    assert len(worker.roster.followers) == followers
 
 
 def test_an_answer_that_begins_late_is_waited_for(
