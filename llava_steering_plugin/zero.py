@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +146,20 @@ def before_initialize(config: dict[str, Any], dtype: torch.dtype, model: nn.Modu
             parameter.data = parameter.data.to(dtype)
 
 
-def save_only_what_is_trained(accelerator: Any) -> None:
-    """Has the engine that `accelerator` will prepare leave frozen weights out of its checkpoints, and load them so."""
+def mend_preparation(accelerator: Any) -> None:
+    """Mends what `accelerator` does when it prepares an engine.
+
+    The engine leaves frozen weights out of its checkpoints, and loads them so; and a quantised model stays where it is.
+    """
     prepare = accelerator.prepare
 
     @functools.wraps(prepare)
     def prepared(*args: Any, **kwargs: Any) -> Any:
-        results: Any = prepare(*args, **kwargs)
+        with ExitStack() as stack:
+            for part in args:
+                if getattr(part, "is_quantized", False):
+                    stack.enter_context(_left_in_place(part))
+            results: Any = prepare(*args, **kwargs)
         engines: Iterable[Any] = results if isinstance(results, tuple) else (results,)
         for engine in engines:
             if hasattr(engine, "load_checkpoint"):
@@ -161,3 +168,16 @@ def save_only_what_is_trained(accelerator: Any) -> None:
         return results
 
     accelerator.prepare = prepared
+
+
+@contextmanager
+def _left_in_place(model: nn.Module) -> Iterator[None]:
+    """Inside, `model.to` does nothing: DeepSpeed's engine calls it whatever the model is.
+
+    transformers' own refuses quantised models, because they are where they belong from the start.
+    """
+    model.to = lambda *args, **kwargs: model  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.to

@@ -13,8 +13,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+from quantising import quantising_on_cpu
 from training_runs import subprocess_environment, upstream_globals_restored
 
 
@@ -84,7 +86,7 @@ def main(listed: Path) -> None:
     from llava.train import train as upstream
 
     for flags in runs:
-        with upstream_globals_restored():
+        with upstream_globals_restored(), quantising_on_cpu() if "--bits" in flags else nullcontext():
             sys.argv = ["train.py", *flags]
             torch.manual_seed(0)  # the projector is drawn before the Trainer seeds anything
             upstream.train()

@@ -1,4 +1,4 @@
-"""What a killed training leaves where torch compiles DeepSpeed's operations."""
+"""What a killed training leaves where torch compiles DeepSpeed's operations, and what is mended around its engine."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
-from llava_steering_plugin.zero import COMPILING_SECONDS, remove_abandoned_locks
+from llava_steering_plugin.zero import COMPILING_SECONDS, mend_preparation, remove_abandoned_locks
 
 
 @pytest.fixture(params=["own folder", "default folder"])
@@ -61,3 +63,29 @@ def test_a_lock_that_a_process_holds_stays_however_old_it_is(
         remove_abandoned_locks()
     assert lock.exists()
     assert not caplog.text
+
+
+class Packed(nn.Module):
+    """Refuses to be moved, as transformers' models over bitsandbytes do."""
+
+    is_quantized = True
+
+    def to(self, *args: Any, **kwargs: Any) -> Packed:
+        raise ValueError("`.to` is not supported")
+
+
+class Accelerator:
+    """Moves what it prepares, as DeepSpeed's engine does."""
+
+    def prepare(self, *parts: nn.Module) -> nn.Module:
+        for part in parts:
+            part.to("cpu")
+        return parts[0]
+
+
+def test_a_quantised_model_stays_where_it_is_while_an_engine_is_made_of_it_and_only_then() -> None:
+    accelerator, model = Accelerator(), Packed()
+    mend_preparation(accelerator)
+    assert accelerator.prepare(model) is model
+    with pytest.raises(ValueError, match="not supported"):
+        model.to("cpu")

@@ -134,7 +134,7 @@ class SteeringTrainerMixin:
             zero.before_initialize(
                 config.config, config.dtype(), self._attachment.model, self._attachment.shape.hidden_size
             )
-            zero.save_only_what_is_trained(self.accelerator)
+            zero.mend_preparation(self.accelerator)
 
     def create_optimizer(self) -> Any:
         optimizer = super().create_optimizer()  # type: ignore[misc]
