@@ -209,8 +209,21 @@ class SteeringTrainerMixin:
         restore(self._attachment, files.read(resume_from_checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _random_states_allowed() if self._attachment is not None else nullcontext():
+        if self._attachment is None:
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
+            return
+        if checkpoint is not None and soundness.ranks_of(Path(checkpoint)) != self.args.world_size:
+            return  # of that, `starting_point` has warned
+        try:
+            with _random_states_allowed():
+                super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        except (IndexError, KeyError) as error:
+            # Each rank stores the states of all devices that it sees: there are fewer now, or there were none.
+            logger.warning(
+                "%s was written on other devices, and their random states do not fit these (%r): dropout differs.",
+                checkpoint,
+                error,
+            )
 
 
 def _refuse_setups(given: Any) -> None:

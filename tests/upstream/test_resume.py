@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from steered import contents
 from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process, with_other_weights
+
+from llava_steering_plugin.upstream.trainer import SteeringTrainerMixin
 
 TRAINING: dict[str, object] = {
     "tuning_mode": "mores",
@@ -70,3 +75,49 @@ def test_a_base_that_has_moved_is_the_same_base(tiny: TinyLlava, run: Path, tmp_
     again = Path(shutil.copytree(run, tmp_path / "run"))
     train_in_process(train_flags(tiny, again, TRAINING | {"model_name_or_path": moved}))
     assert (again / "checkpoint-2").is_dir()
+
+
+class OnDevices:
+    """Stands for transformers' trainer, which can set random states only on the devices that they are of."""
+
+    def __init__(self, error: Exception | None):
+        self.error = error
+        self.loaded: list[str] = []
+
+    def _load_rng_state(self, checkpoint: str) -> None:
+        self.loaded.append(checkpoint)
+        if self.error is not None:
+            raise self.error
+
+
+class Resuming(SteeringTrainerMixin, OnDevices):
+    def __init__(self, world_size: int, error: Exception | None = None):
+        OnDevices.__init__(self, error)
+        self._attachment: Any = object()
+        self.args = SimpleNamespace(world_size=world_size)
+
+
+def written_by(ranks: int, folder: Path) -> str:
+    names = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    for name in names:
+        (folder / name).touch()
+    return str(folder)
+
+
+@pytest.mark.parametrize(("before", "now"), [(2, 3), (4, 2), (1, 2), (2, 1)])
+def test_random_states_of_another_number_of_ranks_are_left_alone(tmp_path: Path, before: int, now: int) -> None:
+    trainer = Resuming(now, IndexError("device 2 of 2"))
+    trainer._load_rng_state(written_by(before, tmp_path))
+    assert not trainer.loaded
+
+
+@pytest.mark.parametrize("error", [IndexError("tuple index out of range"), KeyError("cuda")])
+def test_random_states_of_other_devices_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    checkpoint = written_by(2, tmp_path)
+    trainer = Resuming(2, error)
+    with caplog.at_level(logging.WARNING):
+        trainer._load_rng_state(checkpoint)
+    assert trainer.loaded == [checkpoint]
+    assert f"{checkpoint} was written on other devices" in caplog.text and "dropout differs" in caplog.text
