@@ -107,16 +107,33 @@ def remove_abandoned_locks() -> None:
                     age,
                 )
             else:
-                lock.unlink()
-                logger.warning("removed %s, left by a process that was killed: DeepSpeed would wait for it", lock)
+                _remove(lock)
+
+
+def _remove(lock: Path) -> None:
+    try:
+        lock.unlink()
+    except FileNotFoundError:
+        pass  # another rank was faster
+    except OSError as error:
+        logger.warning(
+            "DeepSpeed will wait for %s, left by a process that was killed, and it cannot be removed: %s. Have its "
+            "owner delete it, or set TORCH_EXTENSIONS_DIR to a folder of your own.",
+            lock,
+            error,
+        )
+    else:
+        logger.warning("removed %s, left by a process that was killed: DeepSpeed would wait for it", lock)
 
 
 def _is_open(path: Path) -> bool:
     """Whether a process that we may look at has it open. Only Linux tells; elsewhere age alone decides."""
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):
-            if descriptor.readlink() == path.absolute():
-                return True
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile, or is another user's
+            for descriptor in (process / "fd").iterdir():
+                with suppress(OSError):
+                    if descriptor.readlink() == path.absolute():
+                        return True
     return False
 
 

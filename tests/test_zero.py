@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,42 @@ def test_a_lock_that_a_process_holds_stays_however_old_it_is(
         remove_abandoned_locks()
     assert lock.exists()
     assert not caplog.text
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux tells what a process has open")
+def test_an_old_lock_is_removed_also_while_other_processes_end(
+    operations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = locked(operations, COMPILING_SECONDS + 10)
+    gone = f"/proc/{os.getppid()}/fd"
+
+    def ending(look: Callable[..., Any]) -> Callable[..., Any]:
+        def looked(path: Any = ".") -> Any:
+            if os.fspath(path) == gone:
+                raise FileNotFoundError(gone)
+            return look(path)
+
+        return looked
+
+    monkeypatch.setattr(os, "scandir", ending(os.scandir))
+    monkeypatch.setattr(os, "listdir", ending(os.listdir))
+    remove_abandoned_locks()
+    assert not lock.exists()
+
+
+def test_a_lock_that_is_anothers_is_told_of_with_what_to_do(
+    operations: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = locked(operations, COMPILING_SECONDS + 10)
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(f"not yours: {path}")
+
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
+        patched.setattr(Path, "unlink", refused)
+        remove_abandoned_locks()
+    assert f"DeepSpeed will wait for {lock}" in caplog.text
+    assert "not yours" in caplog.text and "TORCH_EXTENSIONS_DIR" in caplog.text
 
 
 class Packed(nn.Module):
