@@ -146,7 +146,7 @@ def before_initialize(config: dict[str, Any], dtype: torch.dtype, model: nn.Modu
         model: with everything that is trained, before `deepspeed.initialize`.
         hidden_size: width of the model.
     """
-    settings = config.get("zero_optimization", {})
+    settings = config.get("zero_optimization") or {}
     if settings.get("stage") != 3:
         return
     if settings.get("stage3_prefetch_bucket_size") == "auto":

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import os
 import re
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -19,6 +17,7 @@ from llava_steering_plugin.adapters import files
 from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
 from llava_steering_plugin.modes.base import Mode
+from llava_steering_plugin.upstream.deepspeed_file import ZERO, read_deepspeed
 
 NONE = "none"
 CANNOT_START = "this training cannot start"
@@ -203,11 +202,18 @@ def _deepspeed_conflicts(flags: Namespace) -> list[str]:
     if not path or not os.path.isfile(path):
         return []
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return [f"--deepspeed {path} cannot be read: {error}"]
+        config = read_deepspeed(path)
+    except ArgumentsError as error:
+        return [str(error)]
     problems = []
-    if flags.bits in (4, 8) and config.get("zero_optimization", {}).get("stage") == 3:
+    stage = config[ZERO]["stage"]
+    if stage == 0:
+        # Without ZeRO it writes no part of any rank, and `soundness` would take every checkpoint for damaged.
+        problems.append(
+            f"--deepspeed {path} has no ZeRO stage: DeepSpeed then shards nothing, and of its checkpoints nobody can tell "
+            "whether they are whole. Leave out --deepspeed and start with torchrun, or use stage 2"
+        )
+    if flags.bits in (4, 8) and stage == 3:
         problems.append(
             f"--bits {flags.bits} with ZeRO-3: transformers cannot cut quantised weights into shards; use ZeRO-2, or "
             "torchrun without --deepspeed"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,6 +12,7 @@ from llava_steering_plugin.adapters.fit import Gpu, MemoryPlan, named_gpu
 from llava_steering_plugin.adapters.memory import STATES, Memory, Sharding, memory, stored
 from llava_steering_plugin.adapters.rehearsal import Arithmetic, Base, Shape, assembled, peak_of_step
 from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.upstream.deepspeed_file import ZERO, read_deepspeed
 
 # CLIP-L/336's, LLaVA-1.5's: assumed where the tower's config cannot be read.
 USUAL_VISUAL_TOKENS = 576
@@ -155,12 +153,15 @@ def deepspeed_problems(flags: Namespace) -> list[str]:
 
 
 def sharding_of(flags: Namespace, world: int) -> Sharding:
-    """How ranks share the work under these flags."""
+    """How ranks share the work under these flags.
+
+    Raises:
+        ArgumentsError: the file of --deepspeed is not one of DeepSpeed's.
+    """
     path = getattr(flags, "deepspeed", None)
     if not path:
         return Sharding(world=world)
-    config: Mapping[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    zero = config.get("zero_optimization", {})
+    zero = read_deepspeed(path)[ZERO]
 
     def number(name: str, default: int | None) -> int | None:
         value = zero.get(name, "auto")
@@ -171,7 +172,7 @@ def sharding_of(flags: Namespace, world: int) -> Sharding:
 
     standard = Sharding()
     return Sharding(
-        stage=int(zero.get("stage", 0)),
+        stage=zero["stage"],
         world=world,
         offload_optimizer=on_host("offload_optimizer"),
         offload_parameters=on_host("offload_param"),

@@ -70,3 +70,25 @@ def test_negative_numbers_are_no_flags() -> None:
 
 def test_all_problems_are_found_at_once() -> None:
     assert len(problems("--tuning_mode", "mores", "--mores_rank", "0", "--bogus", "--fsdp", "full_shard")) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[]", "holds no JSON object but a list"),
+        ('"zero2"', "holds no JSON object but a string"),
+        ('{"zero_optimization": true}', "its zero_optimization is no JSON object but true or false"),
+        ('{"zero_optimization": {"stage": "auto"}}', "is 'auto'; it must be 0, 1, 2 or 3"),
+        ("{", "cannot be read"),
+        ('{"zero_optimization": null}', "has no ZeRO stage"),
+        ('{"zero_optimization": {"stage": 0}}', "Leave out --deepspeed and start with torchrun"),
+        ("{}", "has no ZeRO stage"),
+    ],
+)
+def test_a_deepspeed_file_that_is_none_or_does_not_shard_is_one_problem(
+    tmp_path: Path, text: str, expected: str
+) -> None:
+    settings = tmp_path / "zero.json"
+    settings.write_text(text)
+    (problem,) = problems("--tuning_mode", "mores", "--deepspeed", str(settings))
+    assert f"--deepspeed {settings}" in problem and expected in problem

@@ -1,0 +1,37 @@
+"""The JSON file of `--deepspeed`, as far as the flags and the plan have to know it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llava_steering_plugin.errors import ArgumentsError
+
+ZERO = "zero_optimization"
+
+
+def read_deepspeed(path: str) -> dict[str, Any]:
+    """DeepSpeed's settings; under `zero_optimization` there is a dict with a number for its stage.
+
+    Raises:
+        ArgumentsError: the file cannot be read, or is not what DeepSpeed takes.
+    """
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArgumentsError(f"--deepspeed {path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ArgumentsError(f"--deepspeed {path} holds no JSON object but {_kind(config)}")
+    zero = {} if config.get(ZERO) is None else config[ZERO]
+    if not isinstance(zero, dict):
+        raise ArgumentsError(f"--deepspeed {path}: its {ZERO} is no JSON object but {_kind(zero)}")
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or not isinstance(stage, int):
+        raise ArgumentsError(f"--deepspeed {path}: the stage of its {ZERO} is {stage!r}; it must be 0, 1, 2 or 3")
+    return {**config, ZERO: {**zero, "stage": stage}}
+
+
+def _kind(value: object) -> str:
+    names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
