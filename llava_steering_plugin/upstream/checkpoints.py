@@ -67,17 +67,29 @@ def newest(output: Path, without_states: bool = False) -> int:
     """Step of the newest checkpoint that is whole; 0 if there is none.
 
     Newer ones that are not whole are set aside: the training is going to write these steps again.
+
+    Raises:
+        CheckpointError: one of them cannot be set aside.
     """
     for step, folder in by_step(output).items():
         problems = problems_in(folder, without_states=without_states)
         if not problems:
             return step
-        aside = folder.with_name(ASIDE + folder.name)
+        aside = _set_aside(folder, problems)
+        logger.warning(listing(f"{folder} is not whole; it is now {aside.name}, and not used", problems))
+    return 0
+
+
+def _set_aside(folder: Path, problems: list[str]) -> Path:
+    aside = folder.with_name(ASIDE + folder.name)
+    try:
         if aside.exists():
             shutil.rmtree(aside)
         folder.rename(aside)
-        logger.warning(listing(f"{folder} is not whole; it is now {aside.name}, and not used", problems))
-    return 0
+    except OSError as error:
+        headline = f"{folder} is not whole, and cannot be renamed to {aside.name} ({error}); delete both by hand"
+        raise CheckpointError(listing(headline, problems)) from error
+    return aside
 
 
 def starting_point(wish: str | os.PathLike[str] | bool | None, args: Any, deepspeed: bool) -> Path | None:
@@ -89,8 +101,8 @@ def starting_point(wish: str | os.PathLike[str] | bool | None, args: Any, deepsp
         deepspeed: whether this training runs under DeepSpeed.
 
     Raises:
-        CheckpointError: the chosen checkpoint is not whole, ranks see other folders, or it was written by another kind
-            of training.
+        CheckpointError: the chosen checkpoint is not whole, one that is not cannot be set aside, ranks see other
+            folders, or it was written by another kind of training.
     """
     output, step = Path(args.output_dir), 0
     if args.process_index == 0 and wish is True:

@@ -98,6 +98,19 @@ def test_behind_a_damaged_checkpoint_the_training_ends_bit_equal(tiny: TinyLlava
     assert soundness.problems_in(run / "checkpoint-4") == []
 
 
+def test_a_damaged_checkpoint_that_cannot_be_set_aside_is_one_clear_error(
+    tiny: TinyLlava, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut(run / "checkpoint-4" / "optimizer.pt")
+    (run / f"{checkpoints.ASIDE}checkpoint-4").write_text("a file where a folder is to go")
+    with pytest.raises(SystemExit) as stopped:
+        again(tiny, run)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert f"{run / 'checkpoint-4'} is not whole, and cannot be renamed to damaged-checkpoint-4" in error
+    assert "optimizer.pt is cut short" in error and "Traceback" not in error
+
+
 def test_without_any_whole_checkpoint_the_training_starts_from_the_beginning(
     tiny: TinyLlava, whole: Path, run: Path
 ) -> None:
