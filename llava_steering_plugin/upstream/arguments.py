@@ -210,8 +210,8 @@ def _deepspeed_conflicts(flags: Namespace) -> list[str]:
     if stage == 0:
         # Without ZeRO it writes no part of any rank, and `soundness` would take every checkpoint for damaged.
         problems.append(
-            f"--deepspeed {path} has no ZeRO stage: DeepSpeed then shards nothing, and of its checkpoints nobody can tell "
-            "whether they are whole. Leave out --deepspeed and start with torchrun, or use stage 2"
+            f"--deepspeed {path} has no ZeRO stage: DeepSpeed then shards nothing, and nobody can tell whether its "
+            "checkpoints are whole. Leave out --deepspeed and start with torchrun, or use stage 2"
         )
     if flags.bits in (4, 8) and stage == 3:
         problems.append(
