@@ -9,7 +9,7 @@
 #   TOWER        vision tower (openai/clip-vit-large-patch14-336)
 #   PROJECTOR    the stage-1 projector, for a MODEL without one (./checkpoints/llava-v1.5-$SIZE-pretrain/mm_projector.bin)
 #   OUTPUT       folder of the adapter (./checkpoints/llava-v1.5-$SIZE-<what is trained>)
-#   GPUS         how many GPUs (all that nvidia-smi lists)
+#   GPUS         how many GPUs (those in CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists)
 #   BATCH        samples a GPU (16)
 #   GLOBAL_BATCH samples an optimizer step; GPUS times BATCH must divide it (128)
 #   ZERO         DeepSpeed's JSON; empty: without DeepSpeed (./scripts/zero2.json: the frozen base has no optimizer states)
@@ -24,6 +24,10 @@ die() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; exit 2; }
 
 SIZE=${SIZE:-7b}
 case $SIZE in 7b | 13b) ;; *) die "SIZE is $SIZE; it must be 7b or 13b" ;; esac
+IFS=, read -ra CARDS <<<"${CUDA_VISIBLE_DEVICES:-}"
+if [ "${#CARDS[@]}" -gt 0 ]; then
+  GPUS=${GPUS:-${#CARDS[@]}}
+fi
 GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c . || true)}
 [ "${GPUS:-0}" -ge 1 ] || GPUS=1
 BATCH=${BATCH:-16}
@@ -31,6 +35,20 @@ GLOBAL_BATCH=${GLOBAL_BATCH:-128}
 [ $((GLOBAL_BATCH % (GPUS * BATCH))) -eq 0 ] ||
   die "GLOBAL_BATCH $GLOBAL_BATCH cannot be cut into batches of $BATCH on $GPUS GPU(s); set BATCH or GLOBAL_BATCH"
 ZERO=${ZERO-./scripts/zero2.json}
+
+# Sets `launcher` to DeepSpeed's on GPUS cards: of CUDA_VISIBLE_DEVICES the first, which --num_gpus would make it forget.
+choose_launcher() {
+  local which=(--num_gpus "$GPUS") module=(--module llava_steering_plugin.launch llava.train.train_mem)
+  if [ "${#CARDS[@]}" -gt 0 ]; then
+    case $CUDA_VISIBLE_DEVICES in
+      *[!0-9,]*) die "deepspeed takes cards by number, and CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES; give numbers, or" \
+        "LAUNCHER='torchrun --nproc_per_node $GPUS -m ${module[*]:1}'" ;;
+    esac
+    [ "$GPUS" -le "${#CARDS[@]}" ] || die "GPUS is $GPUS and CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES; mend one of them"
+    which=(--include "localhost:$(IFS=,; echo "${CARDS[*]:0:GPUS}")")
+  fi
+  launcher=(deepspeed "${which[@]}" "${module[@]}")
+}
 
 # finetune NAME FLAGS...: trains with upstream's flags, those of NAME's method, and what the caller was given.
 finetune() {
@@ -73,8 +91,8 @@ finetune() {
   if [ "${DRY_RUN:-0}" = 1 ]; then
     exec llava-steering plan --gpus "$GPUS" ${GPU:+--gpu "$GPU"} "${flags[@]}"
   fi
-  local launcher=(deepspeed --num_gpus "$GPUS" --module llava_steering_plugin.launch llava.train.train_mem)
+  local launcher
   # shellcheck disable=SC2206 # a command of several words
-  [ -z "${LAUNCHER:-}" ] || launcher=($LAUNCHER)
+  if [ -n "${LAUNCHER:-}" ]; then launcher=($LAUNCHER); else choose_launcher; fi
   exec "${launcher[@]}" "${flags[@]}"
 }

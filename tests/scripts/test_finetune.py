@@ -116,6 +116,43 @@ def test_batches_that_do_not_make_up_the_global_one_are_refused_before_anything_
     assert "SIZE is 70b" in run("mores", patched_llava, checkout, SIZE="70b").stderr
 
 
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"GPUS": "4"}, ["--num_gpus", "4"]),
+        ({"CUDA_VISIBLE_DEVICES": "5,7"}, ["--include", "localhost:5,7"]),
+        ({"CUDA_VISIBLE_DEVICES": "5,7,3", "GPUS": "2"}, ["--include", "localhost:5,7"]),
+    ],
+    ids=["all visible", "two of them", "the first two of three"],
+)
+def test_deepspeed_starts_on_the_cards_that_are_visible(
+    checkout: Path, patched_llava: Path, environment: dict[str, str], expected: list[str]
+) -> None:
+    programs = checkout / "programs"
+    programs.mkdir()
+    (programs / "deepspeed").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (programs / "deepspeed").chmod(0o755)
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    done = run("mores", patched_llava, checkout, PATH=path, **environment)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    assert words[:5] == [*expected, "--module", "llava_steering_plugin.launch", "llava.train.train_mem"]
+    given = dict(zip(words[5::2], words[6::2], strict=True))
+    cards = int(environment.get("GPUS", "2"))
+    assert int(given["--per_device_train_batch_size"]) * int(given["--gradient_accumulation_steps"]) * cards == 128
+
+
+def test_cards_that_deepspeed_cannot_be_told_of_are_refused_with_what_works(
+    checkout: Path, patched_llava: Path
+) -> None:
+    done = run("mores", patched_llava, checkout, CUDA_VISIBLE_DEVICES="GPU-8932f937,GPU-1a2b")
+    assert done.returncode == 2
+    assert "torchrun --nproc_per_node 2 -m llava_steering_plugin.launch llava.train.train_mem" in done.stderr
+    done = run("mores", patched_llava, checkout, CUDA_VISIBLE_DEVICES="0", GPUS="2")
+    assert done.returncode == 2
+    assert "GPUS is 2 and CUDA_VISIBLE_DEVICES is 0" in done.stderr
+
+
 def test_the_papers_hyper_parameters_are_what_training_gets(checkout: Path, patched_llava: Path) -> None:
     expected = {
         "mores": {"learning_rate": "2e-4", "num_train_epochs": "1", "mores_tokens": "1%"},
