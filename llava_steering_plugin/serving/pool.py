@@ -106,6 +106,7 @@ class AdapterPool(ScopedModel):
                 its base than modules and a projector; nothing has changed then.
             BaseMismatch: the model is not the base that the adapter was trained on.
             SteeringError: the pool was removed from its model.
+            RuntimeError: the device has no memory left; nothing has changed then, either.
         """
         if not isinstance(name, str) or not name.strip() or name == BASE:
             raise ArgumentsError(f"an adapter cannot be called {name!r}: {BASE} is the plain model, the rest any text")
@@ -114,9 +115,13 @@ class AdapterPool(ScopedModel):
             if owner_of(self.model) is not self:
                 raise SteeringError("this pool has given its model back; make a new one with AdapterPool(model).")
             self._hooks.need(_hosts(entry))
+            try:
+                self._residents.add(entry)
+            except BaseException:  # the device is full
+                self._retire(entry)
+                raise
             before = self._entries.get(name)
             self._entries[name] = entry
-            self._residents.add(entry)
             if before is not None:
                 self._retire(before)
 

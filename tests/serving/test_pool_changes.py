@@ -188,6 +188,28 @@ def test_an_adapter_that_does_not_fit_on_the_device_fails_its_own_call_only(
     pool.remove()
 
 
+@pytest.mark.parametrize("name", ["cats", "new"])
+def test_an_adapter_that_does_not_fit_on_the_device_when_it_is_loaded_changes_nothing(
+    served: Any, folders: Folders, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pool = AdapterPool(served)
+    pool.load("cats", folders["cats"])
+    hooks, expected = hooks_of(served), answer(served, "cats")
+    with monkeypatch.context() as patched:
+
+        def full(module: Any, device: Any) -> Any:
+            raise torch.OutOfMemoryError("no memory left")
+
+        patched.setattr(RoutedLinear, "to", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            pool.load(name, folders["pets"])
+    assert pool.names() == [BASE, "cats"]
+    assert hooks_of(served) == hooks and answer(served, "cats") == expected
+    pool.load(name, folders["pets"])
+    assert answer(served, name) != expected
+    pool.remove()
+
+
 def test_a_device_must_have_room_for_one_adapter(served: Any) -> None:
     with pytest.raises(ArgumentsError, match="max_resident is 0"):
         AdapterPool(served, max_resident=0)
