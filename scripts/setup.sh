@@ -74,6 +74,9 @@ shown() { "$@" || { tail -n 20 "$venv/.setup.log" >&2; die "failed: $*"; }; }
 
 step "torch"
 if [ -n "${TORCH:-}" ]; then
+  # For pip, torch==2.13.0 is there when 2.13.0+cpu is.
+  "$venv/bin/python" -c 'import importlib.metadata as m; raise SystemExit("+cpu" not in m.version("torch"))' 2>/dev/null &&
+    "$venv/bin/python" -m pip uninstall -q -y torch
   shown pip_install "$torch"  # with its CUDA libraries
 else  # the CPU build is where this pip is set up to look, or in PyTorch's own index
   pip_install --no-deps "$torch" ||
