@@ -89,23 +89,37 @@ def _pack(model: Any, device: torch.device) -> None:
         # Else an evaluation repacks the weights for good, and a training step after it gets no gradient from them.
         bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
     outside = ("vision_tower", "mm_projector")
-    linears = [
-        (name, module)
+    # Names only: a list of the linears would keep every unpacked weight until the last one is packed.
+    names = [
+        name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not any(part in name for part in outside)
     ]
-    for name, linear in linears:
-        packed = bitsandbytes.nn.Linear4bit(
-            linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
-        )
-        packed.weight = bitsandbytes.nn.Params4bit(
-            linear.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
-        )
+    for name in names:
         parent, _, leaf = name.rpartition(".")
-        # Packing happens on the way to the device; the unpacked weight goes as soon as its linear is replaced.
-        setattr(model.get_submodule(parent), leaf, packed.to(device))
+        owner = model.get_submodule(parent)
+        setattr(owner, leaf, _packed(getattr(owner, leaf), device))
     model.is_loaded_in_4bit = True
     prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model.get_input_embeddings().to(torch.bfloat16)
     for outer in ("mm_projector", "vision_tower"):
         getattr(model.get_model(), outer).to(torch.bfloat16)
+
+
+def _packed(linear: nn.Linear, device: torch.device) -> nn.Module:
+    import bitsandbytes
+
+    # On the meta device nothing is drawn: its own weight is thrown away at once.
+    packed: nn.Module = bitsandbytes.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        compute_dtype=torch.bfloat16,
+        quant_type="nf4",
+        device="meta",
+    )
+    weight = bitsandbytes.nn.Params4bit(
+        linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+    )
+    packed.weight = weight.to(device)  # that is when it is packed
+    return packed

@@ -1,0 +1,17 @@
+"""One GPU for a process that trains: transformers takes all that are visible, and a tuning mode refuses several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def first_card(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of a child process that sees the first of the cards that are visible here."""
+    if not torch.cuda.is_available():
+        return dict(environment)
+    return {**environment, VISIBLE: environment.get(VISIBLE, "0").split(",")[0].strip()}
