@@ -6,14 +6,13 @@ A random LLaVA of about 100 million parameters is written to a temporary folder 
 two steps, in a process of its own for each setting. Without a GPU the peak is the resident set (VmHWM) of that process
 during training, minus the resident set just before the model is built; allocations are given back at once
 (MALLOC_MMAP_THRESHOLD_), and libraries are warmed up before, so that their code does not count. On CUDA it is
-torch.cuda.max_memory_allocated. Status 1 if a prediction is off by more than 20 %.
+torch.cuda.max_memory_allocated. Status 1 if a prediction is off by more than 20 %, or a training failed.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,9 +23,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from bench_timing import machine, write_json
+from first_card import first_card
 from rich.console import Console
 from rich.table import Table
 
+from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.upstream.memory_flags import Wanted
 from llava_steering_plugin.upstream.planning import plan
 
@@ -232,12 +233,13 @@ def compared(setting: Setting, folder: Path) -> dict[str, Any]:
         RuntimeError: the training failed; with the end of what it said.
     """
     flags, result = setting.flags(folder), folder / "peak"
+    result.unlink(missing_ok=True)  # of the setting before this one
     made = plan(flags, Wanted())
     if made.memory is None:
         raise RuntimeError(f"{setting}: no plan: {made.problems}")
     done = subprocess.run(
         [sys.executable, __file__, "--train", str(result), *flags],
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "WANDB_DISABLED": "true", "HF_HUB_OFFLINE": "1"},
+        env={**first_card(), "MALLOC_MMAP_THRESHOLD_": "65536", "WANDB_DISABLED": "true", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
@@ -262,19 +264,40 @@ def main(
     table = Table(title=f"Peak memory in MiB ({'CUDA' if CUDA else 'resident set'})", title_justify="left")
     for heading in ("setting", "predicted", "measured", "error"):
         table.add_column(heading, justify="left" if heading == "setting" else "right")
-    results = []
+    results: list[dict[str, Any]] = []
+
+    def write() -> None:
+        if json_file is not None:
+            content = {"machine": machine(), "limit": LIMIT, "results": results, "failed": failed(results)}
+            write_json(json_file, content)
+
     with tempfile.TemporaryDirectory(prefix="measure-memory-") as scratch:
         write_world(Path(scratch))
         for setting in (setting for setting in SETTINGS if only in str(setting)):
-            found = compared(setting, Path(scratch))
+            found = compared_or_failed(setting, Path(scratch))
             results.append(found)
+            write()  # at once: what was measured is not lost by what comes after it
+            if "failure" in found:
+                console.print(found["failure"], markup=False)
+                table.add_row(str(setting), "-", "-", "failed")
+                continue
             mebibytes = [f"{found[key] / 2**20:,.0f}" for key in ("predicted", "measured")]
             table.add_row(str(setting), *mebibytes, f"{found['error']:+.1%}")
     console.print(table)
-    failed = [found["setting"] for found in results if abs(found["error"]) > LIMIT]
-    if json_file is not None:
-        write_json(json_file, {"machine": machine(), "limit": LIMIT, "results": results, "failed": failed})
-    raise typer.Exit(1 if failed or not results else 0)
+    raise typer.Exit(1 if failed(results) or not results else 0)
+
+
+def compared_or_failed(setting: Setting, folder: Path) -> dict[str, Any]:
+    """What `compared` gives, or under "failure" why it gives nothing."""
+    try:
+        return compared(setting, folder)
+    except (RuntimeError, SteeringError, OSError, ValueError) as error:
+        return {"setting": str(setting), "failure": f"{type(error).__name__}: {error}"}
+
+
+def failed(results: list[dict[str, Any]]) -> list[str]:
+    """The settings that could not be measured, or whose prediction is off."""
+    return [found["setting"] for found in results if "failure" in found or abs(found["error"]) > LIMIT]
 
 
 if __name__ == "__main__":

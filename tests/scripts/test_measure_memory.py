@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from training_runs import subprocess_environment
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_memory.py"
@@ -29,3 +30,34 @@ def test_the_peak_of_a_training_of_a_hundred_million_parameters_is_the_predicted
     (found,) = json.loads((tmp_path / "out.json").read_text())["results"]
     assert abs(found["predicted"] / found["measured"] - 1) < 0.2
     assert found["measured"] > 400 * 2**20  # 105 million weights in float32
+
+
+def test_a_setting_that_fails_is_a_row_and_the_others_are_measured_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import measure_memory
+
+    first, second, third = settings = measure_memory.SETTINGS[:3]
+    written = tmp_path / "out.json"
+    before: list[int] = []
+
+    def compared(setting: measure_memory.Setting, folder: Path) -> dict[str, object]:
+        before.append(len(json.loads(written.read_text())["results"]) if written.exists() else 0)
+        if setting == second:
+            raise RuntimeError("CUDA out of memory")
+        return {"setting": str(setting), "predicted": 2**20, "measured": 2**20, "error": 0.0}
+
+    monkeypatch.setattr(measure_memory, "SETTINGS", settings)
+    monkeypatch.setattr(measure_memory, "write_world", lambda folder: None)
+    monkeypatch.setattr(measure_memory, "compared", compared)
+    with pytest.raises(typer.Exit) as ended:
+        measure_memory.main(only="", json_file=written)
+
+    assert ended.value.exit_code == 1
+    assert before == [0, 1, 2], "each is written as soon as it is there"
+    made = json.loads(written.read_text())
+    assert [row["setting"] for row in made["results"]] == [str(first), str(second), str(third)]
+    assert "CUDA out of memory" in made["results"][1]["failure"]
+    assert made["failed"] == [str(second)]
+    assert "CUDA out of memory" in capsys.readouterr().out
