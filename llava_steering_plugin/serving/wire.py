@@ -18,6 +18,9 @@ FAILED, REFUSED = 1, 4
 # An oversized body is read on for a while and thrown away: a client that is still sending would not see the answer.
 DRAINED_SECONDS, DRAINED_TIMES = 5.0, 8
 LONG = 1 << 16  # bytes of JSON that are not parsed in passing
+# Lists, objects and their parts in a request, beside those that its prompt has in writing. Each costs many times the
+# two bytes that it takes in JSON.
+PARTS = 1024
 
 
 class Refused(Exception):
@@ -49,7 +52,7 @@ async def read_object(request: Request, limits: Limits) -> dict[str, Any]:
     """The JSON object in the body of a request.
 
     Raises:
-        Refused: too long (413), too slow (408), no JSON (400), no object (422).
+        Refused: too long or of too many parts (413), too slow (408), no JSON (400), no object (422).
         ClientDisconnect: the client has gone.
     """
     try:
@@ -60,12 +63,25 @@ async def read_object(request: Request, limits: Limits) -> dict[str, Any]:
         raise Refused(413, f"The request is longer than {limits.body_bytes:,} bytes.")
     try:
         # Text with images takes a while to read, and others are served meanwhile.
-        data = await asyncio.to_thread(json.loads, body) if len(body) > LONG else json.loads(body)
+        most = limits.prompt_characters + PARTS
+        data = await asyncio.to_thread(_parsed, body, most) if len(body) > LONG else _parsed(body, most)
     except (ValueError, RecursionError) as error:
         raise Refused(400, "The request is not valid JSON.") from error
     if not isinstance(data, dict):
         raise Refused(422, "The request is not a JSON object.")
     return data
+
+
+def _parsed(body: bytes, most: int) -> Any:
+    """What the JSON says.
+
+    Raises:
+        Refused: it has more than `most` parts.
+        ValueError, RecursionError: it is none.
+    """
+    if sum(map(body.count, (b",", b"[", b"{"))) > most:
+        raise Refused(413, f"The request has more than {most:,} parts.")
+    return json.loads(body)
 
 
 async def _collect(request: Request, most: int) -> bytes | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import json
 import struct
 import time
+import weakref
 import zlib
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from serving_fixtures import PROMPT, Client, Question
 
 from llava_steering_plugin.serving.limits import Limits
 from llava_steering_plugin.serving.requests import checked
+from llava_steering_plugin.serving.wire import Refused
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -48,7 +52,7 @@ def bomb() -> str:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{", b"\xff\xfe", b'{"model": "cats",}', b"[" * 100_000, b'{"max_new_tokens": ' + b"9" * 5000 + b"}"],
+    [b"", b"{", b"\xff\xfe", b'{"model": "cats",}', b"[" * 2000, b'{"max_new_tokens": ' + b"9" * 5000 + b"}"],
     ids=["empty", "cut", "no text", "comma", "deep", "huge number"],
 )
 def test_malformed_json_is_a_400(strict: Client, data: bytes) -> None:
@@ -152,6 +156,27 @@ def test_a_photo_and_a_panorama_pass_the_limits_that_a_worker_has_by_default() -
         assert len(asked.parameters["images"]) == 1
 
 
+@pytest.mark.parametrize("size", [(2000, 2000), (30_000, 1)])
+def test_a_refused_image_is_freed_at_once(size: tuple[int, int]) -> None:
+    """It may have megabytes, and Python looks for circles only now and then."""
+
+    class Text(str):
+        """Text that tells when it has gone."""
+
+    image = Text(encoded(Image.new("RGB", size)))
+    gone = weakref.ref(image)
+    data = body(images=[image])
+    gc.disable()
+    try:
+        with suppress(Refused):
+            checked(data, Limits(image_pixels=90_000), lambda _: "cats", True)
+            pytest.fail("it was taken")
+        del data, image
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
 def test_pictures_in_other_modes_than_rgb_are_answered(strict: Client, mode: str) -> None:
     image = Image.new("RGB", (40, 60), "red").convert(mode)
@@ -166,6 +191,17 @@ def test_a_prompt_of_10_mb_is_a_413_and_so_is_any_body_over_the_limit(strict: Cl
     assert strict.refused(body(prompt="<image>" + "x" * 3000)) == (413, "The prompt is longer than 2,000 characters.")
     chunked = (b" " * 65536 for _ in range(40))  # without a Content-Length
     assert strict.refused(None, data=chunked)[0] == 413
+
+
+@pytest.mark.parametrize("data", [b'{"a": [%s[]]}' % (b"[]," * 5000), b'{"a": ' * 5000, b"[" * 100_000])
+def test_a_request_of_more_parts_than_any_answer_needs_is_a_413(strict: Client, data: bytes) -> None:
+    """16 MB of empty lists become 400 MB of objects."""
+    assert strict.refused(None, data=data) == (413, "The request has more than 3,024 parts.")
+
+
+def test_a_prompt_may_be_nothing_but_commas_and_brackets(strict: Client) -> None:
+    status, text = strict.refused(body(prompt="[{," * 666, images=None, model="nobody"))
+    assert status == 404, text
 
 
 def test_a_prompt_beyond_the_context_gets_upstreams_own_answer(client: Client) -> None:
