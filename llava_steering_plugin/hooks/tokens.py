@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ IGNORED = -100
 
 Splice = Callable[..., tuple[Any, ...]]
 
+# By function, for as long as there is one.
+_signatures: WeakKeyDictionary[Callable[..., Any], inspect.Signature] = WeakKeyDictionary()
+
 
 def spliced(splice: Splice, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], TokenMap | None]:
     """Calls LLaVA's splice with these arguments; returns what it returns, and the token map it implies.
@@ -31,18 +35,18 @@ def spliced(splice: Splice, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...],
     Raises:
         UpstreamError: the splice has other arguments or results than any LLaVA known.
     """
-    call = inspect.signature(splice).bind(*args, **kwargs)
-    call.apply_defaults()
-    given = call.arguments
-    if missing := {"input_ids", "attention_mask", "past_key_values", "labels"} - given.keys():
+    if missing := {"input_ids", "attention_mask", "past_key_values", "labels"} - signature_of(splice).parameters.keys():
         raise UpstreamError(
             f"prepare_inputs_labels_for_multimodal of this LLaVA takes no {', '.join(sorted(missing))}; "
             "`llava-steering doctor` shows which LLaVA is in use."
         )
-    ids, attention, labels = given["input_ids"], given["attention_mask"], given["labels"]
-    if ids is None or (ids.shape[1] == 1 and given["past_key_values"] is not None):
+    if nothing_to_splice(splice, args, kwargs):
         return splice(*args, **kwargs), None
 
+    call = signature_of(splice).bind(*args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    ids, attention, labels = given["input_ids"], given["attention_mask"], given["labels"]
     given["attention_mask"] = attended = torch.ones_like(ids, dtype=torch.bool) if attention is None else attention
     given["labels"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous()
     result = splice(*call.args, **call.kwargs)
@@ -61,6 +65,21 @@ def spliced(splice: Splice, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...],
         moved = labels.gather(1, places.clamp(min=0)).masked_fill(places < 0, IGNORED)
     tokens = TokenMap((places < 0) & present, present, _prompt(present, moved))
     return (new_ids, positions, None if attention is None else new_attention, cache, embeds, moved), tokens
+
+
+def nothing_to_splice(splice: Splice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the call is a decode step, or brings embeddings: asked for every token, so without binding arguments."""
+    given = {**dict(zip(signature_of(splice).parameters, args, strict=False)), **kwargs}
+    ids = given.get("input_ids")
+    return ids is None or (ids.shape[1] == 1 and given.get("past_key_values") is not None)
+
+
+def signature_of(splice: Splice) -> inspect.Signature:
+    """The signature, looked up once for each function: of methods only what all instances share is kept."""
+    function = getattr(splice, "__func__", splice)
+    if function not in _signatures:
+        _signatures[function] = inspect.signature(splice)
+    return _signatures[function]
 
 
 def of_unspliced(attention: Tensor, labels: Tensor | None) -> TokenMap:

@@ -7,7 +7,6 @@ out in order: each row takes as many as it has placeholders, and one where it ha
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from llava_steering_plugin.adapters.fitting import unquantise
 from llava_steering_plugin.errors import UpstreamError
 from llava_steering_plugin.hooks.rows import Rows
 from llava_steering_plugin.hooks.scope import current
+from llava_steering_plugin.hooks.tokens import nothing_to_splice, signature_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,11 +60,13 @@ class ServedRows(Rows):
         """Finds out from the arguments of LLaVA's splice which tiles belong to which row."""
         from llava.constants import IMAGE_TOKEN_INDEX
 
-        call = inspect.signature(splice).bind(*args, **kwargs)
+        self._projected = ()
+        if nothing_to_splice(splice, args, kwargs):
+            return
+        call = signature_of(splice).bind(*args, **kwargs)
         call.apply_defaults()
         ids, attention, images = (call.arguments.get(name) for name in ("input_ids", "attention_mask", "images"))
-        self._projected = ()
-        if ids is None or images is None:
+        if images is None:
             return
         present = ids == IMAGE_TOKEN_INDEX
         if attention is not None:

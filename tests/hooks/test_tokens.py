@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -251,3 +252,27 @@ def test_real_images_in_tiles_of_different_numbers(
     tokens = check(tiled, Batch(ids, ids != PAD, labels, pixels, features, sizes=sizes))
     expected = [len(features[0]) + len(features[1]), 0, len(features[3]), len(features[4])]
     assert tokens.visual.sum(1).tolist() == expected
+
+
+def test_at_decode_steps_nothing_is_looked_up_again_and_the_splice_gets_its_arguments_as_they_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    class Forked:
+        def splice(
+            self, input_ids: Any, position_ids: Any, attention_mask: Any, past_key_values: Any, labels: Any, images: Any
+        ) -> tuple[Any, ...]:
+            calls.append((input_ids, past_key_values, images))
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+
+    ids, cache, images = torch.ones(2, 1, dtype=torch.long), object(), object()
+    looked_up: list[Any] = []
+    signature = inspect.signature
+    monkeypatch.setattr(inspect, "signature", lambda of: (looked_up.append(of), signature(of))[1])
+    for _ in range(3):
+        assert spliced(Forked().splice, ids, None, None, cache, labels=None, images=images)[1] is None
+        assert spliced(Forked().splice, None, None, None, None, None, images)[1] is None
+    assert calls == [(ids, cache, images), (None, None, images)] * 3
+    assert len(looked_up) == 1
+    assert spliced(Forked().splice, ids, None, None, None, None, images)[1] is not None, "a prompt of one token"
