@@ -126,7 +126,9 @@ def _needs_of_its_own(model: PreTrainedModel, stored: StoredAdapter, tokenizer: 
     path = stored.path / files.LLAVA_CONFIG
     if hasattr(model, "prepare_inputs_labels_for_multimodal") and path.is_file():
         try:
-            trained: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            trained = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(trained, dict):
+                raise ValueError("it holds no settings")
         except (OSError, ValueError) as error:
             raise AdapterError(f"{path} is damaged ({error}). Copy the adapter again.") from error
         for key in sorted(key for key in trained if key.startswith(INPUT_SETTINGS)):

@@ -17,6 +17,8 @@ from llava_steering_plugin.serving.pool import BASE, AdapterPool
 
 logger = logging.getLogger(__name__)
 
+KEPT_REFUSALS = 100
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -32,7 +34,7 @@ class Roster:
 
     Attributes:
         base: the name under which the plain base is registered.
-        rejected: why adapters were not taken, by name, until one of that name is.
+        rejected: why adapters were not taken, by name, until one of that name is; the newest.
         followers: called after every attempt to change something, in the thread that made it.
     """
 
@@ -43,6 +45,7 @@ class Roster:
         self.followers: list[Callable[[], None]] = []
         self._entries: Mapping[str, Entry] = {}
         self._changing = threading.Lock()
+        self._rejecting = threading.Lock()
 
     def names(self) -> list[str]:
         """What the page lists: the base, then the adapters in the order in which they came."""
@@ -61,19 +64,22 @@ class Roster:
         """Adds the adapter at `source`, a folder or a hub id, or replaces the one of that name.
 
         Raises:
-            SteeringError: it cannot be served; the reason is kept in `rejected`, and nothing has changed.
+            SteeringError: it cannot be served; the reason is kept in `rejected` under any name that an adapter may
+                have, and nothing has changed.
         """
+        checked_label(name)
         with self._change():
             try:
                 entry = self._checked(name, source)
                 self.pool.load(name, source)
             except SteeringError as error:
-                self.rejected[name] = str(error)
+                self.reject(name, str(error))
                 raise
-            except (OSError, RuntimeError) as error:  # a disk that fails, memory that is full
-                self.rejected[name] = f"{source} could not be loaded: {error}"
-                raise AdapterError(self.rejected[name]) from error
-            self.rejected.pop(name, None)
+            except Exception as error:  # a disk that fails, memory that is full, or what nobody has thought of
+                reason = f"{source} could not be loaded: {type(error).__name__}: {error}"
+                self.reject(name, reason)
+                raise AdapterError(reason) from error
+            self.accept(name)
             self._entries = {**self._entries, name: entry}
         logger.info("serving %s as %s", name, entry.shown)
         return entry
@@ -91,6 +97,18 @@ class Roster:
             self._entries = {other: entry for other, entry in self._entries.items() if other != name}
             self.pool.unload(name)
         logger.info("no longer serving %s", name)
+
+    def reject(self, name: str, reason: str) -> None:
+        """Keeps the reason why an adapter is not served."""
+        name, reason = _printable(name), _printable(reason)
+        with self._rejecting:
+            others = [item for item in self.rejected.items() if item[0] != name]
+            self.rejected = dict([*others, (name, reason)][-KEPT_REFUSALS:])  # another one: somebody may be reading it
+
+    def accept(self, name: str) -> None:
+        """Forgets why an adapter was not served."""
+        with self._rejecting:
+            self.rejected = {other: reason for other, reason in self.rejected.items() if other != _printable(name)}
 
     def table(self) -> list[dict[str, Any]]:
         """What is known of each adapter, for whoever administers the server."""
@@ -126,7 +144,6 @@ class Roster:
             return None  # removed since the list was made
 
     def _checked(self, name: str, source: str) -> Entry:
-        checked_label(name)
         folder = files.find(source)
         if folder is None:
             files.read(Path(source))  # says why
@@ -140,3 +157,8 @@ class Roster:
                 "Give it another name: NAME=PATH."
             )
         return Entry(name, shown, source)
+
+
+def _printable(text: str) -> str:
+    """Names of files may hold bytes that are no text."""
+    return text.encode(errors="backslashreplace").decode()

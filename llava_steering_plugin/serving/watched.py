@@ -8,13 +8,13 @@ copies a file in place is met by waiting until two looks see the same.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from llava_steering_plugin.adapters.files import WEIGHTS
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
-from llava_steering_plugin.serving.names import checked_label
 from llava_steering_plugin.serving.roster import Roster
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class WatchedFolder(threading.Thread):
         self._every = every
         self._seen: dict[str, Signature] = {}
         self._taken: dict[str, Signature] = {}
+        self._refused: dict[str, Signature] = {}
         self._stopped = threading.Event()
 
     def run(self) -> None:
@@ -69,13 +70,19 @@ class WatchedFolder(threading.Thread):
             logger.warning("%s cannot be read: %s; its adapters go on serving", self.folder, error)
             return False
         changed = False
-        for name in self._taken.keys() - found.keys():
-            del self._taken[name]
+        for name in (self._taken.keys() | self._refused.keys()) - found.keys():
+            self._taken.pop(name, None)
+            self._refused.pop(name, None)
             changed |= self._drop(name)
         for name, signature in found.items():
-            if self._taken.get(name) != signature and (settled or self._seen.get(name) == signature):
-                self._taken[name] = signature  # whatever comes of it: it is not tried again before it changes
-                changed |= self._put(name)
+            if self._taken.get(name) == signature or not (settled or self._seen.get(name) == signature):
+                continue
+            if (other := self._source(name)) is not None and not self._is_mine(name, other):
+                # Tried again in every look: the other one may go.
+                self._refuse(name, signature, f"{name!r} is {other} already. Rename the folder.")
+                continue
+            self._taken[name] = signature  # whatever comes of it: it is not tried again before it changes
+            changed |= self._put(name, signature)
         self._seen = found
         if changed:
             self._changed()
@@ -93,27 +100,35 @@ class WatchedFolder(threading.Thread):
             found[entry.name] = (status.st_mtime_ns, status.st_size, status.st_ino)
         return found
 
-    def _put(self, name: str) -> bool:
-        other = self._source(name)
-        if other not in (None, str(self.folder / name)):
-            logger.warning("%s is not served: %r is %s already. Rename the folder.", self.folder / name, name, other)
-            return False
+    def _put(self, name: str, signature: Signature) -> bool:
         try:
-            self._roster.put(checked_label(name), str(self.folder / name))
+            self._roster.put(name, str(self.folder / name))
         except SteeringError as error:
-            logger.warning("%s is not served: %s", self.folder / name, error)
+            self._refuse(name, signature, str(error))
             return False
+        self._refused.pop(name, None)
         return True
 
+    def _refuse(self, name: str, signature: Signature, reason: str) -> None:
+        """Says why, once for what is there now."""
+        if self._refused.get(name) != signature:
+            self._refused[name] = signature
+            logger.warning("%s is not served: %s", self.folder / name, reason)
+            self._roster.reject(name, reason)
+
     def _drop(self, name: str) -> bool:
-        self._roster.rejected.pop(name, None)
-        if self._source(name) != str(self.folder / name):
+        self._roster.accept(name)
+        if not self._is_mine(name, self._source(name)):
             return False
         try:
             self._roster.drop(name)
         except SteeringError:
             return False  # an administrator was faster
         return True
+
+    def _is_mine(self, name: str, source: str | None) -> bool:
+        """Whether that is the folder's own adapter, by whatever links its path leads there."""
+        return source is not None and os.path.realpath(source) == os.path.realpath(self.folder / name)
 
     def _source(self, name: str) -> str | None:
         """Where the adapter of that name came from, which may be a flag or an administrator."""
