@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import os
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -115,19 +116,22 @@ class Admin:
         return JSONResponse({"name": name})
 
     def _allowed(self, path: str) -> str:
-        """The path, if adapters may come from there: links are followed first.
+        """The path, if adapters may come from there: links are followed first. A folder goes before a hub id.
 
         Raises:
             Refused: they may not.
         """
         if self._any_path:
             return str(Path(path).expanduser())
-        if _HUB_ID.fullmatch(path) and not Path(path).exists():
-            return path
+        hub_id = _HUB_ID.fullmatch(path) is not None
         if self._folder is not None:
-            below = self._folder.resolve()
-            wanted = (below / path).resolve()
-            if wanted != below and wanted.is_relative_to(below):
-                return str(wanted)
+            below = os.path.realpath(self._folder)
+            wanted = os.path.realpath(os.path.join(below, path))
+            inside = wanted != below and Path(wanted).is_relative_to(below)
+            if inside and (os.path.exists(wanted) or not hub_id):
+                return wanted
+        # Where the worker was started may be a folder of that name: loading would take that one.
+        if hub_id and not os.path.exists(path):
+            return path
         where = f"paths below {self._folder} and hub ids" if self._folder is not None else "hub ids"
         raise Refused(403, f"Adapters are only taken from {where}; --admin-any-path lifts this.")

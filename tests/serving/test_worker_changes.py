@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import requests
 from serving_fixtures import BASE_NAME, NAMES, TOKEN, Alone, Client, Question, free_port, listening, wait_until
 from training_runs import subprocess_environment
 
-from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.errors import AdapterError, ArgumentsError
 from llava_steering_plugin.serving.admin import Admin
 from llava_steering_plugin.serving.announcing import Announcer
 from llava_steering_plugin.serving.app import build
@@ -173,6 +174,21 @@ def test_an_administrator_reaches_no_folder_but_the_servers_own(
     assert "new" not in {entry["name"] for entry in admin.admin("GET").json()["adapters"]}
 
 
+def test_two_names_with_a_slash_are_a_folder_where_there_is_one_and_else_a_hub_id_and_never_the_current_folder(
+    admin: Client, folder: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(shelf / "cats", folder / "team" / "pets")
+    shutil.copytree(shelf / "cats", folder.parent / "started" / "owner" / "name")
+    monkeypatch.chdir(folder.parent / "started")
+    (folder.parent / "started" / "team" / "pets").mkdir(parents=True)
+    assert put(admin, "new", "team/pets").ok
+    [known] = [entry for entry in admin.admin("GET").json()["adapters"] if entry["name"] == "new"]
+    assert known["source"] == str((folder / "team" / "pets").resolve())
+    assert put(admin, "newer", "owner/name").status_code == 403
+    refused = put(admin, "newer", "nobody/nothing")
+    assert refused.status_code == 409 and "AdapterError: nobody/nothing" in refused.text
+
+
 def test_without_the_right_token_nothing_is_told_and_nothing_changes(
     admin: Client, client: Client, shown: set[str]
 ) -> None:
@@ -238,6 +254,74 @@ def test_the_folder_neither_replaces_nor_removes_an_adapter_that_came_from_elsew
     shutil.rmtree(folder / "cats")
     assert not watched.look(settled=True)
     assert client.answer("cats", asked[0]) == alone("cats", asked[0])
+
+
+def test_a_folder_whose_name_was_taken_is_served_when_that_adapter_has_gone_and_is_complained_of_once(
+    worker: Any, client: Client, shelf: Path, folder: Path, shown: set[str], alone: Alone, asked: list[Question],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    shutil.copytree(shelf / "dogs", folder / "cats")
+    watched = WatchedFolder(folder, worker.roster, lambda: None)
+    for _ in range(4):
+        assert not watched.look()
+    assert caplog.text.count("is not served") == 1
+    assert "already" in worker.roster.rejected["cats"]
+    worker.roster.drop("cats")
+    assert watched.look()
+    assert client.answer("cats", asked[0]) == alone("dogs", asked[0])
+    assert "cats" not in worker.roster.rejected
+    shutil.rmtree(folder / "cats")
+    assert watched.look()
+
+
+def test_a_folder_that_is_a_link_is_followed_whoever_named_its_adapters(
+    worker: Any, shelf: Path, folder: Path, shown: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder.parent / "link").symlink_to(folder)
+    shutil.copytree(shelf / "cats", folder / "new")
+    worker.roster.put("new", str((folder / "new").resolve()))  # as an administrator names it
+    watched = WatchedFolder(folder.parent / "link", worker.roster, lambda: None)
+    watched.look(settled=True)
+    assert "not served" not in caplog.text
+    shutil.rmtree(folder / "new")
+    assert watched.look()
+    assert "new" not in {entry.name for entry in worker.roster.entries()}
+
+
+def test_folders_that_cannot_be_served_are_listed_with_the_reason_until_they_go_whatever_they_are_called(
+    admin: Client, worker: Any, shelf: Path, folder: Path, shown: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = [folder / "a bad name", Path(os.fsdecode(os.fsencode(folder) + b"/\xff")), folder / "odd"]
+    for path in bad:
+        shutil.copytree(shelf / "cats", path)
+    (folder / "odd" / "config.json").write_text("5")
+    watched = WatchedFolder(folder, worker.roster, lambda: None)
+    for _ in range(3):
+        assert not watched.look()
+    assert caplog.text.count("is not served") == 3
+    rejected = admin.admin("GET").json()["rejected"]
+    assert set(rejected) == {"a bad name", "\\udcff", "odd"}
+    assert "cannot be the name" in rejected["a bad name"] and "it holds no settings" in rejected["odd"]
+    for path in bad:
+        shutil.rmtree(path)
+    watched.look()
+    assert not worker.roster.rejected
+
+
+def test_whatever_an_odd_adapter_raises_is_its_refusal_and_only_the_newest_are_kept(
+    worker: Any, shelf: Path, shown: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odd(*_: Any) -> None:
+        raise KeyError("what nobody has thought of")
+
+    monkeypatch.setattr(worker.pool, "load", odd)
+    for number in range(120):
+        with pytest.raises(AdapterError, match="KeyError: 'what nobody"):
+            worker.roster.put(f"n{number}", str(shelf / "cats"))
+    assert list(worker.roster.rejected) == [f"n{number}" for number in range(20, 120)]
+    with pytest.raises(ArgumentsError):
+        worker.roster.put("x" * 1_000_000, str(shelf / "cats"))
+    assert max(map(len, worker.roster.rejected)) < 10
 
 
 def test_a_file_that_is_still_being_copied_is_not_read(worker: Any, shelf: Path, folder: Path, shown: set[str]) -> None:
