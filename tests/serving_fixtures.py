@@ -178,7 +178,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def listening(app: Any, port: int, send_buffer: int | None = None) -> Iterator[Client]:
+def listening(app: Any, port: int, send_buffer: int | None = None, **options: Any) -> Iterator[Client]:
     """Serves an application from a thread of this process."""
     import uvicorn
 
@@ -191,7 +191,8 @@ def listening(app: Any, port: int, send_buffer: int | None = None) -> Iterator[C
     listener.bind(("127.0.0.1", port))
     give_up_stalled(listener, app.state.answers.limits.stall_seconds)
 
-    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", port, log_config=None, timeout_graceful_shutdown=1))
+    config = uvicorn.Config(app, "127.0.0.1", port, log_config=None, timeout_graceful_shutdown=1, **options)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     wait_until(lambda: server.started)

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import gc
 import logging
+import os
 import sys
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 # From malloc.h.
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
 LARGE_BYTES, ARENAS = 4 << 20, 4
+# How many operations are kept by oneDNN, compiled, and how many by each thread of torch, described. Both keep 1024
+# unless told otherwise.
+KEPT_OPERATIONS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "16"}
 
 
 def give_large_blocks_back() -> None:
@@ -31,6 +35,16 @@ def give_large_blocks_back() -> None:
     for option, value in ((M_MMAP_THRESHOLD, LARGE_BYTES), (M_ARENA_MAX, ARENAS)):
         if not library.mallopt(option, value):
             logger.warning("the C library refuses mallopt(%d, %d); the worker may keep memory", option, value)
+
+
+def keep_few_operations() -> None:
+    """Has the libraries that compute on CPUs keep fewer of the operations that they have made.
+
+    They make one for every shape, of 250 KB each, and to a worker nearly every length of a prompt and of what is cached
+    is a new shape. To be called before anything is computed; numbers in the environment go before these.
+    """
+    for variable, number in KEPT_OPERATIONS.items():
+        os.environ.setdefault(variable, number)
 
 
 def give_free_pages_back() -> None:

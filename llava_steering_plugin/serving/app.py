@@ -48,6 +48,7 @@ class Answers:
     Attributes:
         inside: requests that have come and are not answered yet, waiting ones too.
         slots: one for each answer that may be generated at a time.
+        rested: memory has been given back since something was last going on.
     """
 
     def __init__(self, worker: AdapterWorker, limits: Limits, log_requests: bool = False):
@@ -59,6 +60,7 @@ class Answers:
         # Threads that stay, like those that generate: a new one for every answer would leave its memory behind.
         self._threads = ThreadPoolExecutor(limits.running, "answering")
         worker.report(self.slots, limits.running)
+        self.rested = True
         self._resting: asyncio.TimerHandle | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,14 +110,22 @@ class Answers:
         self._rest_soon()
 
     def _rest_soon(self) -> None:
+        self.rested = False
         if self._resting is None:
             self._resting = asyncio.get_running_loop().call_later(REST_SECONDS, self._rest)
 
     def _rest(self) -> None:
         """If something is still going on, its end calls for the next rest."""
         self._resting = None
-        if not self.inside and self.slots._value == self.limits.running:
-            asyncio.get_running_loop().run_in_executor(None, give_free_pages_back)
+        if self._idle():
+            giving_back = asyncio.get_running_loop().run_in_executor(None, give_free_pages_back)
+            giving_back.add_done_callback(self._note_rest)
+
+    def _note_rest(self, _: asyncio.Future[None]) -> None:
+        self.rested = self._resting is None and self._idle()  # or something has been going on meanwhile
+
+    def _idle(self) -> bool:
+        return not self.inside and self.slots._value == self.limits.running
 
     async def _answer(self, asked: Asked, receive: Receive, send: Send) -> None:
         started = time.monotonic()
@@ -256,6 +266,7 @@ def build(
                 "rejected": len(worker.roster.rejected),
                 "running": limits.running - answers.slots._value,
                 "open": answers.inside,
+                "rested": answers.rested,
             }
         )
 

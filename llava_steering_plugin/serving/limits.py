@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SPARE_CONNECTIONS = 64
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -27,3 +29,8 @@ class Limits:
     image_pixels: int = 40_000_000
     receive_seconds: float = 60.0
     stall_seconds: float = 60.0
+
+    @property
+    def connections(self) -> int:
+        """Connections that may be open: those of all requests, and some for health, status and administration."""
+        return self.running + self.waiting + SPARE_CONNECTIONS

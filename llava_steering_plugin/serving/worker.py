@@ -19,7 +19,7 @@ import typer
 
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.serving import flags
-from llava_steering_plugin.serving.allocator import give_large_blocks_back
+from llava_steering_plugin.serving.allocator import give_large_blocks_back, keep_few_operations
 from llava_steering_plugin.serving.limits import Limits
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def run(
     )
     sources = read_sources(given)
     give_large_blocks_back()
+    keep_few_operations()
 
     import uvicorn
 
@@ -126,7 +127,15 @@ def run(
         announcer.start()
     logger.info("serving %s", ", ".join(worker.roster.names()))
     give_up_stalled(listener, limits.stall_seconds)
-    config = uvicorn.Config(application, host, port, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        application,
+        host,
+        port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=5,
+        limit_concurrency=limits.connections,
+    )
     uvicorn.Server(config).run([listener])
 
 
@@ -167,6 +176,7 @@ def _bound(host: str, port: int) -> socket.socket:
     """A socket that holds the port and does not listen yet."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # connections take it over: vanished clients go
     try:
         listener.bind((host, port))
     except OSError as error:
