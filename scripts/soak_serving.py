@@ -9,7 +9,7 @@ too much of one. With the admin token in LLAVA_STEERING_ADMIN_TOKEN an adapter i
 
 Memory is compared in rest: after a warm-up of the same load (a fifth of the time), and at the end. Status 0 if it has
 grown by no more than --tolerance, every answer was an answer, every refusal had its own status, no slot is taken, and
-no file descriptor or thread is left over.
+no file descriptor or thread is left over. What has grown is shown by kind of memory.
 """
 
 from __future__ import annotations
@@ -34,17 +34,23 @@ from PIL import Image
 
 MB = 1 << 20
 PATIENCE = 120
+GUARD = 1 << 16  # bytes before a thread's stack
 TOKEN = os.environ.get("LLAVA_STEERING_ADMIN_TOKEN")
 
 
 @dataclass(frozen=True)
 class Rest:
-    """A process that has nothing to do: resident and private memory in MB, open files and connections, threads."""
+    """A process that has nothing to do: memory in MB, open files and connections, threads.
+
+    Attributes:
+        kinds: the private memory, by what the process has it for.
+    """
 
     resident: float
     private: float
     files: int
     threads: int
+    kinds: dict[str, float]
 
 
 class Soak:
@@ -71,16 +77,22 @@ class Soak:
             thread.join()
 
     def rest(self) -> Rest:
-        """Waits until the worker has nothing to do; what it holds then."""
+        """Waits until the worker has nothing to do and has given back what it did not need; what it holds then."""
         end = time.monotonic() + PATIENCE
-        while (health := requests.get(f"{self.url}/health", timeout=PATIENCE).json())["running"] or health["open"]:
+        while not (health := requests.get(f"{self.url}/health", timeout=PATIENCE).json())["rested"]:
             if time.monotonic() > end:
-                self.note("rest", f"slots are still taken: {health}")
+                self.note("rest", f"something is still going on: {health}")
                 break
             time.sleep(0.2)
         time.sleep(6)  # connections are kept open for 5 seconds
         memory = self.process.memory_full_info()
-        return Rest(memory.rss / MB, memory.uss / MB, self.process.num_fds(), self.process.num_threads())
+        return Rest(
+            memory.rss / MB,
+            memory.uss / MB,
+            self.process.num_fds(),
+            self.process.num_threads(),
+            kinds(self.process.pid),
+        )
 
     def note(self, kind: str, wrong: str | None) -> None:
         with self._guard:
@@ -167,14 +179,20 @@ class Soak:
         return connection
 
     def _administrator(self, end: float) -> None:
-        headers = {"Authorization": f"Bearer {TOKEN}"}
-        adapters = requests.get(f"{self.url}/admin/adapters", headers=headers, timeout=PATIENCE).json()["adapters"]
+        adapters: list[dict[str, str]] = []
         while time.monotonic() < end:
-            for adapter in adapters:
-                body = {"name": adapter["name"], "path": adapter["source"]}
-                response = requests.post(f"{self.url}/admin/adapters", headers=headers, json=body, timeout=PATIENCE)
-                self.note("load again", None if response.ok else response.text)
-                time.sleep(1)
+            try:
+                adapters = adapters or self._admin("GET").json()["adapters"]
+                adapter = adapters.pop()
+                response = self._admin("POST", json={"name": adapter["name"], "path": adapter["source"]})
+                self.note("load_again", None if response.ok else response.text)
+            except (requests.exceptions.RequestException, LookupError) as error:
+                self.note("load_again", f"{type(error).__name__}: {error}")
+            time.sleep(1)
+
+    def _admin(self, method: str, **content: Any) -> requests.Response:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        return requests.request(method, f"{self.url}/admin/adapters", headers=headers, timeout=PATIENCE, **content)
 
 
 def _picture(seed: int) -> str:
@@ -182,6 +200,33 @@ def _picture(seed: int) -> str:
     side = 60 + 50 * seed
     Image.frombytes("RGB", (side, side), random.Random(seed).randbytes(3 * side * side)).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
+
+
+def kinds(pid: int) -> dict[str, float]:
+    """Private memory in MB by kind, from /proc/PID/smaps.
+
+    `arenas` are those of glibc but for its first, the heap: they begin at multiples of 64 MB. A thread's stack follows
+    a page that nobody may touch.
+    """
+    sums: Counter[str] = Counter()
+    kind, guarded = "", False
+    for line in Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8").splitlines():
+        words = line.split()
+        if words[0].endswith(":"):
+            if words[0].startswith("Private_"):
+                sums[kind] += int(words[1])
+            continue
+        (begin, end), rights, name = (int(part, 16) for part in words[0].split("-")), words[1], "".join(words[5:])
+        if "x" in rights and (not name or "memfd" in name):
+            kind = "compiled"
+        elif name and name != "[heap]":
+            kind = "stacks" if name == "[stack]" else "files"
+        elif name:
+            kind = "heap"
+        else:
+            kind = "arenas" if begin % (64 * MB) == 0 else "stacks" if guarded else "anonymous"
+        guarded = rights.startswith("---") and end - begin <= GUARD
+    return {kind: kilobytes / 1024 for kind, kilobytes in sums.items()}
 
 
 def listener(url: str) -> psutil.Process:
@@ -212,6 +257,8 @@ def main(
             f"{what:>10}: {rest.resident:8.1f} MB resident, {rest.private:8.1f} MB private, {rest.files} files, "
             f"{rest.threads} threads"
         )
+    grown = {kind: ended.kinds[kind] - warm.kinds.get(kind, 0) for kind in sorted(ended.kinds)}
+    typer.echo("  grown by: " + ", ".join(f"{size:+.1f} MB {kind}" for kind, size in grown.items()))
     typer.echo(", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in soak.seen.most_common()))
     problems = [f"{count} x {what}" for what, count in soak.wrong.most_common()]
     if ended.private - warm.private > tolerance:
