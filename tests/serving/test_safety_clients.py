@@ -9,13 +9,16 @@ import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
+import requests
 from serving_fixtures import BASE_NAME, STRICT, Alone, Client, Question, free_port, listening, wait_until
 
 from llava_steering_plugin.serving.answering import Generating
 from llava_steering_plugin.serving.app import build
+from llava_steering_plugin.serving.worker import _bound
 
 pytest_plugins = ["serving_fixtures"]
 pytestmark = pytest.mark.usefixtures("unharmed")
@@ -62,6 +65,23 @@ def test_clients_that_hang_up_at_any_moment_leave_no_slot_taken(strict: Client, 
 
     with ThreadPoolExecutor(16) as users:
         list(users.map(hang_up, range(48)))
+
+
+def test_connections_that_send_nothing_are_counted_and_do_not_grow_beyond_the_limit(worker: Any) -> None:
+    app = build(worker, STRICT)
+    with listening(app, free_port(), limit_concurrency=STRICT.connections) as client, ExitStack() as opened:
+        host, _, port = client.address.removeprefix("http://").partition(":")
+        for _ in range(STRICT.connections):
+            connection = opened.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            connection.sendall(b"POST /worker_generate_stream HTTP/1.1\r\n")
+        assert requests.get(f"{client.address}/health", timeout=30).status_code == 503
+        opened.close()
+        wait_until(lambda: requests.get(f"{client.address}/health", timeout=30).ok)
+
+
+def test_the_workers_own_socket_finds_out_about_clients_that_have_vanished() -> None:
+    with _bound("127.0.0.1", free_port()) as listener:
+        assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
 def test_a_slow_reader_holds_no_slot_and_is_given_up_in_the_end(worker: Any, asked: list[Question]) -> None:
@@ -150,19 +170,27 @@ def test_memory_is_given_back_when_the_answer_of_a_client_that_hung_up_has_ended
     worker: Any, asked: list[Question], rests: list[None]
 ) -> None:
     held = threading.Event()
+    passes: list[None] = []
+
+    def hold(*_: Any) -> None:
+        passes.append(None)
+        if len(passes) > 5:  # the client has seen that its answer has begun
+            held.wait(60)
+
     with listening(build(worker, STRICT), free_port()) as client:
-        with client.begun(Question(asked[0].prompt, asked[0].image, 300).body("cats")):
-            handle = worker.model.lm_head.register_forward_hook(lambda *_: held.wait(30))
+        handle = worker.model.lm_head.register_forward_hook(hold)
         try:
+            with client.begun(Question(asked[0].prompt, asked[0].image, 300).body("cats")):
+                wait_until(lambda: len(passes) > 5)
             wait_until(lambda: client.health()["open"] == 0)
             assert client.free() == 3
             time.sleep(0.3)
-            assert not rests, "the answer still holds its memory"
+            assert not client.health()["rested"], "the answer still holds its memory"
         finally:
             held.set()
             handle.remove()
-        wait_until(lambda: bool(rests))
-        assert client.free() == 4
+        wait_until(lambda: client.health()["rested"])
+        assert rests and client.free() == 4
 
 
 def test_memory_is_given_back_after_a_change_of_adapters_for_which_nobody_asked_anything(
@@ -171,9 +199,11 @@ def test_memory_is_given_back_after_a_change_of_adapters_for_which_nobody_asked_
     followers = len(worker.roster.followers)
     with listening(build(worker, STRICT), free_port()):
         worker.roster.put("passing-by", str(shelf / "cats"))
-        wait_until(lambda: len(rests) == 1)
+        wait_until(lambda: bool(rests))
+        time.sleep(0.3)
+        rests.clear()
         worker.roster.drop("passing-by")
-        wait_until(lambda: len(rests) == 2)
+        wait_until(lambda: bool(rests))
     assert len(worker.roster.followers) == followers
 
 
