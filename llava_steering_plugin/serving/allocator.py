@@ -1,7 +1,7 @@
 """Has the C library give memory back that a worker no longer uses.
 
 glibc keeps what a thread has freed for that thread's arena, and after the first large block was freed it keeps blocks
-of up to 32 MB, too. A worker has a thread for every answer, and now and then a request of many megabytes: twenty
+of up to 32 MB, too. A worker has several threads for its answers, and now and then a request of many megabytes: twenty
 requests of 10 MB left 140 MB behind, and 7 MB with these settings.
 """
 
