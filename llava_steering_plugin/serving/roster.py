@@ -100,7 +100,7 @@ class Roster:
 
     def reject(self, name: str, reason: str) -> None:
         """Keeps the reason why an adapter is not served."""
-        name, reason = _printable(name), _printable(reason)
+        name, reason = printable(name), printable(reason)
         with self._rejecting:
             others = [item for item in self.rejected.items() if item[0] != name]
             self.rejected = dict([*others, (name, reason)][-KEPT_REFUSALS:])  # another one: somebody may be reading it
@@ -108,7 +108,7 @@ class Roster:
     def accept(self, name: str) -> None:
         """Forgets why an adapter was not served."""
         with self._rejecting:
-            self.rejected = {other: reason for other, reason in self.rejected.items() if other != _printable(name)}
+            self.rejected = {other: reason for other, reason in self.rejected.items() if other != printable(name)}
 
     def table(self) -> list[dict[str, Any]]:
         """What is known of each adapter, for whoever administers the server."""
@@ -159,6 +159,6 @@ class Roster:
         return Entry(name, shown, source)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Names of files may hold bytes that are no text."""
     return text.encode(errors="backslashreplace").decode()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llava_steering_plugin.adapters.files import WEIGHTS
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
-from llava_steering_plugin.serving.roster import Roster
+from llava_steering_plugin.serving.roster import Roster, printable
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class WatchedFolder(threading.Thread):
         """Says why, once for what is there now."""
         if self._refused.get(name) != signature:
             self._refused[name] = signature
-            logger.warning("%s is not served: %s", self.folder / name, reason)
+            logger.warning("%s is not served: %s", printable(str(self.folder / name)), printable(reason))
             self._roster.reject(name, reason)
 
     def _drop(self, name: str) -> bool:

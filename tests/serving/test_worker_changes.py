@@ -299,6 +299,7 @@ def test_folders_that_cannot_be_served_are_listed_with_the_reason_until_they_go_
     for _ in range(3):
         assert not watched.look()
     assert caplog.text.count("is not served") == 3
+    assert caplog.text.encode(), "no log could be written"
     rejected = admin.admin("GET").json()["rejected"]
     assert set(rejected) == {"a bad name", "\\udcff", "odd"}
     assert "cannot be the name" in rejected["a bad name"] and "it holds no settings" in rejected["odd"]
