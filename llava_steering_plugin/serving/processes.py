@@ -36,6 +36,7 @@ class Part:
         up: says whether it answers; asked again until it does.
         environment: what it is given beside this program's own variables.
         colour: of its name.
+        unshown: lines with this in them are not shown: they come every few seconds and push everything else away.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Part:
     up: Callable[[], bool]
     environment: dict[str, str] = field(default_factory=dict)
     colour: str = "cyan"
+    unshown: str | None = None
 
 
 class Parts:
@@ -131,6 +133,8 @@ class Parts:
 
     def _show(self, part: Part, process: subprocess.Popen[str], lines: deque[str]) -> None:
         for line in process.stdout or ():
+            if part.unshown is not None and part.unshown in line:
+                continue
             line = line.rstrip("\n")
             lines.append(line)
             # Text, not markup: what programs print may hold brackets.

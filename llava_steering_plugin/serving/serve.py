@@ -65,6 +65,7 @@ def serve(plan: Plan, console: Console) -> None:
             lambda: _answers("POST", f"{controller}/list_models"),
             found,
             "green",
+            unshown="Receive heart beat",
         ),
         Part(
             "worker",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -16,9 +17,12 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
+from rich.console import Console
 from serving_fixtures import Alone, Client, Question, free_port
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
+
+from llava_steering_plugin.serving.processes import Part, PartDied, Parts
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -144,3 +148,14 @@ def test_a_port_that_is_taken_is_said_before_anything_is_started(
             assert served.process.wait(60) == 1
             assert re.search(r"the worker cannot listen on .*in use. Give another --worker-port", served.output)
             assert "starting" not in served.output
+
+
+def test_lines_that_come_every_few_seconds_are_not_shown_and_all_others_are(tmp_path: Path) -> None:
+    said = io.StringIO()
+    program = "print('Receive heart beat. http://here'); print('register a new worker [http://here]')"
+    with Parts(Console(file=said, width=200), tmp_path, tmp_path) as parts:
+        parts.start(Part("controller", ["-c", program], lambda: False, unshown="Receive heart beat"))
+        with pytest.raises(PartDied, match="register a new worker"):
+            parts.wait(Part("controller", [], lambda: False), PATIENCE, lambda: False)
+    assert "controller | register a new worker [http://here]" in said.getvalue()
+    assert "heart beat" not in said.getvalue()
