@@ -39,7 +39,7 @@ JUDGED_POSITIONS = (128, 704)
 MEMORY_POSITIONS = (128, 704)
 DECODE_STEPS = 32
 # Wall seconds that the turns of one case may take, and turns taken at a time.
-SECONDS, TURNS = 120.0, 6
+SECONDS, TURNS = 300.0, 6
 REFERENCE, DENSE = "mean of these two", "dense delta"
 Samples = Mapping[str, Sequence[float]]
 
