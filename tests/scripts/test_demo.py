@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -134,18 +133,3 @@ def test_the_table_and_the_plot_show_every_row(tmp_path: Path) -> None:
     assert "81,920" in shown
     report.plot(results, tmp_path / "plot.png")
     assert min(Image.open(tmp_path / "plot.png").size) > 400
-
-
-@pytest.mark.slow
-def test_the_quick_demo_runs_every_part_and_a_second_run_uses_what_is_there(tmp_path: Path) -> None:
-    command = [str(DEMO.parent / "demo.sh"), "--quick", "--output", str(tmp_path)]
-    subprocess.run(command, check=True, timeout=1500)
-    results = json.loads((tmp_path / "quick" / "results.json").read_text())
-    base, shifted, mores = results["rows"]
-    assert (base["camera"], shifted["camera"], mores["camera"]) == ("clean", "shifted", "shifted")
-    assert mores["parameters"] == 4 * (2 * 128 * 4 + 4)
-    assert all(0 <= row[kind] <= 1 for row in results["rows"] for kind in ("colour", "shape", "yes/no"))
-    assert results["chat"]["question"] == "what color is the shape?"
-    assert (tmp_path / "quick" / "results.png").is_file()
-    again = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
-    assert again.stdout.count("done before") == len(results["seconds"])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -196,24 +194,3 @@ def test_the_tables_and_the_plot_show_every_method(tmp_path: Path) -> None:
     assert "| MixLoRA 2 of 8, learned routers | cameras only | 0.25 ±0.00 | 0.02 ±0.00 | 9.0 |" in written
     plot(results, tmp_path / "plot.png")
     assert min(Image.open(tmp_path / "plot.png").size) > 400
-
-
-@pytest.mark.slow
-def test_the_quick_measurement_runs_every_part_and_a_second_run_uses_what_is_there(tmp_path: Path) -> None:
-    command = [str(SCRIPTS / "multitask.sh"), "--quick", "--output", str(tmp_path)]
-    subprocess.run(command, check=True, timeout=1500)
-    found = tmp_path / "quick" / "multitask"
-    results = json.loads((found / "results.json").read_text())
-    small, large, frozen, *learning = results["methods"]
-    assert (small["parameters"], frozen["parameters"]) == (4 * 2944 * 2, 4 * 2944 * 8)
-    for entry in learning:
-        assert abs(large["parameters"] - entry["parameters"]) < 0.02 * entry["parameters"]
-    for entry in (frozen, *learning):
-        assert 0 <= entry["information"]["cameras"]["told"]["mean"] <= 1
-        assert len(entry["information"]["tasks"]["layers"]) == 4
-    assert all(0 <= share <= 1 for row in results["rows"] for share in row["accuracy"].values())
-    assert (found / "multitask.png").is_file()
-    again = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
-    stages = [line for line in again.stdout.splitlines() if line.startswith("multitask/")]
-    assert len(stages) == len(results["seconds"])
-    assert all("done before" in line for line in stages)

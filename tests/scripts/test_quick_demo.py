@@ -1,0 +1,53 @@
+"""The demo and the multi-task measurement beside it with --quick: every part of them, and a second run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What they share: the measurement goes on from the demo's base."""
+    return tmp_path_factory.mktemp("demo-output")
+
+
+@pytest.mark.slow
+def test_the_quick_demo_runs_every_part_and_a_second_run_uses_what_is_there(output: Path) -> None:
+    command = [str(SCRIPTS / "demo.sh"), "--quick", "--output", str(output)]
+    subprocess.run(command, check=True, timeout=1500)
+    results = json.loads((output / "quick" / "results.json").read_text())
+    base, shifted, mores = results["rows"]
+    assert (base["camera"], shifted["camera"], mores["camera"]) == ("clean", "shifted", "shifted")
+    assert mores["parameters"] == 4 * (2 * 128 * 4 + 4)
+    assert all(0 <= row[kind] <= 1 for row in results["rows"] for kind in ("colour", "shape", "yes/no"))
+    assert results["chat"]["question"] == "what color is the shape?"
+    assert (output / "quick" / "results.png").is_file()
+    again = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+    assert again.stdout.count("done before") == len(results["seconds"])
+
+
+@pytest.mark.slow
+def test_the_quick_measurement_runs_every_part_and_a_second_run_uses_what_is_there(output: Path) -> None:
+    command = [str(SCRIPTS / "multitask.sh"), "--quick", "--output", str(output)]
+    subprocess.run(command, check=True, timeout=1500)
+    found = output / "quick" / "multitask"
+    results = json.loads((found / "results.json").read_text())
+    small, large, frozen, *learning = results["methods"]
+    assert (small["parameters"], frozen["parameters"]) == (4 * 2944 * 2, 4 * 2944 * 8)
+    for entry in learning:
+        assert abs(large["parameters"] - entry["parameters"]) < 0.02 * entry["parameters"]
+    for entry in (frozen, *learning):
+        assert 0 <= entry["information"]["cameras"]["told"]["mean"] <= 1
+        assert len(entry["information"]["tasks"]["layers"]) == 4
+    assert all(0 <= share <= 1 for row in results["rows"] for share in row["accuracy"].values())
+    assert (found / "multitask.png").is_file()
+    again = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+    stages = [line for line in again.stdout.splitlines() if line.startswith("multitask/")]
+    assert len(stages) == len(results["seconds"])
+    assert all("done before" in line for line in stages)
