@@ -286,15 +286,14 @@ class _InTerminal:
         shown, found, self._unread = self._unread.partition(text)
         return shown + found
 
-    def press_until(self, keys: str, text: str) -> str:
-        """Types the keys, a few times if need be: Python misses a Ctrl-C between a prompt and its wait for input."""
-        for _ in range(10):
+    def press_until(self, keys: str, text: str, seconds: float = 120) -> str:
+        """Types the keys, again every few seconds: Python misses a Ctrl-C between a prompt and its wait for input."""
+        end = time.monotonic() + seconds
+        while text not in self._unread and time.monotonic() < end:
             self.type(keys)
             select.select([self._terminal], [], [], 2)
             while select.select([self._terminal], [], [], 0.2)[0]:
                 self._unread += os.read(self._terminal, 65536).decode(errors="replace")
-            if text in self._unread:
-                break
         return self.until(text, 1)
 
     def ended(self) -> int:

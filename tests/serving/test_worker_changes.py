@@ -62,14 +62,13 @@ def listed(controller: str) -> set[str]:
 
 @pytest.fixture
 def shown(worker: Any, client: Client) -> Iterator[set[str]]:
-    """What is shown before a test, and after it again."""
-    before = {entry.name: entry for entry in worker.roster.entries()}
+    """What is shown before a test, and after it again, in the same order."""
+    before = worker.roster.entries()
     yield set(worker.roster.names())
     for entry in worker.roster.entries():
-        if entry.name not in before:
-            worker.roster.drop(entry.name)
-    for name, entry in before.items():
-        worker.roster.put(name, entry.source)
+        worker.roster.drop(entry.name)
+    for entry in before:
+        worker.roster.put(entry.name, entry.source)
     worker.roster.rejected.clear()
 
 
