@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from steered import away_from_identity
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -75,7 +76,5 @@ def everything(rows: int, positions: int) -> Pass:
 def routed(mode: MixLoRA, in_features: int = 12, out_features: int = 10, balance: float = 0.0) -> RoutedLinear:
     """Far from the identity, and with routers that are sure of themselves."""
     module = RoutedLinear(in_features, out_features, mode, balance)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_()
+    away_from_identity(module)
     return module

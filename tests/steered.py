@@ -39,6 +39,13 @@ def strengthen(attachment: Attachment, seed: int = 0, size: float = 0.3) -> Atta
     return attachment
 
 
+def away_from_identity(module: torch.nn.Module) -> None:
+    """The same for a module by itself, with torch's own generator."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+
+
 def pictures(count: int, seed: int = 0) -> Tensor:
     """Pixels of `count` different pictures, [count, 3, side, side]."""
     generator = torch.Generator().manual_seed(seed)

@@ -139,7 +139,7 @@ def problems_in(flags: Namespace, unknown: Sequence[str] = ()) -> list[str]:
 
 def _base_problems(flags: Namespace) -> list[str]:
     base = flags.model_name_or_path
-    if base and os.path.isdir(base) and files.find(base) is not None:
+    if base and files.find(base) is not None:
         return [
             f"--model_name_or_path {base} is an adapter. Give its base there, and --adapter_path {base} "
             "to go on training it"

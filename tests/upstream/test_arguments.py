@@ -49,6 +49,19 @@ def test_an_adapter_of_a_mode_that_is_another_here_is_one_problem_among_the_othe
     assert "--lora_enable cannot be combined" in second
 
 
+@pytest.mark.parametrize("where", ["a folder", "the hub"])
+def test_an_adapter_is_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--somebody--pets"
+    name = adapter(cached / "snapshots" / "0123")
+    if where == "the hub":
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text("0123")
+        name = "somebody/pets"
+    [problem] = problems("--model_name_or_path", name, "--tuning_mode", "mores")
+    assert problem.startswith(f"--model_name_or_path {name} is an adapter.") and f"--adapter_path {name}" in problem
+
+
 def test_an_adapter_of_another_mode_than_the_flags_say_is_refused(tmp_path: Path) -> None:
     path = adapter(tmp_path / "pets", rank=1)
     assert problems("--adapter_path", path, "--tuning_mode", "mixlora") == [
