@@ -152,7 +152,7 @@ def convert(
     from .upstream.conversations import checked_template
 
     if conversation is not None:
-        with suppress(ImportError):  # without LLaVA there is nobody to ask
+        with suppress(ImportError, RuntimeError, ValueError):  # without a LLaVA that imports there is nobody to ask
             checked_template(conversation)
     _show_conversion(
         converted(source, target, base, projector=projector, conversation=conversation, force=force),

@@ -96,13 +96,13 @@ def remove_abandoned_locks() -> None:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
         with suppress(FileNotFoundError):  # the other ranks are at it as well
-            age = time.time() - lock.stat().st_mtime
             if _is_open(lock):
                 continue
+            age = time.time() - lock.stat().st_mtime  # as late as can be: another rank may have made a new one
             if age < COMPILING_SECONDS:
                 logger.warning(
-                    "DeepSpeed will wait for %s, %.0f s old, which no process of this machine holds. If this training "
-                    "does not start and no other machine is compiling into that folder, delete the file.",
+                    "DeepSpeed will wait for %s, %.0f s old, which none of your processes here holds. If this training "
+                    "does not start and nobody else is compiling into that folder, delete the file.",
                     lock,
                     age,
                 )
@@ -128,11 +128,12 @@ def _remove(lock: Path) -> None:
 
 def _is_open(path: Path) -> bool:
     """Whether a process that we may look at has it open. Only Linux tells; elsewhere age alone decides."""
+    real = path.resolve()  # /proc knows no links
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended meanwhile, or is another user's
             for descriptor in (process / "fd").iterdir():
                 with suppress(OSError):
-                    if descriptor.readlink() == path.absolute():
+                    if descriptor.readlink() == real:
                         return True
     return False
 
@@ -189,12 +190,15 @@ def mend_preparation(accelerator: Any) -> None:
 
 @contextmanager
 def _left_in_place(model: nn.Module) -> Iterator[None]:
-    """Inside, `model.to` does nothing: DeepSpeed's engine calls it whatever the model is.
+    """Inside, `to`, `half` and `bfloat16` do nothing: DeepSpeed's engine calls them whatever the model is.
 
-    transformers' own refuses quantised models, because they are where they belong from the start.
+    transformers' own refuse quantised models, because they are what and where they should be from the start.
     """
-    model.to = lambda *args, **kwargs: model  # type: ignore[method-assign]
+    names = ("to", "half", "bfloat16")
+    for name in names:
+        setattr(model, name, lambda *args, **kwargs: model)
     try:
         yield
     finally:
-        del model.to
+        for name in names:
+            delattr(model, name)

@@ -19,15 +19,27 @@ small operations then stands against a matrix-vector product.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from bench_timing import Timing, interleave, machine, ratio_table, summarise, until_decided, write_json
+from bench_timing import (
+    REFERENCE,
+    Samples,
+    Timing,
+    excesses,
+    fair_clock,
+    interleave,
+    machine,
+    ratio_table,
+    summarise,
+    until_decided,
+    with_reference,
+    write_json,
+)
 from mixlora_variants import RANK, SETTINGS, Block, block, forward_backward, layers, peak_bytes, trained
 from rich.console import Console
 from rich.table import Table
@@ -40,8 +52,7 @@ MEMORY_POSITIONS = (128, 704)
 DECODE_STEPS = 32
 # Wall seconds that the turns of one case may take, and turns taken at a time.
 SECONDS, TURNS = 300.0, 6
-REFERENCE, DENSE = "mean of these two", "dense delta"
-Samples = Mapping[str, Sequence[float]]
+FROZEN, CONTROL, DENSE = "frozen", "control", "dense delta"
 
 
 @dataclass(frozen=True)
@@ -76,10 +87,10 @@ def one_linear(case: Case, dtype: torch.dtype, seconds: float) -> dict[str, Timi
     gradient = torch.randn(case.batch, case.positions, case.out_features, dtype=dtype)
     made = layers(case.in_features, case.out_features, dtype)
     calls = {name: forward_backward(layer, hidden, gradient) for name, layer in made.items()}
-    dense = {DENSE: calls.pop(DENSE), "frozen": calls["frozen"]}
+    dense = {name: calls[name] for name in (FROZEN, CONTROL)} | {DENSE: calls.pop(DENSE)}
     limit = FORWARD_BACKWARD_LIMIT if case.positions in JUDGED_POSITIONS else None
     timings = _timings(calls, seconds, limit)
-    beside = summarise(interleave(dense, rounds=TURNS // 2, warmup=1, clock=_clock()), baseline="frozen")
+    beside = _summarised(interleave(dense, rounds=TURNS // 2, warmup=1, clock=fair_clock()))
     return {**timings, DENSE: beside[DENSE]}
 
 
@@ -91,25 +102,14 @@ def _timings(calls: dict[str, Callable[[], None]], seconds: float, limit: float 
     """
 
     def judged(samples: Samples) -> dict[str, list[float]]:
-        return {"mixlora": excesses(samples)}
+        return {"mixlora": excesses(with_reference(samples, FROZEN, CONTROL), "mixlora")}
 
     seconds = seconds if limit is not None else seconds / 4
-    samples = until_decided(calls, judged, limit=limit, turns=TURNS, seconds=seconds, clock=_clock())
-    return summarise({**samples, REFERENCE: reference(samples)}, baseline=REFERENCE)
+    return _summarised(until_decided(calls, judged, limit=limit, turns=TURNS, seconds=seconds, clock=fair_clock()))
 
 
-def reference(samples: Samples) -> list[float]:
-    """What the frozen layer took in each turn: it runs twice, once as the control."""
-    return [(first + second) / 2 for first, second in zip(samples["frozen"], samples["control"], strict=True)]
-
-
-def excesses(samples: Samples) -> list[float]:
-    """How much longer than the frozen layer MixLoRA took, in each turn."""
-    return [mine / frozen - 1 for mine, frozen in zip(samples["mixlora"], reference(samples), strict=True)]
-
-
-def _clock() -> Callable[[], float]:
-    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+def _summarised(samples: Samples) -> dict[str, Timing]:
+    return summarise(with_reference(samples, FROZEN, CONTROL), baseline=REFERENCE)
 
 
 def decoding(positions: int, dtype: torch.dtype, seconds: float) -> tuple[dict[str, Timing], dict[str, Timing]]:
@@ -140,7 +140,7 @@ def _call(phase: Callable[[Block], None], variant: Block) -> Callable[[], None]:
     return lambda: phase(variant)
 
 
-def adamw(seconds: float) -> dict[str, Timing]:
+def adamw(rounds: int) -> dict[str, Timing]:
     """An AdamW step of the adapters of a whole block, baseline PEFT's LoRA of equal rank."""
     calls = {}
     for name, variant in block(torch.float32).items():
@@ -152,8 +152,7 @@ def adamw(seconds: float) -> dict[str, Timing]:
         optimizer = torch.optim.AdamW(parameters)
         calls[f"{name}: {sum(parameter.numel() for parameter in parameters):,} parameters"] = _step(optimizer)
     baseline = next(name for name in calls if name.startswith("peft"))
-    rounds = int(seconds / 4)
-    return summarise(interleave(calls, rounds=rounds, clock=_clock()), baseline=baseline)
+    return summarise(interleave(calls, rounds=rounds, clock=fair_clock()), baseline=baseline)
 
 
 def _step(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
@@ -243,7 +242,7 @@ def main(
     console.print(ratio_table(f"block of seven linears, prefill of {lengths[-1]}", prefill))
     console.print(ratio_table(f"block of seven linears, {DECODE_STEPS} decode steps", decode))
     verdicts.append(Verdict("decode step of a block", excess(decode), DECODE_LIMIT))
-    step = adamw(seconds)
+    step = adamw(4 if quick else 75)
     console.print(ratio_table("AdamW step, a block's adapters", step))
     console.print(_table("GFLOP of forward + backward", {_name(r): _scaled(r["flops"], 1e9) for r in results}))
     console.print(

@@ -17,23 +17,32 @@ with more it is the wall clock.
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from bench_timing import interval, machine, ratio_table, summarise, until_decided, write_json
+from bench_timing import (
+    REFERENCE,
+    Samples,
+    excesses,
+    fair_clock,
+    interval,
+    machine,
+    ratio_table,
+    summarise,
+    until_decided,
+    with_reference,
+    write_json,
+)
 from mores_variants import CONTROL, FROZEN, Case, expected, flops_of, size, squares_of, variants
 from rich.console import Console
 
 from llava_steering_plugin.modes.mores import MoReS
 
 LIMIT = 0.03
-REFERENCE = "mean of these two"
-Samples = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ FULL = Plan(
 )
 QUICK = Plan(
     (
-        Case(1024, 2816, 16, layers=1, batch=1, visual=576, text=128),
+        Case(1024, 2816, 16, layers=1, batch=1, visual=144, text=32),
         Case(4096, 11008, 32, layers=1, batch=1, visual=24, text=8),
     ),
     (SETTINGS[0], SETTINGS[-1]),
@@ -69,22 +78,12 @@ QUICK = Plan(
 
 def timed(calls: dict[str, Callable[[], None]], plan: Plan) -> dict[str, list[float]]:
     """Takes turns until every adapter is decided, or the time is up."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
     def judged(samples: Samples) -> dict[str, list[float]]:
-        return {name: excesses(samples, name) for name in calls if name not in (FROZEN, CONTROL)}
+        beside = with_reference(samples, FROZEN, CONTROL)
+        return {name: excesses(beside, name) for name in calls if name not in (FROZEN, CONTROL)}
 
-    return until_decided(calls, judged, limit=LIMIT, turns=plan.turns, seconds=plan.seconds, clock=clock)
-
-
-def reference(samples: Samples) -> list[float]:
-    """What the frozen model took in each turn."""
-    return [(first + second) / 2 for first, second in zip(samples[FROZEN], samples[CONTROL], strict=True)]
-
-
-def excesses(samples: Samples, name: str) -> list[float]:
-    """How much longer than the frozen model it took, in each turn."""
-    return [mine / frozen - 1 for mine, frozen in zip(samples[name], reference(samples), strict=True)]
+    return until_decided(calls, judged, limit=LIMIT, turns=plan.turns, seconds=plan.seconds, clock=fair_clock())
 
 
 def measured(case: Case, plan: Plan, dtype: torch.dtype, console: Console) -> dict[str, Any]:
@@ -93,8 +92,8 @@ def measured(case: Case, plan: Plan, dtype: torch.dtype, console: Console) -> di
     made = variants(case, plan.settings, dtype)
     passes: dict[str, dict[str, Any]] = {}
     for title, call in (("forward", "forward"), ("forward + backward", "forward_backward"), ("decode step", "decode")):
-        samples = timed({name: getattr(variant, call) for name, variant in made.items()}, plan)
-        samples = {**samples, REFERENCE: reference(samples)}
+        turns = timed({name: getattr(variant, call) for name, variant in made.items()}, plan)
+        samples = with_reference(turns, FROZEN, CONTROL)
         timings, against_frozen = (summarise(samples, baseline=name) for name in (REFERENCE, FROZEN))
         console.print(ratio_table(f"{title}, {len(samples[FROZEN])} turns", timings))
         passes[title] = {

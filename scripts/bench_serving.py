@@ -34,16 +34,26 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bench_timing import interleave, interval, machine, ratio_table, summarise, write_json
+from bench_timing import (
+    REFERENCE,
+    Samples,
+    excesses,
+    fair_clock,
+    interleave,
+    interval,
+    machine,
+    ratio_table,
+    summarise,
+    with_reference,
+    write_json,
+)
 from mores_variants import Case
 from rich.console import Console
 from rich.table import Table
 from serving_variants import BASE, CONTROL, PEFT, Variant, variants
 
-REFERENCE = "mean of these two"
 SWITCH_LIMIT = 1e-3
 PREFILL, DECODE, SPREAD = "prefill", "decode step", "spread of the control"
-Samples = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -102,11 +112,11 @@ QUICK = Plan(
 )
 
 
-def timed(made: Mapping[str, Variant], plan: Plan) -> dict[str, Samples]:
+def timed(made: Mapping[str, Variant], plan: Plan) -> dict[str, dict[str, list[float]]]:
     """Seconds of prefill and decode by variant, from generations in turns."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = fair_clock()
     names, order = list(made), random.Random(0)
-    samples: dict[str, Samples] = {PREFILL: {name: [] for name in names}, DECODE: {name: [] for name in names}}
+    samples: dict[str, dict[str, list[float]]] = {title: {name: [] for name in names} for title in (PREFILL, DECODE)}
     for variant in made.values():
         variant.generate(2, clock)
     start, turn = time.perf_counter(), 0
@@ -121,18 +131,6 @@ def timed(made: Mapping[str, Variant], plan: Plan) -> dict[str, Samples]:
         gc.enable()
         turn += 1
     return samples
-
-
-def with_reference(samples: Samples) -> Samples:
-    """The samples, and what the base took in each turn: the mean of the two."""
-    means = [(first + second) / 2 for first, second in zip(samples[BASE], samples[CONTROL], strict=True)]
-    return {**samples, REFERENCE: means}
-
-
-def excesses(samples: Samples, name: str) -> list[float]:
-    """How much longer than the reference it took, in each turn."""
-    pairs = zip(samples[name], samples[REFERENCE], strict=True)
-    return [mine / reference - 1 for mine, reference in pairs]
 
 
 def spread(samples: Samples) -> float:
@@ -150,7 +148,7 @@ def measured(
         made = variants(case, kinds, dtype, Path(scratch))
     passes = {}
     for title, raw in timed(made, plan).items():
-        samples = with_reference(raw)
+        samples = with_reference(raw, BASE, CONTROL)
         timings = summarise(samples, baseline=REFERENCE)
         console.print(ratio_table(f"{title}, {len(samples[BASE])} turns", timings))
         passes[title] = {
@@ -196,7 +194,7 @@ def _kept_table(kept: Mapping[str, Mapping[str, float]]) -> Table:
 def batched(plan: Plan, dtype: torch.dtype, console: Console) -> dict[str, Any]:
     """Prompts with different adapters, one after the other and at once."""
     console.rule(f"{ROWS} prompts with {ROWS} adapters: {BATCHED}", align="left")
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = fair_clock()
     with tempfile.TemporaryDirectory(prefix="bench-serving-") as scratch:
         made = variants(BATCHED, {"MoReS": (ROWS,), "MixLoRA": (ROWS,)}, dtype, Path(scratch))
     made.pop(CONTROL)

@@ -25,6 +25,9 @@ from typing import Any
 import torch
 from rich.table import Table
 
+REFERENCE = "mean of these two"
+Samples = Mapping[str, Sequence[float]]
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -80,6 +83,22 @@ def interleave(
     return samples
 
 
+def fair_clock() -> Callable[[], float]:
+    """Processor time if torch has one thread, so that other processes count little; with more, the wall clock."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def with_reference(samples: Samples, baseline: str, control: str) -> dict[str, Sequence[float]]:
+    """The samples, and under REFERENCE what the baseline took in each turn: it ran twice, once as the control."""
+    means = [(first + second) / 2 for first, second in zip(samples[baseline], samples[control], strict=True)]
+    return {**samples, REFERENCE: means}
+
+
+def excesses(samples: Samples, name: str) -> list[float]:
+    """How much longer than the reference it took, in each turn, as a fraction."""
+    return [mine / frozen - 1 for mine, frozen in zip(samples[name], samples[REFERENCE], strict=True)]
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the median (88 % from four values), from order statistics: no distribution is assumed."""
     ordered = sorted(values)
@@ -89,7 +108,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def until_decided(
     variants: Mapping[str, Callable[[], object]],
-    excesses: Callable[[Mapping[str, Sequence[float]]], Mapping[str, Sequence[float]]],
+    judged: Callable[[Samples], Mapping[str, Sequence[float]]],
     *,
     limit: float | None,
     turns: int,
@@ -102,7 +121,7 @@ def until_decided(
 
     Args:
         variants, clock: as `interleave` takes them.
-        excesses: what is judged, a value for each turn, of the samples so far.
+        judged: the excesses that decide, a value for each turn, of the samples so far.
         limit: None: nothing is decided, only the time ends it.
         turns: taken at a time.
         seconds: wall time after which no more turns are added.
@@ -110,7 +129,7 @@ def until_decided(
     start = time.perf_counter()
     samples = interleave(variants, rounds=turns, warmup=1, clock=clock)
     while time.perf_counter() - start < seconds:
-        intervals = map(interval, excesses(samples).values())
+        intervals = map(interval, judged(samples).values())
         if limit is not None and all(high <= limit or low > limit for low, high in intervals):
             break
         for name, more in interleave(variants, rounds=turns, warmup=0, clock=clock).items():

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
 import torch
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-def first_card(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+def first_card() -> dict[str, str]:
     """The environment of a child process that sees the first of the cards that are visible here."""
     if not torch.cuda.is_available():
-        return dict(environment)
-    return {**environment, VISIBLE: environment.get(VISIBLE, "0").split(",")[0].strip()}
+        return dict(os.environ)
+    return {**os.environ, VISIBLE: os.environ.get(VISIBLE, "0").split(",")[0].strip()}

@@ -265,10 +265,11 @@ def main(
     for heading in ("setting", "predicted", "measured", "error"):
         table.add_column(heading, justify="left" if heading == "setting" else "right")
     results: list[dict[str, Any]] = []
+    about = machine()
 
     def write() -> None:
         if json_file is not None:
-            content = {"machine": machine(), "limit": LIMIT, "results": results, "failed": failed(results)}
+            content = {"machine": about, "limit": LIMIT, "results": results, "failed": failed(results)}
             write_json(json_file, content)
 
     with tempfile.TemporaryDirectory(prefix="measure-memory-") as scratch:

@@ -183,10 +183,11 @@ class Soak:
         while time.monotonic() < end:
             try:
                 adapters = adapters or self._admin("GET").json()["adapters"]
-                adapter = adapters.pop()
-                response = self._admin("POST", json={"name": adapter["name"], "path": adapter["source"]})
-                self.note("load_again", None if response.ok else response.text)
-            except (requests.exceptions.RequestException, LookupError) as error:
+                if adapters:  # there may be the base alone
+                    adapter = adapters.pop()
+                    response = self._admin("POST", json={"name": adapter["name"], "path": adapter["source"]})
+                    self.note("load_again", None if response.ok else response.text)
+            except (requests.exceptions.RequestException, KeyError) as error:
                 self.note("load_again", f"{type(error).__name__}: {error}")
             time.sleep(1)
 

@@ -15,13 +15,18 @@ from torch import nn
 from llava_steering_plugin.zero import COMPILING_SECONDS, mend_preparation, remove_abandoned_locks
 
 
-@pytest.fixture(params=["own folder", "default folder"])
+@pytest.fixture(params=["own folder", "behind a link", "default folder"])
 def operations(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the operations, one below it for each."""
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     if request.param == "own folder":
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
         return tmp_path
+    if request.param == "behind a link":
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "real")
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "link"))
+        return tmp_path / "link"
     monkeypatch.setattr("torch.utils.cpp_extension.get_default_build_root", lambda: str(tmp_path))
     return tmp_path / "py311_cpu"
 
@@ -103,20 +108,23 @@ def test_a_lock_that_is_anothers_is_told_of_with_what_to_do(
 
 
 class Packed(nn.Module):
-    """Refuses to be moved, as transformers' models over bitsandbytes do."""
+    """Refuses to be moved and cast, as transformers' models over bitsandbytes do."""
 
     is_quantized = True
 
     def to(self, *args: Any, **kwargs: Any) -> Packed:
         raise ValueError("`.to` is not supported")
 
+    def half(self) -> Packed:
+        raise ValueError("`.half` is not supported")
+
 
 class Accelerator:
-    """Moves what it prepares, as DeepSpeed's engine does."""
+    """Moves and casts what it prepares, as DeepSpeed's engines do, the newer and the older ones."""
 
     def prepare(self, *parts: nn.Module) -> nn.Module:
         for part in parts:
-            part.to("cpu")
+            part.half().to("cpu")
         return parts[0]
 
 
@@ -126,3 +134,5 @@ def test_a_quantised_model_stays_where_it_is_while_an_engine_is_made_of_it_and_o
     assert accelerator.prepare(model) is model
     with pytest.raises(ValueError, match="not supported"):
         model.to("cpu")
+    with pytest.raises(ValueError, match="not supported"):
+        model.half()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.serving.pool import BASE, AdapterPool
+from llava_steering_plugin.upstream.conversations import checked_template
 
 # The template that upstream's eval scripts take where none is given.
 CONVERSATION = "llava_v1"
@@ -113,7 +114,8 @@ class Answers:
         self.images, self.asking, self.templates = images, asking, conv_templates
         if not hasattr(self.model, "prepare_inputs_labels_for_multimodal"):
             raise ArgumentsError(f"{type(self.model).__name__} is no LLaVA; questions about images need one.")
-        self._check_template(asking.conversation)
+        if asking.conversation is not None:
+            checked_template(asking.conversation)
 
     def to(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
         """The lines of the answer file, in the order of the questions, a batch at a time.
@@ -146,15 +148,10 @@ class Answers:
                 mark = DEFAULT_IM_START_TOKEN + mark + DEFAULT_IM_END_TOKEN
             text = f"{mark}\n{text}"
         name = self.asking.conversation or self.pool.details(question.adapter).conversation or CONVERSATION
-        self._check_template(name)
-        conversation = self.templates[name].copy()
+        conversation = self.templates[checked_template(name)].copy()
         conversation.append_message(conversation.roles[0], text)
         conversation.append_message(conversation.roles[1], None)
         return str(conversation.get_prompt())
-
-    def _check_template(self, name: str | None) -> None:
-        if name is not None and name not in self.templates:
-            raise ArgumentsError(f"LLaVA has no conversation template {name!r}: {', '.join(sorted(self.templates))}")
 
     def _answered(self, batch: Sequence[Question]) -> list[str]:
         ids, attention = self._tokens(batch)

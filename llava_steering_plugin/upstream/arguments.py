@@ -223,12 +223,17 @@ def _deepspeed_conflicts(flags: Namespace) -> list[str]:
             f"--mm_projector_lr with the optimizer of {path}: it has one learning rate for all; remove `optimizer` and "
             "`scheduler` from that file, or the flag"
         )
-    if flags.use_cpu:
+    if cpu := cpu_flag(flags):
         problems.append(
-            "--use_cpu with --deepspeed: transformers then starts without DeepSpeed's ranks; remove --use_cpu and "
+            f"{cpu} with --deepspeed: transformers then starts without DeepSpeed's ranks; remove {cpu} and "
             "train through `llava_steering_plugin.launch --cpu`"
         )
     return problems
+
+
+def cpu_flag(flags: Namespace) -> str | None:
+    """The flag that keeps a training on the processor, by its new or its old name, if it is given."""
+    return next((f"--{name}" for name in ("use_cpu", "no_cuda") if getattr(flags, name, False)), None)
 
 
 def fail(error: SteeringError, *, every_rank: bool) -> NoReturn:

@@ -87,7 +87,10 @@ def _set_aside(folder: Path, problems: list[str]) -> Path:
             shutil.rmtree(aside)
         folder.rename(aside)
     except OSError as error:
-        headline = f"{folder} is not whole, and cannot be renamed to {aside.name} ({error}); delete both by hand"
+        headline = (
+            f"{folder} is not whole, and cannot be renamed to {aside.name} ({error}); make {folder.parent} writable, "
+            "or delete both"
+        )
         raise CheckpointError(listing(headline, problems)) from error
     return aside
 

@@ -27,7 +27,7 @@ def read_deepspeed(path: str) -> dict[str, Any]:
     if not isinstance(zero, dict):
         raise ArgumentsError(f"--deepspeed {path}: its {ZERO} is no JSON object but {_kind(zero)}")
     stage = zero.get("stage", 0)
-    if isinstance(stage, bool) or not isinstance(stage, int):
+    if type(stage) is not int or stage not in range(4):
         raise ArgumentsError(f"--deepspeed {path}: the stage of its {ZERO} is {stage!r}; it must be 0, 1, 2 or 3")
     return {**config, ZERO: {**zero, "stage": stage}}
 

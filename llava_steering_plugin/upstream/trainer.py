@@ -213,7 +213,7 @@ class SteeringTrainerMixin:
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
             return
         if checkpoint is not None and soundness.ranks_of(Path(checkpoint)) != self.args.world_size:
-            return  # of that, `starting_point` has warned
+            return  # `starting_point` has warned; or there are none (--save_only_model)
         try:
             with _random_states_allowed():
                 super()._load_rng_state(checkpoint)  # type: ignore[misc]

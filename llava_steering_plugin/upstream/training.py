@@ -79,5 +79,5 @@ def _misfits(flags: Namespace) -> list[str]:
 def _data_parallel(flags: Namespace) -> list[str]:
     """What transformers does with several GPUs and no launcher."""
     launched = "LOCAL_RANK" in os.environ or flags.local_rank != -1 or flags.deepspeed
-    count = 0 if launched or flags.use_cpu else torch.cuda.device_count()
+    count = 0 if launched or arguments.cpu_flag(flags) else torch.cuda.device_count()
     return [arguments.DATA_PARALLEL.format(count)] if count > 1 else []

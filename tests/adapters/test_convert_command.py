@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from released_checkpoints import golden, golden_base
 from typer.testing import CliRunner
 
@@ -40,6 +41,20 @@ def test_a_conversation_template_that_llava_has_not_is_refused_before_anything_i
     assert isinstance(done.exception, ArgumentsError)
     assert "'vicuna'" in str(done.exception) and "vicuna_v1" in str(done.exception)
     assert not (tmp_path / "done").exists()
+
+
+def test_a_llava_that_does_not_import_keeps_nobody_from_naming_a_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava" / "__init__.py").write_text("raise RuntimeError('Failed to import transformers.models.llama')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "llava"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    command = ["convert", str(golden("mores")), str(tmp_path / "done"), "--base", golden_base("mores")]
+    done = CliRunner().invoke(app, [*command, "--conversation", "vicuna_v1"])
+    assert done.exit_code == 0, done.output
+    assert files.read(tmp_path / "done").config.conversation == "vicuna_v1"
 
 
 def test_a_base_in_the_hubs_cache_is_found_by_its_name(tmp_path: Path) -> None:

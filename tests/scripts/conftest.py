@@ -1,9 +1,9 @@
-"""The demo is a folder that Python runs, not a package: its modules are imported from there."""
+"""Scripts, and the demo, which is a folder that Python runs, are no packages: their modules are imported from there."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-DEMO = Path(__file__).parents[2] / "scripts" / "demo"
-sys.path.insert(0, str(DEMO))
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+sys.path[:0] = [str(SCRIPTS / "demo"), str(SCRIPTS)]

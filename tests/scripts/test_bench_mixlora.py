@@ -5,12 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from quick_runs import SCRIPTS, quick_run
-
-
-@pytest.fixture(autouse=True)
-def scripts_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+from quick_runs import quick_run
 
 
 @pytest.mark.parametrize(("batch", "positions"), [(1, 1), (1, 16), (3, 16)])
@@ -25,11 +20,11 @@ def test_floating_point_operations_are_what_the_formula_says(batch: int, positio
 
 
 def test_what_counts_is_the_time_beyond_what_the_frozen_layer_takes_twice() -> None:
-    from bench_mixlora import REFERENCE, excess, reference
-    from bench_timing import summarise
+    from bench_mixlora import CONTROL, FROZEN, excess
+    from bench_timing import REFERENCE, summarise, with_reference
 
-    samples = {"frozen": [1.0] * 5, "control": [1.02] * 5, "mixlora": [1.0605] * 5}
-    timings = summarise({**samples, REFERENCE: reference(samples)}, baseline=REFERENCE)
+    samples = {FROZEN: [1.0] * 5, CONTROL: [1.02] * 5, "mixlora": [1.0605] * 5}
+    timings = summarise(with_reference(samples, FROZEN, CONTROL), baseline=REFERENCE)
     assert excess(timings) == pytest.approx(0.05)
 
 

@@ -5,12 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from quick_runs import SCRIPTS, quick_run
-
-
-@pytest.fixture(autouse=True)
-def scripts_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+from quick_runs import quick_run
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -6,12 +6,6 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 
 import pytest
-from quick_runs import SCRIPTS
-
-
-@pytest.fixture(autouse=True)
-def scripts_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
 def test_the_interval_holds_the_middle_of_the_turns_and_all_of_them_where_they_are_few() -> None:
@@ -20,6 +14,14 @@ def test_the_interval_holds_the_middle_of_the_turns_and_all_of_them_where_they_a
     many = [turn / 1000 for turn in range(100)]
     assert interval(many[::-1]) == pytest.approx((0.040, 0.059))
     assert interval(many[:4]) == pytest.approx((0.0, 0.003))
+
+
+def test_an_excess_is_over_the_mean_of_the_baseline_and_the_same_again_turn_by_turn() -> None:
+    from bench_timing import excesses, with_reference
+
+    samples = with_reference({"base": [1.0] * 2, "again": [1.0, 1.06], "slower": [1.1] * 2}, "base", "again")
+    assert excesses(samples, "slower") == pytest.approx([0.1, 1.1 / 1.03 - 1])
+    assert excesses(samples, "again") == pytest.approx([0.0, 1.06 / 1.03 - 1])
 
 
 @pytest.mark.parametrize(
@@ -37,10 +39,10 @@ def test_turns_go_on_until_every_figure_is_on_one_side_of_the_limit(values: list
     calls = {"one": lambda: None}
     ticks = count()
 
-    def excesses(samples: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    def judged(samples: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
         taken = len(samples["one"])
         # The time is up after fifty turns.
         return {"one": values[:taken]} if taken < 50 else {"one": [0.0]}
 
-    samples = until_decided(calls, excesses, limit=0.05, turns=5, seconds=1e6, clock=lambda: float(next(ticks)))
+    samples = until_decided(calls, judged, limit=0.05, turns=5, seconds=1e6, clock=lambda: float(next(ticks)))
     assert len(samples["one"]) == turns

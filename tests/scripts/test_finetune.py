@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from quick_runs import SCRIPTS
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 
@@ -16,7 +17,6 @@ from llava_steering_plugin.adapters import files
 from llava_steering_plugin.upstream.memory_flags import Wanted
 from llava_steering_plugin.upstream.planning import plan
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = ("mores", "mixlora", "mores_4bit", "task_mores")
 SIZES = {"7b": (4096, 32, 11008), "13b": (5120, 40, 13824)}
 MORES = {"7b": 262_176, "13b": 409_640}

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from quick_runs import SCRIPTS
 from rich.console import Console
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 FOLDERS = (SCRIPTS / "demo", SCRIPTS / "multitask")
 SAMPLES, QUESTIONS, FIRST = 40, 20, 1300
 

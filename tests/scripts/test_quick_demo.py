@@ -7,8 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from quick_runs import SCRIPTS
 
 
 @pytest.fixture(scope="module")

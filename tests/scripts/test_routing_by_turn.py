@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from steered import IMAGE, ids_of, pictures, strengthen, words
 
@@ -13,12 +11,6 @@ from llava_steering_plugin import attach
 from llava_steering_plugin.modes.mixlora import MixLoRA
 
 pytest_plugins = ["steered_fixtures"]
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-@pytest.fixture(autouse=True)
-def scripts_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
 def test_answers_are_the_runs_of_supervised_positions_and_each_gets_a_row_of_its_own() -> None:

@@ -102,7 +102,7 @@ def test_all_that_is_wrong_with_the_questions_is_said_at_once_and_before_anythin
     lost = [questions[0] | {"image": "lost.png"}, questions[1] | {"adapter": "owls"}]
     with pytest.raises(SteeringError, match=r"(?s)no adapter 'owls'.*no image lost\.png"):
         evaluate(lost)
-    with pytest.raises(SteeringError, match="no conversation template 'klingon'"):
+    with pytest.raises(SteeringError, match="unknown conversation template 'klingon'"):
         evaluate(questions[:1], "--conv-mode", "klingon")
 
 

@@ -92,6 +92,7 @@ def test_all_problems_are_found_at_once() -> None:
         ('"zero2"', "holds no JSON object but a string"),
         ('{"zero_optimization": true}', "its zero_optimization is no JSON object but true or false"),
         ('{"zero_optimization": {"stage": "auto"}}', "is 'auto'; it must be 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": 7}}', "is 7; it must be 0, 1, 2 or 3"),
         ("{", "cannot be read"),
         ('{"zero_optimization": null}', "has no ZeRO stage"),
         ('{"zero_optimization": {"stage": 0}}', "Leave out --deepspeed and start with torchrun"),

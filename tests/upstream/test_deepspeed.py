@@ -161,6 +161,7 @@ def test_deepspeeds_own_launcher_resumes_a_training_with_offloading(
     [
         ({"mm_projector_lr": 1e-5}, True, "--mm_projector_lr with the optimizer of"),
         ({"use_cpu": True}, False, "--use_cpu with --deepspeed"),
+        ({"no_cuda": True}, False, "--no_cuda with --deepspeed"),
     ],
 )
 def test_what_deepspeed_would_ignore_in_silence_is_refused(

@@ -265,6 +265,16 @@ def test_what_base_and_machine_do_not_allow_is_refused_together_with_wrong_flags
     assert "did you mean --mores_tokens" in error
 
 
+@pytest.mark.parametrize("flag", ["use_cpu", "no_cuda"])
+def test_a_training_that_is_kept_on_the_processor_starts_whatever_gpus_there_are(
+    tiny: TinyLlava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    overrides = {**MORES, "use_cpu": None, flag: True, "max_steps": 1}
+    train_in_process(train_flags(tiny, tmp_path / "run", overrides))
+    assert files.find(tmp_path / "run") is not None
+
+
 def test_several_gpus_in_one_process_are_refused_with_the_launcher_to_use(
     tiny: TinyLlava, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
