@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Longer than any of DeepSpeed's operations takes to compile; another machine with the same home may be at it.
 COMPILING_SECONDS = 600
+LOOK_SECONDS = 1.0
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -89,25 +90,34 @@ def remove_abandoned_locks() -> None:
 
     torch's lock is a file that exists, without an owner or an end: whoever finds it waits for ever, so that a training
     killed while an operation was looked up would hang at every start from then on. One that a process of this machine
-    has open is left alone, as is one that is younger than a compilation may take; of that one a warning tells.
+    has open is left alone. One that is younger than a compilation may take is waited for: another machine may hold it.
     """
     from torch.utils import cpp_extension
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
-        with suppress(FileNotFoundError):  # the other ranks are at it as well
-            if _is_open(lock):
-                continue
-            age = time.time() - lock.stat().st_mtime  # as late as can be: another rank may have made a new one
-            if age < COMPILING_SECONDS:
-                logger.warning(
-                    "DeepSpeed will wait for %s, %.0f s old, which none of your processes here holds. If this training "
-                    "does not start and nobody else is compiling into that folder, delete the file.",
-                    lock,
-                    age,
-                )
-            else:
-                _remove(lock)
+        with suppress(FileNotFoundError):  # whoever held it has ended, or another rank was faster
+            _see_to(lock)
+
+
+def _see_to(lock: Path) -> None:
+    """Returns when the lock is held by a process of this machine, or removed. FileNotFoundError: it has gone."""
+    told = False
+    while not _is_open(lock):
+        left = COMPILING_SECONDS - (time.time() - lock.stat().st_mtime)
+        if left <= 0:
+            _remove(lock)
+            return
+        if not told:
+            logger.warning(
+                "DeepSpeed would wait for %s, which none of your processes here holds. Waiting until it goes, for %.0f "
+                "s at most: then it is removed. If nobody else is compiling into that folder, delete the file and this "
+                "training goes on at once.",
+                lock,
+                left,
+            )
+            told = True
+        time.sleep(min(left, LOOK_SECONDS))
 
 
 def _remove(lock: Path) -> None:

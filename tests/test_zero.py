@@ -7,12 +7,14 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from torch import nn
 
 from llava_steering_plugin.zero import COMPILING_SECONDS, mend_preparation, remove_abandoned_locks
+
+ON_LINUX = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux tells what a process has open")
 
 
 @pytest.fixture(params=["own folder", "behind a link", "default folder"])
@@ -50,17 +52,38 @@ def test_a_lock_that_nobody_holds_and_that_is_old_is_removed(
     assert f"removed {lock}" in caplog.text
 
 
-def test_a_lock_that_nobody_here_holds_but_that_is_young_is_told_of(
-    operations: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "ending", ["it gets old", "whoever held it has ended", pytest.param("a process here takes it", marks=ON_LINUX)]
+)
+def test_a_lock_that_nobody_here_holds_but_that_is_young_is_waited_for_and_told_of(
+    operations: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    lock = locked(operations, 30)
+    lock = locked(operations, COMPILING_SECONDS - 30)
+    slept: list[float] = []
+    held: list[IO[bytes]] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) < 3:
+            return
+        if ending == "it gets old":
+            os.utime(lock, (time.time() - COMPILING_SECONDS,) * 2)
+        elif ending == "whoever held it has ended":
+            lock.unlink()
+        else:
+            held.append(lock.open("rb"))
+
+    monkeypatch.setattr(time, "sleep", sleep)
     with caplog.at_level(logging.WARNING):
         remove_abandoned_locks()
-    assert lock.exists()
-    assert f"DeepSpeed will wait for {lock}, 30 s old" in caplog.text
+    assert len(slept) == 3 and lock.exists() == bool(held)
+    for file in held:
+        file.close()
+    assert caplog.text.count(f"DeepSpeed would wait for {lock}") == 1
+    assert "Waiting until it goes, for 30 s at most" in caplog.text
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux tells what a process has open")
+@ON_LINUX
 def test_a_lock_that_a_process_holds_stays_however_old_it_is(
     operations: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -71,7 +94,7 @@ def test_a_lock_that_a_process_holds_stays_however_old_it_is(
     assert not caplog.text
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux tells what a process has open")
+@ON_LINUX
 def test_an_old_lock_is_removed_also_while_other_processes_end(
     operations: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,7 +100,7 @@ class Job:
 def kill_once(forks: Forks, flags: list[str], ranks: int, rng: random.Random, seconds: float, operations: Path) -> bool:
     """Starts the training and kills it somewhere; False if it came to its end before."""
     for lock in operations.glob("*/lock"):
-        lock.unlink()  # a training would do it itself, ten minutes later
+        lock.unlink()  # a training would do it itself, after waiting for ten minutes
     inside = rng.random() < 0.7
     victim = rng.randrange(ranks)
     env = {"TORCH_EXTENSIONS_DIR": str(operations)}
