@@ -12,7 +12,6 @@ torch.cuda.max_memory_allocated. Status 1 if a prediction is off by more than 20
 from __future__ import annotations
 
 import gc
-import json
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,8 @@ import torch
 import typer
 from bench_timing import machine, write_json
 from first_card import first_card
+from memory_world import write_world
+from peaks import forget_peak, in_use, peak
 from rich.console import Console
 from rich.table import Table
 
@@ -98,62 +99,6 @@ SETTINGS = (
 )
 
 
-def write_world(folder: Path) -> None:
-    """A random LLaVA of about 100 million parameters, its tower, a tokenizer, one picture and long conversations."""
-    import sentencepiece
-    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-    from PIL import Image
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaTokenizer
-
-    words = [a + b for a in ("ba", "do", "ki", "lu", "me") for b in ("ra", "so", "ti", "nu", "ge")]
-    tokenizer_folder = folder / "llava-random"
-    tokenizer_folder.mkdir()
-    with (tokenizer_folder / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([" ".join(words), "USER: ASSISTANT: A chat between a human and an assistant."] * 50),
-            model_writer=file,
-            vocab_size=400,
-            byte_fallback=True,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
-    LlamaTokenizer(str(tokenizer_folder / "tokenizer.model")).save_pretrained(tokenizer_folder)
-    size = {"height": 224, "width": 224}
-    CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=size).save_pretrained(folder / "tower")
-    tower = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=224,
-        patch_size=14,
-    )
-    CLIPVisionModel(tower).save_pretrained(folder / "tower")
-    config = LlavaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=8,
-        num_attention_heads=12,
-        vocab_size=32_000,
-        max_position_embeddings=2048,
-        mm_vision_tower=str(folder / "tower"),
-        mm_hidden_size=128,
-        mm_projector_type="mlp2x_gelu",
-        mm_vision_select_layer=-2,
-        mm_vision_select_feature="patch",
-        mm_use_im_start_end=False,
-        mm_use_im_patch_token=False,
-    )
-    LlavaLlamaForCausalLM(config).half().save_pretrained(tokenizer_folder)
-    Image.new("RGB", (224, 224), (90, 120, 30)).save(folder / "picture.png")
-    turns = [
-        {"from": "human", "value": "<image>\n" + words[0]},
-        {"from": "gpt", "value": " ".join(words * 40)},  # longer than any row may be, so that all rows are full
-    ]
-    samples = [{"id": str(number), "image": "picture.png", "conversations": turns} for number in range(16)]
-    (folder / "data.json").write_text(json.dumps(samples), encoding="utf-8")
-
-
 def train_and_measure(flags: list[str], result: Path) -> None:
     """In a process of its own: upstream's train(), and the peak of its memory."""
     from llava_steering_plugin.upstream.install import install
@@ -167,16 +112,16 @@ def train_and_measure(flags: list[str], result: Path) -> None:
     build = LlavaLlamaForCausalLM.from_pretrained
 
     def built(*args: Any, **kwargs: Any) -> Any:
-        before.append(_in_use())
+        before.append(in_use(cuda=CUDA))
         return build(*args, **kwargs)
 
     class Peak(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             gc.collect()
-            _forget_peak()
+            forget_peak(cuda=CUDA)
 
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-            result.write_text(str(_peak() - before[0]), encoding="utf-8")
+            result.write_text(str(peak(cuda=CUDA) - before[0]), encoding="utf-8")
 
     class Watched(upstream.LLaVATrainer):  # type: ignore[misc, name-defined]
         def __init__(self, *args: Any, **kwargs: Any):
@@ -204,26 +149,6 @@ def _warm_up() -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
     gc.collect()
-
-
-def _in_use() -> int:
-    return torch.cuda.memory_allocated() if CUDA else _status("VmRSS")
-
-
-def _peak() -> int:
-    return torch.cuda.max_memory_allocated() if CUDA else _status("VmHWM")
-
-
-def _forget_peak() -> None:
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux's way to reset VmHWM
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def compared(setting: Setting, folder: Path) -> dict[str, Any]:

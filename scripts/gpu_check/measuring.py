@@ -7,9 +7,9 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import peaks
 import torch
 from sizes import Size
 from torch import Tensor, nn
@@ -62,9 +62,10 @@ def train(model: Any, parameters: list[nn.Parameter], size: Size) -> Trained:
     for _ in range(size.warmup):
         step()
     gc.collect()
-    forget_peak(device)
+    cuda = device.type == "cuda"
+    peaks.forget_peak(cuda=cuda)
     seconds, losses = zip(*(timed(step, device) for _ in range(size.steps)), strict=True)
-    peak = peak_bytes(device)
+    peak = peaks.peak(cuda=cuda)
     model.disable_input_require_grads()
     model.gradient_checkpointing_disable()
     count = sum(parameter.numel() for parameter in parameters)
@@ -120,19 +121,3 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def forget_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux's way to reset VmHWM
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most bytes since `forget_peak`: CUDA's allocations, or the resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
