@@ -131,8 +131,10 @@ def _adapted(hosted: T, kind: str) -> T:
     modules = {"mixlora": RoutedLinear, "dense delta": DenseDelta}
     if kind in modules:
         linears = {path: child for path, child in hosted.named_modules() if isinstance(child, nn.Linear)}
+        balance = SETTINGS.balance_weight / (2 * len(linears))
         made = {
-            path: modules[kind](linear.in_features, linear.out_features, SETTINGS) for path, linear in linears.items()
+            path: modules[kind](linear.in_features, linear.out_features, SETTINGS, balance)
+            for path, linear in linears.items()
         }
         for module in made.values():
             nn.init.normal_(module.routed_b, std=0.01)

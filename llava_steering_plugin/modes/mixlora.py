@@ -38,6 +38,7 @@ from llava_steering_plugin.modes.targets import ALL, find_targets, parse_targets
 PROMPT, SEQUENCE = "prompt", "sequence"
 STRAIGHT_THROUGH, NO_GRADIENT = "straight_through", "none"
 PAPER, RELEASED = "paper", "released"
+BALANCE = 0.05
 
 
 class RoutedLinear(nn.Module):
@@ -211,7 +212,9 @@ class MixLoRA(Mode):
     router_grad: str | None = setting(
         None, "how routers learn: straight_through, or none (frozen); straight_through with variant paper"
     )
-    balance: float = setting(0.0, "coefficient of the load-balance loss, mean over all routers; 0.01 is usual")
+    balance: float | None = setting(
+        None, f"coefficient of the load-balance loss, mean over all routers; {BALANCE} where they learn, 0: none"
+    )
     noise: float = setting(0.0, "standard deviation of noise on the routers' logits while training")
     variant: str = setting(PAPER, "paper, or released: as the authors' code computes, for their checkpoints")
 
@@ -230,6 +233,11 @@ class MixLoRA(Mode):
         """`router_grad`, with its default."""
         return (self.router_grad or (NO_GRADIENT if self.variant == RELEASED else STRAIGHT_THROUGH)) != NO_GRADIENT
 
+    @property
+    def balance_weight(self) -> float:
+        """`balance`, with its default: routers that learn without it settle on few factors (docs/multitask.md)."""
+        return (BALANCE if self.router_learns else 0.0) if self.balance is None else self.balance
+
     def problems(self, decoder: DecoderShape | None = None) -> list[str]:
         found = []
         if self.factors < 1:
@@ -241,7 +249,7 @@ class MixLoRA(Mode):
         if not 0 <= self.dropout < 1:
             found.append(f"mixlora_dropout is {self.dropout}; it must be at least 0 and below 1")
         for name in ("ifs_weight", "balance", "noise"):
-            value = getattr(self, name)
+            value = self.balance_weight if name == "balance" else getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 found.append(f"mixlora_{name} is {value}; it must be 0 or above")
         choices = {
@@ -261,7 +269,7 @@ class MixLoRA(Mode):
             found.append("mixlora_routing prompt contradicts mixlora_variant released, which pools the sequence")
         if self.variant == RELEASED and self.router_grad == STRAIGHT_THROUGH:
             found.append("mixlora_router_grad straight_through contradicts mixlora_variant released, which has none")
-        if self.balance > 0 and not self.router_learns:
+        if self.balance_weight > 0 and not self.router_learns:
             found.append(f"mixlora_balance is {self.balance} and the routers are frozen; it would change nothing")
         return found
 
@@ -284,7 +292,7 @@ class MixLoRA(Mode):
     def build(self, decoder: DecoderShape) -> dict[str, nn.Module]:
         hosts = find_targets(self.targets, decoder.layers[self.start_layer :])
         # Two routers a linear: the coefficient is that of the mean over all routers.
-        balance = self.balance / (2 * len(hosts))
+        balance = self.balance_weight / (2 * len(hosts))
         return {path: RoutedLinear(*features, mode=self, balance=balance) for path, features in hosts.items()}
 
     def report(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:

@@ -102,7 +102,7 @@ def compared(layers: int, width: int, learning_rate: float) -> tuple[Method, ...
         lora(ACTIVE),
         lora(equal),
         mixlora("frozen", "none"),
-        mixlora("learned", "straight_through"),
+        mixlora("learned", "straight_through", mixlora_balance=0.0),
         mixlora("balanced", "straight_through", mixlora_balance=BALANCE),
     )
 

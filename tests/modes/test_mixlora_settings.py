@@ -34,11 +34,22 @@ def test_targets_and_start_layer_choose_the_linears() -> None:
 def test_defaults_are_the_papers_and_the_scale_is_alpha_over_rank() -> None:
     mode = MixLoRA()
     assert (mode.factors, mode.rank, mode.scale, mode.conditional, mode.ifs_weight) == (16, 4, 32 / 4, True, 1)
-    assert (mode.pooling, mode.router_learns, mode.balance, mode.noise, mode.dropout) == ("prompt", True, 0, 0, 0)
+    assert (mode.pooling, mode.router_learns, mode.noise, mode.dropout) == ("prompt", True, 0, 0)
     assert MixLoRA(factors=8, rank=2).scale == 16 / 2
     assert MixLoRA(factors=8, rank=2, alpha=3.0).scale == 1.5
     released = MixLoRA(variant="released")
     assert (released.pooling, released.router_learns) == ("sequence", False)
+
+
+def test_routers_that_learn_are_balanced_unless_somebody_says_otherwise() -> None:
+    assert MixLoRA().balance_weight == 0.05
+    assert MixLoRA(balance=0.0).balance_weight == 0.0
+    assert MixLoRA(balance=0.3).balance_weight == 0.3
+    for frozen in (MixLoRA(variant="released"), MixLoRA(router_grad="none")):
+        assert frozen.balance_weight == 0.0 and not frozen.problems(decoder())
+    built = {settings: MixLoRA(balance=settings).build(decoder()) for settings in (None, 0.0)}
+    assert {module.balance for module in built[None].values()} == {0.05 / 12}
+    assert {module.balance for module in built[0.0].values()} == {0.0}
 
 
 @pytest.mark.parametrize(("settings", "count"), [({}, 149_291_008), ({"factors": 8, "rank": 2}, 56_426_496)])
