@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -266,6 +267,14 @@ def _write_language_models(tiny: TinyLlava, seed: int) -> None:
     (tiny.llava / "generation_config.json").write_text(generation)
     tokenizer.save_pretrained(tiny.llava)
     save_file({**model.state_dict(), **projector}, tiny.llava / "model.safetensors", metadata={"format": "pt"})
+
+
+def without_half_of_its_weights(source: Path, target: Path) -> Path:
+    """A copy of a model whose weights were cut short, as a copy on a full disk is."""
+    weights = Path(shutil.copytree(source, target)) / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.truncate(weights.stat().st_size // 2)
+    return target
 
 
 if __name__ == "__main__":

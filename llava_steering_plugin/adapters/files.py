@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -176,6 +177,22 @@ def read_config(folder: Path) -> AdapterConfig:
     return (
         read(folder).config if header is None else AdapterConfig.from_json(header, f"the header of {folder / WEIGHTS}")
     )
+
+
+def read_llava_config(folder: Path) -> dict[str, Any]:
+    """The LLaVA config that an adapter was trained with, from its config.json.
+
+    Raises:
+        AdapterError: damaged, or not to be read.
+    """
+    path = folder / LLAVA_CONFIG
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(described, dict):
+            raise ValueError("it holds no settings")
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} is damaged ({error}). Copy the adapter again.") from error
+    return described
 
 
 def _refuse_without_weights(path: Path) -> None:

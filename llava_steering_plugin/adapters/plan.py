@@ -78,6 +78,8 @@ def read_config(name: str) -> dict[str, Any]:
             f"there is no folder {name}, and no model of that name can be fetched from the hub. "
             "Give a folder with a config.json."
         ) from error
+    except TypeError as error:  # what transformers makes of JSON that is no object
+        raise SteeringError(f"the config.json of {name} holds no settings: it is not that of a model.") from error
     if not isinstance(described.get("model_type"), str):
         raise SteeringError(f"the config.json of {name} names no model_type, so it is not the config of a model.")
     return described

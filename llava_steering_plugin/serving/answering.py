@@ -20,15 +20,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from llava import utils as upstream_utils
-from transformers import PretrainedConfig, StoppingCriteria
+from transformers import StoppingCriteria
 
 from llava_steering_plugin.adapters import files
-from llava_steering_plugin.errors import ArgumentsError, UpstreamError
+from llava_steering_plugin.adapters.plan import read_config
+from llava_steering_plugin.errors import ArgumentsError, SteeringError, UpstreamError
+from llava_steering_plugin.serving.base import loading_name
 from llava_steering_plugin.serving.pool import AdapterPool
 from llava_steering_plugin.serving.requests import Asked
 from llava_steering_plugin.serving.roster import Roster
 from llava_steering_plugin.serving.wire import FAILED, chunk
-from llava_steering_plugin.upstream.builder import name_for
 
 # Importing upstream's worker would turn standard output and error into log records, and start a log file in the current
 # folder. Both stay with whoever runs the program.
@@ -186,11 +187,7 @@ class AdapterWorker(upstream.ModelWorker):
 
 
 def _loading_name(model_path: str) -> str:
-    """A name from which upstream's rules load the base as what its config.json says it is, whatever it is called."""
     try:
-        described, _ = PretrainedConfig.get_config_dict(model_path)
-    except (OSError, ValueError) as error:
-        raise UpstreamError(f"there is no model at {model_path}: {error}. Give the base with --model-path.") from error
-    if "mm_vision_tower" in described:
-        return name_for(described["model_type"])
-    return str(get_model_name_from_path(model_path))
+        return loading_name(model_path, read_config(model_path))
+    except SteeringError as error:
+        raise UpstreamError(f"there is no model at {model_path}: {error} Give the base with --model-path.") from error

@@ -123,14 +123,8 @@ def _needs_of_its_own(model: PreTrainedModel, stored: StoredAdapter, tokenizer: 
     tokens = stored.config.added_tokens
     if tokens and not _knows_tokens(model, stored, tokenizer):
         problems.append(f"it adds to the vocabulary: {', '.join(tokens)}")
-    path = stored.path / files.LLAVA_CONFIG
-    if hasattr(model, "prepare_inputs_labels_for_multimodal") and path.is_file():
-        try:
-            trained = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(trained, dict):
-                raise ValueError("it holds no settings")
-        except (OSError, ValueError) as error:
-            raise AdapterError(f"{path} is damaged ({error}). Copy the adapter again.") from error
+    if hasattr(model, "prepare_inputs_labels_for_multimodal") and os.path.isfile(stored.path / files.LLAVA_CONFIG):
+        trained = files.read_llava_config(stored.path)
         for key in sorted(key for key in trained if key.startswith(INPUT_SETTINGS)):
             here = getattr(model.config, key, None)
             if _plain(key, here) != _plain(key, trained[key]):

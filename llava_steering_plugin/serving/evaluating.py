@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError, UpstreamError, listing
+from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError, listing
 from llava_steering_plugin.serving import flags
 
 
@@ -86,7 +86,6 @@ def _pool(
 ) -> tuple[Any, Any, Any]:
     """The pool with all adapters, the tokenizer and the image processor."""
     import torch
-    from transformers import PretrainedConfig
 
     from llava_steering_plugin.upstream.checkout import find_llava
     from llava_steering_plugin.upstream.install import install
@@ -95,21 +94,19 @@ def _pool(
     install()
     from llava.model.builder import load_pretrained_model
 
+    from llava_steering_plugin.serving.base import described, is_llava, loading, loading_name
     from llava_steering_plugin.serving.pool import AdapterPool
-    from llava_steering_plugin.upstream.builder import name_for
 
-    try:
-        described, _ = PretrainedConfig.get_config_dict(base)
-    except (OSError, ValueError) as error:
-        raise UpstreamError(f"there is no model at {base}: {error}") from error
-    if "mm_vision_tower" not in described:
+    config = described(base, " Give the base that the adapters were trained on.")
+    if not is_llava(config):
         raise ArgumentsError(f"{base} is no LLaVA (its config.json has no mm_vision_tower); give the adapters' base.")
     chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    name = name_for(described["model_type"])
+    name = loading_name(base, config)
     # A device map also where there is one device: without it upstream leaves the vision tower in another precision.
-    tokenizer, model, processor, _ = load_pretrained_model(
-        base, None, name, load_8bit, load_4bit, device_map="auto" if chosen == "cuda" else chosen, device=chosen
-    )
+    with loading(base):
+        tokenizer, model, processor, _ = load_pretrained_model(
+            base, None, name, load_8bit, load_4bit, device_map="auto" if chosen == "cuda" else chosen, device=chosen
+        )
     pool = AdapterPool(model, tokenizer, max_resident=max_resident)
     problems = []
     for label, source in sources.items():

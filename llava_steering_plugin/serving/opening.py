@@ -10,15 +10,14 @@ from typing import Any
 
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
-from transformers import PretrainedConfig
 
 from llava_steering_plugin.adapters import files
 from llava_steering_plugin.adapters.attach import remove
 from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.errors import AdapterError, BaseMismatch, SteeringError, listing
+from llava_steering_plugin.serving.base import described, is_llava, loading, loading_name
 from llava_steering_plugin.serving.chat import Chat, template_by_name, template_of_adapter
 from llava_steering_plugin.serving.pool import BASE, AdapterPool
-from llava_steering_plugin.upstream.builder import name_for
 from llava_steering_plugin.upstream.conversations import checked_template
 
 logger = logging.getLogger(__name__)
@@ -88,8 +87,7 @@ def _load_adapter(path: str, name: str, config: AdapterConfig, base: str | None,
     """The base of the adapter at `path`, with a pool that holds it."""
     where = base or config.base.name_or_path
     hint = f" It is the base that the adapter in {path} knows; if it has moved, say where it is with --model-base."
-    described = _described(where, "" if base else hint)
-    if "mm_vision_tower" in described:
+    if is_llava(described(where, "" if base else hint)):
         loaded = _load_base(where, how)
         try:
             loaded[0].load(name, path)
@@ -109,27 +107,10 @@ def _load_adapter(path: str, name: str, config: AdapterConfig, base: str | None,
 
 
 def _load_base(path: str, how: dict[str, Any]) -> _Loaded:
-    described = _described(path)
-    # Upstream takes a model for a plain language model unless its name says otherwise.
-    is_llava = "mm_vision_tower" in described
-    name = name_for(described["model_type"]) if is_llava else get_model_name_from_path(path)
-    tokenizer, model, processor, _ = _loaded(path, None, name, how)
+    tokenizer, model, processor, _ = _loaded(path, None, loading_name(path, described(path)), how)
     return AdapterPool(model, tokenizer), tokenizer, processor
 
 
-def _described(path: str, hint: str = "") -> dict[str, Any]:
-    """The config.json of a model."""
-    try:
-        described: dict[str, Any] = PretrainedConfig.get_config_dict(path)[0]
-    except (OSError, ValueError) as error:
-        raise SteeringError(f"{path} is no model that can be loaded: {error}.{hint}") from error
-    if "model_type" not in described:
-        raise SteeringError(f"{path} is no model that can be loaded: its config.json has no model_type.{hint}")
-    return described
-
-
 def _loaded(path: str, base: str | None, name: str, how: dict[str, Any]) -> tuple[Any, ...]:
-    try:
+    with loading(path):
         return tuple(load_pretrained_model(path, base, name, **how))
-    except (OSError, ValueError, ImportError, RuntimeError, AssertionError) as error:
-        raise SteeringError(f"{path} cannot be loaded: {error}") from error

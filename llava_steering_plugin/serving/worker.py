@@ -93,17 +93,19 @@ def run(
     from llava_steering_plugin.serving.announcing import Announcer
     from llava_steering_plugin.serving.answering import AdapterWorker
     from llava_steering_plugin.serving.app import build, give_up_stalled
+    from llava_steering_plugin.serving.base import loading
 
-    worker = AdapterWorker(
-        model_path,
-        controller=controller_address.rstrip("/"),
-        address=address.rstrip("/"),
-        model_name=model_name,
-        device=_device(device),
-        load_8bit=load_8bit,
-        load_4bit=load_4bit,
-        max_resident=max_resident,
-    )
+    with loading(model_path):
+        worker = AdapterWorker(
+            model_path,
+            controller=controller_address.rstrip("/"),
+            address=address.rstrip("/"),
+            model_name=model_name,
+            device=_device(device),
+            load_8bit=load_8bit,
+            load_4bit=load_4bit,
+            max_resident=max_resident,
+        )
     announcer = Announcer(worker)
     problems = []
     for name, source in sources.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from wrapt import wrap_function_wrapper
 
 from llava_steering_plugin.adapters import files
 from llava_steering_plugin.adapters.checkpoint import load_adapter
-from llava_steering_plugin.errors import AdapterError, BaseMismatch
+from llava_steering_plugin.adapters.plan import read_config
+from llava_steering_plugin.errors import AdapterError, BaseMismatch, SteeringError
 from llava_steering_plugin.upstream.dialects import require
 from llava_steering_plugin.upstream.naming import display_name
 
@@ -59,17 +61,23 @@ def _load(original: Callable[..., Any], call: inspect.BoundArguments, folder: Pa
             f"--model-base; this adapter was trained on {config.base.name_or_path}."
         )
     described = _config_of(base, folder)
+    trained = files.read_llava_config(folder) if os.path.isfile(folder / files.LLAVA_CONFIG) else None
     with tempfile.TemporaryDirectory(prefix="llava-steering-") as staging:
         if "mm_vision_tower" in described:
             call.arguments |= {"model_path": base, "model_base": None, "model_name": name_for(described["model_type"])}
         else:
-            _stage_plain_base(Path(staging), folder, described)
+            if trained is None:
+                raise AdapterError(
+                    f"{folder / files.LLAVA_CONFIG} is missing; an adapter over a plain language model needs it to "
+                    "rebuild LLaVA. Copy the adapter again."
+                )
+            _stage_plain_base(Path(staging), trained, described)
             _leave_projector_unpacked(call)
             call.arguments |= {"model_path": staging, "model_base": base, "model_name": "llava-staged"}
         loaded = original(*call.args, **call.kwargs)
     tokenizer, model = loaded[0], loaded[1]
-    if (folder / files.LLAVA_CONFIG).is_file():
-        _prepare_inputs_as_trained(model, _llava_config(folder))
+    if trained is not None:
+        _prepare_inputs_as_trained(model, trained)
     load_adapter(model, folder, tokenizer)
     return loaded
 
@@ -112,45 +120,26 @@ _INPUT_SETTINGS = ("image_", "mm_use_", "mm_patch_", "mm_vision_select_", "token
 _VOCABULARY_FLAGS = ("mm_use_im_patch_token", "mm_use_im_start_end")
 
 
-def _stage_plain_base(staging: Path, folder: Path, described: dict[str, Any]) -> None:
+def _stage_plain_base(staging: Path, trained: dict[str, Any], described: dict[str, Any]) -> None:
     """Lays out what upstream calls a projector-only checkpoint, for a base that is a plain language model.
 
     Upstream then builds a LLaVA from the adapter's config.json around that base. The projector file is empty: the
     adapter brings the weights, also in cases (4-bit) where upstream could not load them.
     """
-    config = _llava_config(folder) | {"vocab_size": described["vocab_size"]}
+    config = trained | {"vocab_size": described["vocab_size"]}
     config |= dict.fromkeys(_VOCABULARY_FLAGS, False)
     (staging / files.LLAVA_CONFIG).write_text(json.dumps(config), encoding="utf-8")
     torch.save({}, staging / "mm_projector.bin")
 
 
-def _llava_config(folder: Path) -> dict[str, Any]:
-    path = folder / files.LLAVA_CONFIG
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(
-            f"{path} is missing or damaged ({error}); an adapter over a plain language model needs it to rebuild "
-            "LLaVA. Copy the adapter again."
-        ) from error
-    return config
-
-
 def _config_of(base: str, folder: Path) -> dict[str, Any]:
-    from transformers import PretrainedConfig
-
     try:
-        config, _ = PretrainedConfig.get_config_dict(base)
-    except (OSError, ValueError) as error:
+        return read_config(base)
+    except SteeringError as error:
         raise BaseMismatch(
-            f"the adapter in {folder} belongs to the base {base}, which cannot be found: {error}. If the base has "
-            "moved, say where it is with --model-base."
+            f"the adapter in {folder} belongs to the base {base}, which cannot be found or read: {error} If the base "
+            "has moved, say where it is with --model-base."
         ) from error
-    if "model_type" not in config:
-        raise BaseMismatch(
-            f"{base}, the base of the adapter in {folder}, has no config.json with a model_type. Use --model-base."
-        )
-    return config
 
 
 def name_for(model_type: str) -> str:

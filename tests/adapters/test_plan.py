@@ -198,6 +198,8 @@ def test_a_missing_or_unknown_base_or_mode_is_said(flags: tuple[str, ...], probl
     [
         (None, "has no config.json"),
         ("{", "cannot be read"),
+        ("[]", "holds no settings"),
+        ("5", "holds no settings"),
         ("{}", "names no model_type"),
         ('{"model_type": "clip"}', "know no language model 'clip'"),
         ('{"model_type": "llava_unheard_of"}', "know no language model 'unheard_of'"),

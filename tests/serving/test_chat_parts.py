@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from asking import Asker, Question
 from steered import strengthen
-from tiny_llava import TinyLlava
+from tiny_llava import TinyLlava, without_half_of_its_weights
 
 from llava_steering_plugin import attach, remove, save_adapter
 from llava_steering_plugin.adapters.checkpoint import describe
@@ -68,6 +68,14 @@ def test_what_cannot_be_loaded_is_said_with_what_to_do(_shared: Any, tiny: TinyL
         open_chat(str(tmp_path / "cats"), {"cats": str(tmp_path / "cats")}, first="cats")
     with pytest.raises(ArgumentsError, match="did you mean 'llava_v1'"):
         open_chat(str(tiny.llava), {}, conversation="lava_v1")
+
+
+def test_a_base_that_is_damaged_is_a_message_and_no_traceback(tiny: TinyLlava, tmp_path: Path) -> None:
+    from llava_steering_plugin.serving.opening import open_chat
+
+    broken = without_half_of_its_weights(tiny.llava, tmp_path / "broken")
+    with pytest.raises(SteeringError, match=r"broken cannot be loaded: .*all of its files are there and whole"):
+        open_chat(str(broken), {})
 
 
 def test_an_answer_ends_at_the_stop_text_of_its_template_where_the_model_goes_on(tiny: TinyLlava) -> None:

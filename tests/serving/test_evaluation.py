@@ -13,7 +13,7 @@ import pytest
 from asking import Asker
 from asking import Question as Asked
 from pooled import BASE
-from tiny_llava import TinyLlava
+from tiny_llava import TinyLlava, without_half_of_its_weights
 from training_runs import subprocess_environment
 from typer.testing import CliRunner
 
@@ -43,12 +43,12 @@ def questions(tiny: TinyLlava) -> list[dict[str, Any]]:
 def evaluate(tiny: TinyLlava, folders: dict[str, Path], tmp_path: Path) -> Evaluate:
     """Runs `llava-steering eval` with all adapters; returns the lines of the answer file."""
 
-    def run(questions: list[dict[str, Any]], *flags: str) -> list[dict[str, Any]]:
+    def run(questions: list[dict[str, Any]], *flags: str, base: Path = tiny.llava) -> list[dict[str, Any]]:
         file, answers = tmp_path / "question.jsonl", tmp_path / "made" / "answer.jsonl"
         file.write_text("".join(json.dumps(question) + "\n" for question in questions))
         given = [word for name in ADAPTERS for word in ("--adapter", f"{name}={folders[name]}")]
         files = ["--question-file", file, "--image-folder", tiny.images, "--answers-file", answers]
-        words = ["eval", tiny.llava, *files, "--device", "cpu", "--max-new-tokens", SHORT, *given, *flags]
+        words = ["eval", base, *files, "--device", "cpu", "--max-new-tokens", SHORT, *given, *flags]
         result = CliRunner().invoke(app, [str(word) for word in words])
         if isinstance(result.exception, SteeringError):
             raise result.exception
@@ -104,6 +104,19 @@ def test_all_that_is_wrong_with_the_questions_is_said_at_once_and_before_anythin
         evaluate(lost)
     with pytest.raises(SteeringError, match="unknown conversation template 'klingon'"):
         evaluate(questions[:1], "--conv-mode", "klingon")
+
+
+def test_a_base_that_cannot_be_loaded_is_a_message_and_no_traceback(
+    evaluate: Evaluate, questions: list[dict[str, Any]], tiny: TinyLlava, tmp_path: Path
+) -> None:
+    broken = without_half_of_its_weights(tiny.llava, tmp_path / "broken")
+    with pytest.raises(SteeringError, match="broken cannot be loaded"):
+        evaluate(questions[:1], base=broken)
+    with pytest.raises(SteeringError, match=r"nowhere is no model that can be loaded.*that the adapters were trained"):
+        evaluate(questions[:1], base=tmp_path / "nowhere")
+    (broken / "config.json").write_text('{"mm_vision_tower": "a tower"}')
+    with pytest.raises(SteeringError, match="names no model_type"):
+        evaluate(questions[:1], base=broken)
 
 
 @pytest.mark.slow

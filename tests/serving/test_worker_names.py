@@ -11,8 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from serving_fixtures import free_port
+from tiny_llava import TinyLlava, without_half_of_its_weights
 
-from llava_steering_plugin.errors import AdapterError, ArgumentsError
+from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
 from llava_steering_plugin.serving.names import PREFIXES, label_of, shown_name
 from llava_steering_plugin.serving.worker import read_sources
 
@@ -139,3 +141,15 @@ def test_a_command_line_that_cannot_work_is_refused_before_a_model_is_looked_for
 
     with pytest.raises(ArgumentsError, match=said):
         app(["--model-path", "no/such-model", *words], standalone_mode=False)
+
+
+def test_a_base_that_cannot_be_loaded_is_a_message_and_no_traceback(tiny: TinyLlava, tmp_path: Path) -> None:
+    from llava_steering_plugin.serving.worker import app
+
+    broken = without_half_of_its_weights(tiny.llava, tmp_path / "broken")
+    nameless = tmp_path / "nameless"
+    nameless.mkdir()
+    (nameless / "config.json").write_text('{"mm_vision_tower": "a tower"}')
+    for base, said in ((broken, "broken cannot be loaded"), (nameless, "names no model_type.*--model-path")):
+        with pytest.raises(SteeringError, match=said):
+            app(["--model-path", str(base), "--device", "cpu", "--port", str(free_port())], standalone_mode=False)

@@ -11,7 +11,7 @@ import torch
 from tiny_llava import TinyLlava
 from training_runs import with_other_weights
 
-from llava_steering_plugin.errors import BaseMismatch
+from llava_steering_plugin.errors import AdapterError, BaseMismatch
 
 pytest_plugins = ["steered_fixtures"]
 
@@ -44,6 +44,23 @@ def test_a_base_that_is_gone_is_an_error_that_says_how_to_name_another_place(
         load(saved, "/nowhere/base")
     shutil.copytree(tiny.llava, tmp_path / "moved")
     assert load(saved, tmp_path / "moved").llava_steering.mode.name == "mores"
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "{"])
+def test_an_adapter_whose_config_json_holds_no_settings_is_damaged_on_whatever_base(
+    tiny: TinyLlava, saved: Path, content: str
+) -> None:
+    (saved / "config.json").write_text(content)
+    for base in (None, tiny.llm):
+        with pytest.raises(AdapterError, match=r"config\.json is damaged .*Copy the adapter again"):
+            load(saved, base)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "{"])
+def test_a_base_whose_config_json_describes_no_model_is_a_mismatch(saved: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BaseMismatch, match=r"cannot be found or read: .*--model-base"):
+        load(saved, tmp_path)
 
 
 def test_an_adapter_given_as_the_base_of_an_adapter_is_refused(tiny: TinyLlava, saved: Path) -> None:
