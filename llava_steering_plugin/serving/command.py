@@ -43,9 +43,9 @@ def serve(
     """Serve many adapters on one base: upstream's controller and web page with our worker, on this machine."""
     from rich.console import Console
 
+    from llava_steering_plugin.serving.names import read_sources
     from llava_steering_plugin.serving.serve import Plan
     from llava_steering_plugin.serving.serve import serve as run
-    from llava_steering_plugin.serving.worker import read_sources
 
     sources = read_sources([*(adapters or []), *(more_adapters or [])])
     values = {
@@ -76,5 +76,5 @@ def serve(
 
 def _absolute(name_or_path: str) -> str:
     """A folder by its whole path, since the programs run in another one; anything else is a hub id."""
-    path = Path(name_or_path).expanduser()
-    return os.fspath(path.absolute()) if path.exists() else name_or_path
+    path = os.path.expanduser(name_or_path)
+    return str(Path(path).absolute()) if os.path.exists(path) else name_or_path

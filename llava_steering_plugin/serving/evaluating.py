@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError, listing
+from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.serving import flags
 
 
@@ -43,10 +43,11 @@ def evaluate(
     A line {"question_id": 3, "image": "3.png", "text": "...", "adapter": "cats"} asks the adapter `cats`; __base__ is
     the base without any.
     """
+    from llava_steering_plugin.serving.names import check_all, read_sources
     from llava_steering_plugin.serving.pool import BASE
     from llava_steering_plugin.serving.questions import Answers, Asking, read_questions
 
-    sources = _sources(adapter or [])
+    sources = read_sources(adapter or [])
     asked = ask or (next(iter(sources)) if len(sources) == 1 else BASE)
     questions = read_questions(question_file, asked)
     generation = {
@@ -55,6 +56,7 @@ def evaluate(
         "use_cache": True,
         **({"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}),
     }
+    check_all(sources)
     pool, tokenizer, processor = _pool(base, sources, device, load_4bit, load_8bit, max_resident)
     answers = Answers(pool, tokenizer, processor, image_folder, Asking(batch_size, conv_mode, generation))
     answers_file.parent.mkdir(parents=True, exist_ok=True)
@@ -63,22 +65,6 @@ def evaluate(
             file.write(json.dumps(line) + "\n")
             file.flush()
     typer.echo(f"{len(questions)} answers in {answers_file}")
-
-
-def _sources(given: list[str]) -> dict[str, str]:
-    """Where each adapter is, by name: NAME=ADAPTER, or what its folder or repository is called."""
-    sources: dict[str, str] = {}
-    problems = []
-    for word in given:
-        name, equals, source = word.partition("=")
-        if not equals or Path(word).exists():
-            name, source = Path(word).name, word
-        if name in sources:
-            problems.append(f"{sources[name]} and {source} are both called {name!r}; use NAME=ADAPTER")
-        sources[name] = source
-    if problems:
-        raise ArgumentsError(listing("adapters need different names", problems))
-    return sources
 
 
 def _pool(
@@ -95,6 +81,7 @@ def _pool(
     from llava.model.builder import load_pretrained_model
 
     from llava_steering_plugin.serving.base import described, is_llava, loading, loading_name
+    from llava_steering_plugin.serving.names import load_all
     from llava_steering_plugin.serving.pool import AdapterPool
 
     config = described(base, " Give the base that the adapters were trained on.")
@@ -108,12 +95,5 @@ def _pool(
             base, None, name, load_8bit, load_4bit, device_map="auto" if chosen == "cuda" else chosen, device=chosen
         )
     pool = AdapterPool(model, tokenizer, max_resident=max_resident)
-    problems = []
-    for label, source in sources.items():
-        try:
-            pool.load(label, source)
-        except SteeringError as error:
-            problems.append(str(error))
-    if problems:
-        raise AdapterError(listing("not every adapter can be loaded", problems))
+    load_all(pool.load, sources)
     return pool, tokenizer, processor

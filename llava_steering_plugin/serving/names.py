@@ -1,4 +1,4 @@
-"""Names of adapters in the web page's drop-down, from which the page picks each adapter's own conversation template.
+"""Names of adapters: how a command line gives them, and what the web page shows, which picks templates from them.
 
 Upstream's page decides by substrings, like its chat, but with rules of its own: a name without 'llava' means
 `vicuna_v1`, which is what LLaVA-1.5's `--version v1` trains with, and one with 'llava' never does. So the prefixes here
@@ -7,10 +7,13 @@ are not those of `upstream.naming`, which serve the chat. Upstream main and its 
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from llava_steering_plugin.errors import AdapterError, ArgumentsError
+from llava_steering_plugin.adapters import files
+from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError, listing
 from llava_steering_plugin.upstream.naming import harmless
 
 # The beginning of a name that makes the rules of gradio_web_server.py pick each conversation template.
@@ -41,7 +44,7 @@ def checked_label(name: str) -> str:
     if not _LABEL.fullmatch(name):
         raise ArgumentsError(
             f"{name!r} cannot be the name of an adapter: up to 100 letters, digits, '.', '_' and '-', the first a "
-            "letter or digit. Give it another one: NAME=PATH."
+            "letter or digit. Give it another name (rename the folder; on a command line NAME=PATH)."
         )
     return name
 
@@ -52,9 +55,65 @@ def label_of(name_or_path: str) -> str:
     Raises:
         ArgumentsError: that cannot be a name.
     """
-    parts = Path(name_or_path).expanduser().resolve().parts if Path(name_or_path).is_dir() else Path(name_or_path).parts
+    folder = os.path.expanduser(name_or_path)
+    parts = (Path(folder).resolve() if os.path.isdir(folder) else Path(name_or_path)).parts
     last = parts[-1] if parts else ""
     return checked_label(f"{parts[-2]}_{last}" if last.startswith("checkpoint-") and len(parts) > 1 else last)
+
+
+def split_word(word: str) -> tuple[str | None, str]:
+    """NAME=PATH as name and path; no name where there is none, or where all of it is the path of something."""
+    name, equals, source = word.partition("=")
+    return (name, source) if equals and not os.path.exists(os.path.expanduser(word)) else (None, word)
+
+
+def read_sources(given: Sequence[str]) -> dict[str, str]:
+    """Where each adapter is, by name, of the words [NAME=]ADAPTER of a command line.
+
+    Raises:
+        ArgumentsError: names that cannot be used, or that several adapters have; all of them.
+    """
+    sources: dict[str, str] = {}
+    problems = []
+    for word in given:
+        name, source = split_word(word)
+        folder = os.path.expanduser(source)
+        source = str(Path(folder).absolute()) if os.path.exists(folder) else source
+        try:
+            name = label_of(source) if name is None else checked_label(name)
+            if name in sources:
+                raise ArgumentsError(f"{sources[name]} and {source} are both called {name!r}. Use NAME=PATH.")
+            sources[name] = source
+        except ArgumentsError as error:
+            problems.append(str(error))
+    if problems:
+        raise ArgumentsError(listing("not every adapter can be called by a name of its own", problems))
+    return sources
+
+
+def load_all(load: Callable[[str, str], object], sources: Mapping[str, str]) -> None:
+    """Loads every adapter of `read_sources` with `load`, which takes its name and where it is.
+
+    Raises:
+        AdapterError: some cannot be loaded; all of them.
+    """
+    problems = []
+    for name, source in sources.items():
+        try:
+            load(name, source)
+        except SteeringError as error:
+            problems.append(str(error))
+    if problems:
+        raise AdapterError(listing("not every adapter can be loaded", problems))
+
+
+def check_all(sources: Mapping[str, str]) -> None:
+    """Looks whether there is an adapter at every place: in a second, before a model is loaded for minutes.
+
+    Raises:
+        AdapterError: there are places without one; all of them.
+    """
+    load_all(lambda name, source: files.read_config(files.find(source) or Path(source)), sources)
 
 
 def shown_name(name: str, conversation: str | None, base: str) -> str:

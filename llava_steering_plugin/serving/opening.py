@@ -14,9 +14,10 @@ from llava.model.builder import load_pretrained_model
 from llava_steering_plugin.adapters import files
 from llava_steering_plugin.adapters.attach import remove
 from llava_steering_plugin.adapters.config import AdapterConfig
-from llava_steering_plugin.errors import AdapterError, BaseMismatch, SteeringError, listing
+from llava_steering_plugin.errors import AdapterError, BaseMismatch
 from llava_steering_plugin.serving.base import described, is_llava, loading, loading_name
 from llava_steering_plugin.serving.chat import Chat, template_by_name, template_of_adapter
+from llava_steering_plugin.serving.names import check_all, load_all
 from llava_steering_plugin.serving.pool import BASE, AdapterPool
 from llava_steering_plugin.upstream.conversations import checked_template
 
@@ -52,6 +53,7 @@ def open_chat(
     """
     if conversation is not None:
         checked_template(conversation)
+    check_all(adapters)
     how = {"load_4bit": load_4bit, "load_8bit": load_8bit, "device": device}
     if first is None:
         pool, tokenizer, processor = _load_base(path, how)
@@ -60,16 +62,7 @@ def open_chat(
         config = files.read_config(files.find(path) or Path(path))
         pool, tokenizer, processor = _load_adapter(path, first, config, base, how)
         shown = get_model_name_from_path(base or config.base.name_or_path)
-    problems = []
-    for name, source in adapters.items():
-        if name == first:
-            continue
-        try:
-            pool.load(name, source)
-        except SteeringError as error:
-            problems.append(str(error))
-    if problems:
-        raise AdapterError(listing("not every adapter can be loaded", problems))
+    load_all(pool.load, {name: source for name, source in adapters.items() if name != first})
     templates = {BASE: template_by_name(shown)}
     templates |= {name: template_of_adapter(pool.details(name).conversation) for name in adapters}
     return Chat(

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.serving import flags
 from llava_steering_plugin.upstream.checkout import find_llava
 from llava_steering_plugin.upstream.install import install
@@ -46,14 +47,19 @@ def chat(
         from llava.utils import disable_torch_init
 
         from llava_steering_plugin.adapters import files
+        from llava_steering_plugin.serving.names import read_sources, split_word
         from llava_steering_plugin.serving.opening import open_chat
-        from llava_steering_plugin.serving.worker import read_sources
 
         disable_torch_init()  # as upstream's programs do: weights that are read need no random ones before
-        own = [path] if files.find(path) is not None else []
+        name, source = split_word(path)
+        own = [path] if files.find(source) is not None else []
+        if name is not None and not own:
+            raise ArgumentsError(
+                f"{path}: only adapters have names, and {source} is none. Give a base by its folder or hub id alone."
+            )
         sources = read_sources([*own, *(adapters or []), *(more or [])])
         opened = open_chat(
-            path,
+            source,
             sources,
             first=next(iter(sources)) if own else None,
             base=model_base,

@@ -12,12 +12,11 @@ import ipaddress
 import logging
 import socket
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.serving import flags
 from llava_steering_plugin.serving.allocator import give_large_blocks_back, keep_few_operations
 from llava_steering_plugin.serving.limits import Limits
@@ -70,16 +69,18 @@ def run(
         image_pixels=limit_pixels,
         stall_seconds=stall_seconds,
     )
-    sources = read_sources(given)
     give_large_blocks_back()
     keep_few_operations()
 
     import uvicorn
 
     from llava_steering_plugin.serving.admin import Admin, checked_token
+    from llava_steering_plugin.serving.names import check_all, load_all, read_sources
     from llava_steering_plugin.serving.watched import WatchedFolder, checked_folder
 
-    # All that can be wrong is found before a model is loaded.
+    # What flags and files can tell is found before a model is loaded.
+    sources = read_sources(given)
+    check_all(sources)
     if admin_token is not None:
         checked_token(admin_token)
     if adapter_dir is not None:
@@ -107,14 +108,7 @@ def run(
             max_resident=max_resident,
         )
     announcer = Announcer(worker)
-    problems = []
-    for name, source in sources.items():
-        try:
-            worker.roster.put(name, source)
-        except SteeringError as error:
-            problems.append(str(error))
-    if problems:
-        raise ArgumentsError(listing("not every adapter can be served", problems))
+    load_all(worker.roster.put, sources)
     if adapter_dir is not None:
         watched = WatchedFolder(adapter_dir.absolute(), worker.roster, announcer.changed, watch_every)
         watched.look(settled=True)
@@ -139,33 +133,6 @@ def run(
         limit_concurrency=limits.connections,
     )
     uvicorn.Server(config).run([listener])
-
-
-def read_sources(given: list[str]) -> dict[str, str]:
-    """Where each adapter is, by name, of what --adapters says.
-
-    Raises:
-        ArgumentsError: names that cannot be used, or that several adapters have; all of them.
-    """
-    from llava_steering_plugin.serving.names import checked_label, label_of
-
-    sources: dict[str, str] = {}
-    problems = []
-    for word in given:
-        name, equals, source = word.partition("=")
-        named = bool(equals) and not Path(word).exists()
-        source = source if named else word
-        source = str(Path(source).expanduser().absolute()) if Path(source).expanduser().exists() else source
-        try:
-            name = checked_label(name) if named else label_of(source)
-            if name in sources:
-                raise ArgumentsError(f"{sources[name]} and {source} are both called {name!r}. Use NAME=PATH.")
-            sources[name] = source
-        except ArgumentsError as error:
-            problems.append(str(error))
-    if problems:
-        raise ArgumentsError(listing("--adapters cannot be served under these names", problems))
-    return sources
 
 
 def _address(host: str, port: int) -> str:

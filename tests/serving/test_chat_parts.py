@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,32 @@ import pytest
 from asking import Asker, Question
 from steered import strengthen
 from tiny_llava import TinyLlava, without_half_of_its_weights
+from typer.testing import CliRunner
 
 from llava_steering_plugin import attach, remove, save_adapter
 from llava_steering_plugin.adapters.checkpoint import describe
+from llava_steering_plugin.cli import app
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.modes.mores import MoReS
 
 pytest_plugins = ["steered_fixtures"]
 
 SHORT = 12  # tokens of an answer
+
+
+@pytest.fixture
+def chat(patched_llava: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs `llava-steering chat` in this process, without what it changes for all of its process."""
+    monkeypatch.setattr("llava.utils.disable_torch_init", lambda: None)
+    monkeypatch.setattr("llava_steering_plugin.serving.talking._quieten", lambda: None)
+
+    def run(*words: str) -> None:
+        result = CliRunner().invoke(app, ["chat", *words, "--device", "cpu"])
+        if isinstance(result.exception, SteeringError):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+
+    return run
 
 
 def test_an_adapter_that_brings_what_its_base_lacks_answers_as_it_does_alone(
@@ -68,6 +86,27 @@ def test_what_cannot_be_loaded_is_said_with_what_to_do(_shared: Any, tiny: TinyL
         open_chat(str(tmp_path / "cats"), {"cats": str(tmp_path / "cats")}, first="cats")
     with pytest.raises(ArgumentsError, match="did you mean 'llava_v1'"):
         open_chat(str(tiny.llava), {}, conversation="lava_v1")
+
+
+def test_the_adapter_that_a_chat_is_begun_with_may_be_given_a_name(
+    _shared: Any, tiny: TinyLlava, chat: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llava_steering_plugin.serving.terminal import Terminal
+
+    attachment = attach(_shared, MoReS(rank=1))
+    described = describe(attachment)
+    attachment.config = replace(described, base=replace(described.base, name_or_path=str(tiny.llava)))
+    save_adapter(_shared, tmp_path / "my adapter")
+    remove(_shared)
+    opened = []
+    monkeypatch.setattr(Terminal, "run", lambda terminal: opened.append(terminal.chat))
+    with pytest.raises(SteeringError, match=r"'my adapter' cannot be the name .*NAME=PATH"):
+        chat(f"{tmp_path}/my adapter")
+    chat(f"pets={tmp_path}/my adapter")
+    [begun] = opened
+    assert begun.adapter == "pets" and begun.pool.names() == ["__base__", "pets"]
+    with pytest.raises(SteeringError, match=r"only adapters have names, and .* is none"):
+        chat(f"pets={tiny.llava}")
 
 
 def test_a_base_that_is_damaged_is_a_message_and_no_traceback(tiny: TinyLlava, tmp_path: Path) -> None:

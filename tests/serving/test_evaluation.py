@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -104,6 +105,20 @@ def test_all_that_is_wrong_with_the_questions_is_said_at_once_and_before_anythin
         evaluate(lost)
     with pytest.raises(SteeringError, match="unknown conversation template 'klingon'"):
         evaluate(questions[:1], "--conv-mode", "klingon")
+
+
+def test_adapters_are_called_as_by_every_other_command_and_looked_for_before_a_model_is(
+    evaluate: Evaluate, questions: list[dict[str, Any]], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(folders["cats"], tmp_path / "run" / "checkpoint-100")
+    asked = [questions[0] | {"adapter": "run_checkpoint-100"}]
+    [line] = evaluate(asked, "--adapter", str(checkpoint))
+    assert line["text"] == evaluate([questions[0] | {"adapter": "cats"}])[0]["text"]
+    with pytest.raises(SteeringError, match="'my cats' cannot be the name of an adapter"):
+        evaluate(asked, "--adapter", f"my cats={checkpoint}")
+    with pytest.raises(SteeringError, match=r"(?s)/no/such/dogs is no folder.* holds no adapter"):
+        lost = ["--adapter", "/no/such/dogs", "--adapter", f"owls={tmp_path}"]
+        evaluate(questions[:1], *lost, base=tmp_path / "nowhere")
 
 
 def test_a_base_that_cannot_be_loaded_is_a_message_and_no_traceback(

@@ -15,8 +15,7 @@ from serving_fixtures import free_port
 from tiny_llava import TinyLlava, without_half_of_its_weights
 
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
-from llava_steering_plugin.serving.names import PREFIXES, label_of, shown_name
-from llava_steering_plugin.serving.worker import read_sources
+from llava_steering_plugin.serving.names import PREFIXES, check_all, label_of, read_sources, shown_name
 
 MISLEADING = ("cats", "llava-v1.6-34b-mistral", "my-mpt", "mixlora-llama-2", "plain", "mmtag-orca-hermes", "2cats")
 
@@ -127,6 +126,18 @@ def test_two_adapters_of_one_name_are_refused_together_with_everything_else_that
     assert "a/cats and" in str(refused.value) and "'two words' cannot be" in str(refused.value)
 
 
+@pytest.mark.parametrize("word", ["x" * 300, "pets=" + "x" * 300, "y/" * 2100 + "pets"])
+def test_a_path_that_no_file_system_takes_is_a_message_and_no_traceback(word: str) -> None:
+    with pytest.raises(SteeringError, match=r"is no folder|cannot be the name"):
+        check_all(read_sources([word]))
+
+
+def test_the_base_of_serve_may_be_a_path_that_no_file_system_takes() -> None:
+    from llava_steering_plugin.serving.command import _absolute
+
+    assert _absolute("x" * 300) == "x" * 300
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -140,6 +151,14 @@ def test_a_command_line_that_cannot_work_is_refused_before_a_model_is_looked_for
     from llava_steering_plugin.serving.worker import app
 
     with pytest.raises(ArgumentsError, match=said):
+        app(["--model-path", "no/such-model", *words], standalone_mode=False)
+
+
+def test_places_without_an_adapter_are_all_named_before_a_model_is_looked_for(tmp_path: Path) -> None:
+    from llava_steering_plugin.serving.worker import app
+
+    with pytest.raises(AdapterError, match=r"(?s)/no/such/cats is no folder.* holds no adapter"):
+        words = ["--adapters", "/no/such/cats", f"pets={tmp_path}"]
         app(["--model-path", "no/such-model", *words], standalone_mode=False)
 
 
