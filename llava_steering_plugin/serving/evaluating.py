@@ -31,18 +31,17 @@ def evaluate(
     temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely answer.")] = 0.0,
     top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
     num_beams: Annotated[int, typer.Option(min=1)] = 1,
-    device: Annotated[str, typer.Option(help="auto: cuda where there is a GPU, else cpu.")] = "auto",
+    device: flags.Device = "auto",
     load_4bit: flags.Load4bit = False,
     load_8bit: flags.Load8bit = False,
-    max_resident: Annotated[
-        int | None, typer.Option(min=1, help="Adapters on the device at a time; the others wait in CPU memory.")
-    ] = None,
+    max_resident: flags.MaxResident = None,
 ) -> None:
     """Answer a file of questions in batches, each question with an adapter of its own, in LLaVA's formats.
 
     A line {"question_id": 3, "image": "3.png", "text": "...", "adapter": "cats"} asks the adapter `cats`; __base__ is
     the base without any.
     """
+    chosen = flags.chosen_device(device)
     from llava_steering_plugin.serving.names import check_all, read_sources
     from llava_steering_plugin.serving.pool import BASE
     from llava_steering_plugin.serving.questions import Answers, Asking, read_questions
@@ -57,7 +56,7 @@ def evaluate(
         **({"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}),
     }
     check_all(sources)
-    pool, tokenizer, processor = _pool(base, sources, device, load_4bit, load_8bit, max_resident)
+    pool, tokenizer, processor = _pool(base, sources, chosen, load_4bit, load_8bit, max_resident)
     answers = Answers(pool, tokenizer, processor, image_folder, Asking(batch_size, conv_mode, generation))
     answers_file.parent.mkdir(parents=True, exist_ok=True)
     with answers_file.open("w", encoding="utf-8") as file:
@@ -71,8 +70,6 @@ def _pool(
     base: str, sources: dict[str, str], device: str, load_4bit: bool, load_8bit: bool, max_resident: int | None
 ) -> tuple[Any, Any, Any]:
     """The pool with all adapters, the tokenizer and the image processor."""
-    import torch
-
     from llava_steering_plugin.upstream.checkout import find_llava
     from llava_steering_plugin.upstream.install import install
 
@@ -87,12 +84,11 @@ def _pool(
     config = described(base, " Give the base that the adapters were trained on.")
     if not is_llava(config):
         raise ArgumentsError(f"{base} is no LLaVA (its config.json has no mm_vision_tower); give the adapters' base.")
-    chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     name = loading_name(base, config)
     # A device map also where there is one device: without it upstream leaves the vision tower in another precision.
     with loading(base):
         tokenizer, model, processor, _ = load_pretrained_model(
-            base, None, name, load_8bit, load_4bit, device_map="auto" if chosen == "cuda" else chosen, device=chosen
+            base, None, name, load_8bit, load_4bit, device_map="auto" if device == "cuda" else device, device=device
         )
     pool = AdapterPool(model, tokenizer, max_resident=max_resident)
     load_all(pool.load, sources)

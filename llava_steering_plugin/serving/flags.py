@@ -1,12 +1,17 @@
-"""The flags that the worker and `llava-steering serve` share. Needs nothing that only serving needs."""
+"""The flags that the worker and `llava-steering serve` share, and some of them `chat` and `eval`; what --device means.
+
+Needs nothing that only serving needs.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.serving.limits import Limits
 
 TOKEN_VARIABLE = "LLAVA_STEERING_ADMIN_TOKEN"
@@ -46,3 +51,27 @@ AdminToken = Annotated[
 ]
 AnyPath = Annotated[bool, typer.Option("--admin-any-path", help="An administrator may name any folder.")]
 LogRequests = Annotated[bool, typer.Option("--log-requests", help="Log prompts and answers.")]
+
+
+def chosen_device(asked: str) -> str:
+    """The device that `--device` asks for; for the processor, this process is shown no GPU from now on.
+
+    Upstream's loader lets accelerate choose a place for the vision tower, which is a GPU wherever one can be seen. CUDA
+    looks once at what it may see: call this before anything is imported that starts it.
+
+    Raises:
+        ArgumentsError: there is no such device.
+    """
+    import torch
+
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(asked).type
+    except RuntimeError as error:
+        raise ArgumentsError(f"--device {asked} is none that torch knows: auto, cpu, cuda, cuda:1.") from error
+    if kind == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif kind == "cuda" and not torch.cuda.is_available():
+        raise ArgumentsError(f"--device {asked}: torch finds no GPU. Use --device cpu, or --device auto.")
+    return asked

@@ -25,7 +25,7 @@ def chat(
     ] = None,
     image: Annotated[str | None, typer.Option(metavar="FILE", help="Talk about this image.")] = None,
     model_base: Annotated[str | None, typer.Option(help="Where the adapter's base is, if it has moved.")] = None,
-    device: Annotated[str, typer.Option(help="auto: cuda where there is a GPU, else cpu.")] = "auto",
+    device: flags.Device = "auto",
     load_4bit: flags.Load4bit = False,
     load_8bit: flags.Load8bit = False,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely answer.")] = 0.2,
@@ -42,8 +42,8 @@ def chat(
     _quieten()
     # Standard output is for answers; DeepSpeed, which the loader imports, logs there.
     with contextlib.redirect_stdout(sys.stderr):
+        chosen = flags.chosen_device(device)
         install()
-        import torch
         from llava.utils import disable_torch_init
 
         from llava_steering_plugin.adapters import files
@@ -63,7 +63,7 @@ def chat(
             sources,
             first=next(iter(sources)) if own else None,
             base=model_base,
-            device=device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
+            device=chosen,
             load_4bit=load_4bit,
             load_8bit=load_8bit,
             conversation=conv_mode,

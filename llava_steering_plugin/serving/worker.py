@@ -60,6 +60,7 @@ def run(
 ) -> None:
     """Serve a base and its adapters to LLaVA's controller and web page."""
     logging.basicConfig(level=logging.INFO)
+    chosen = flags.chosen_device(device)
     given = [*(adapters or []), *(more_adapters or [])]
     limits = Limits(
         running=limit_model_concurrency,
@@ -102,7 +103,7 @@ def run(
             controller=controller_address.rstrip("/"),
             address=address.rstrip("/"),
             model_name=model_name,
-            device=_device(device),
+            device=chosen,
             load_8bit=load_8bit,
             load_4bit=load_4bit,
             max_resident=max_resident,
@@ -159,12 +160,6 @@ def _local(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _device(asked: str) -> str:
-    import torch
-
-    return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main() -> None:
