@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, conv_templates
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.mm_utils import tokenizer_image_token
 from PIL import Image
 
-from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.serving.images import image_arguments, read_image
 from llava_steering_plugin.serving.pool import BASE, AdapterPool
 from llava_steering_plugin.serving.streaming import AnswerStreamer, Ended, Speed, first_interrupt
-from llava_steering_plugin.upstream.conversations import checked_template
+from llava_steering_plugin.upstream.conversations import about_an_image, checked_template
 from llava_steering_plugin.upstream.naming import PREFIXES
 
 # llava/serve/cli.py: the first of these that is in a model's name, in this order, decides its template.
@@ -119,15 +121,13 @@ class Chat:
         """
         if self.processor is None:
             raise ChatError("this model takes no images: it is a plain language model, no LLaVA.")
-        path = Path(file).expanduser()
+        path = Path(os.path.expanduser(file))
         try:
-            image = Image.open(path).convert("RGB")
-        except FileNotFoundError as error:
-            raise ChatError(f"there is no file {path}; the name goes up to the end of the line.") from error
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
-            raise ChatError(f"{path} is no image that can be read, or damaged{reason}.") from error
-        self.image_file, self._image = path, image
+            self._image = read_image(path)
+        except ArgumentsError as error:
+            hint = "" if os.path.exists(path) else " The name goes up to the end of the line."
+            raise ChatError(f"{error}{hint}") from error
+        self.image_file = path
         self.reset()
 
     def drop_image(self) -> None:
@@ -165,22 +165,14 @@ class Chat:
         return Answer(streamer.text.strip(), streamer.speed(), ended.interrupted)
 
     def _with_image(self, question: str) -> str:
-        if self._image is None:
-            return question
-        mark: str = DEFAULT_IMAGE_TOKEN
-        if getattr(self.model.config, "mm_use_im_start_end", False):
-            mark = DEFAULT_IM_START_TOKEN + mark + DEFAULT_IM_END_TOKEN
-        return f"{mark}\n{question}"
+        return question if self._image is None else about_an_image(question, self.model.config)
 
     def _generate(self, prompt: str, streamer: AnswerStreamer, ended: Ended) -> None:
         ids = tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
         room = self._room(ids)
         options: dict[str, Any] = {"temperature": self.temperature} if self.temperature > 0 else {}
         if self._image is not None:
-            pixels = process_images([self._image], self.processor, self.model.config)
-            half = {"device": self.model.device, "dtype": torch.float16}
-            options["images"] = [each.to(**half) for each in pixels] if type(pixels) is list else pixels.to(**half)
-            options["image_sizes"] = [self._image.size]
+            options |= image_arguments([self._image], self.processor, self.model)
         with torch.inference_mode():
             self.model.generate(
                 ids.to(self.model.device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,23 +43,33 @@ def evaluate(
     the base without any.
     """
     chosen = flags.chosen_device(device)
+
     from llava_steering_plugin.serving.names import check_all, read_sources
     from llava_steering_plugin.serving.pool import BASE
-    from llava_steering_plugin.serving.questions import Answers, Asking, read_questions
+    from llava_steering_plugin.serving.questions import Answers, Asking, check_questions, read_questions
+    from llava_steering_plugin.upstream.checkout import find_llava
+    from llava_steering_plugin.upstream.conversations import checked_template
+    from llava_steering_plugin.upstream.install import install
 
+    # What flags and files can tell is found before a model is loaded.
     sources = read_sources(adapter or [])
     asked = ask or (next(iter(sources)) if len(sources) == 1 else BASE)
     questions = read_questions(question_file, asked)
+    check_questions(questions, (BASE, *sources), image_folder)
+    find_llava()  # says what to do where there is none
+    install()
+    if conv_mode is not None:
+        checked_template(conv_mode)
+    _check_writable(answers_file)
+    check_all(sources)
     generation = {
         "max_new_tokens": max_new_tokens,
         "num_beams": num_beams,
         "use_cache": True,
         **({"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}),
     }
-    check_all(sources)
     pool, tokenizer, processor = _pool(base, sources, chosen, load_4bit, load_8bit, max_resident)
     answers = Answers(pool, tokenizer, processor, image_folder, Asking(batch_size, conv_mode, generation))
-    answers_file.parent.mkdir(parents=True, exist_ok=True)
     with answers_file.open("w", encoding="utf-8") as file:
         for line in answers.to(questions):
             file.write(json.dumps(line) + "\n")
@@ -66,15 +77,25 @@ def evaluate(
     typer.echo(f"{len(questions)} answers in {answers_file}")
 
 
+def _check_writable(answers: Path) -> None:
+    """Makes the folder of the answers and looks whether they can be written; what is there already stays as it is."""
+    there = os.path.exists(answers)
+    try:
+        answers.parent.mkdir(parents=True, exist_ok=True)
+        if not there or os.path.isfile(answers) or os.path.isdir(answers):  # opening a pipe would tell its other end
+            answers.open("a").close()
+        if not there:
+            os.unlink(os.path.realpath(answers))
+    except OSError as error:
+        raise ArgumentsError(
+            f"--answers-file {answers} cannot be written: {error.strerror}. Choose another."
+        ) from error
+
+
 def _pool(
     base: str, sources: dict[str, str], device: str, load_4bit: bool, load_8bit: bool, max_resident: int | None
 ) -> tuple[Any, Any, Any]:
     """The pool with all adapters, the tokenizer and the image processor."""
-    from llava_steering_plugin.upstream.checkout import find_llava
-    from llava_steering_plugin.upstream.install import install
-
-    find_llava()  # says what to do where there is none
-    install()
     from llava.model.builder import load_pretrained_model
 
     from llava_steering_plugin.serving.base import described, is_llava, loading, loading_name
@@ -85,11 +106,8 @@ def _pool(
     if not is_llava(config):
         raise ArgumentsError(f"{base} is no LLaVA (its config.json has no mm_vision_tower); give the adapters' base.")
     name = loading_name(base, config)
-    # A device map also where there is one device: without it upstream leaves the vision tower in another precision.
     with loading(base):
-        tokenizer, model, processor, _ = load_pretrained_model(
-            base, None, name, load_8bit, load_4bit, device_map="auto" if device == "cuda" else device, device=device
-        )
+        tokenizer, model, processor, _ = load_pretrained_model(base, None, name, load_8bit, load_4bit, device=device)
     pool = AdapterPool(model, tokenizer, max_resident=max_resident)
     load_all(pool.load, sources)
     return pool, tokenizer, processor

@@ -1,25 +1,29 @@
 """Answers to files of questions, many at once: batches in which every question may ask another adapter.
 
 Questions and answers are upstream's `question.jsonl` and `answer.jsonl`. Upstream's own eval scripts ask one question
-at a time; the answers here are the same, because every row of a batch gets what it gets alone.
+at a time; the answers here are the same, because every row of a batch gets what it gets alone. Only where two tokens
+are as likely in half precision may a batch of unequal lengths round to the other one.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from llava_steering_plugin.errors import ArgumentsError, listing
+from llava_steering_plugin.serving.images import image_arguments, read_image
 from llava_steering_plugin.serving.pool import BASE, AdapterPool
-from llava_steering_plugin.upstream.conversations import checked_template
+from llava_steering_plugin.upstream.conversations import about_an_image, checked_template
 
 # The template that upstream's eval scripts take where none is given.
 CONVERSATION = "llava_v1"
@@ -95,6 +99,29 @@ def read_questions(path: Path, adapter: str = BASE) -> list[Question]:
     return questions
 
 
+def check_questions(questions: Sequence[Question], adapters: Collection[str], images: Path) -> None:
+    """Looks whether every question has its image and its adapter.
+
+    Args:
+        adapters: the names that can be asked.
+        images: the folder that questions name their images in.
+
+    Raises:
+        ArgumentsError: some are not there; all of them.
+    """
+    problems = [
+        f"there is no adapter {name!r}: give it with --adapter {name}=PATH; known: {', '.join(adapters)}"
+        for name in sorted({each.adapter for each in questions} - set(adapters))
+    ]
+    problems += [
+        f"there is no image {name}"
+        for name in sorted({each.image for each in questions if each.image is not None})
+        if not os.path.isfile(images / name)
+    ]
+    if problems:
+        raise ArgumentsError(listing(f"not every question can be asked (images from {images})", problems))
+
+
 class Answers:
     """Asks the adapters of a pool on a LLaVA.
 
@@ -103,7 +130,7 @@ class Answers:
         images: the folder that questions name their images in.
 
     Raises:
-        ArgumentsError: the pool's model takes no images, or there is no such template.
+        ArgumentsError: the pool's model takes no images.
     """
 
     def __init__(self, pool: AdapterPool, tokenizer: Any, processor: Any, images: Path, asking: Asking):
@@ -114,24 +141,13 @@ class Answers:
         self.images, self.asking, self.templates = images, asking, conv_templates
         if not hasattr(self.model, "prepare_inputs_labels_for_multimodal"):
             raise ArgumentsError(f"{type(self.model).__name__} is no LLaVA; questions about images need one.")
-        if asking.conversation is not None:
-            checked_template(asking.conversation)
 
     def to(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
         """The lines of the answer file, in the order of the questions, a batch at a time.
 
         Raises:
-            ArgumentsError: images or adapters are not there; all of them, before anything is answered.
+            ArgumentsError: an image cannot be read; the batches before are answered.
         """
-        known = set(self.pool.names())
-        problems = [f"there is no adapter {name!r}" for name in sorted({each.adapter for each in questions} - known)]
-        problems += [
-            f"there is no image {name}"
-            for name in sorted({each.image for each in questions if each.image is not None})
-            if not (self.images / name).is_file()
-        ]
-        if problems:
-            raise ArgumentsError(listing(f"not every question can be asked (images from {self.images})", problems))
         for start in range(0, len(questions), self.asking.batch_size):
             batch = questions[start : start + self.asking.batch_size]
             for question, text in zip(batch, self._answered(batch), strict=True):
@@ -139,14 +155,7 @@ class Answers:
 
     def prompt(self, question: Question) -> str:
         """The question in its conversation template, as upstream's eval scripts write it."""
-        from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
-
-        text = question.text
-        if question.image is not None:
-            mark = IMAGE_MARK
-            if getattr(self.model.config, "mm_use_im_start_end", False):
-                mark = DEFAULT_IM_START_TOKEN + mark + DEFAULT_IM_END_TOKEN
-            text = f"{mark}\n{text}"
+        text = question.text if question.image is None else about_an_image(question.text, self.model.config)
         name = self.asking.conversation or self.pool.details(question.adapter).conversation or CONVERSATION
         conversation = self.templates[checked_template(name)].copy()
         conversation.append_message(conversation.roles[0], text)
@@ -181,26 +190,22 @@ class Answers:
 
     def _pixels(self, batch: Sequence[Question]) -> dict[str, Any]:
         """The arguments of `generate` that bring the images."""
-        from llava.mm_utils import process_images
-        from PIL import Image
-
         if all(question.image is None for question in batch):
             return {}
-        tower = self.model.get_vision_tower()
-        pictures = []
-        for question in batch:
-            if question.image is None:
-                # LLaVA takes an image for a row without a placeholder, too, and uses nothing of it.
-                side = self.processor.crop_size["height"]
-                pictures.append(Image.new("RGB", (side, side)))
-                continue
-            with Image.open(self.images / question.image) as file:
-                pictures.append(file.convert("RGB"))
-        pixels = process_images(pictures, self.processor, self.model.config)
-        sizes = [picture.size for picture in pictures]
-        if isinstance(pixels, list):
-            return {"images": [each.to(tower.device, tower.dtype) for each in pixels], "image_sizes": sizes}
-        return {"images": pixels.to(tower.device, tower.dtype), "image_sizes": sizes}
+        return image_arguments([self._picture(question) for question in batch], self.processor, self.model)
+
+    def _picture(self, question: Question) -> Image.Image:
+        if question.image is None:
+            # LLaVA takes an image for a row without a placeholder, too, and uses nothing of it.
+            side = self.processor.crop_size["height"]
+            return Image.new("RGB", (side, side))
+        try:
+            return read_image(self.images / question.image)
+        except ArgumentsError as error:
+            raise ArgumentsError(
+                f"question {question.number!r} cannot be asked: {error} Mend the file, or leave the question out; the "
+                "batches before its own are answered."
+            ) from error
 
     @contextmanager
     def _padding_left(self) -> Iterator[None]:

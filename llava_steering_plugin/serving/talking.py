@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from typing import Annotated
@@ -47,9 +48,12 @@ def chat(
         from llava.utils import disable_torch_init
 
         from llava_steering_plugin.adapters import files
+        from llava_steering_plugin.serving.images import read_image
         from llava_steering_plugin.serving.names import read_sources, split_word
         from llava_steering_plugin.serving.opening import open_chat
 
+        if image is not None:
+            read_image(os.path.expanduser(image))  # said now rather than when the model has loaded
         disable_torch_init()  # as upstream's programs do: weights that are read need no random ones before
         name, source = split_word(path)
         own = [path] if files.find(source) is not None else []

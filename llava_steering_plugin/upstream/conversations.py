@@ -1,8 +1,9 @@
-"""The conversation templates that LLaVA has."""
+"""The conversation templates that LLaVA has, and how its programs write that a question is about an image."""
 
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 from llava_steering_plugin.errors import ArgumentsError
 
@@ -21,3 +22,17 @@ def checked_template(name: str) -> str:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ArgumentsError(f"unknown conversation template {name!r}: {hint}LLaVA has {', '.join(conv_templates)}")
     return name
+
+
+def about_an_image(question: str, config: Any) -> str:
+    """The first question of a conversation about an image, as upstream's chat and eval scripts write it.
+
+    Args:
+        config: of the model that is asked.
+    """
+    from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+
+    mark = DEFAULT_IMAGE_TOKEN
+    if getattr(config, "mm_use_im_start_end", False):
+        mark = DEFAULT_IM_START_TOKEN + mark + DEFAULT_IM_END_TOKEN
+    return f"{mark}\n{question}"

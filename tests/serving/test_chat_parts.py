@@ -109,6 +109,15 @@ def test_the_adapter_that_a_chat_is_begun_with_may_be_given_a_name(
         chat(f"pets={tiny.llava}")
 
 
+def test_an_image_that_cannot_be_read_is_said_before_a_model_is_looked_for(
+    chat: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    for file, said in (("nowhere.png", "there is no file .*nowhere.png"), ("notes.txt", "is no image that can be")):
+        with pytest.raises(SteeringError, match=said):
+            chat(str(tmp_path / "no-model"), "--image", str(tmp_path / file))
+
+
 def test_a_base_that_is_damaged_is_a_message_and_no_traceback(tiny: TinyLlava, tmp_path: Path) -> None:
     from llava_steering_plugin.serving.opening import open_chat
 
