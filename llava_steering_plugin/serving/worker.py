@@ -60,7 +60,6 @@ def run(
 ) -> None:
     """Serve a base and its adapters to LLaVA's controller and web page."""
     logging.basicConfig(level=logging.INFO)
-    chosen = flags.chosen_device(device)
     given = [*(adapters or []), *(more_adapters or [])]
     limits = Limits(
         running=limit_model_concurrency,
@@ -72,6 +71,7 @@ def run(
     )
     give_large_blocks_back()
     keep_few_operations()
+    chosen = flags.chosen_device(device)
 
     import uvicorn
 
