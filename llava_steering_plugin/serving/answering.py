@@ -27,7 +27,7 @@ from llava_steering_plugin.adapters.plan import read_config
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, UpstreamError
 from llava_steering_plugin.serving.base import loading_name
 from llava_steering_plugin.serving.pool import AdapterPool
-from llava_steering_plugin.serving.requests import Asked
+from llava_steering_plugin.serving.requests import Asked, unpacked
 from llava_steering_plugin.serving.roster import Roster
 from llava_steering_plugin.serving.wire import FAILED, chunk
 
@@ -142,6 +142,7 @@ class AdapterWorker(upstream.ModelWorker):
             )
         upstream.TextIteratorStreamer = PatientStreamer
         upstream.Thread = Generating
+        upstream.load_image_from_base64 = unpacked
         super().__init__(
             controller,
             address,

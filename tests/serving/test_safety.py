@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import requests
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from serving_fixtures import PROMPT, Client, Question
 
 from llava_steering_plugin.serving.limits import Limits
@@ -25,6 +25,9 @@ from llava_steering_plugin.serving.wire import Refused
 pytest_plugins = ["serving_fixtures"]
 
 pytestmark = pytest.mark.usefixtures("unharmed")
+
+
+EPS = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n").decode()
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> str:
@@ -122,9 +125,7 @@ def test_images_that_are_none_or_are_damaged_are_a_400(strict: Client) -> None:
         "cut off": base64.b64encode(whole[: len(whole) // 2]).decode(),
         "a header alone": base64.b64encode(whole[:30]).decode(),
         "flipped bits": base64.b64encode(whole[:100] + bytes(300) + whole[400:]).decode(),
-        "a format that runs other programs": base64.b64encode(
-            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
-        ).decode(),
+        "a format that runs other programs": EPS,
     }
     answers = {what: strict.refused(body(images=[image])) for what, image in damaged.items()}
     assert {what: status for what, (status, _) in answers.items()} == dict.fromkeys(damaged, 400)
@@ -156,6 +157,12 @@ def test_a_photo_and_a_panorama_pass_the_limits_that_a_worker_has_by_default() -
         assert len(asked.parameters["images"]) == 1
 
 
+def test_an_image_above_pils_own_limit_is_refused_with_that_limit() -> None:
+    for pixels, said in ((1_000_000_000, "178,956,970"), (100_000_000, "100,000,000")):
+        with pytest.raises(Refused, match=f"more than {said} pixels"):
+            checked(body(images=[bomb()]), Limits(image_pixels=pixels), lambda _: "cats", True)
+
+
 @pytest.mark.parametrize("size", [(2000, 2000), (30_000, 1)])
 def test_a_refused_image_is_freed_at_once(size: tuple[int, int]) -> None:
     """It may have megabytes, and Python looks for circles only now and then."""
@@ -178,12 +185,35 @@ def test_a_refused_image_is_freed_at_once(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
-def test_pictures_in_other_modes_than_rgb_are_answered(strict: Client, mode: str) -> None:
-    image = Image.new("RGB", (40, 60), "red").convert(mode)
+def test_pictures_in_other_modes_than_rgb_are_answered_like_the_same_pictures_in_rgb(strict: Client, mode: str) -> None:
+    image = Image.effect_noise((40, 60), 90).convert("RGB").convert(mode)
     picture = encoded(image, "JPEG" if mode == "CMYK" else "PNG")
-    response = strict.post(body(images=[picture]))
-    states = [json.loads(part) for part in response.content.split(b"\0") if part]
-    assert {state["error_code"] for state in states} == {0}
+    plain = encoded(Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB"))
+    answers = []
+    for images in ([picture], [plain]):
+        response = strict.post(body(images=images))
+        states = [json.loads(part) for part in response.content.split(b"\0") if part]
+        assert {state["error_code"] for state in states} == {0}
+        answers.append(states[-1]["text"])
+    assert answers[0] == answers[1]
+
+
+def test_a_picture_waits_its_turn_as_it_came_and_not_unpacked() -> None:
+    """A grey or CMYK JPEG of 40 million pixels has 2 MB, and as a PNG in RGB tens of them."""
+    pictures = [encoded(Image.effect_noise((900, 600), 90).convert(mode), "JPEG") for mode in ("L", "CMYK", "RGB")]
+    data = body(images=pictures, prompt="<image>" * 3)
+    assert checked(data, Limits(), lambda _: "cats", True).parameters["images"] == pictures
+
+
+def test_the_model_is_given_pictures_in_rgb_and_none_of_a_format_that_runs_other_programs(worker: Any) -> None:
+    from llava.serve import model_worker as upstream
+
+    picture = encoded(Image.effect_noise((40, 60), 90), "JPEG")
+    given = upstream.load_image_from_base64(picture)
+    assert given.mode == "RGB"
+    assert given.tobytes() == Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").tobytes()
+    with pytest.raises(UnidentifiedImageError):
+        upstream.load_image_from_base64(EPS)
 
 
 def test_a_prompt_of_10_mb_is_a_413_and_so_is_any_body_over_the_limit(strict: Client, client: Client) -> None:
