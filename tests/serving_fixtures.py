@@ -160,7 +160,9 @@ class Client:
             connection.sendall(head.encode() + content)
             received = b""
             while b'"error_code"' not in received:
-                received += connection.recv(4096)
+                part = connection.recv(4096)
+                assert part, f"the connection was closed before an answer had begun: {received!r}"
+                received += part
             yield connection
 
 
@@ -178,17 +180,18 @@ def free_port() -> int:
 
 
 @contextmanager
-def listening(app: Any, port: int, send_buffer: int | None = None, **options: Any) -> Iterator[Client]:
-    """Serves an application from a thread of this process."""
+def listening(
+    app: Any, port: int, send_buffer: int | None = None, listener: socket.socket | None = None, **options: Any
+) -> Iterator[Client]:
+    """Serves an application from a thread of this process; on `listener` if there is one that listens on `port`."""
     import uvicorn
 
     from llava_steering_plugin.serving.app import give_up_stalled
+    from llava_steering_plugin.serving.worker import _bound
 
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = listener or _bound("127.0.0.1", port)
     if send_buffer is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    listener.bind(("127.0.0.1", port))
     give_up_stalled(listener, app.state.answers.limits.stall_seconds)
 
     config = uvicorn.Config(app, "127.0.0.1", port, log_config=None, timeout_graceful_shutdown=1, **options)

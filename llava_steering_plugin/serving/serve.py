@@ -74,8 +74,9 @@ def serve(plan: Plan, console: Console) -> None:
                 *("--host", "127.0.0.1", "--port", str(ports["worker"])),
                 *("--worker-address", worker, "--controller-address", controller),
             ],
-            # It has to answer, and the controller to know of it: the page asks the controller.
-            lambda: _answers("GET", f"{worker}/health") and bool(_models(controller)),
+            # The controller has to know of it, for the page, and it to answer. In this order: while it loads its model
+            # connections wait, and a Ctrl-C would with them.
+            lambda: bool(_models(controller)) and _answers("GET", f"{worker}/health"),
             {**found, **plan.worker_environment},
             "cyan",
         ),

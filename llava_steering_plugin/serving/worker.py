@@ -76,6 +76,7 @@ def run(
     import uvicorn
 
     from llava_steering_plugin.serving.admin import Admin, checked_token
+    from llava_steering_plugin.serving.app import build, give_up_stalled
     from llava_steering_plugin.serving.names import check_all, load_all, read_sources
     from llava_steering_plugin.serving.watched import WatchedFolder, checked_folder
 
@@ -89,12 +90,12 @@ def run(
     address = worker_address or _address(host, port)
     # The port before the model: one that is taken is found out in a second, not in minutes.
     listener = _bound(host, port)
+    give_up_stalled(listener, limits.stall_seconds)  # now: connections that are made from here on take it over
     if not _local(host):
         logger.warning("listening on %s: whoever reaches this machine can ask; no password is needed", host)
 
     from llava_steering_plugin.serving.announcing import Announcer
     from llava_steering_plugin.serving.answering import AdapterWorker
-    from llava_steering_plugin.serving.app import build, give_up_stalled
     from llava_steering_plugin.serving.base import loading
 
     with loading(model_path):
@@ -123,7 +124,6 @@ def run(
     if not no_register:
         announcer.start()
     logger.info("serving %s", ", ".join(worker.roster.names()))
-    give_up_stalled(listener, limits.stall_seconds)
     config = uvicorn.Config(
         application,
         host,
@@ -143,12 +143,19 @@ def _address(host: str, port: int) -> str:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket that holds the port and does not listen yet."""
+    """A socket that listens: with SO_REUSEADDR others could bind the port until it does.
+
+    Whoever connects now waits in its backlog until the model is loaded.
+
+    Raises:
+        ArgumentsError: the port is taken, or there is no such address.
+    """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # connections take it over: vanished clients go
     try:
         listener.bind((host, port))
+        listener.listen()
     except OSError as error:
         listener.close()
         raise ArgumentsError(f"cannot listen on {host}:{port}: {error}. Choose with --host and --port.") from error

@@ -84,6 +84,19 @@ def test_the_workers_own_socket_finds_out_about_clients_that_have_vanished() -> 
         assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
+def test_a_client_that_connects_before_the_application_serves_waits_and_is_answered(worker: Any) -> None:
+    port = free_port()
+    listener = _bound("127.0.0.1", port)  # as while the model is loaded
+    with ExitStack() as opened:
+        early = [opened.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30)) for _ in range(3)]
+        for connection in early:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        early[0].close()  # one that has not waited
+        with listening(build(worker, STRICT), port, listener=listener) as client:
+            assert all(connection.recv(4096).startswith(b"HTTP/1.1 200") for connection in early[1:])
+            assert client.health()["status"] == "ok"
+
+
 def test_a_slow_reader_holds_no_slot_and_is_given_up_in_the_end(worker: Any, asked: list[Question]) -> None:
     """It reads nothing of an answer that does not fit into the buffers between: the prompt comes with every state."""
     content = json.dumps(Question("<image>" + "word " * 380, asked[0].image, 300).body("cats")).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -172,3 +173,30 @@ def test_a_base_that_cannot_be_loaded_is_a_message_and_no_traceback(tiny: TinyLl
     for base, said in ((broken, "broken cannot be loaded"), (nameless, "names no model_type.*--model-path")):
         with pytest.raises(SteeringError, match=said):
             app(["--model-path", str(base), "--device", "cpu", "--port", str(free_port())], standalone_mode=False)
+
+
+@pytest.mark.usefixtures("patched_llava")
+def test_a_second_worker_on_a_port_is_refused_before_its_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both bind with SO_REUSEADDR, which one that does not listen yet does not keep others from."""
+    from llava_steering_plugin.serving import answering, worker
+
+    class Loading(Exception):
+        """The first has come as far as to its model."""
+
+    listeners: list[socket.socket] = []
+    bound = worker._bound
+    monkeypatch.setattr(worker, "_bound", lambda *where: listeners.append(bound(*where)) or listeners[-1])
+    words = ["--model-path", "no/such-model", "--port", str(free_port()), "--stall-seconds", "7"]
+
+    def load(*_: Any, **__: Any) -> None:
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections that are made from now on take it over
+            assert listeners[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7000
+        with pytest.raises(ArgumentsError, match="cannot listen on .*in use"):
+            worker.app(words, standalone_mode=False)
+        raise Loading
+
+    monkeypatch.setattr(answering, "AdapterWorker", load)
+    with pytest.raises(Loading):
+        worker.app(words, standalone_mode=False)
+    [listener] = listeners
+    listener.close()
