@@ -49,6 +49,7 @@ class WatchedFolder(threading.Thread):
         self._seen: dict[str, Signature] = {}
         self._taken: dict[str, Signature] = {}
         self._refused: dict[str, Signature] = {}
+        self._trouble = ""
         self._stopped = threading.Event()
 
     def run(self) -> None:
@@ -65,12 +66,13 @@ class WatchedFolder(threading.Thread):
             settled: nothing is being copied: take what is there without a second look.
         """
         try:
-            found = self._found()
+            found, unread = self._found()
         except OSError as error:
-            logger.warning("%s cannot be read: %s; its adapters go on serving", self.folder, error)
+            self._complain([error])
             return False
+        self._complain(list(unread.values()))
         changed = False
-        for name in (self._taken.keys() | self._refused.keys()) - found.keys():
+        for name in (self._taken.keys() | self._refused.keys()) - found.keys() - unread.keys():
             self._taken.pop(name, None)
             self._refused.pop(name, None)
             changed |= self._drop(name)
@@ -88,17 +90,29 @@ class WatchedFolder(threading.Thread):
             self._changed()
         return changed
 
-    def _found(self) -> dict[str, Signature]:
-        found = {}
+    def _found(self) -> tuple[dict[str, Signature], dict[str, OSError]]:
+        """The adapters that are there, and what keeps others from being looked at, which may be there all the same."""
+        found, unread = {}, {}
         for entry in sorted(self.folder.iterdir()):
             if entry.name.startswith("."):
                 continue
             try:
                 status = (entry / WEIGHTS).stat()
-            except OSError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue  # no adapter, not yet or not any more
+            except OSError as error:  # a server of files that is away, a folder that is closed to us
+                unread[entry.name] = error
+                continue
             found[entry.name] = (status.st_mtime_ns, status.st_size, status.st_ino)
-        return found
+        return found, unread
+
+    def _complain(self, errors: list[OSError]) -> None:
+        """Says what cannot be read, once while it is the same."""
+        trouble = "; ".join(map(str, errors))
+        if trouble and trouble != self._trouble:
+            text = f"{self.folder} cannot be read: {trouble}; what was taken from there goes on serving"
+            logger.warning("%s", printable(text))
+        self._trouble = trouble
 
     def _put(self, name: str, signature: Signature) -> bool:
         try:

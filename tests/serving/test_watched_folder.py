@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -118,6 +119,52 @@ def test_folders_that_cannot_be_served_are_listed_with_the_reason_until_they_go_
         shutil.rmtree(path)
     watched.look()
     assert not worker.roster.rejected
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_an_adapter_that_cannot_be_looked_at_goes_on_serving_and_that_is_said_once(
+    worker: Any, shelf: Path, folder: Path, shown: set[str], caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, number: int,
+) -> None:  # fmt: skip
+    shutil.copytree(shelf / "cats", folder / "new")
+    watched = WatchedFolder(folder, worker.roster, lambda: None)
+    assert watched.look(settled=True)
+    stat, away = Path.stat, [folder / "new" / "adapter_model.safetensors"]
+
+    def fail(path: Path, **options: Any) -> os.stat_result:
+        if path in away:
+            raise OSError(number, os.strerror(number), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", fail)
+    for _ in range(3):
+        assert not watched.look()
+    assert "new" in {entry.name for entry in worker.roster.entries()}
+    assert caplog.text.count(os.strerror(number)) == 1
+    away.clear()
+    assert not any(watched.look() for _ in range(3)), "it had not changed"
+    shutil.rmtree(folder / "new")
+    assert watched.look()
+    assert "new" not in {entry.name for entry in worker.roster.entries()}
+
+
+def test_a_folder_that_cannot_be_read_is_complained_of_when_the_reason_changes(
+    worker: Any, shelf: Path, folder: Path, shown: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(shelf / "cats", folder / "new")
+    watched = WatchedFolder(folder, worker.roster, lambda: None)
+    watched.look(settled=True)
+    for times in (1, 2):
+        folder.rename(folder.parent / "away")
+        assert not any(watched.look() for _ in range(4))
+        assert caplog.text.count("cannot be read") == 2 * times - 1
+        folder.write_text("no folder")
+        assert not any(watched.look() for _ in range(4))
+        assert caplog.text.count("cannot be read") == 2 * times
+        folder.unlink()
+        (folder.parent / "away").rename(folder)
+        assert not watched.look()
+    assert "new" in {entry.name for entry in worker.roster.entries()}
 
 
 def test_a_file_that_is_still_being_copied_is_not_read(worker: Any, shelf: Path, folder: Path, shown: set[str]) -> None:
