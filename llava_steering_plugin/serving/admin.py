@@ -8,7 +8,9 @@ import logging
 import os
 import re
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -20,6 +22,8 @@ from llava_steering_plugin.serving.roster import Roster
 from llava_steering_plugin.serving.wire import Refused, read_object
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 TOKEN_CHARACTERS = 16
@@ -62,12 +66,15 @@ class Admin:
         folder: Path | None = None,
         any_path: bool = False,
     ):
-        self._token = checked_token(token).encode()
+        self._token = checked_token(token).encode(errors="surrogateescape")  # the bytes that the environment had
         self._roster = roster
         self._changed = changed
         self._limits = limits
         self._folder = folder
         self._any_path = any_path
+        # Of its own: what loads for minutes would take the threads in which requests are checked. One: the roster
+        # changes one adapter at a time.
+        self._thread = ThreadPoolExecutor(1, "administering")
 
     def routes(self) -> list[Route]:
         """For the worker's application."""
@@ -82,7 +89,9 @@ class Admin:
             try:
                 kind, _, given = request.headers.get("authorization", "").partition(" ")
                 # Both in every case, and in constant time: how long a refusal takes tells nothing of the token.
-                if not (hmac.compare_digest(given.encode(), self._token) & (kind.lower() == "bearer")):
+                # Latin-1 gives back the bytes that were sent.
+                right = hmac.compare_digest(given.encode("latin-1"), self._token)
+                if not (right & (kind.lower() == "bearer")):
                     raise Refused(401, "This needs the admin token: Authorization: Bearer TOKEN.")
                 return await answer(request)
             except Refused as refused:
@@ -103,26 +112,32 @@ class Admin:
         if not isinstance(name, str) or not isinstance(path, str) or not path or "\0" in path:
             raise Refused(422, 'The request has to be {"name": NAME, "path": FOLDER or HUB/ID}.')
         source = self._allowed(path)
-        entry = await asyncio.to_thread(self._roster.put, name, source)
-        self._changed()
+        entry = await self._change(self._roster.put, name, source)
         return JSONResponse({"name": entry.name, "shown": entry.shown})
 
     async def _drop(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name not in {entry.name for entry in self._roster.entries()}:
             raise Refused(404, "There is no adapter of that name here.")
-        await asyncio.to_thread(self._roster.drop, name)
-        self._changed()
+        await self._change(self._roster.drop, name)
         return JSONResponse({"name": name})
+
+    async def _change(self, what: Callable[..., T], *args: str) -> T:
+        done = await asyncio.get_running_loop().run_in_executor(self._thread, what, *args)
+        self._changed()
+        return done
 
     def _allowed(self, path: str) -> str:
         """The path, if adapters may come from there: links are followed first. A folder goes before a hub id.
+
+        Where any path may be named, one in the watched folder means the same as where none may.
 
         Raises:
             Refused: they may not.
         """
         if self._any_path:
-            return str(Path(path).expanduser())
+            below = os.path.join(os.path.realpath(self._folder), path) if self._folder is not None else ""
+            return below if os.path.exists(below) else str(Path(path).expanduser())
         hub_id = _HUB_ID.fullmatch(path) is not None
         if self._folder is not None:
             below = os.path.realpath(self._folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 import requests
 from changing_fixtures import listed
-from serving_fixtures import BASE_NAME, NAMES, TOKEN, Alone, Client, Question, wait_until
+from serving_fixtures import BASE_NAME, NAMES, TOKEN, Alone, Client, Question, free_port, listening, wait_until
 
 from llava_steering_plugin.errors import AdapterError, ArgumentsError
 from llava_steering_plugin.serving.admin import Admin
 from llava_steering_plugin.serving.announcing import Announcer
+from llava_steering_plugin.serving.app import build
 from llava_steering_plugin.serving.limits import Limits
 
 pytest_plugins = ["serving_fixtures", "changing_fixtures"]
@@ -109,6 +111,58 @@ def test_two_names_with_a_slash_are_a_folder_where_there_is_one_and_else_a_hub_i
     assert put(admin, "newer", "owner/name").status_code == 403
     refused = put(admin, "newer", "nobody/nothing")
     assert refused.status_code == 409 and "AdapterError: nobody/nothing" in refused.text
+
+
+def test_with_any_path_a_relative_one_means_the_watched_folder_first_and_others_are_taken_too(
+    worker: Any, folder: Path, shelf: Path, shown: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(shelf / "cats", folder / "here")
+    shutil.copytree(shelf / "dogs", tmp_path / "started" / "here")
+    shutil.copytree(shelf / "dogs", tmp_path / "started" / "there")
+    monkeypatch.chdir(tmp_path / "started")
+    limits = Limits(running=4)
+    routes = Admin(TOKEN, worker.roster, lambda: None, limits, folder=folder, any_path=True).routes()
+    with listening(build(worker, limits, admin=routes), free_port()) as client:
+        for path in ("here", "there", tmp_path / "started" / "here"):
+            assert put(client, "new", path).ok
+            [entry] = [entry for entry in client.admin("GET").json()["adapters"] if entry["name"] == "new"]
+            wanted = folder / "here" if path == "here" else tmp_path / "started" / path
+            assert Path(entry["source"]).resolve() == wanted.resolve()
+        refused = put(client, "newer", "nobody/nothing")
+        assert refused.status_code == 409 and "AdapterError: nobody/nothing" in refused.text
+
+
+def test_adapters_that_load_slowly_keep_no_request_from_being_checked(
+    admin: Client, worker: Any, alone: Alone, asked: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests are checked in threads of asyncio's, of which there are 32 at most."""
+    held = threading.Event()
+
+    def slow(*_: str) -> None:
+        held.wait(60)
+        raise AdapterError("it was slow")
+
+    monkeypatch.setattr(worker.roster, "put", slow)
+    with ThreadPoolExecutor(40) as administrators:
+        try:
+            answers = [administrators.submit(put, admin, "new", "nobody/nothing") for _ in range(40)]
+            time.sleep(0.5)
+            assert admin.answer("cats", asked[0]) == alone("cats", asked[0])
+            assert not any(answer.done() for answer in answers)
+        finally:
+            held.set()
+        assert {answer.result().status_code for answer in answers} == {409}
+
+
+@pytest.mark.parametrize("token", ["ein-schlüssel-der-lang-genug-ist", "bytes-that-are-no-text-\udcff\udcfe"])
+def test_a_token_may_have_other_letters_than_english_ones(worker: Any, token: str) -> None:
+    limits = Limits(running=4)
+    routes = Admin(token, worker.roster, lambda: None, limits).routes()
+    with listening(build(worker, limits, admin=routes), free_port()) as client:
+        for given, status in ((os.fsencode(token), 200), (os.fsencode(token)[:-1], 401)):
+            headers = {"Authorization": b"Bearer " + given}
+            answer = requests.get(f"{client.address}/admin/adapters", headers=headers, timeout=30)
+            assert answer.status_code == status
 
 
 def test_without_the_right_token_nothing_is_told_and_nothing_changes(
