@@ -99,7 +99,10 @@ class Parts:
         while not stop() and not part.up():
             self.check()
             if time.monotonic() > end:
-                raise SteeringError(f"the {part.name} was started and does not answer after {seconds:g} seconds.")
+                raise SteeringError(
+                    f"the {part.name} was started and does not answer after {seconds:g} seconds; all is stopped. "
+                    f"Its lines above, after `{part.name} |`, say how far it has come."
+                )
             time.sleep(0.2)
 
     def check(self) -> None:

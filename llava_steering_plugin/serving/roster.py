@@ -154,7 +154,7 @@ class Roster:
             holder = "the base" if taken[shown] == BASE else f"the adapter {taken[shown]!r}"
             raise ArgumentsError(
                 f"the adapter {name!r} ({source}) would be shown as {shown!r}, as {holder} is already. "
-                "Give it another name: NAME=PATH."
+                "Give it another name (rename the folder; on a command line NAME=PATH)."
             )
         return Entry(name, shown, source)
 

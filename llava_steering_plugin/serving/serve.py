@@ -22,6 +22,7 @@ from llava_steering_plugin.serving.processes import Part, Parts
 
 START_SECONDS = 300.0
 PAGE_PORT = 7860  # gradio's
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # and where that can be called
 LOAD_SECONDS = 3600.0  # a large model from a slow disk
 
 
@@ -55,7 +56,9 @@ def serve(plan: Plan, console: Console) -> None:
     """
     ports = _ports(plan)
     controller, worker = (f"http://127.0.0.1:{ports[name]}" for name in ("controller", "worker"))
-    page = f"http://{'127.0.0.1' if plan.host == '0.0.0.0' else plan.host}:{ports['page']}"
+    host = plan.host.strip("[]")
+    host = f"[{host}]" if ":" in host else host  # as URLs and gradio want an IPv6 address
+    page = f"http://{EVERYWHERE.get(host, host)}:{ports['page']}"
     logged = ["--log-requests"] if plan.log_requests else []
     found = _checkout()
     first, second, third = (
@@ -84,7 +87,7 @@ def serve(plan: Plan, console: Console) -> None:
             "page",
             [
                 *("-m", "llava_steering_plugin.serving.page", *logged),
-                *("--host", plan.host, "--port", str(ports["page"]), "--controller-url", controller),
+                *("--host", host, "--port", str(ports["page"]), "--controller-url", controller),
             ],
             lambda: _answers("GET", page),
             found,
@@ -143,22 +146,29 @@ def _ports(plan: Plan) -> dict[str, int]:
     ports: dict[str, int] = {}
     with ExitStack() as held:  # all until all are found, or the same free one could be found twice
         for name, port in wanted.items():
-            host = plan.host if name == "page" else "127.0.0.1"
+            host = plan.host.strip("[]") if name == "page" else "127.0.0.1"
             preferred = [PAGE_PORT, 0] if name == "page" else [0]
             for choice in preferred if port is None else [port]:
-                probe = held.enter_context(socket.socket())
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
-                    probe.bind((host, choice))
-                    ports[name] = int(probe.getsockname()[1])
+                    ports[name] = _held(held, host, choice)
+                    if ":" in host:
+                        _held(held, "127.0.0.1", ports[name])  # gradio wants it free there too
                     break
                 except OSError as error:
                     reason = error.strerror
             else:
-                raise ArgumentsError(
-                    f"the {name} cannot listen on {host}:{port}: {reason}. Give another --{name}-port."
-                )
+                where, flags = (host, "") if port is None else (f"{host}:{port}", f" or --{name}-port")
+                flags = f"--host{flags}" if name == "page" else f"--{name}-port"
+                raise ArgumentsError(f"the {name} cannot listen on {where}: {reason}. Give another {flags}.")
     return ports
+
+
+def _held(held: ExitStack, host: str, port: int) -> int:
+    """The port, 0 for a free one, which nobody else can take now; OSError if somebody has it."""
+    probe = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    probe.bind((host, port))
+    return int(probe.getsockname()[1])
 
 
 def _request(method: str, url: str) -> Any:

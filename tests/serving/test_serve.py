@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -22,7 +22,9 @@ from serving_fixtures import Alone, Client, Question, free_port
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.serving.processes import Part, PartDied, Parts
+from llava_steering_plugin.serving.serve import Plan, _ports
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -148,6 +150,33 @@ def test_a_port_that_is_taken_is_said_before_anything_is_started(
             assert served.process.wait(60) == 1
             assert re.search(r"the worker cannot listen on .*in use. Give another --worker-port", served.output)
             assert "starting" not in served.output
+
+
+def test_a_host_that_is_not_this_machines_is_said_with_the_flag_that_names_it() -> None:
+    with pytest.raises(ArgumentsError) as refused:
+        _ports(Plan([], host="192.0.2.1"))
+    assert re.search(r"the page cannot listen on 192\.0\.2\.1: .*\. Give another --host\.$", str(refused.value))
+    with pytest.raises(ArgumentsError, match=r"192\.0\.2\.1:7861: .*\. Give another --host or --page-port\.$"):
+        _ports(Plan([], host="192.0.2.1", page_port=7861))
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]", "::"])
+def test_the_page_may_be_on_an_ipv6_address(host: str) -> None:
+    with suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        port = free_port()
+        assert _ports(Plan([], host=host, page_port=port))["page"] == port
+        assert len(set(_ports(Plan([], host=host)).values())) == 3
+        return
+    pytest.skip("this machine has no IPv6")
+
+
+def test_a_part_that_does_not_answer_is_said_with_the_place_that_tells_why(tmp_path: Path) -> None:
+    with Parts(Console(file=io.StringIO()), tmp_path, tmp_path) as parts:
+        part = Part("page", ["-c", "import time; time.sleep(60)"], lambda: False)
+        parts.start(part)
+        with pytest.raises(SteeringError, match=r"the page .* after 0\.1 seconds.* lines above"):
+            parts.wait(part, 0.1, lambda: False)
 
 
 def test_lines_that_come_every_few_seconds_are_not_shown_and_all_others_are(tmp_path: Path) -> None:
