@@ -8,8 +8,9 @@ of its models, with and without images; some hang up in the midst of an answer, 
 too much of one. With the admin token in LLAVA_STEERING_ADMIN_TOKEN an adapter is loaded again every second as well.
 
 Memory is compared in rest: after a warm-up of the same load (a fifth of the time), and at the end. Status 0 if it has
-grown by no more than --tolerance, every answer was an answer, every refusal had its own status, no slot is taken, and
-no file descriptor or thread is left over. What has grown is shown by kind of memory.
+grown by no more than --tolerance, some requests were answered and every answer was one (other requests may be told that
+there is too much to do), every refusal had its own status, no slot is taken, and no file descriptor or thread is left
+over. What has grown is shown by kind of memory.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Soak:
         self.images = [_picture(seed) for seed in range(8)]
         self.seen: Counter[str] = Counter()
         self.wrong: Counter[str] = Counter()
+        self.answered = 0
         self._guard = threading.Lock()
 
     def run(self, seconds: float, clients: int) -> None:
@@ -131,6 +133,8 @@ class Soak:
         states = [json.loads(part) for part in response.content.split(b"\0") if part]
         if response.status_code != 200 or not states or any(state["error_code"] for state in states):
             return f"{response.status_code} {states[-1:]}"
+        with self._guard:
+            self.answered += 1
         return None
 
     def _hang_up(self, chance: random.Random) -> str | None:
@@ -239,6 +243,21 @@ def listener(url: str) -> psutil.Process:
     raise typer.BadParameter(f"nothing that may be looked at listens on port {port} of this machine")
 
 
+def problems_of(soak: Soak, warm: Rest, ended: Rest, tolerance: float) -> list[str]:
+    """What was wrong, between the warm-up and the end."""
+    problems = [f"{count} x {what}" for what, count in soak.wrong.most_common()]
+    if not soak.answered:
+        problems.append("no request was answered, so that nothing is shown: the worker has too much else to do")
+    if ended.private - warm.private > tolerance:
+        problems.append(f"memory has grown by {ended.private - warm.private:.1f} MB, more than {tolerance:g}")
+    problems += [
+        f"{after - before} {what} are left over"
+        for what, before, after in (("files", warm.files, ended.files), ("threads", warm.threads, ended.threads))
+        if after > before + 5
+    ]
+    return problems
+
+
 def main(
     url: str,
     minutes: Annotated[float, typer.Option(min=0.1)] = 5.0,
@@ -261,14 +280,7 @@ def main(
     grown = {kind: ended.kinds[kind] - warm.kinds.get(kind, 0) for kind in sorted(ended.kinds)}
     typer.echo("  grown by: " + ", ".join(f"{size:+.1f} MB {kind}" for kind, size in grown.items()))
     typer.echo(", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in soak.seen.most_common()))
-    problems = [f"{count} x {what}" for what, count in soak.wrong.most_common()]
-    if ended.private - warm.private > tolerance:
-        problems.append(f"memory has grown by {ended.private - warm.private:.1f} MB, more than {tolerance:g}")
-    problems += [
-        f"{after - before} {what} are left over"
-        for what, before, after in (("files", warm.files, ended.files), ("threads", warm.threads, ended.threads))
-        if after > before + 5
-    ]
+    problems = problems_of(soak, warm, ended, tolerance)
     if as_json is not None:
         report = {"began": vars(began), "warm": vars(warm), "ended": vars(ended), "seen": soak.seen, "wrong": problems}
         as_json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

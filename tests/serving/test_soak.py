@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 from serving_fixtures import TOKEN, Client, free_port, wait_until
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
@@ -44,6 +48,32 @@ def _up(client: Client) -> bool:
         return client.health()["status"] == "ok"
     except OSError:
         return False
+
+
+@pytest.fixture
+def soak_serving(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module."""
+    described = importlib.util.spec_from_file_location("soak_serving", SOAK)
+    assert described is not None and described.loader is not None
+    module = importlib.util.module_from_spec(described)
+    monkeypatch.setitem(sys.modules, "soak_serving", module)  # where its dataclasses look themselves up
+    described.loader.exec_module(module)
+    return module
+
+
+def test_a_run_in_which_nothing_was_answered_is_wrong(
+    soak_serving: Any, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soak, rest = soak_serving.Soak(client.address, None), soak_serving.Rest(1.0, 1.0, 1, 1, {})
+    with monkeypatch.context() as busy:
+        response = requests.Response()
+        response.status_code = 503
+        busy.setattr(soak, "_post", lambda **_: response)
+        assert soak._answer(random.Random(0)) is None
+        [problem] = soak_serving.problems_of(soak, rest, rest, 0)
+        assert "no request was answered" in problem
+    assert soak._answer(random.Random(0)) is None
+    assert soak_serving.problems_of(soak, rest, rest, 0) == []
 
 
 @pytest.mark.slow
