@@ -29,7 +29,7 @@ from llava_steering_plugin.serving.base import loading_name
 from llava_steering_plugin.serving.pool import AdapterPool
 from llava_steering_plugin.serving.requests import Asked, unpacked
 from llava_steering_plugin.serving.roster import Roster
-from llava_steering_plugin.serving.wire import FAILED, chunk
+from llava_steering_plugin.serving.wire import FAILED, GONE, NO_ANSWER, chunk
 
 # Importing upstream's worker would turn standard output and error into log records, and start a log file in the current
 # folder. Both stay with whoever runs the program.
@@ -40,8 +40,6 @@ with contextlib.redirect_stdout(sys.stdout), contextlib.redirect_stderr(sys.stde
 upstream.logger.setLevel(logging.WARNING)  # or a line for each heart beat
 
 logger = logging.getLogger(__name__)
-
-NO_ANSWER = "The worker could not finish this answer; its log says why. Please try again."
 
 
 class PatientStreamer(upstream.TextIteratorStreamer):
@@ -67,11 +65,14 @@ class ClientGone(StoppingCriteria):
 class Generating:
     """What upstream starts as a thread for every generation: here a thread that stays takes it.
 
-    Each thread leaves memory of its own behind in the libraries that compute. There are as many as generations have
-    ever run at once, which the server limits.
+    Each thread leaves memory of its own behind in the libraries that compute.
+
+    Attributes:
+        threads: as many as the server has slots, once `AdapterWorker.report` knows how many. A slot is free a moment
+            before its thread, when that has ended the stream: the next generation then waits for the moment.
     """
 
-    threads = ThreadPoolExecutor(1024, "generating")
+    threads = ThreadPoolExecutor(thread_name_prefix="generating")
 
     def __init__(self, *, target: Callable[..., Any], kwargs: dict[str, Any]):
         self._work = functools.partial(target, **kwargs)
@@ -85,15 +86,15 @@ class _AskedModel:
     """The model as one request sees it.
 
     Attributes:
-        failed: something ended the generation early. Not the exception: it would hold this object, with the images,
-            in a circle.
+        failed: what to tell the client if something ended the generation early. Not the exception: it would hold this
+            object, with the images, in a circle.
     """
 
     def __init__(self, model: Any, adapter: str, gone: threading.Event):
         self._model = model
         self._adapter = adapter
         self._gone = gone
-        self.failed = False
+        self.failed: str | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -105,8 +106,12 @@ class _AskedModel:
         try:
             if not self._gone.is_set():
                 self._model.generate(*args, stopping_criteria=criteria, adapter_names=self._adapter, **kwargs)
+        except SteeringError as error:
+            # Of the arguments only the adapter's name can be wrong by now: it was removed while the request waited.
+            self.failed = GONE if isinstance(error, ArgumentsError) else NO_ANSWER
+            logger.warning("an answer failed: %s: %s", type(error).__name__, error)
         except Exception:
-            self.failed = True
+            self.failed = NO_ANSWER
             logger.exception("an answer failed")
         finally:
             streamer.text_queue.put(streamer.stop_signal)
@@ -138,7 +143,8 @@ class AdapterWorker(upstream.ModelWorker):
     ):
         if files.find(model_path) is not None:
             raise ArgumentsError(
-                f"{model_path} is an adapter. Give its base with --model-path and the adapter with --adapters."
+                f"{model_path} is an adapter. Give its base as the base (--model-path; `serve`'s first word) and the "
+                "adapter with --adapters."
             )
         upstream.TextIteratorStreamer = PatientStreamer
         upstream.Thread = Generating
@@ -165,11 +171,14 @@ class AdapterWorker(upstream.ModelWorker):
         return {**super().get_status(), "model_names": self.roster.names()}
 
     def report(self, slots: Semaphore, limit: int) -> None:
-        """Has the controller told how many of `limit` slots are taken, and how many requests wait for one."""
+        """Has the controller told how many of `limit` slots are taken, and how many requests wait for one.
+
+        As many generations run at a time.
+        """
         # Upstream's functions read these as globals of their module, where its own program would have put them.
         upstream.model_semaphore = slots
         upstream.args = Namespace(limit_model_concurrency=limit)
-        upstream.worker = self
+        Generating.threads = ThreadPoolExecutor(limit, "generating")
 
     def answer(self, asked: Asked, gone: threading.Event) -> Iterator[bytes]:
         """The states of one answer, each the whole text so far, as upstream's worker streams them.
@@ -181,8 +190,8 @@ class AdapterWorker(upstream.ModelWorker):
         view.model = model = _AskedModel(self.model, asked.adapter, gone)
         try:
             yield from view.generate_stream_gate(asked.parameters)
-            if model.failed:
-                yield chunk(NO_ANSWER, FAILED)
+            if model.failed is not None:
+                yield chunk(model.failed, FAILED)
         finally:
             gone.set()
 

@@ -28,7 +28,7 @@ from llava_steering_plugin.serving.allocator import give_free_pages_back
 from llava_steering_plugin.serving.limits import Limits
 from llava_steering_plugin.serving.mailbox import Mailbox
 from llava_steering_plugin.serving.requests import Asked, checked
-from llava_steering_plugin.serving.wire import FAILED, Refused, chunk, read_object, refusal
+from llava_steering_plugin.serving.wire import FAILED, NO_ANSWER, Refused, chunk, read_object, refusal
 
 if TYPE_CHECKING:
     from llava_steering_plugin.serving.answering import AdapterWorker
@@ -66,12 +66,7 @@ class Answers:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with self._admitted():
-                data = await read_object(Request(scope, receive), self.limits)
-                asked = await asyncio.to_thread(
-                    checked, data, self.limits, self.worker.roster.find, self.worker.is_multimodal
-                )
-                del data
-                await self._answer(asked, receive, send)
+                await self._answer(await self._checked(Request(scope, receive)), receive, send)
         except Refused as refused:
             logger.info("refused with %d: %s", refused.status, refused.text)
             await refused.response()(scope, receive, send)
@@ -127,8 +122,12 @@ class Answers:
     def _idle(self) -> bool:
         return not self.inside and self.slots._value == self.limits.running
 
+    async def _checked(self, request: Request) -> Asked:
+        data = await read_object(request, self.limits)
+        return await asyncio.to_thread(checked, data, self.limits, self.worker.roster.find, self.worker.is_multimodal)
+
     async def _answer(self, asked: Asked, receive: Receive, send: Send) -> None:
-        started = time.monotonic()
+        started, what = time.monotonic(), str(asked)
         gone = threading.Event()
         leaving = asyncio.ensure_future(_left(receive))
         mailbox = Mailbox()
@@ -139,6 +138,7 @@ class Answers:
             await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
             if await self._slot(leaving, send):
                 self._begin(asked, gone, mailbox)
+                del asked  # a client that reads slowly costs a state of its answer, and not what it has asked
                 if await self._relay(mailbox, leaving, send):
                     how = "answered"
         except asyncio.TimeoutError:
@@ -146,7 +146,7 @@ class Answers:
         finally:
             gone.set()
             leaving.cancel()
-            logger.info("%s after %.2f s: %s", how, time.monotonic() - started, asked)
+            logger.info("%s after %.2f s: %s", how, time.monotonic() - started, what)
 
     async def _slot(self, leaving: asyncio.Future[Any], send: Send) -> bool:
         """Waits for a slot; False if the client left first. However this ends, no slot is lost."""
@@ -184,12 +184,15 @@ class Answers:
         try:
             if gone.is_set():
                 return
-            for last in self.worker.answer(asked, gone):
+            try:
+                for last in self.worker.answer(asked, gone):
+                    mailbox.put(last)
+            except Exception:
+                logger.exception("an answer failed")
+                last = chunk(NO_ANSWER, FAILED)
                 mailbox.put(last)
             if self.log_requests:
                 logger.info("prompt %r of %s: %s", asked.parameters["prompt"], asked.shown, last[:-1].decode())
-        except Exception:
-            logger.exception("an answer failed")
         finally:
             mailbox.close(self._release)
 

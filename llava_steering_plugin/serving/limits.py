@@ -32,5 +32,5 @@ class Limits:
 
     @property
     def connections(self) -> int:
-        """Connections that may be open: those of all requests, and some for health, status and administration."""
+        """How many may be open before uvicorn answers 503: those of all requests, and some for health and the like."""
         return self.running + self.waiting + SPARE_CONNECTIONS

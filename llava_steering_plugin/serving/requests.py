@@ -84,7 +84,7 @@ def unpacked(text: str) -> Image.Image:
 
     In RGB: upstream pads with a colour of three values, which other modes cannot hold.
     """
-    image = Image.open(io.BytesIO(base64.b64decode(text)), formats=FORMATS)
+    image: Image.Image = Image.open(io.BytesIO(base64.b64decode(text)), formats=FORMATS)
     image.load()  # before its mode is looked at: decoders may change it
     return image if image.mode == "RGB" else image.convert("RGB")
 

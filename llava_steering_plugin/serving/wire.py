@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
+from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -15,7 +16,10 @@ from llava_steering_plugin.serving.limits import Limits
 # Upstream's page shows the text of any chunk whose code is not 0, and the code. Upstream itself uses 1 to 3, for
 # failures; 4 is ours.
 FAILED, REFUSED = 1, 4
-# An oversized body is read on for a while and thrown away: a client that is still sending would not see the answer.
+NO_ANSWER = "The worker could not finish this answer; its log says why. Please try again."
+GONE = "This model is not served any more. Reload the page for the list."
+# An oversized body is read on for so long and so far, and thrown away: a client that is still sending would not see the
+# answer.
 DRAINED_SECONDS, DRAINED_TIMES = 5.0, 8
 LONG = 1 << 16  # bytes of JSON that are not parsed in passing
 # Lists, objects and their parts in a request, beside those that its prompt has in writing. Each costs many times the
@@ -55,11 +59,14 @@ async def read_object(request: Request, limits: Limits) -> dict[str, Any]:
         Refused: too long or of too many parts (413), too slow (408), no JSON (400), no object (422).
         ClientDisconnect: the client has gone.
     """
+    parts = request.stream()
     try:
-        body = await asyncio.wait_for(_collect(request, limits.body_bytes), limits.receive_seconds)
+        body = await asyncio.wait_for(_collect(request, parts, limits.body_bytes), limits.receive_seconds)
     except asyncio.TimeoutError as error:
         raise Refused(408, f"The request did not arrive within {limits.receive_seconds:g} seconds.") from error
     if body is None:
+        with suppress(asyncio.TimeoutError, ClientDisconnect):
+            await asyncio.wait_for(_drain(parts, DRAINED_TIMES * limits.body_bytes), DRAINED_SECONDS)
         raise Refused(413, f"The request is longer than {limits.body_bytes:,} bytes.")
     try:
         # Text with images takes a while to read, and others are served meanwhile.
@@ -84,23 +91,22 @@ def _parsed(body: bytes, most: int) -> Any:
     return json.loads(body)
 
 
-async def _collect(request: Request, most: int) -> bytes | None:
-    """The body; None if it is longer than `most`. Some of what follows then is read and thrown away."""
+async def _collect(request: Request, parts: AsyncGenerator[bytes, None], most: int) -> bytes | None:
+    """The body; None if it is longer than `most`, and then the rest of `parts` is still to come."""
     announced = request.headers.get("content-length", "")
-    too_long = announced.isascii() and announced.isdigit() and int(announced) > most
-    body, thrown_away, since = bytearray(), 0, time.monotonic()
-    try:
-        async for part in request.stream():
-            if not too_long:
-                body += part
-                if too_long := len(body) > most:
-                    body.clear()
-                    since = time.monotonic()
-                continue
-            thrown_away += len(part)
-            if thrown_away > DRAINED_TIMES * most or time.monotonic() - since > DRAINED_SECONDS:
-                break
-    except ClientDisconnect:
-        if not too_long:
-            raise
-    return None if too_long else bytes(body)
+    if announced.isascii() and announced.isdigit() and int(announced) > most:
+        return None
+    body = bytearray()
+    async for part in parts:
+        body += part
+        if len(body) > most:
+            return None
+    return bytes(body)
+
+
+async def _drain(parts: AsyncGenerator[bytes, None], most: int) -> None:
+    """Throws away what comes, but not more than `most` of it."""
+    async for part in parts:
+        most -= len(part)
+        if most < 0:
+            return

@@ -8,16 +8,18 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import requests
 from serving_fixtures import BASE_NAME, STRICT, Alone, Client, Question, free_port, listening, wait_until
 
-from llava_steering_plugin.serving.answering import Generating
 from llava_steering_plugin.serving.app import build
+from llava_steering_plugin.serving.requests import Asked, checked
 from llava_steering_plugin.serving.worker import _bound
 
 pytest_plugins = ["serving_fixtures"]
@@ -67,13 +69,16 @@ def test_clients_that_hang_up_at_any_moment_leave_no_slot_taken(strict: Client, 
         list(users.map(hang_up, range(48)))
 
 
-def test_connections_that_send_nothing_are_counted_and_do_not_grow_beyond_the_limit(worker: Any) -> None:
+def test_while_too_many_connections_are_open_every_request_is_a_503_also_if_the_others_send_nothing(
+    worker: Any,
+) -> None:
     app = build(worker, STRICT)
     with listening(app, free_port(), limit_concurrency=STRICT.connections) as client, ExitStack() as opened:
         host, _, port = client.address.removeprefix("http://").partition(":")
-        for _ in range(STRICT.connections):
+        for number in range(STRICT.connections + 20):  # none is refused
             connection = opened.enter_context(socket.create_connection((host, int(port)), timeout=30))
-            connection.sendall(b"POST /worker_generate_stream HTTP/1.1\r\n")
+            if number % 2:
+                connection.sendall(b"POST /worker_generate_stream HTTP/1.1\r\n")
         assert requests.get(f"{client.address}/health", timeout=30).status_code == 503
         opened.close()
         wait_until(lambda: requests.get(f"{client.address}/health", timeout=30).ok)
@@ -115,109 +120,41 @@ def test_a_slow_reader_holds_no_slot_and_is_given_up_in_the_end(worker: Any, ask
                 pass
 
 
-def test_a_failure_while_an_answer_is_made_is_an_error_that_the_page_shows(
-    strict: Client, worker: Any, asked: list[Question]
+def test_while_a_client_reads_slowly_nothing_of_what_it_has_asked_is_kept(
+    worker: Any, asked: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
-        raise RuntimeError("out of memory")
+    kept: list[weakref.ref[Asked]] = []
 
-    handle = worker.model.lm_head.register_forward_hook(fail)
-    try:
-        states = strict.states("cats", asked[0])
-    finally:
-        handle.remove()
-    assert states[-1]["error_code"] == 1
-    assert "out of memory" not in states[-1]["text"]
+    def noting(*arguments: Any) -> Asked:
+        request = checked(*arguments)
+        kept.append(weakref.ref(request))
+        return request
+
+    monkeypatch.setattr("llava_steering_plugin.serving.app.checked", noting)
+    content = json.dumps(Question("<image>" + "word " * 380, asked[0].image, 300).body("cats")).encode()
+    patient = build(worker, replace(STRICT, stall_seconds=60))
+    with listening(patient, free_port(), send_buffer=4096) as client, socket.socket() as connection:
+        host, _, port = client.address.removeprefix("http://").partition(":")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect((host, int(port)))
+        connection.sendall(HEAD % len(content) + content)
+        wait_until(lambda: client.free() == 3)
+        wait_until(lambda: client.free() == 4, 120)
+        wait_until(lambda: kept[0]() is None)
+        assert client.health()["open"] == 1, "the client was not slow: nothing is shown"
 
 
-@pytest.mark.parametrize("kind", ["answering", "generating"])
-def test_an_answer_for_which_there_is_no_thread_is_an_error_and_gives_one_slot_back_and_is_not_made_later(
-    worker: Any, asked: list[Question], monkeypatch: pytest.MonkeyPatch, kind: str
+def test_a_client_that_goes_on_or_stops_sending_what_is_too_long_is_told_so_in_the_time_there_is(
+    strict: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no thread can be started the pool has queued the work already, and does it with the next request's."""
-    passes: list[None] = []
-    monkeypatch.setattr(Generating, "threads", ThreadPoolExecutor(4, "generating"))
-    start = threading.Thread.start
-
-    def refuse(thread: threading.Thread) -> None:
-        if thread.name.startswith(kind):
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    with listening(build(worker, STRICT), free_port()) as client:
-        with monkeypatch.context() as patched:
-            patched.setattr(threading.Thread, "start", refuse)
-            assert client.states("cats", asked[0])[-1]["error_code"] == 1
-        wait_until(lambda: client.free() == 4)
-        handle = worker.model.model.register_forward_pre_hook(lambda *_: passes.append(None))
-        try:
-            assert client.answer("dogs", asked[-1])
-            wait_until(lambda: client.health()["open"] == client.health()["running"] == 0)
-        finally:
-            handle.remove()
-        assert client.free() == 4
-        assert len(passes) == asked[-1].tokens
-
-
-def test_generations_run_in_threads_that_stay(strict: Client, worker: Any, asked: list[Question]) -> None:
-    used: set[int] = set()
-    handle = worker.model.model.register_forward_pre_hook(lambda *_: used.add(threading.get_native_id()))
-    try:
-        for _ in range(6):
-            assert strict.answer("cats", asked[-1])
-    finally:
-        handle.remove()
-    assert used and used <= {thread.native_id for thread in threading.enumerate()}
-
-
-@pytest.fixture
-def rests(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """Grows whenever memory is given back, which happens soon."""
-    given_back: list[None] = []
-    monkeypatch.setattr("llava_steering_plugin.serving.app.REST_SECONDS", 0.05)
-    monkeypatch.setattr("llava_steering_plugin.serving.app.give_free_pages_back", lambda: given_back.append(None))
-    return given_back
-
-
-def test_memory_is_given_back_when_the_answer_of_a_client_that_hung_up_has_ended_and_not_before(
-    worker: Any, asked: list[Question], rests: list[None]
-) -> None:
-    held = threading.Event()
-    passes: list[None] = []
-
-    def hold(*_: Any) -> None:
-        passes.append(None)
-        if len(passes) > 5:  # the client has seen that its answer has begun
-            held.wait(60)
-
-    with listening(build(worker, STRICT), free_port()) as client:
-        handle = worker.model.lm_head.register_forward_hook(hold)
-        try:
-            with client.begun(Question(asked[0].prompt, asked[0].image, 300).body("cats")):
-                wait_until(lambda: len(passes) > 5)
-            wait_until(lambda: client.health()["open"] == 0)
-            assert client.free() == 3
-            time.sleep(0.3)
-            assert not client.health()["rested"], "the answer still holds its memory"
-        finally:
-            held.set()
-            handle.remove()
-        wait_until(lambda: client.health()["rested"])
-        assert rests and client.free() == 4
-
-
-def test_memory_is_given_back_after_a_change_of_adapters_for_which_nobody_asked_anything(
-    worker: Any, shelf: Any, rests: list[None]
-) -> None:
-    followers = len(worker.roster.followers)
-    with listening(build(worker, STRICT), free_port()):
-        worker.roster.put("passing-by", str(shelf / "cats"))
-        wait_until(lambda: bool(rests))
-        time.sleep(0.3)
-        rests.clear()
-        worker.roster.drop("passing-by")
-        wait_until(lambda: bool(rests))
-    assert len(worker.roster.followers) == followers
+    monkeypatch.setattr("llava_steering_plugin.serving.wire.DRAINED_SECONDS", 2.0)
+    host, _, port = strict.address.removeprefix("http://").partition(":")
+    for sent in (b"", b"x" * STRICT.body_bytes):
+        started = time.monotonic()
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(HEAD % (STRICT.body_bytes + 1) + sent)  # and no more
+            assert b" 413 " in connection.recv(4096)
+        assert 1.9 < time.monotonic() - started < 20
 
 
 def test_an_answer_that_begins_late_is_waited_for(

@@ -53,14 +53,16 @@ def test_64_requests_at_once_over_8_adapters_give_the_texts_of_each_adapter_alon
 
 
 def test_64_threads_over_8_adapters_on_one_worker_give_the_texts_of_each_adapter_alone(
-    worker: Any, alone: Alone, asked: list[Question]
+    worker: Any, alone: Alone, asked: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import json
 
+    from llava_steering_plugin.serving.answering import Generating
     from llava_steering_plugin.serving.requests import Asked
 
     jobs = [(name, question) for name in NAMES for question in asked]
     random.Random(1).shuffle(jobs)
+    monkeypatch.setattr(Generating, "threads", ThreadPoolExecutor(len(jobs), "generating"))
 
     def ask(job: tuple[str, Question]) -> str:
         name, question = job

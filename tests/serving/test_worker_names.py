@@ -191,7 +191,7 @@ def test_a_second_worker_on_a_port_is_refused_before_its_model_is_loaded(monkeyp
     def load(*_: Any, **__: Any) -> None:
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections that are made from now on take it over
             assert listeners[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7000
-        with pytest.raises(ArgumentsError, match="cannot listen on .*in use"):
+        with pytest.raises(ArgumentsError, match=r"cannot listen on .*in use"):
             worker.app(words, standalone_mode=False)
         raise Loading
 

@@ -1,0 +1,187 @@
+"""How answers are made and fail: in threads that stay, with an error that the page shows, and memory given back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from serving_fixtures import STRICT, Alone, Client, Question, free_port, listening, wait_until
+
+from llava_steering_plugin.serving.answering import Generating, _AskedModel
+from llava_steering_plugin.serving.app import build
+from llava_steering_plugin.serving.wire import FAILED, GONE, NO_ANSWER, chunk
+
+pytest_plugins = ["serving_fixtures"]
+pytestmark = pytest.mark.usefixtures("unharmed")
+
+
+def test_an_answer_that_cannot_be_begun_is_an_error_that_the_page_shows_and_no_empty_answer(
+    worker: Any, asked: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Iterator[bytes]:
+        yield chunk("the beginning", 0)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(worker, "answer", fail)
+    with listening(build(worker, STRICT), free_port()) as client:
+        assert client.states("cats", asked[0])[-1] == {"text": NO_ANSWER, "error_code": FAILED}
+        wait_until(lambda: client.free() == 4)
+
+
+def test_an_adapter_that_is_removed_while_a_request_waits_is_said_to_have_gone_and_no_bug(
+    worker: Any, shelf: Any, asked: list[Question], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Generating, "threads", Generating.threads)  # put back for the others
+    worker.roster.put("passing-by", str(shelf / "cats"))
+    held = threading.Event()
+    handle = worker.model.lm_head.register_forward_hook(lambda *_: held.wait(60) and None)
+    one_at_a_time = build(worker, replace(STRICT, running=1))
+    with ThreadPoolExecutor(2) as users, listening(one_at_a_time, free_port()) as client:
+        try:
+            first = users.submit(client.states, "cats", asked[-1])
+            wait_until(lambda: client.free() == 0)
+            second = users.submit(client.states, "passing-by", asked[-1])
+            wait_until(lambda: bool(client.slots._waiters))
+            worker.roster.drop("passing-by")
+        finally:
+            held.set()
+            handle.remove()
+        assert first.result()[-1]["error_code"] == 0
+        assert second.result()[-1] == {"text": GONE, "error_code": FAILED}
+    assert "unknown adapter 'passing-by'" in caplog.text and "Traceback" not in caplog.text
+
+
+def test_a_failure_while_an_answer_is_made_is_an_error_that_the_page_shows(
+    strict: Client, worker: Any, asked: list[Question]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = worker.model.lm_head.register_forward_hook(fail)
+    try:
+        states = strict.states("cats", asked[0])
+    finally:
+        handle.remove()
+    assert states[-1]["error_code"] == 1
+    assert "out of memory" not in states[-1]["text"]
+
+
+@pytest.mark.parametrize("kind", ["answering", "generating"])
+def test_an_answer_for_which_there_is_no_thread_is_an_error_and_gives_one_slot_back_and_is_not_made_later(
+    worker: Any, asked: list[Question], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Where no thread can be started the pool has queued the work already, and does it with the next request's."""
+    passes: list[None] = []
+    monkeypatch.setattr(Generating, "threads", ThreadPoolExecutor(4, "generating"))
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith(kind):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with listening(build(worker, STRICT), free_port()) as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            assert client.states("cats", asked[0])[-1]["error_code"] == 1
+        wait_until(lambda: client.free() == 4)
+        handle = worker.model.model.register_forward_pre_hook(lambda *_: passes.append(None))
+        try:
+            assert client.answer("dogs", asked[-1])
+            wait_until(lambda: client.health()["open"] == client.health()["running"] == 0)
+        finally:
+            handle.remove()
+        assert client.free() == 4
+        assert len(passes) == asked[-1].tokens
+
+
+def test_generations_run_in_threads_that_stay(strict: Client, worker: Any, asked: list[Question]) -> None:
+    used: set[int] = set()
+    handle = worker.model.model.register_forward_pre_hook(lambda *_: used.add(threading.get_native_id()))
+    try:
+        for _ in range(6):
+            assert strict.answer("cats", asked[-1])
+    finally:
+        handle.remove()
+    assert used and used <= {thread.native_id for thread in threading.enumerate()}
+
+
+def test_no_more_threads_generate_than_there_are_slots_although_a_slot_is_free_before_its_thread(
+    worker: Any, alone: Alone, asked: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: set[int] = set()
+    held = threading.Event()
+    generate = _AskedModel.generate
+
+    def linger(model: _AskedModel, *args: Any, **kwargs: Any) -> None:
+        used.add(threading.get_native_id())
+        generate(model, *args, **kwargs)
+        held.wait(60)  # the stream has been ended
+
+    monkeypatch.setattr(_AskedModel, "generate", linger)
+    question = Question(asked[-1].prompt, tokens=2)
+    with ThreadPoolExecutor(1) as user, listening(build(worker, STRICT), free_port()) as client:
+        try:
+            for _ in range(STRICT.running):
+                assert client.answer("cats", question) == alone("cats", question)
+            one_more = user.submit(client.answer, "cats", question)
+            time.sleep(1)
+        finally:
+            held.set()
+        assert one_more.result() == alone("cats", question)
+    assert len(used) == STRICT.running
+
+
+@pytest.fixture
+def rests(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows whenever memory is given back, which happens soon."""
+    given_back: list[None] = []
+    monkeypatch.setattr("llava_steering_plugin.serving.app.REST_SECONDS", 0.05)
+    monkeypatch.setattr("llava_steering_plugin.serving.app.give_free_pages_back", lambda: given_back.append(None))
+    return given_back
+
+
+def test_memory_is_given_back_when_the_answer_of_a_client_that_hung_up_has_ended_and_not_before(
+    worker: Any, asked: list[Question], rests: list[None]
+) -> None:
+    held = threading.Event()
+    passes: list[None] = []
+
+    def hold(*_: Any) -> None:
+        passes.append(None)
+        if len(passes) > 5:  # the client has seen that its answer has begun
+            held.wait(60)
+
+    with listening(build(worker, STRICT), free_port()) as client:
+        handle = worker.model.lm_head.register_forward_hook(hold)
+        try:
+            with client.begun(Question(asked[0].prompt, asked[0].image, 300).body("cats")):
+                wait_until(lambda: len(passes) > 5)
+            wait_until(lambda: client.health()["open"] == 0)
+            assert client.free() == 3
+            time.sleep(0.3)
+            assert not client.health()["rested"], "the answer still holds its memory"
+        finally:
+            held.set()
+            handle.remove()
+        wait_until(lambda: client.health()["rested"])
+        assert rests and client.free() == 4
+
+
+def test_memory_is_given_back_after_a_change_of_adapters_for_which_nobody_asked_anything(
+    worker: Any, shelf: Any, rests: list[None]
+) -> None:
+    followers = len(worker.roster.followers)
+    with listening(build(worker, STRICT), free_port()):
+        worker.roster.put("passing-by", str(shelf / "cats"))
+        wait_until(lambda: bool(rests))
+        time.sleep(0.3)
+        rests.clear()
+        worker.roster.drop("passing-by")
+        wait_until(lambda: bool(rests))
+    assert len(worker.roster.followers) == followers
