@@ -12,9 +12,9 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -24,10 +24,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from llava_steering_plugin.serving.allocator import give_free_pages_back
 from llava_steering_plugin.serving.limits import Limits
 from llava_steering_plugin.serving.mailbox import Mailbox
 from llava_steering_plugin.serving.requests import Asked, checked
+from llava_steering_plugin.serving.resting import Resting
 from llava_steering_plugin.serving.wire import FAILED, NO_ANSWER, Refused, chunk, read_object, refusal
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 # Between the states of an answer every client of upstream's skips empty ones. One every few seconds keeps the page
 # (10 seconds of patience) and the controller (5) waiting while an answer queues or its prefill takes long.
 KEEP_WAITING, KEEP_WAITING_SECONDS = b"\0", 3.0
-# After which a worker gives free memory back if nothing is going on.
-REST_SECONDS = 1.0
 
 
 class Answers:
@@ -48,7 +46,7 @@ class Answers:
     Attributes:
         inside: requests that have come and are not answered yet, waiting ones too.
         slots: one for each answer that may be generated at a time.
-        rested: memory has been given back since something was last going on.
+        resting: gives memory back when nothing is going on.
     """
 
     def __init__(self, worker: AdapterWorker, limits: Limits, log_requests: bool = False):
@@ -60,8 +58,7 @@ class Answers:
         # Threads that stay, like those that generate: a new one for every answer would leave its memory behind.
         self._threads = ThreadPoolExecutor(limits.running, "answering")
         worker.report(self.slots, limits.running)
-        self.rested = True
-        self._resting: asyncio.TimerHandle | None = None
+        self.resting = Resting(self._idle)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -82,42 +79,12 @@ class Answers:
             yield
         finally:
             self.inside -= 1
-            self._rest_soon()
-
-    @asynccontextmanager
-    async def following_the_roster(self, app: Starlette) -> AsyncIterator[None]:
-        """While the application lives: a replaced adapter leaves memory behind, too, and nobody need ask for that."""
-        loop = asyncio.get_running_loop()
-
-        def changed() -> None:  # in whatever thread has changed it
-            with suppress(RuntimeError):  # the loop has been closed: the server has stopped
-                loop.call_soon_threadsafe(self._rest_soon)
-
-        self.worker.roster.followers.append(changed)
-        try:
-            yield
-        finally:
-            self.worker.roster.followers.remove(changed)
+            self.resting.soon()
 
     def _release(self) -> None:
         """Nothing is generated in a slot any more."""
         self.slots.release()
-        self._rest_soon()
-
-    def _rest_soon(self) -> None:
-        self.rested = False
-        if self._resting is None:
-            self._resting = asyncio.get_running_loop().call_later(REST_SECONDS, self._rest)
-
-    def _rest(self) -> None:
-        """If something is still going on, its end calls for the next rest."""
-        self._resting = None
-        if self._idle():
-            giving_back = asyncio.get_running_loop().run_in_executor(None, give_free_pages_back)
-            giving_back.add_done_callback(self._note_rest)
-
-    def _note_rest(self, _: asyncio.Future[None]) -> None:
-        self.rested = self._resting is None and self._idle()  # or something has been going on meanwhile
+        self.resting.soon()
 
     def _idle(self) -> bool:
         return not self.inside and self.slots._value == self.limits.running
@@ -269,7 +236,7 @@ def build(
                 "rejected": len(worker.roster.rejected),
                 "running": limits.running - answers.slots._value,
                 "open": answers.inside,
-                "rested": answers.rested,
+                "rested": answers.resting.rested,
             }
         )
 
@@ -285,7 +252,7 @@ def build(
             *admin,
         ],
         exception_handlers={HTTPException: http_error, Exception: http_error},
-        lifespan=answers.following_the_roster,
+        lifespan=lambda _: answers.resting.following(worker.roster),
     )
     app.state.answers = answers
     return app

@@ -141,8 +141,8 @@ def test_no_more_threads_generate_than_there_are_slots_although_a_slot_is_free_b
 def rests(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """Grows whenever memory is given back, which happens soon."""
     given_back: list[None] = []
-    monkeypatch.setattr("llava_steering_plugin.serving.app.REST_SECONDS", 0.05)
-    monkeypatch.setattr("llava_steering_plugin.serving.app.give_free_pages_back", lambda: given_back.append(None))
+    monkeypatch.setattr("llava_steering_plugin.serving.resting.REST_SECONDS", 0.05)
+    monkeypatch.setattr("llava_steering_plugin.serving.resting.give_free_pages_back", lambda: given_back.append(None))
     return given_back
 
 
