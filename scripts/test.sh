@@ -19,7 +19,7 @@ if [ "${1:-}" = --fast ]; then
 fi
 if [ $# = 0 ]; then  # all of them: in two processes, which share nothing, with a core each
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-  select+=(-n "${TEST_PROCESSES:-2}" --dist loadfile --durations 30)
+  select+=(-n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder --durations 30)
 fi
 ruff check .
 mypy

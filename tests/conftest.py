@@ -81,7 +81,10 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"llava: copies of {copies.source}" if copies else "llava: none installed and no --llava-path"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # one of xdist's processes: the longest files first, or one waits for the other
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return

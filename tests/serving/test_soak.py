@@ -20,7 +20,7 @@ from training_runs import subprocess_environment
 pytest_plugins = ["serving_fixtures"]
 
 SOAK = Path(__file__).parents[2] / "scripts" / "soak_serving.py"
-MINUTES = 2.5
+MINUTES = 1.5
 
 
 @pytest.fixture
