@@ -226,12 +226,13 @@ def real_images(tiny: TinyLlava) -> Iterator[list[Image.Image]]:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("longest", [2048, 50], ids=["whole", "truncated"])
 def test_real_images_in_tiles_of_different_numbers(
-    tiled: Any, real_images: list[Image.Image], side: str, labelled: bool
+    tiled: Any, real_images: list[Image.Image], side: str, labelled: bool, longest: int
 ) -> None:
     from llava.mm_utils import process_images
 
-    tiled.config.tokenizer_padding_side = side
+    tiled.config.update({"tokenizer_padding_side": side, "tokenizer_model_max_length": 2048})
     pixels = process_images(real_images, tiled.get_vision_tower().image_processor, tiled.config)
     assert len({tuple(image.shape) for image in pixels}) > 1, "all images got the same tiles; the test would show less"
     sizes = [image.size for image in real_images]
@@ -249,9 +250,11 @@ def test_real_images_in_tiles_of_different_numbers(
     ids = torch.tensor([row + [PAD] * (length - len(row)) for row in rows])
     labels = torch.where((ids == PAD) | (ids == IMAGE), IGNORED, ids) if labelled else None
     assert len(features) == 5
+    tiled.config.tokenizer_model_max_length = longest
     tokens = check(tiled, Batch(ids, ids != PAD, labels, pixels, features, sizes=sizes))
-    expected = [len(features[0]) + len(features[1]), 0, len(features[3]), len(features[4])]
-    assert tokens.visual.sum(1).tolist() == expected
+    whole = [len(features[0]) + len(features[1]), 0, len(features[3]), len(features[4])]
+    cut = [50 - 4, 0, 50 - 4, 50 - 2]  # of what is left the words before and between the images
+    assert tokens.visual.sum(1).tolist() == (whole if longest == 2048 else cut)
 
 
 def test_at_decode_steps_nothing_is_looked_up_again_and_the_splice_gets_its_arguments_as_they_came(
