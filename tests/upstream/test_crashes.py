@@ -1,6 +1,6 @@
 """Trainings that are killed at random moments and inside their saves end bit-equal to one that is not.
 
-LLAVA_STEERING_KILLS is how often one training is killed (default 8; with two ranks a third of it), and
+LLAVA_STEERING_KILLS is how often one training is killed (default 6; with two ranks a third of it), and
 LLAVA_STEERING_SEED what chooses the moments.
 """
 
@@ -31,7 +31,7 @@ from llava_steering_plugin.upstream import checkpoints, soundness
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("LLAVA_STEERING_KILLS", "8"))
+KILLS = int(os.environ.get("LLAVA_STEERING_KILLS", "6"))
 SEED = int(os.environ.get("LLAVA_STEERING_SEED", "0"))
 
 # Two epochs of six steps, in an order by modality and length, with a trained projector.
