@@ -1,6 +1,6 @@
 """What MixLoRA costs beside the frozen linear, PEFT's LoRA of equal rank, and a plain dense-delta formulation.
 
-    python scripts/bench_mixlora.py [--quick] [--json FILE] [--threads N] [--dtype bfloat16]
+    python scripts/bench_mixlora.py [--quick] [--json FILE] [--seconds S] [--threads N] [--dtype bfloat16]
 
 Every layer runs in turns with the frozen linear (its input with a gradient) and with that frozen linear once more, the
 control; what it takes is compared with the mean of these two in the same turn. Turns go on until the 95 % interval of
@@ -50,8 +50,7 @@ JUDGED_POSITIONS = (128, 704)
 # Both are shown, the longer is judged: for short ones the gradients of pools and routers weigh most.
 MEMORY_POSITIONS = (128, 704)
 DECODE_STEPS = 32
-# Wall seconds that the turns of one case may take, and turns taken at a time.
-SECONDS, TURNS = 300.0, 6
+TURNS = 6  # taken at a time
 FROZEN, CONTROL, DENSE = "frozen", "control", "dense delta"
 
 
@@ -212,10 +211,13 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured here.")] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch; with more than one, the wall clock counts.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of hidden states and frozen weights: float32 or bfloat16.")] = "float32",
+    longest: Annotated[
+        float, typer.Option("--seconds", min=1, help="Wall seconds that the turns of one case may take.")
+    ] = 300.0,
 ) -> None:
     """Times MixLoRA, and judges it by the criteria above."""
     torch.manual_seed(0)
-    console, kind, seconds = Console(), getattr(torch, dtype), 5.0 if quick else SECONDS
+    console, kind, seconds = Console(), getattr(torch, dtype), min(longest, 5.0) if quick else longest
     outs, batches, lengths = ((4096,), (1,), (1, 128)) if quick else ((4096, 11008), (1, 4), (1, 128, 704))
     cases = [Case(4096, out, batch, length) for out in outs for batch in batches for length in lengths]
     verdicts, results = [], []

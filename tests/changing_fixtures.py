@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import requests
-from serving_fixtures import TOKEN, Client, free_port, listening, wait_until
+from ports import free_port
+from serving_fixtures import TOKEN, Client, listening, wait_until
 from training_runs import subprocess_environment
 
 from llava_steering_plugin.serving.admin import Admin

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import gc
 import json
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from ports import free_port
 from quantising import quantising_on_cpu
 from training_runs import subprocess_environment, upstream_globals_restored
 
@@ -64,12 +64,6 @@ def torchrun(ranks: int) -> list[str]:
 def script(name: str) -> str:
     """A console script of this environment, which need not be activated."""
     return str(Path(sys.executable).with_name(name))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main(listed: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import requests
+from ports import free_port
 from steered import load_llava, strengthen
 from tiny_llava import TinyLlava
 
@@ -171,12 +172,6 @@ def wait_until(holds: Callable[[], bool], seconds: float = 30) -> None:
     while not holds():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.02)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

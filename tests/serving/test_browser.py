@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from asking import Asker, Question
-from serving_fixtures import free_port
+from ports import free_port
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 

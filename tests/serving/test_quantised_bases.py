@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from asking import Question as Spoken
+from ports import free_port
 from quantising import quantised_asker, quantising_on_cpu
-from serving_fixtures import BASE_NAME, Client, Question, free_port, listening
+from serving_fixtures import BASE_NAME, Client, Question, listening
 from tiny_llava import TinyLlava
 
 pytest_plugins = ["serving_fixtures"]

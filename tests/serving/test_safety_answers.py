@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from serving_fixtures import STRICT, Alone, Client, Question, free_port, listening, wait_until
+from ports import free_port
+from serving_fixtures import STRICT, Alone, Client, Question, listening, wait_until
 
 from llava_steering_plugin.serving.answering import Generating, _AskedModel
 from llava_steering_plugin.serving.app import build

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 import requests
-from serving_fixtures import BASE_NAME, STRICT, Alone, Client, Question, free_port, listening, wait_until
+from ports import free_port
+from serving_fixtures import BASE_NAME, STRICT, Alone, Client, Question, listening, wait_until
 
 from llava_steering_plugin.serving.app import build
 from llava_steering_plugin.serving.requests import Asked, checked

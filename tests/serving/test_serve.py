@@ -17,8 +17,9 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
+from ports import free_port
 from rich.console import Console
-from serving_fixtures import Alone, Client, Question, free_port
+from serving_fixtures import Alone, Client, Question
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 

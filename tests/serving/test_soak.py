@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import requests
-from serving_fixtures import TOKEN, Client, free_port, wait_until
+from ports import free_port
+from serving_fixtures import TOKEN, Client, wait_until
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 

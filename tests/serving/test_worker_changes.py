@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import requests
 from changing_fixtures import listed
-from serving_fixtures import BASE_NAME, NAMES, TOKEN, Alone, Client, Question, free_port, listening, wait_until
+from ports import free_port
+from serving_fixtures import BASE_NAME, NAMES, TOKEN, Alone, Client, Question, listening, wait_until
 
 from llava_steering_plugin.errors import AdapterError, ArgumentsError
 from llava_steering_plugin.serving.admin import Admin

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from serving_fixtures import free_port
+from ports import free_port
 from tiny_llava import TinyLlava, without_half_of_its_weights
 
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from deepspeed_files import zero
 from forks import Forks
+from ports import free_port
 from rank_runs import assert_equal
-from ranks import free_port
 from tiny_llava import TinyLlava
 from torch.utils import cpp_extension
 from training_runs import subprocess_environment, train_flags

@@ -11,6 +11,7 @@ import ranks
 import torch
 from deepspeed_files import zero
 from launching import LAUNCH, launch
+from ports import free_port
 from rank_runs import (
     MIXLORA,
     MORES,
@@ -144,7 +145,7 @@ def test_deepspeeds_own_launcher_resumes_a_training_with_offloading(
 ) -> None:
     output = resumed_from(runs / "offload", 3, tmp_path / "resumed")
     command = [
-        *(ranks.script("deepspeed"), "--num_accelerators", "2", "--master_port", str(ranks.free_port())),
+        *(ranks.script("deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())),
         *("--module", LAUNCH[1], "--cpu", "llava.train.train"),
         *flags(tiny, output, zero(tmp_path, 3, offload=True), OFFLOADED),
     ]

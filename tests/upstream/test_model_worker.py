@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import requests
 from asking import Asker, Question
+from ports import free_port
 from served import Served
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
@@ -56,7 +57,7 @@ class WebDemo:
 @pytest.fixture(scope="module")
 def demo(served: Served, patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDemo]:
     folder = tmp_path_factory.mktemp("worker")
-    controller, worker = (f"http://127.0.0.1:{_free_port()}" for _ in range(2))
+    controller, worker = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
     environment = subprocess_environment(patched_llava)
     commands = [
         ["llava.serve.controller", "--host", "127.0.0.1", "--port", controller.rpartition(":")[2]],
@@ -106,12 +107,6 @@ def test_the_worker_streams_the_answers_of_the_python_api_also_to_several_users_
 
 def _encoded(question: Question, tiny: TinyLlava) -> list[str]:
     return [base64.b64encode((tiny.images / question.image).read_bytes()).decode()] if question.image else []
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
