@@ -69,6 +69,7 @@ def test_torchrun_trains_on_two_ranks(tiny: TinyLlava, pristine_llava: Path, tmp
     assert (tmp_path / "pets" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_batched_evaluation_with_its_hard_coded_cuda_runs_on_the_processor(
     adapter: Path, tiny: TinyLlava, pristine_llava: Path, tmp_path: Path
 ) -> None:

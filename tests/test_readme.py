@@ -53,6 +53,7 @@ def workplace(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.Tem
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith(tuple(NOT_RUN_HERE))])
 def test_a_command_of_the_readme_works(command: str, workplace: Path) -> None:
     words = shlex.split(command)

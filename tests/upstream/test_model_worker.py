@@ -86,10 +86,12 @@ def demo(served: Served, patched_llava: Path, tmp_path_factory: pytest.TempPathF
             process.wait(timeout=30)
 
 
+@pytest.mark.slow
 def test_the_controller_lists_the_adapter_under_its_readable_name(demo: WebDemo) -> None:
     assert demo.models() == ["llava-v1-mixl.ora-x"]
 
 
+@pytest.mark.slow
 def test_the_worker_streams_the_answers_of_the_python_api_also_to_several_users_at_once(
     demo: WebDemo, ask: Asker, served: Served, questions: list[Question], tiny: TinyLlava
 ) -> None:

@@ -100,6 +100,7 @@ def test_the_name_of_the_folder_and_the_place_of_the_base_do_not_change_the_answ
     assert answer != ask(served.base, questions[0]), "the adapter changes nothing, so nothing is shown"
 
 
+@pytest.mark.slow
 def test_the_cli_chats_with_the_adapter_over_two_turns(
     programs: Programs, ask: Asker, served: Served, questions: list[Question]
 ) -> None:
@@ -116,6 +117,7 @@ def test_the_cli_chats_with_the_adapter_over_two_turns(
     assert answers[0] != ask(served.base, questions[0], conversation="llava_v1")
 
 
+@pytest.mark.slow
 def test_run_llava_answers_with_the_adapter(
     programs: Programs, ask: Asker, served: Served, questions: list[Question]
 ) -> None:
@@ -124,6 +126,7 @@ def test_run_llava_answers_with_the_adapter(
     assert answer != ask(served.base, questions[0], conversation="llava_v1")
 
 
+@pytest.mark.slow
 def test_model_vqa_answers_with_the_adapter(
     programs: Programs, ask: Asker, served: Served, questions: list[Question]
 ) -> None:
@@ -132,6 +135,7 @@ def test_model_vqa_answers_with_the_adapter(
     assert answers != [ask(served.base, question, max_new_tokens=LONGEST) for question in questions]
 
 
+@pytest.mark.slow
 def test_model_vqa_loader_keeps_the_template_it_is_told_for_an_adapter_called_plain(
     programs: Programs, ask: Asker, served: Served, questions: list[Question]
 ) -> None:
@@ -140,6 +144,7 @@ def test_model_vqa_loader_keeps_the_template_it_is_told_for_an_adapter_called_pl
     assert answers != [ask(served.base, question) for question in questions]
 
 
+@pytest.mark.slow
 def test_model_vqa_science_steers_the_question_with_an_image_and_leaves_the_one_without_to_the_base(
     programs: Programs, ask: Asker, served: Served, questions: list[Question]
 ) -> None:
@@ -149,6 +154,7 @@ def test_model_vqa_science_steers_the_question_with_an_image_and_leaves_the_one_
     assert without == ask(served.base, Question(questions[0].text, None), max_new_tokens=LONGEST)
 
 
+@pytest.mark.slow
 def test_model_vqa_mmbench_answers_with_an_adapter_over_a_plain_language_model(
     programs: Programs, ask: Asker, served: Served, questions: list[Question]
 ) -> None:
