@@ -154,7 +154,7 @@ class Answers:
             try:
                 for last in self.worker.answer(asked, gone):
                     mailbox.put(last)
-            except Exception:
+            except Exception:  # whatever it is, only this thread's future would know, and nobody looks there
                 logger.exception("an answer failed")
                 last = chunk(NO_ANSWER, FAILED)
                 mailbox.put(last)

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 import requests
 from ports import free_port
@@ -116,6 +117,8 @@ def test_a_slow_reader_holds_no_slot_and_is_given_up_in_the_end(worker: Any, ask
         wait_until(lambda: client.free() == 4, 120)
         assert client.answer("dogs", asked[0])
         wait_until(lambda: client.health()["open"] == 0)
+        peer = connection.getsockname()  # the kernel's patience began with its first probe: it may end somewhat later
+        wait_until(lambda: all(end.raddr != peer for end in psutil.Process().net_connections("tcp")))
         with pytest.raises(ConnectionError):  # not the end of an answer: the connection is gone
             while connection.recv(65536):
                 pass

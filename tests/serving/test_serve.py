@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -163,13 +163,14 @@ def test_a_host_that_is_not_this_machines_is_said_with_the_flag_that_names_it() 
 
 @pytest.mark.parametrize("host", ["::1", "[::1]", "::"])
 def test_the_page_may_be_on_an_ipv6_address(host: str) -> None:
-    with suppress(OSError), socket.socket(socket.AF_INET6) as probe:
-        probe.bind(("::1", 0))
-        port = free_port()
-        assert _ports(Plan([], host=host, page_port=port))["page"] == port
-        assert len(set(_ports(Plan([], host=host)).values())) == 3
-        return
-    pytest.skip("this machine has no IPv6")
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6: {error}")
+    port = free_port()
+    assert _ports(Plan([], host=host, page_port=port))["page"] == port
+    assert len(set(_ports(Plan([], host=host)).values())) == 3
 
 
 def test_a_part_that_does_not_answer_is_said_with_the_place_that_tells_why(tmp_path: Path) -> None:
