@@ -241,10 +241,11 @@ def _prompt(template: str, turns: list[str]) -> str:
 class _InTerminal:
     """A program whose input and output are a terminal of its own."""
 
-    # The terminal becomes the program's controlling one, so that Ctrl-C reaches it as a signal.
+    # The terminal becomes the program's controlling one, so that Ctrl-C reaches it as a signal; and is not ignored, as
+    # it is by all that a script has started with &.
     START = (
-        "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-        "os.execv(sys.argv[1], sys.argv[1:])"
+        "import fcntl, os, signal, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
     )
 
     def __init__(self, command: list[str], place: Place):
