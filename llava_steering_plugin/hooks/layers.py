@@ -68,6 +68,8 @@ def hang(stack: nn.Module, modules: dict[str, nn.Module]) -> list[RemovableHandl
         device = device_of(host)
         module.train(host.training)
         host.add_module(CHILD, module if device is None else module.to(device))
+        if hasattr(module, "enter"):
+            handles.append(host.register_forward_pre_hook(_replace_input))
         handles.append(host.register_forward_hook(_replace_output, with_kwargs=True))
     return handles
 
@@ -88,6 +90,16 @@ def unhang(stack: nn.Module, modules: dict[str, nn.Module], handles: list[Remova
         handle.remove()
     for path in modules:
         delattr(stack.get_submodule(path), CHILD)
+
+
+def _replace_input(host: nn.Module, args: tuple[Any, ...]) -> Any:
+    if not args or not torch.is_grad_enabled():
+        return None
+    scope = current()
+    if scope is None or scope.step is None:
+        return None
+    module: Any = host.get_submodule(CHILD)
+    return (module.enter(args[0]), *args[1:])
 
 
 def _replace_output(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

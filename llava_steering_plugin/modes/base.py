@@ -96,6 +96,9 @@ class Mode(ABC):
         identity when freshly built, and must use all its parameters in every pass that is not a decode step, also
         on zero rows: ranks without images otherwise wait for ever for a gradient. Parameters are float32. One that
         is built with `requires_grad=False` is saved with the adapter and never trained.
+
+        A module may also have a method `enter(inputs)`: in passes with gradients its host is then called on what that
+        returns, the same numbers with another way back for their gradient.
         """
 
     def report(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:

@@ -55,6 +55,35 @@ def take(pool: Tensor, choice: Choice, dtype: torch.dtype, *, scale: float = 1.0
     return taken
 
 
+class _Entrance(torch.autograd.Function):
+    """The input of a linear, whose gradient gets the update's part written into it.
+
+    Autograd would take one more tensor of the input's size for that part, and pass over three of them for the sum. A
+    linear's gradient is a product of its own making, which nobody else holds, so it may be written into.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        ctx.updates = {}  # from `_Updated`, whose backward comes before this one
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        for for_narrow, a in ctx.updates.values():
+            gradient.baddbmm_(for_narrow.transpose(1, 2), a)
+        ctx.updates.clear()
+        return gradient
+
+
+def entrance(hidden: Tensor) -> Tensor:
+    """`hidden`, [rows, positions, in], to call a linear and then `updated` on: cheaper in the backward pass."""
+    if not (torch.is_grad_enabled() and hidden.requires_grad):
+        return hidden
+    result: Tensor = _Entrance.apply(hidden)  # type: ignore[no-untyped-call]
+    return result
+
+
 class _Updated(torch.autograd.Function):
     """The low-rank update, its backward written out: the narrow tensors lie as [rows, r, positions].
 
@@ -62,8 +91,9 @@ class _Updated(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, hidden: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, hidden: Tensor, a: Tensor, b: Tensor, way_in: Any) -> Tensor:
         narrow = torch.bmm(a, hidden.transpose(1, 2))
+        ctx.way_in = way_in
         ctx.save_for_backward(hidden, a, b, narrow)
         ctx.mark_dirty(output)
         return output.baddbmm_(narrow.transpose(1, 2), b)
@@ -73,10 +103,15 @@ class _Updated(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, a, b, narrow = ctx.saved_tensors
         for_narrow = torch.bmm(b, gradient.transpose(1, 2))
-        for_hidden = torch.bmm(for_narrow.transpose(1, 2), a) if ctx.needs_input_grad[1] else None
+        for_hidden = None
+        if ctx.way_in is not None:
+            # By the call: of several backward passes over one graph, not all need to come to the entrance.
+            ctx.way_in.updates[id(ctx)] = for_narrow, a
+        elif ctx.needs_input_grad[1]:
+            for_hidden = torch.bmm(for_narrow.transpose(1, 2), a)
         for_a = torch.bmm(for_narrow, hidden) if ctx.needs_input_grad[2] else None
         for_b = torch.bmm(narrow, gradient) if ctx.needs_input_grad[3] else None
-        return gradient, for_hidden, for_a, for_b
+        return gradient, for_hidden, for_a, for_b, None
 
 
 def updated(output: Tensor, hidden: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -88,5 +123,7 @@ def updated(output: Tensor, hidden: Tensor, a: Tensor, b: Tensor) -> Tensor:
         # Autograd lets nobody write into a view that another function's forward has made, as that of bitsandbytes'
         # 8-bit linears. Nothing tells it from an ordinary one, as that of a linear with a bias, which is copied too.
         output = output.clone()
-    result: Tensor = _Updated.apply(output, hidden, a, b)  # type: ignore[no-untyped-call]
+    # Only where `hidden` is what came of `entrance`, and not a cast, a view or a dropout of it.
+    way_in = hidden.grad_fn if type(hidden.grad_fn) is _Entrance._backward_cls else None
+    result: Tensor = _Updated.apply(output, hidden, a, b, way_in)  # type: ignore[no-untyped-call]
     return result

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from llava_steering_plugin.errors import TokenMapError
 from llava_steering_plugin.modes.base import DecoderShape, Mode, Pass, no_autocast, setting
-from llava_steering_plugin.modes.factors import take, updated
+from llava_steering_plugin.modes.factors import entrance, take, updated
 from llava_steering_plugin.modes.routing import (
     Choice,
     Observed,
@@ -81,6 +81,10 @@ class RoutedLinear(nn.Module):
                 nn.init.uniform_(parameter, -1 / math.sqrt(in_features), 1 / math.sqrt(in_features))
         self.dropout = nn.Dropout(mode.dropout)
         self.observed = (Observed.nothing(), Observed.nothing())
+
+    def enter(self, inputs: Tensor) -> Tensor:
+        """What the linear is to be called on in place of `inputs`, the same numbers."""
+        return entrance(inputs)
 
     def forward(self, output: Tensor, inputs: Tensor, step: Pass) -> Tensor:
         rows, positions = step.prompt.shape

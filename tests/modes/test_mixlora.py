@@ -123,6 +123,81 @@ def test_outputs_and_all_gradients_are_those_of_the_formula(conditional: bool) -
     assert all(bool(gradient.abs().max() > 0) for gradient in our_gradients)
 
 
+class Hosts:
+    """Two frozen linears with routed ones on them, called on one hidden state that is needed elsewhere too."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(2)
+        self.linears = nn.ModuleDict({"one": nn.Linear(12, 10, bias=False), "two": nn.Linear(12, 10)})
+        self.linears.requires_grad_(False)
+        self.routed = {name: routed(MixLoRA(**SMALL)) for name in self.linears}
+        self.parameters = [parameter for module in self.routed.values() for parameter in module.parameters()]
+        self.leaf, self.weights = torch.randn(2, 5, 12, requires_grad=True), torch.randn(2, 5, 10)
+
+    def losses(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the modules on their hosts give, the hidden state there, and the same by the formula."""
+        handles = hang(self.linears, dict(self.routed))
+        hidden = self.leaf * 2
+        with entered(Scope(step=everything(2, 5))):
+            ours = self._loss(hidden, *(host(hidden) for host in self.linears.values()))
+        unhang(self.linears, dict(self.routed), handles)
+        other, prompt = self.leaf * 2, torch.ones(2, 5, dtype=torch.bool)
+        naive = (by_hand(self.routed[name], host(other), other, prompt) for name, host in self.linears.items())
+        return ours, hidden, self._loss(other, *naive)
+
+    def _loss(self, hidden: Tensor, one: Tensor, two: Tensor) -> Tensor:
+        return ((one + two + hidden[..., :10]) * self.weights).sum()
+
+
+def test_through_hosts_all_gradients_are_those_of_the_formula_however_often_they_are_asked_for() -> None:
+    hosts = Hosts()
+    ours, hidden, theirs = hosts.losses()
+    seen: list[Tensor] = []
+    hidden.register_hook(lambda gradient: seen.append(gradient.clone()))
+    expected = torch.autograd.grad(theirs, [hosts.leaf, *hosts.parameters])
+    torch.autograd.grad(ours, hosts.parameters, retain_graph=True)  # does not come to the hidden state
+    for _ in range(2):
+        found = torch.autograd.grad(ours, [hosts.leaf, *hosts.parameters], retain_graph=True)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(seen, [expected[0] / 2] * 2, atol=1e-4, rtol=1e-4)
+
+
+def test_a_hook_that_watches_a_hosts_gradients_is_shown_all_of_them() -> None:
+    hosts, shown = Hosts(), []
+    watching = hosts.linears["one"].register_full_backward_hook(lambda _, given, __: shown.append(given[0].clone()))
+    ours, *_ = hosts.losses()
+    ours.backward()
+    watching.remove()
+    inputs = (hosts.leaf.detach() * 2).requires_grad_()
+    by_hand(hosts.routed["one"], hosts.linears["one"](inputs), inputs, torch.ones(2, 5, dtype=torch.bool)).backward(
+        hosts.weights
+    )
+    torch.testing.assert_close(shown, [inputs.grad], atol=1e-4, rtol=1e-4)
+
+
+def test_the_backward_pass_makes_no_tensor_of_the_inputs_size_but_the_frozen_linears_own() -> None:
+    made: set[int] = set()
+
+    class Wide(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.numel() == 2 * 50 * 12:
+                made.add(result.untyped_storage().data_ptr())
+                kept.append(result)  # so that no address is used twice
+            return result
+
+    kept: list[Tensor] = []
+    stack = nn.ModuleDict({"host": nn.Linear(12, 10, bias=False).requires_grad_(False)})
+    hang(stack, {"host": routed(MixLoRA(**SMALL))})
+    inputs, weights = torch.randn(2, 50, 12, requires_grad=True), torch.randn(2, 50, 10)
+    with entered(Scope(step=everything(2, 50))):
+        result = stack["host"](inputs)
+    with Wide():
+        torch.autograd.grad(result, inputs, weights)
+    assert len(made) == 1
+
+
 def test_the_gate_changes_no_bit_of_the_forward_value() -> None:
     learning, frozen = (routed(MixLoRA(**SMALL, router_grad=how)) for how in ("straight_through", "none"))
     frozen.load_state_dict(learning.state_dict())
