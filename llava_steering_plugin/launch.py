@@ -1,6 +1,6 @@
 """Runs one of upstream's programs with the plugin active, without editing LLaVA: for installs that are read-only.
 
-    python -m llava_steering_plugin.launch [--cpu] MODULE [ARGUMENTS of MODULE]
+    python -m llava_steering_plugin.launch [--cpu] [--seed N] MODULE [ARGUMENTS of MODULE]
     deepspeed --module llava_steering_plugin.launch llava.train.train_mem --tuning_mode mores ...
     torchrun --nproc_per_node 2 -m llava_steering_plugin.launch llava.train.train_mem --tuning_mode mores ...
 
@@ -29,7 +29,7 @@ from .upstream import startup
 from .upstream.install import install
 
 USAGE = """\
-usage: python -m llava_steering_plugin.launch [--cpu] MODULE [ARGUMENTS of MODULE]
+usage: python -m llava_steering_plugin.launch [--cpu] [--seed N] MODULE [ARGUMENTS of MODULE]
 
 Runs one of LLaVA's programs with the plugin active, without editing LLaVA. For example
   python -m llava_steering_plugin.launch llava.train.train --tuning_mode mores ...
@@ -37,6 +37,7 @@ Runs one of LLaVA's programs with the plugin active, without editing LLaVA. For 
   python -m llava_steering_plugin.launch --cpu llava.eval.model_vqa_loader --model-path ADAPTER ...
 
   --cpu       run on the processor, also what asks for CUDA in so many words (upstream's evaluation scripts)
+  --seed N    seed torch first: LLaVA draws a new projector before its own --seed counts, another one in every run
   -h, --help  this text; after MODULE, the help of MODULE
 """
 
@@ -52,6 +53,7 @@ class Request:
     module: str
     arguments: list[str] = field(default_factory=list)
     cpu: bool = False
+    seed: int | None = None
 
 
 def read_request(words: Sequence[str]) -> Request | None:
@@ -60,21 +62,30 @@ def read_request(words: Sequence[str]) -> Request | None:
     What comes after MODULE is its own business. deepspeed puts its `--local_rank=N` before MODULE; it is handed on.
 
     Raises:
-        UsageError: an unknown option before MODULE, or no MODULE.
+        UsageError: an unknown option before MODULE, a seed that is no number, or no MODULE.
     """
-    cpu, handed_on = False, []
-    for position, word in enumerate(words):
+    cpu, seed, handed_on = False, None, []
+    left = iter(words)
+    for word in left:
         if word in ("-h", "--help"):
             return None
         if word == "--cpu":
             cpu = True
+        elif word == "--seed" or word.startswith("--seed="):
+            seed = _seed(word.partition("=")[2] if "=" in word else next(left, ""))
         elif word.startswith(("--local_rank=", "--local-rank=")):
             handed_on.append(word)
         elif word.startswith("-"):
             raise UsageError(f"unknown option {word} before MODULE; options of the module come after its name")
         else:
-            return Request(word, [*handed_on, *words[position + 1 :]], cpu)
+            return Request(word, [*handed_on, *left], cpu, seed)
     raise UsageError("no MODULE given, for example llava.train.train")
+
+
+def _seed(word: str) -> int:
+    if not word.isascii() or not word.isdigit():
+        raise UsageError(f"--seed takes a whole number of 0 or above, not {word!r}")
+    return int(word)
 
 
 def run(request: Request) -> None:
@@ -107,6 +118,10 @@ def run(request: Request) -> None:
     # that would turn an error of a hook inside `import llava` into a puzzle.
     install()
     module = importlib.import_module(request.module)
+    if request.seed is not None:
+        import torch
+
+        torch.manual_seed(request.seed)
     exec(program, vars(module))
 
 

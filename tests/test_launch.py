@@ -27,6 +27,8 @@ class TestCommandLine:
             (["--cpu", "a.b", "--x"], Request("a.b", ["--x"], cpu=True)),
             (["--local_rank=1", "a.b", "--x"], Request("a.b", ["--local_rank=1", "--x"])),
             (["--local-rank=1", "--cpu", "a.b"], Request("a.b", ["--local-rank=1"], cpu=True)),
+            (["--seed", "7", "a.b", "--seed", "8"], Request("a.b", ["--seed", "8"], seed=7)),
+            (["--cpu", "--seed=0", "a.b"], Request("a.b", [], cpu=True, seed=0)),
             (["a.b", "--help"], Request("a.b", ["--help"])),
             (["--help", "a.b"], None),
         ],
@@ -35,7 +37,14 @@ class TestCommandLine:
         assert read_request(words) == request_
 
     @pytest.mark.parametrize(
-        ("words", "message"), [([], "no MODULE"), (["--gpu", "a.b"], "--gpu"), (["--cpu"], "no MODULE")]
+        ("words", "message"),
+        [
+            ([], "no MODULE"),
+            (["--gpu", "a.b"], "--gpu"),
+            (["--cpu"], "no MODULE"),
+            (["--seed"], "--seed"),
+            (["--seed=x", "a"], "'x'"),
+        ],
     )
     def test_wrong_options_are_usage_errors(self, words: list[str], message: str) -> None:
         with pytest.raises(UsageError, match=message):

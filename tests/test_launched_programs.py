@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from launching import LAUNCH, launch
 from tiny_llava import TinyLlava
-from training_runs import subprocess_environment, train_flags
+from training_runs import stage_1_overrides, subprocess_environment, train_flags
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,18 @@ def adapter(tiny: TinyLlava, pristine_llava: Path, tmp_path_factory: pytest.Temp
 def test_training_through_launch_writes_an_adapter_and_no_model(adapter: Path) -> None:
     assert (adapter / "adapter_model.safetensors").stat().st_size < 100_000
     assert not list(adapter.glob("model*.safetensors")) and not list(adapter.glob("pytorch_model*"))
+
+
+@pytest.mark.slow
+def test_a_seed_makes_upstreams_stage_1_reproducible(tiny: TinyLlava, pristine_llava: Path, tmp_path: Path) -> None:
+    projectors = []
+    for number, seed in enumerate(("7", "7", "8")):
+        folder = tmp_path / str(number)
+        flags = train_flags(tiny, folder, {**stage_1_overrides(tiny), "max_steps": 1})
+        done = launch("--seed", seed, "llava.train.train", *flags, llava=pristine_llava, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-4000:]
+        projectors.append((folder / "mm_projector.bin").read_bytes())
+    assert projectors[0] == projectors[1] != projectors[2]
 
 
 @pytest.mark.slow

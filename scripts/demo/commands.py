@@ -36,7 +36,8 @@ def train(output: Path, base: Path, data: Path, pictures: Path, tower: Path, fla
         "lazy_preprocess": True,
         "report_to": "none",
     }
-    return [*LAUNCH, "llava.train.train", *_words({**shared, **flags})]
+    # What is new, a projector or LoRA, is drawn before upstream's own seed counts.
+    return [*LAUNCH, "--seed", str(SEED), "llava.train.train", *_words({**shared, **flags})]
 
 
 def stage_1(settings: Settings, output: Path, llm: Path, data: Path, tower: Path) -> list[str]:
