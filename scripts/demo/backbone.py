@@ -69,15 +69,10 @@ def build_tower(folder: Path, epochs: int, report: Callable[[int, int], None]) -
         for axis in (2, 3):
             flip = torch.rand(batch) < 0.5
             seen[flip] = seen[flip].flip(axis)
-        # Half of them in other colours, which have no names: a tower that knew eight colours only would tell others
-        # apart by chance, and no real one has seen so few.
-        other = torch.rand(batch) < 0.5
-        seen[other] = seen[other][:, torch.randperm(3)]
-        named = {"colour": labels["colour"][chosen].masked_fill(other, UNKNOWN), "shape": labels["shape"][chosen]}
         patches = _patches(tower, seen)
         loss = nn.functional.mse_loss(patch_colour(patches), nn.functional.avg_pool2d(seen, PATCH).flatten(2).mT)
         for kind, head in heads.items():
-            loss = loss + nn.functional.cross_entropy(head(patches.mean(1)), named[kind], ignore_index=UNKNOWN)
+            loss = loss + nn.functional.cross_entropy(head(patches.mean(1)), labels[kind][chosen], ignore_index=UNKNOWN)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
