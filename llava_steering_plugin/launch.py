@@ -83,8 +83,8 @@ def read_request(words: Sequence[str]) -> Request | None:
 
 
 def _seed(word: str) -> int:
-    if not word.isascii() or not word.isdigit():
-        raise UsageError(f"--seed takes a whole number of 0 or above, not {word!r}")
+    if not word.isascii() or not word.isdigit() or int(word) >= 2**64:
+        raise UsageError(f"--seed takes a whole number from 0 to 2**64 - 1, not {word!r}")
     return int(word)
 
 

@@ -44,6 +44,7 @@ class TestCommandLine:
             (["--cpu"], "no MODULE"),
             (["--seed"], "--seed"),
             (["--seed=x", "a"], "'x'"),
+            (["--seed", str(2**64), "a"], "2\\*\\*64 - 1"),
         ],
     )
     def test_wrong_options_are_usage_errors(self, words: list[str], message: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from launching import LAUNCH, launch
+from ports import free_port
+from ranks import script
 from tiny_llava import TinyLlava
 from training_runs import stage_1_overrides, subprocess_environment, train_flags
 
@@ -57,11 +58,11 @@ def test_under_deepspeeds_launcher_the_training_is_the_same(
     adapter: Path, tiny: TinyLlava, pristine_llava: Path, tmp_path: Path
 ) -> None:
     launcher = [
-        _script("deepspeed"),
+        script("deepspeed"),
         "--num_accelerators",
         "1",
         "--master_port",
-        str(_free_port()),
+        str(free_port()),
         "--module",
         LAUNCH[1],
     ]
@@ -74,7 +75,7 @@ def test_under_deepspeeds_launcher_the_training_is_the_same(
 
 @pytest.mark.slow
 def test_torchrun_trains_on_two_ranks(tiny: TinyLlava, pristine_llava: Path, tmp_path: Path) -> None:
-    launcher = [_script("torchrun"), "--nproc_per_node", "2", "--master_port", str(_free_port()), *LAUNCH]
+    launcher = [script("torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()), *LAUNCH]
     flags = [*train_flags(tiny, tmp_path / "pets", {"per_device_train_batch_size": 2}), "--tuning_mode", "mores"]
     done = launch("llava.train.train", *flags, launcher=launcher, llava=pristine_llava, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -132,7 +133,7 @@ def test_run_llava_and_the_cli_answer_on_the_processor(
 def test_the_model_worker_serves_an_adapter_under_a_name_that_upstream_understands(
     adapter: Path, pristine_llava: Path, patched_llava: Path, tmp_path: Path, patched: bool
 ) -> None:
-    port = _free_port()
+    port = free_port()
     start = ["-m", "llava.serve.model_worker"] if patched else [*LAUNCH, "--cpu", "llava.serve.model_worker"]
     options = ["--port", str(port), "--no-register", "--device", "cpu", "--model-path", str(adapter)]
     with (tmp_path / "log").open("w") as log:
@@ -149,11 +150,6 @@ def test_the_model_worker_serves_an_adapter_under_a_name_that_upstream_understan
         worker.terminate()
         worker.wait(30)
     assert status["model_names"] == ["llava-v1-pets"]
-
-
-def _script(name: str) -> str:
-    """A console script of this environment, which need not be activated."""
-    return str(Path(sys.executable).with_name(name))
 
 
 def _evaluation_flags(adapter: Path, tiny: TinyLlava, answers: Path, questions: Path) -> list[str]:
@@ -181,12 +177,6 @@ def _one_question(program: str, tiny: TinyLlava, folder: Path) -> Path:
 def _losses(folder: Path) -> list[float]:
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _post(url: str, server: subprocess.Popen[bytes], log: Path) -> dict:

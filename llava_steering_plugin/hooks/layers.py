@@ -95,20 +95,24 @@ def unhang(stack: nn.Module, modules: dict[str, nn.Module], handles: list[Remova
 def _replace_input(host: nn.Module, args: tuple[Any, ...]) -> Any:
     if not args or not torch.is_grad_enabled():
         return None
-    scope = current()
-    if scope is None or scope.step is None:
+    if _step() is None:
         return None
     module: Any = host.get_submodule(CHILD)
     return (module.enter(args[0]), *args[1:])
 
 
 def _replace_output(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    scope = current()
-    step = scope.step if scope is not None else None
+    step = _step()
     if step is None:
         return None
     module: nn.Module = host.get_submodule(CHILD)
     return replaced(output, module(hidden_of(output), inputs_of(args, kwargs), step))
+
+
+def _step() -> Pass | None:
+    """The pass that the hosts' modules work in; None where they are kept out."""
+    scope = current()
+    return scope.step if scope is not None else None
 
 
 def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

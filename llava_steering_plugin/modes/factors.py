@@ -78,8 +78,6 @@ class _Entrance(torch.autograd.Function):
 
 def entrance(hidden: Tensor) -> Tensor:
     """`hidden`, [rows, positions, in], to call a linear and then `updated` on: cheaper in the backward pass."""
-    if not (torch.is_grad_enabled() and hidden.requires_grad):
-        return hidden
     result: Tensor = _Entrance.apply(hidden)  # type: ignore[no-untyped-call]
     return result
 

@@ -18,7 +18,7 @@ def train(output: Path, base: Path, data: Path, pictures: Path, tower: Path, fla
         "image_folder": pictures,
         "vision_tower": tower,
         "version": "v1",
-        # Over LLaVA-1.5's two layers, trained on the clean camera, more of the other one's browns stay red.
+        # With LLaVA-1.5's two layers, trained on the clean camera, more browns of the shifted one are still called red.
         "mm_projector_type": "linear",
         "mm_vision_select_layer": -1,
         "mm_use_im_start_end": False,
