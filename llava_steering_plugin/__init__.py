@@ -1,44 +1,109 @@
 """Parameter-efficient tuning modes for LLaVA, switched on by one flag of upstream's own scripts.
 
-The public API. It is loaded on first use: importing the package imports no torch, so that it costs nothing in the
-processes of LLaVA that do not need it.
+This is the public API; docs/python-api.md shows it at work. Names are loaded on first use: importing the package
+imports no torch, so that it costs nothing in the processes of LLaVA that do not need it.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llava_steering_plugin.adapters.attach import Attachment, attach, disabled, remove
-    from llava_steering_plugin.adapters.checkpoint import load_adapter, save_adapter
+    from llava_steering_plugin.adapters.attachment import (
+        Attachment,
+        attach,
+        attachment_of,
+        disable_adapter,
+        disabled,
+        remove,
+        remove_adapter,
+    )
     from llava_steering_plugin.adapters.config import AdapterConfig
+    from llava_steering_plugin.adapters.save_load import load_adapter, save_adapter
+    from llava_steering_plugin.errors import (
+        AdapterError,
+        ArgumentsError,
+        BaseMismatch,
+        CheckpointError,
+        SteeringError,
+        TokenMapError,
+        UpstreamError,
+    )
     from llava_steering_plugin.hooks.scope import token_map
-    from llava_steering_plugin.serving.pool import AdapterPool, using
+    from llava_steering_plugin.modes.base import ForwardPass, Mode, setting
+    from llava_steering_plugin.modes.mixlora import MixLoRA
+    from llava_steering_plugin.modes.mores import MoReS
+    from llava_steering_plugin.pool.pool import AdapterPool, use_adapter, using
+
+    __version__: str
 
 __all__ = [
     "AdapterConfig",
+    "AdapterError",
     "AdapterPool",
+    "ArgumentsError",
     "Attachment",
+    "BaseMismatch",
+    "CheckpointError",
+    "ForwardPass",
+    "MixLoRA",
+    "MoReS",
+    "Mode",
+    "SteeringError",
+    "TokenMapError",
+    "UpstreamError",
+    "__version__",
     "attach",
+    "attachment_of",
+    "disable_adapter",
     "disabled",
     "load_adapter",
     "remove",
+    "remove_adapter",
     "save_adapter",
+    "setting",
     "token_map",
+    "use_adapter",
     "using",
 ]
 
 _HOMES = {
-    "adapters.attach": ("Attachment", "attach", "disabled", "remove"),
-    "adapters.checkpoint": ("load_adapter", "save_adapter"),
+    "adapters.attachment": (
+        "Attachment",
+        "attach",
+        "attachment_of",
+        "disable_adapter",
+        "disabled",
+        "remove",
+        "remove_adapter",
+    ),
     "adapters.config": ("AdapterConfig",),
+    "adapters.save_load": ("load_adapter", "save_adapter"),
+    "errors": (
+        "AdapterError",
+        "ArgumentsError",
+        "BaseMismatch",
+        "CheckpointError",
+        "SteeringError",
+        "TokenMapError",
+        "UpstreamError",
+    ),
     "hooks.scope": ("token_map",),
-    "serving.pool": ("AdapterPool", "using"),
+    "modes.base": ("ForwardPass", "Mode", "setting"),
+    "modes.mixlora": ("MixLoRA",),
+    "modes.mores": ("MoReS",),
+    "pool.pool": ("AdapterPool", "use_adapter", "using"),
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        try:
+            return version("llava-steering-plugin")
+        except PackageNotFoundError:  # a source tree on the path that nobody has installed
+            return "unknown"
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{home}"), name)

@@ -1,6 +1,6 @@
 """`python -m llava_steering_plugin` is `llava-steering`."""
 
-from .cli import main
+from llava_steering_plugin.cli import main
 
 if __name__ == "__main__":
     main()

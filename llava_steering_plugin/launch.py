@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType
 
-from .errors import SteeringError, UpstreamError
-from .upstream import startup
-from .upstream.install import install
+from llava_steering_plugin.errors import SteeringError, UpstreamError
+from llava_steering_plugin.upstream import startup
+from llava_steering_plugin.upstream.install import install
 
 USAGE = """\
 usage: python -m llava_steering_plugin.launch [--cpu] [--seed N] MODULE [ARGUMENTS of MODULE]
@@ -99,11 +99,11 @@ def run(request: Request) -> None:
     if startup.WORKER == request.module:
         startup.append_model_name(sys.argv)
     if request.cpu:
-        from .cpu import redirect_cuda_to_cpu  # first of all: it also decides what torch sees
+        from llava_steering_plugin.upstream.cuda_to_cpu import redirect_cuda_to_cpu
 
         redirect_cuda_to_cpu()
         if startup.flag_value(request.arguments, "--deepspeed") is not None and "RANK" in os.environ:
-            from .zero import start_on_cpu
+            from llava_steering_plugin.training.deepspeed import start_on_cpu
 
             start_on_cpu()
     source = _find_source(request.module)

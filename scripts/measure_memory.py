@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_steering_plugin.errors import SteeringError
-from llava_steering_plugin.upstream.memory_flags import Wanted
-from llava_steering_plugin.upstream.planning import plan
+from llava_steering_plugin.planning.from_flags import Wanted
+from llava_steering_plugin.planning.plan import plan
 
 LIMIT = 0.20
 SEQUENCE = 512

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from llava_steering_plugin.hooks.layers import hang
+from llava_steering_plugin.hooks.hosts import hang
 from llava_steering_plugin.hooks.scope import Scope, entered
 from llava_steering_plugin.modes.base import Pass
 from llava_steering_plugin.modes.mixlora import MixLoRA, RoutedLinear

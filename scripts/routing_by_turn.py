@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from llava_steering_plugin.adapters.attach import required
+from llava_steering_plugin.adapters.attachment import required
 from llava_steering_plugin.modes.base import Pass
 from llava_steering_plugin.modes.mixlora import RoutedLinear
 

@@ -7,20 +7,27 @@ that `llava-steering patch` adds; the patched copy is what `import llava` finds 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from tiny_llava import TinyLlava, build
 
+from llava_steering_plugin.checkout.find import find_llava
+from llava_steering_plugin.checkout.patch import patch, unpatch
 from llava_steering_plugin.errors import UpstreamError
-from llava_steering_plugin.upstream.checkout import find_llava
-from llava_steering_plugin.upstream.patch import patch, unpatch
+
+if TYPE_CHECKING:
+    from asking import Asker, Question
+    from served import Served
 
 OFFLINE_AND_REPRODUCIBLE = {
     "HF_HUB_OFFLINE": "1",
@@ -133,6 +140,40 @@ def patched_llava(llava_copies: LlavaCopies) -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyLlava:
     """The tiny LLaVA on disk, shared by all tests: read it, never write to it."""
     return build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def served(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """Trained adapters, their bases, and misleading names for them; read-only."""
+    from served import train_adapters  # it imports torch, which must find the environment above
+
+    return train_adapters(tiny, tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
+def ask(tiny: TinyLlava, patched_llava: Path) -> Asker:
+    """The Python API in this process, which says what every program has to answer."""
+    from asking import Asker
+
+    return Asker(tiny.images)
+
+
+@pytest.fixture(scope="session")
+def questions(tiny: TinyLlava) -> list[Question]:
+    from asking import Question
+
+    lines = [json.loads(line) for line in tiny.questions.read_text().splitlines()]
+    return [Question(line["text"], line["image"]) for line in lines]
+
+
+@pytest.fixture(autouse=True)
+def gpus_stay_visible() -> Iterator[None]:
+    """Programs that run in this process with --device cpu hide them; later tests may need them."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    yield
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if before is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 @pytest.fixture(autouse=True)

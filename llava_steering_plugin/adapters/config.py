@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from llava_steering_plugin import __version__
 from llava_steering_plugin.errors import AdapterError, listing
 
 FORMAT_VERSION = 1
@@ -62,7 +62,7 @@ class AdapterConfig:
                 "task_type": "CAUSAL_LM",
                 "base_model_name_or_path": self.base.name_or_path,
                 "format_version": FORMAT_VERSION,
-                "plugin_version": _plugin_version(),
+                "plugin_version": __version__,
                 "mode": self.mode,
                 "settings": self.settings,
                 "base": {key: value for key, value in dataclasses.asdict(self.base).items() if key != "name_or_path"},
@@ -129,10 +129,3 @@ class AdapterConfig:
 def is_ours(peft_type: object) -> bool:
     """Whether a `peft_type` names one of this plugin's formats."""
     return isinstance(peft_type, str) and peft_type.startswith(PEFT_PREFIX)
-
-
-def _plugin_version() -> str:
-    try:
-        return version("llava-steering-plugin")
-    except PackageNotFoundError:
-        return "unknown"

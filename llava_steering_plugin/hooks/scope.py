@@ -7,7 +7,7 @@ they run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -17,43 +17,11 @@ import torch
 from torch import Tensor
 
 from llava_steering_plugin.errors import TokenMapError
-from llava_steering_plugin.modes.base import Pass
+from llava_steering_plugin.hooks.token_map import TokenMap
+from llava_steering_plugin.modes.base import ForwardPass
 
 if TYPE_CHECKING:
-    from llava_steering_plugin.hooks.rows import Group, Rows
-
-
-@dataclass(frozen=True)
-class TokenMap:
-    """Which positions of a spliced sequence are what. All bool [rows, positions].
-
-    Attributes:
-        visual: positions that hold an image feature.
-        attention: positions that are not padding.
-        prompt: positions before the first supervised token; every position that is not padding where none is.
-    """
-
-    visual: Tensor
-    attention: Tensor
-    prompt: Tensor
-
-    @classmethod
-    def of_text(cls, attention: Tensor) -> TokenMap:
-        """The map of a batch without images."""
-        attention = attention.bool()
-        return cls(torch.zeros_like(attention), attention, attention)
-
-    def expanded(self, rows: int) -> TokenMap:
-        """The map after `generate` repeated every row for beams or return sequences."""
-        times, rest = divmod(rows, self.visual.shape[0])
-        if rest:
-            raise TokenMapError(
-                f"the token map has {self.visual.shape[0]} rows and the hidden states {rows}, which is no multiple "
-                "of it. Give token_map() one row for each row of the batch."
-            )
-        if times == 1:
-            return self
-        return TokenMap(*(part.repeat_interleave(times, 0) for part in (self.visual, self.attention, self.prompt)))
+    from llava_steering_plugin.hooks.row_groups import Group, Rows
 
 
 @dataclass
@@ -78,7 +46,7 @@ class Scope:
     disabled: frozenset[int] = frozenset()
     names: Mapping[int, str | Sequence[str]] = field(default_factory=dict)
     kept: dict[Hashable, Any] = field(default_factory=dict)
-    step: Pass | None = None
+    step: ForwardPass | None = None
     rows: Rows | None = None
     groups: tuple[Group, ...] = ()
 
@@ -158,33 +126,3 @@ def token_map(visual: Tensor, attention: Tensor | None = None, prompt: Tensor | 
         raise TokenMapError("token_map() got visual positions that `attention` marks as padding; clear them in one.")
     with entered(replace(_handed_on(), tokens=TokenMap(visual, attended, prompted))):
         yield
-
-
-def bound_to_scope(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a gradient-checkpointing function so that the recomputation sees the scope of its forward.
-
-    The recomputation runs in the backward pass, after the scope has closed and, on CUDA, in autograd's own thread:
-    unbound, the layers would be recomputed without the adapter, silently.
-    """
-    if hasattr(checkpoint, "_bound_to_scope"):
-        return checkpoint
-
-    def bound(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        scope = current()
-        if scope is None:
-            return checkpoint(run, *args, **kwargs)
-
-        def reinstated(*inner: Any, **named: Any) -> Any:
-            with entered(scope):
-                return run(*inner, **named)
-
-        return checkpoint(reinstated, *args, **kwargs)
-
-    bound._bound_to_scope = checkpoint  # type: ignore[attr-defined]
-    return bound
-
-
-def unbound(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """What `bound_to_scope` has wrapped; any other function as it is."""
-    original: Callable[..., Any] = getattr(checkpoint, "_bound_to_scope", checkpoint)
-    return original

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-# Where the backward pass leaves the gradient of the loss itself, in `Pass.kept`.
+# Where the backward pass leaves the gradient of the loss itself, in `ForwardPass.kept`.
 LOSS_GRADIENT = "gradient of the loss"
 
 
@@ -34,7 +34,7 @@ class DecoderShape:
 
 
 @dataclass
-class Pass:
+class ForwardPass:
     """One forward pass of the decoder stack, shared by all layers of that pass.
 
     Attributes:
@@ -70,6 +70,10 @@ class Pass:
         return scale
 
 
+# The name that modes of other packages may know it by.
+Pass = ForwardPass
+
+
 @dataclass(frozen=True)
 class Mode(ABC):
     """A tuning mode. Subclass as a frozen dataclass; its fields are its settings.
@@ -92,8 +96,8 @@ class Mode(ABC):
         """Makes the trainable modules, keyed by the path below the decoder stack of the layer or linear they sit on.
 
         A module is called as `module(output, inputs, step)` with the output of its host ([rows, positions, features]
-        in the host's dtype), the host's input and the `Pass`, and returns what replaces the output. It must be the
-        identity when freshly built, and must use all its parameters in every pass that is not a decode step, also
+        in the host's dtype), the host's input and the `ForwardPass`, and returns what replaces the output. It must be
+        the identity when freshly built, and must use all its parameters in every pass that is not a decode step, also
         on zero rows: ranks without images otherwise wait for ever for a gradient. Parameters are float32. One that
         is built with `requires_grad=False` is saved with the adapter and never trained.
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from llava_steering_plugin.errors import TokenMapError
-from llava_steering_plugin.modes.base import DecoderShape, Mode, Pass, no_autocast, setting
-from llava_steering_plugin.modes.factors import entrance, take, updated
-from llava_steering_plugin.modes.routing import (
+from llava_steering_plugin.modes.base import DecoderShape, ForwardPass, Mode, no_autocast, setting
+from llava_steering_plugin.modes.mixlora_factors import entrance, take, updated
+from llava_steering_plugin.modes.mixlora_routing import (
     Choice,
     Observed,
     Routing,
@@ -33,7 +33,7 @@ from llava_steering_plugin.modes.routing import (
     mean_summary,
     mean_weights,
 )
-from llava_steering_plugin.modes.targets import ALL, find_targets, parse_targets
+from llava_steering_plugin.modes.mixlora_targets import ALL, find_targets, parse_targets
 
 PROMPT, SEQUENCE = "prompt", "sequence"
 STRAIGHT_THROUGH, NO_GRADIENT = "straight_through", "none"
@@ -86,7 +86,7 @@ class RoutedLinear(nn.Module):
         """What the linear is to be called on in place of `inputs`, the same numbers."""
         return entrance(inputs)
 
-    def forward(self, output: Tensor, inputs: Tensor, step: Pass) -> Tensor:
+    def forward(self, output: Tensor, inputs: Tensor, step: ForwardPass) -> Tensor:
         rows, positions = step.prompt.shape
         if inputs.shape[:-1] not in ((rows, positions), (rows * positions,)):
             raise TokenMapError(
@@ -99,14 +99,14 @@ class RoutedLinear(nn.Module):
             return self._updated(by_rows[0], by_rows[1], step).view_as(output)
         return self._updated(output, inputs, step)
 
-    def _updated(self, output: Tensor, inputs: Tensor, step: Pass) -> Tensor:
+    def _updated(self, output: Tensor, inputs: Tensor, step: ForwardPass) -> Tensor:
         # No views here: autograd adds the base's gradient into the one that `updated` gives if nothing else refers to
         # it, and else takes a third tensor of the input's size for the sum.
         with no_autocast(output.device):
             a, b = self.factors_for(inputs, step, output.dtype)
             return updated(output, self.dropout(inputs.to(output.dtype)), a, b)
 
-    def factors_for(self, hidden: Tensor, step: Pass, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def factors_for(self, hidden: Tensor, step: ForwardPass, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A [rows, r, in] and B [rows, r, out] of `dtype` for `hidden` [rows, positions, in], B times alpha / r."""
         if step.decode and self.mode.pooling == PROMPT:
             return self._kept_factors(step, len(hidden), dtype)
@@ -114,7 +114,7 @@ class RoutedLinear(nn.Module):
         step.kept[self] = _Kept(routing.a.factors, routing.b.factors)
         return self._factors(routing, dtype)
 
-    def route(self, hidden: Tensor, step: Pass) -> Routing:
+    def route(self, hidden: Tensor, step: ForwardPass) -> Routing:
         """Chooses factors for every row from its `hidden` [rows, positions, in]."""
         with torch.no_grad():
             # Routers learn from where the hidden states are; these do not learn to be routed.
@@ -140,7 +140,7 @@ class RoutedLinear(nn.Module):
             a, b = balanced(a, self.balance, step), balanced(b, self.balance, step)
         return Routing(a, b)
 
-    def _pooling_weights(self, hidden: Tensor, step: Pass) -> Tensor:
+    def _pooling_weights(self, hidden: Tensor, step: ForwardPass) -> Tensor:
         def of_prompt() -> Tensor:
             return mean_weights(step.prompt.to(hidden.device))
 
@@ -160,7 +160,7 @@ class RoutedLinear(nn.Module):
         a = take(self.routed_a, routing.a, dtype, gated=gated)
         return a, take(self.routed_b, routing.b, dtype, scale=self.mode.scale, gated=gated)
 
-    def _kept_factors(self, step: Pass, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _kept_factors(self, step: ForwardPass, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         kept: _Kept | None = step.kept.get(self)
         if kept is None:
             raise TokenMapError(

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llava_steering_plugin.modes.base import DecoderShape, Mode, Pass, no_autocast, setting
-from llava_steering_plugin.modes.selection import TokenSelection, parse_layers
+from llava_steering_plugin.modes.base import DecoderShape, ForwardPass, Mode, no_autocast, setting
+from llava_steering_plugin.modes.mores_selection import TokenSelection, parse_layers
 
 MODALITIES = {"vis": ("vis",), "text": ("text",), "vis+text": ("vis", "text")}
 
@@ -100,7 +100,7 @@ class SteeredLayer(nn.Module):
         for modality, steering in steerings.items():
             self.add_module(modality, steering)
 
-    def forward(self, output: Tensor, inputs: Tensor, step: Pass) -> Tensor:
+    def forward(self, output: Tensor, inputs: Tensor, step: ForwardPass) -> Tensor:
         if step.decode:
             return output
         hidden = output.flatten(0, 1)
@@ -110,7 +110,7 @@ class SteeredLayer(nn.Module):
             hidden = hidden.index_add(0, chosen, steering(picked))
         return hidden.view_as(output)
 
-    def _chosen(self, step: Pass, modality: str, device: torch.device) -> Tensor:
+    def _chosen(self, step: ForwardPass, modality: str, device: torch.device) -> Tensor:
         """int64 [tokens]: the selected positions of the flattened [rows * positions]."""
 
         def choose() -> Tensor:

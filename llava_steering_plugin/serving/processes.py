@@ -22,12 +22,12 @@ LAST_LINES = 30
 GRACE_SECONDS = 20.0
 
 
-class PartDied(SteeringError):
+class ProgramDied(SteeringError):
     """A program that was to run for as long as the others has ended."""
 
 
 @dataclass
-class Part:
+class Program:
     """One program.
 
     Attributes:
@@ -47,7 +47,7 @@ class Part:
     unshown: str | None = None
 
 
-class Parts:
+class Programs:
     """Starts programs one after the other, shows what they say, and ends them all when one ends or the block is left.
 
     They get sessions of their own: a Ctrl-C in the terminal reaches only this program, which then ends them in order.
@@ -61,15 +61,15 @@ class Parts:
         self._console = console
         self._folder = folder
         self._temporary = temporary
-        self._running: list[tuple[Part, subprocess.Popen[str], deque[str], threading.Thread]] = []
+        self._running: list[tuple[Program, subprocess.Popen[str], deque[str], threading.Thread]] = []
 
-    def __enter__(self) -> Parts:
+    def __enter__(self) -> Programs:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def start(self, part: Part) -> None:
+    def start(self, part: Program) -> None:
         """Starts a part."""
         self.say(f"starting the {part.name}")
         process = subprocess.Popen(
@@ -88,11 +88,11 @@ class Parts:
         reader.start()
         self._running.append((part, process, lines, reader))
 
-    def wait(self, part: Part, seconds: float, stop: Callable[[], object]) -> None:
+    def wait(self, part: Program, seconds: float, stop: Callable[[], object]) -> None:
         """Waits until a part is up, or until `stop` says so.
 
         Raises:
-            PartDied: one of those that were started has ended.
+            ProgramDied: one of those that were started has ended.
             SteeringError: it is not up after so many seconds.
         """
         end = time.monotonic() + seconds
@@ -106,13 +106,15 @@ class Parts:
             time.sleep(0.2)
 
     def check(self) -> None:
-        """Raises PartDied, with the last lines, if a part has ended."""
+        """Raises ProgramDied, with the last lines, if a part has ended."""
         for part, process, lines, reader in self._running:
             if process.poll() is not None:
                 reader.join(2)
                 how = f"status {process.returncode}" if process.returncode >= 0 else f"signal {-process.returncode}"
                 said = "\n".join(f"  {line}" for line in lines) or "  (nothing)"
-                raise PartDied(f"the {part.name} has ended with {how}; the others are stopped. Its last lines:\n{said}")
+                raise ProgramDied(
+                    f"the {part.name} has ended with {how}; the others are stopped. Its last lines:\n{said}"
+                )
 
     def stop(self) -> None:
         """Ends all parts, the last first: politely, and after a while otherwise."""
@@ -134,7 +136,7 @@ class Parts:
         """A line of this program's own."""
         self._console.print(Text(text, style))
 
-    def _show(self, part: Part, process: subprocess.Popen[str], lines: deque[str]) -> None:
+    def _show(self, part: Program, process: subprocess.Popen[str], lines: deque[str]) -> None:
         for line in process.stdout or ():
             if part.unshown is not None and part.unshown in line:
                 continue

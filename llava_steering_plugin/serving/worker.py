@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
-from llava_steering_plugin.serving import flags
-from llava_steering_plugin.serving.allocator import give_large_blocks_back, keep_few_operations
-from llava_steering_plugin.serving.limits import Limits
+from llava_steering_plugin.serving import options as flags
+from llava_steering_plugin.serving.http.limits import Limits
+from llava_steering_plugin.serving.idle_memory import give_large_blocks_back, keep_few_operations
 
 if TYPE_CHECKING:
     from starlette.routing import Route
@@ -75,10 +75,10 @@ def run(
 
     import uvicorn
 
-    from llava_steering_plugin.serving.admin import Admin, checked_token
-    from llava_steering_plugin.serving.app import build, give_up_stalled
-    from llava_steering_plugin.serving.names import check_all, load_all, read_sources
-    from llava_steering_plugin.serving.watched import WatchedFolder, checked_folder
+    from llava_steering_plugin.inference.sources import check_all, load_all, read_sources
+    from llava_steering_plugin.serving.folder_watch import WatchedFolder, checked_folder
+    from llava_steering_plugin.serving.http.admin import Admin, checked_token
+    from llava_steering_plugin.serving.http.app import build, give_up_stalled
 
     # What flags and files can tell is found before a model is loaded.
     sources = read_sources(given)
@@ -94,9 +94,9 @@ def run(
     if not _local(host):
         logger.warning("listening on %s: whoever reaches this machine can ask; no password is needed", host)
 
-    from llava_steering_plugin.serving.announcing import Announcer
-    from llava_steering_plugin.serving.answering import AdapterWorker
-    from llava_steering_plugin.serving.base import loading
+    from llava_steering_plugin.inference.base_model import loading
+    from llava_steering_plugin.serving.controller_link import ControllerLink
+    from llava_steering_plugin.serving.model_worker import AdapterWorker
 
     with loading(model_path):
         worker = AdapterWorker(
@@ -109,7 +109,7 @@ def run(
             load_4bit=load_4bit,
             max_resident=max_resident,
         )
-    announcer = Announcer(worker)
+    announcer = ControllerLink(worker)
     load_all(worker.roster.put, sources)
     if adapter_dir is not None:
         watched = WatchedFolder(adapter_dir.absolute(), worker.roster, announcer.changed, watch_every)

@@ -11,12 +11,12 @@ import sys
 
 from wrapt import register_post_import_hook
 
-from . import startup
+from llava_steering_plugin.upstream import startup
 
 HOOKS = {
     "llava.train.train": "llava_steering_plugin.upstream.training:on_train_import",
-    "llava.model.builder": "llava_steering_plugin.upstream.builder:on_builder_import",
-    "llava.mm_utils": "llava_steering_plugin.upstream.builder:on_mm_utils_import",
+    "llava.model.builder": "llava_steering_plugin.upstream.loading:on_builder_import",
+    "llava.mm_utils": "llava_steering_plugin.upstream.loading:on_mm_utils_import",
 }
 
 

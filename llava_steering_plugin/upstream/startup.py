@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import SteeringError
+from llava_steering_plugin.errors import SteeringError
 
 TRAIN = "llava.train.train"
 WORKER = "llava.serve.model_worker"
@@ -117,7 +117,7 @@ def append_model_name(argv: list[str]) -> None:
     model_path = flag_value(argv, "--model-path")
     if not model_path or flag_value(argv, "--model-name") is not None:
         return
-    from .naming import display_name
+    from llava_steering_plugin.upstream.names import display_name
 
     name = display_name(model_path)
     if name:

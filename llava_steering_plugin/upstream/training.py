@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from wrapt import wrap_function_wrapper
 
-from llava_steering_plugin.adapters.plan import language_model, misfits, read_config
+from llava_steering_plugin.adapters.base_model import language_model, read_config
+from llava_steering_plugin.adapters.compatibility import misfits
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
-from llava_steering_plugin.upstream import arguments
-from llava_steering_plugin.upstream.dialects import require
-from llava_steering_plugin.upstream.trainer import COMMAND_LINE, SteeringTrainerMixin
+from llava_steering_plugin.training import flags as arguments
+from llava_steering_plugin.training.trainer import COMMAND_LINE, SteeringTrainerMixin
+from llava_steering_plugin.upstream.seams import require
 
 
 def on_train_import(module: ModuleType) -> None:

@@ -24,8 +24,8 @@ from rich.console import Console
 from settings import CAMERA, FULL, QUICK, SEED, Settings, Tuning
 from stages import Context, Done, Runner, Stage, StageError
 
-from llava_steering_plugin.upstream.checkout import find_llava
-from llava_steering_plugin.upstream.patch import State, state
+from llava_steering_plugin.checkout.find import find_llava
+from llava_steering_plugin.checkout.patch import State, state
 
 NEEDED_BYTES = 500e6
 VERSIONS = ("llava-steering-plugin", "llava-torch", "torch", "transformers", "tokenizers", "peft", "numpy", "pillow")

@@ -34,8 +34,8 @@ from stages import Context, Done, Runner, Stage, StageError
 from summary import by_method, differences, markdown, plot, table
 from tasks import CAMERAS, COLOUR_TASKS, TASKS
 
-from llava_steering_plugin.upstream.checkout import find_llava
-from llava_steering_plugin.upstream.patch import State, state
+from llava_steering_plugin.checkout.find import find_llava
+from llava_steering_plugin.checkout.patch import State, state
 
 NEEDED_BYTES = 500e6
 ANSWERING = Path(__file__).with_name("answering.py")

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llava_steering_plugin.adapters.attach import attachment_of
+from llava_steering_plugin.adapters.attachment import attachment_of
 from llava_steering_plugin.modes.base import Pass
 from llava_steering_plugin.modes.mixlora import RoutedLinear
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_steering_plugin import attach, load_adapter, save_adapter
-from llava_steering_plugin.adapters.attach import Attachment
+from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.errors import AdapterError, BaseMismatch, SteeringError
 from llava_steering_plugin.modes.mores import MoReS
 

@@ -10,8 +10,8 @@ from disks import file_system, largest_file, mount
 from steered import contents, strengthen
 
 from llava_steering_plugin import load_adapter, remove, save_adapter
-from llava_steering_plugin.adapters import files
-from llava_steering_plugin.adapters.attach import Attachment
+from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.errors import AdapterError, SteeringError
 
 pytest_plugins = ["steered_fixtures"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_steering_plugin.adapters import files
+from llava_steering_plugin.adapters import folder as files
 from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
 from llava_steering_plugin.errors import AdapterError
 

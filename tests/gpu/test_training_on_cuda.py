@@ -12,7 +12,7 @@ import torch
 from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 
-from llava_steering_plugin.adapters import files
+from llava_steering_plugin.adapters import folder as files
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ from gradient_runs import MODES, RUNS, batch_of, gradients, one_step, train_setu
 from steered import pictures, strengthen
 
 from llava_steering_plugin import attach, remove
-from llava_steering_plugin.adapters.attach import Attachment
+from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.modes.mores import MoReS
 
 pytest_plugins = ["steered_fixtures"]

@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, Stoppi
 from transformers.generation.streamers import BaseStreamer
 
 from llava_steering_plugin import attach, disabled, token_map
-from llava_steering_plugin.adapters.attach import Attachment
+from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.errors import TokenMapError
 from llava_steering_plugin.hooks.scope import current
 from llava_steering_plugin.modes.mores import MoReS

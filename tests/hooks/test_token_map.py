@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_steering_plugin import attach, token_map
-from llava_steering_plugin.adapters.attach import Attachment
+from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.errors import TokenMapError
 from llava_steering_plugin.hooks.scope import current
 from llava_steering_plugin.modes.mores import MoReS

@@ -15,10 +15,10 @@ from steered import IGNORED, IMAGE, ids_of, load_llava, pictures, words
 from tiny_llava import SIZES, VISUAL_TOKENS, TinyLlava
 from torch import Tensor
 
-from llava_steering_plugin.adapters.attach import Attachment
+from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.errors import UpstreamError
 from llava_steering_plugin.hooks.scope import current, entered, opened
-from llava_steering_plugin.hooks.tokens import spliced
+from llava_steering_plugin.hooks.token_map import spliced
 
 pytest_plugins = ["steered_fixtures"]
 

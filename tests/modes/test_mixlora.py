@@ -16,10 +16,10 @@ from transformers import LlamaForCausalLM
 
 from llava_steering_plugin import attach, token_map
 from llava_steering_plugin.errors import TokenMapError
-from llava_steering_plugin.hooks.layers import hang, unhang
+from llava_steering_plugin.hooks.hosts import hang, unhang
 from llava_steering_plugin.hooks.scope import Scope, entered
 from llava_steering_plugin.modes.mixlora import MixLoRA, RoutedLinear
-from llava_steering_plugin.modes.routing import best
+from llava_steering_plugin.modes.mixlora_routing import best
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

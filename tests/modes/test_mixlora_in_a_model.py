@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from llava_steering_plugin import attach, disabled, remove, token_map
-from llava_steering_plugin.adapters.attach import Attachment
+from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.errors import TokenMapError
 from llava_steering_plugin.modes.mixlora import MixLoRA, RoutedLinear
 

@@ -8,7 +8,7 @@ from routed import SMALL, everything, routed
 
 from llava_steering_plugin.modes.base import LOSS_GRADIENT
 from llava_steering_plugin.modes.mixlora import MixLoRA, RoutedLinear
-from llava_steering_plugin.modes.routing import best
+from llava_steering_plugin.modes.mixlora_routing import best
 
 
 def test_the_balance_loss_has_the_gradient_of_its_formula_times_the_losss_scale() -> None:

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from llava_steering_plugin import attach, token_map
 from llava_steering_plugin.errors import ArgumentsError
-from llava_steering_plugin.modes.base import DecoderShape, LayerShape, Pass
+from llava_steering_plugin.modes.base import DecoderShape, ForwardPass, LayerShape
 from llava_steering_plugin.modes.mores import MoReS, Steering
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -22,10 +22,10 @@ def decoder(width: int, layers: int = 1) -> DecoderShape:
     return DecoderShape(width, tuple(LayerShape(f"layers.{number}", {}) for number in range(layers)))
 
 
-def a_pass(visual: list[list[int]], *, attention: list[list[int]] | None = None, decode: bool = False) -> Pass:
+def a_pass(visual: list[list[int]], *, attention: list[list[int]] | None = None, decode: bool = False) -> ForwardPass:
     seen = torch.tensor(visual, dtype=torch.bool)
     present = torch.ones_like(seen) if attention is None else torch.tensor(attention, dtype=torch.bool)
-    return Pass(seen, present & ~seen, present, decode, {})
+    return ForwardPass(seen, present & ~seen, present, decode, {})
 
 
 # The authors' code, run on random weights
@@ -96,7 +96,7 @@ def test_parameter_counts_are_the_papers(width: int, layers: int, rank: int, exp
 # Which hidden states change
 
 
-def steered(settings: dict[str, object], step: Pass, hidden: torch.Tensor) -> torch.Tensor:
+def steered(settings: dict[str, object], step: ForwardPass, hidden: torch.Tensor) -> torch.Tensor:
     (module,) = MoReS(**settings).build(decoder(hidden.shape[-1])).values()
     away_from_identity(module)
     return module(hidden, hidden, step)

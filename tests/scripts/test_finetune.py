@@ -13,9 +13,9 @@ from quick_runs import SCRIPTS
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 
-from llava_steering_plugin.adapters import files
-from llava_steering_plugin.upstream.memory_flags import Wanted
-from llava_steering_plugin.upstream.planning import plan
+from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.planning.from_flags import Wanted
+from llava_steering_plugin.planning.plan import plan
 
 NAMES = ("mores", "mixlora", "mores_4bit", "task_mores")
 SIZES = {"7b": (4096, 32, 11008), "13b": (5120, 40, 13824)}
@@ -193,7 +193,9 @@ def test_the_script_trains_the_tiny_model_to_an_adapter(
         asked["PROJECTOR"] = str(tiny.projector)
     if name == "mores_4bit":
         # transformers refuses to quantise without a GPU; this starts the same program where it does not.
-        asked["LAUNCHER"] = f"{sys.executable} {Path(__file__).parents[1] / 'quantising.py'} --cpu llava.train.train"
+        asked["LAUNCHER"] = (
+            f"{sys.executable} {Path(__file__).parents[1] / 'support' / 'quantising.py'} --cpu llava.train.train"
+        )
     done = run(name, patched_llava, checkout, *flags, **asked)
 
     assert done.returncode == 0, done.stderr[-3000:]

@@ -35,9 +35,9 @@ class Served:
 @pytest.fixture(scope="module")
 def served(bits: int, tiny: TinyLlava, shelf: Path) -> Iterator[Served]:
     """A worker as `--load-4bit` or `--load-8bit` makes it."""
-    from llava_steering_plugin.serving.answering import AdapterWorker
-    from llava_steering_plugin.serving.app import build
-    from llava_steering_plugin.serving.limits import Limits
+    from llava_steering_plugin.serving.http.app import build
+    from llava_steering_plugin.serving.http.limits import Limits
+    from llava_steering_plugin.serving.model_worker import AdapterWorker
 
     worker = AdapterWorker(
         str(tiny.llava),
@@ -80,7 +80,7 @@ def test_a_worker_on_a_packed_base_answers_with_each_adapter_as_it_does_alone(
 
 
 def test_the_chat_on_a_packed_base_answers_as_upstreams_loader_does(bits: int, tiny: TinyLlava, shelf: Path) -> None:
-    from llava_steering_plugin.serving.opening import open_chat
+    from llava_steering_plugin.chat.session import open_chat
 
     question = Spoken("What color is the circle?", "00.png")
     chat = open_chat(

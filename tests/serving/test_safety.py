@@ -18,9 +18,9 @@ import requests
 from PIL import Image, UnidentifiedImageError
 from serving_fixtures import PROMPT, Client, Question
 
-from llava_steering_plugin.serving.limits import Limits
-from llava_steering_plugin.serving.requests import checked
-from llava_steering_plugin.serving.wire import Refused
+from llava_steering_plugin.serving.http.limits import Limits
+from llava_steering_plugin.serving.http.protocol import Refused
+from llava_steering_plugin.serving.http.validation import checked
 
 pytest_plugins = ["serving_fixtures"]
 

@@ -13,9 +13,9 @@ import pytest
 from ports import free_port
 from serving_fixtures import STRICT, Alone, Client, Question, listening, wait_until
 
-from llava_steering_plugin.serving.answering import Generating, _AskedModel
-from llava_steering_plugin.serving.app import build
-from llava_steering_plugin.serving.wire import FAILED, GONE, NO_ANSWER, chunk
+from llava_steering_plugin.serving.http.app import build
+from llava_steering_plugin.serving.http.protocol import FAILED, GONE, NO_ANSWER, chunk
+from llava_steering_plugin.serving.model_worker import Generating, _AskedModel
 
 pytest_plugins = ["serving_fixtures"]
 pytestmark = pytest.mark.usefixtures("unharmed")
@@ -142,8 +142,10 @@ def test_no_more_threads_generate_than_there_are_slots_although_a_slot_is_free_b
 def rests(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """Grows whenever memory is given back, which happens soon."""
     given_back: list[None] = []
-    monkeypatch.setattr("llava_steering_plugin.serving.resting.REST_SECONDS", 0.05)
-    monkeypatch.setattr("llava_steering_plugin.serving.resting.give_free_pages_back", lambda: given_back.append(None))
+    monkeypatch.setattr("llava_steering_plugin.serving.idle_trimmer.REST_SECONDS", 0.05)
+    monkeypatch.setattr(
+        "llava_steering_plugin.serving.idle_trimmer.give_free_pages_back", lambda: given_back.append(None)
+    )
     return given_back
 
 

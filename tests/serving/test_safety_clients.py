@@ -20,8 +20,8 @@ import requests
 from ports import free_port
 from serving_fixtures import BASE_NAME, STRICT, Alone, Client, Question, listening, wait_until
 
-from llava_steering_plugin.serving.app import build
-from llava_steering_plugin.serving.requests import Asked, checked
+from llava_steering_plugin.serving.http.app import build
+from llava_steering_plugin.serving.http.validation import CheckedRequest, checked
 from llava_steering_plugin.serving.worker import _bound
 
 pytest_plugins = ["serving_fixtures"]
@@ -127,14 +127,14 @@ def test_a_slow_reader_holds_no_slot_and_is_given_up_in_the_end(worker: Any, ask
 def test_while_a_client_reads_slowly_nothing_of_what_it_has_asked_is_kept(
     worker: Any, asked: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept: list[weakref.ref[Asked]] = []
+    kept: list[weakref.ref[CheckedRequest]] = []
 
-    def noting(*arguments: Any) -> Asked:
+    def noting(*arguments: Any) -> CheckedRequest:
         request = checked(*arguments)
         kept.append(weakref.ref(request))
         return request
 
-    monkeypatch.setattr("llava_steering_plugin.serving.app.checked", noting)
+    monkeypatch.setattr("llava_steering_plugin.serving.http.app.checked", noting)
     content = json.dumps(Question("<image>" + "word " * 380, asked[0].image, 300).body("cats")).encode()
     patient = build(worker, replace(STRICT, stall_seconds=60))
     with listening(patient, free_port(), send_buffer=4096) as client, socket.socket() as connection:
@@ -151,7 +151,7 @@ def test_while_a_client_reads_slowly_nothing_of_what_it_has_asked_is_kept(
 def test_a_client_that_goes_on_or_stops_sending_what_is_too_long_is_told_so_in_the_time_there_is(
     strict: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llava_steering_plugin.serving.wire.DRAINED_SECONDS", 2.0)
+    monkeypatch.setattr("llava_steering_plugin.serving.http.protocol.DRAINED_SECONDS", 2.0)
     host, _, port = strict.address.removeprefix("http://").partition(":")
     for sent in (b"", b"x" * STRICT.body_bytes):
         started = time.monotonic()
@@ -165,7 +165,7 @@ def test_an_answer_that_begins_late_is_waited_for(
     strict: Client, worker: Any, alone: Alone, asked: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Upstream's page gives up after 10 seconds without a byte, its worker after 15: here something comes every few."""
-    monkeypatch.setattr("llava_steering_plugin.serving.app.KEEP_WAITING_SECONDS", 0.1)
+    monkeypatch.setattr("llava_steering_plugin.serving.http.app.KEEP_WAITING_SECONDS", 0.1)
     held = threading.Event()
 
     def _late(*_: Any) -> None:

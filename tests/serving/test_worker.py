@@ -57,8 +57,8 @@ def test_64_threads_over_8_adapters_on_one_worker_give_the_texts_of_each_adapter
 ) -> None:
     import json
 
-    from llava_steering_plugin.serving.answering import Generating
-    from llava_steering_plugin.serving.requests import Asked
+    from llava_steering_plugin.serving.http.validation import CheckedRequest
+    from llava_steering_plugin.serving.model_worker import Generating
 
     jobs = [(name, question) for name in NAMES for question in asked]
     random.Random(1).shuffle(jobs)
@@ -66,7 +66,7 @@ def test_64_threads_over_8_adapters_on_one_worker_give_the_texts_of_each_adapter
 
     def ask(job: tuple[str, Question]) -> str:
         name, question = job
-        states = list(worker.answer(Asked(name, name, question.body(name)), threading.Event()))
+        states = list(worker.answer(CheckedRequest(name, name, question.body(name)), threading.Event()))
         return str(json.loads(states[-1][:-1])["text"]).removeprefix(question.prompt).strip()
 
     with ThreadPoolExecutor(len(jobs)) as users:
@@ -128,7 +128,7 @@ def test_a_client_that_hangs_up_while_it_waits_for_a_slot_costs_no_pass_through_
 
 
 def test_a_base_that_is_an_adapter_or_that_is_not_there_is_refused_before_anything_is_loaded(shelf: Path) -> None:
-    from llava_steering_plugin.serving.answering import AdapterWorker
+    from llava_steering_plugin.serving.model_worker import AdapterWorker
 
     with pytest.raises(ArgumentsError, match="is an adapter"):
         AdapterWorker(str(shelf / "cats"), controller="", address="")

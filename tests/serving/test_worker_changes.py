@@ -17,10 +17,10 @@ from ports import free_port
 from serving_fixtures import BASE_NAME, NAMES, TOKEN, Alone, Client, Question, listening, wait_until
 
 from llava_steering_plugin.errors import AdapterError, ArgumentsError
-from llava_steering_plugin.serving.admin import Admin
-from llava_steering_plugin.serving.announcing import Announcer
-from llava_steering_plugin.serving.app import build
-from llava_steering_plugin.serving.limits import Limits
+from llava_steering_plugin.serving.controller_link import ControllerLink
+from llava_steering_plugin.serving.http.admin import Admin
+from llava_steering_plugin.serving.http.app import build
+from llava_steering_plugin.serving.http.limits import Limits
 
 pytest_plugins = ["serving_fixtures", "changing_fixtures"]
 
@@ -200,7 +200,7 @@ def test_whatever_an_odd_adapter_raises_is_its_refusal_and_only_the_newest_are_k
 
 
 def test_a_controller_that_has_forgotten_the_worker_is_told_again(
-    worker: Any, announcer: Announcer, controller: str, shown: set[str]
+    worker: Any, announcer: ControllerLink, controller: str, shown: set[str]
 ) -> None:
     time.sleep(1)  # several heart beats: they must not register anew each time
     assert requests.post(f"{controller}/get_worker_address", json={"model": BASE_NAME}, timeout=30).json() == {

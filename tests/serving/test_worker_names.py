@@ -16,7 +16,7 @@ from ports import free_port
 from tiny_llava import TinyLlava, without_half_of_its_weights
 
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
-from llava_steering_plugin.serving.names import PREFIXES, check_all, label_of, read_sources, shown_name
+from llava_steering_plugin.inference.sources import PREFIXES, check_all, label_of, read_sources, shown_name
 
 MISLEADING = ("cats", "llava-v1.6-34b-mistral", "my-mpt", "mixlora-llama-2", "plain", "mmtag-orca-hermes", "2cats")
 
@@ -134,7 +134,7 @@ def test_a_path_that_no_file_system_takes_is_a_message_and_no_traceback(word: st
 
 
 def test_the_base_of_serve_may_be_a_path_that_no_file_system_takes() -> None:
-    from llava_steering_plugin.serving.command import _absolute
+    from llava_steering_plugin.cli.serve import _absolute
 
     assert _absolute("x" * 300) == "x" * 300
 
@@ -178,7 +178,8 @@ def test_a_base_that_cannot_be_loaded_is_a_message_and_no_traceback(tiny: TinyLl
 @pytest.mark.usefixtures("patched_llava")
 def test_a_second_worker_on_a_port_is_refused_before_its_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both bind with SO_REUSEADDR, which one that does not listen yet does not keep others from."""
-    from llava_steering_plugin.serving import answering, worker
+    from llava_steering_plugin.serving import model_worker as answering
+    from llava_steering_plugin.serving import worker
 
     class Loading(Exception):
         """The first has come as far as to its model."""

@@ -8,9 +8,9 @@ import pytest
 from small_checkout import make_checkout, run_python
 from training_runs import subprocess_environment
 
+from llava_steering_plugin.checkout.find import find_llava
+from llava_steering_plugin.checkout.patch import patch
 from llava_steering_plugin.upstream import startup
-from llava_steering_plugin.upstream.checkout import find_llava
-from llava_steering_plugin.upstream.patch import patch
 
 
 @pytest.fixture

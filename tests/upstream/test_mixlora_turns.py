@@ -16,7 +16,7 @@ from torch import Tensor
 from training_runs import upstream_globals_restored
 
 from llava_steering_plugin import attach
-from llava_steering_plugin.adapters.attach import Attachment
+from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.modes.mixlora import MixLoRA
 
 pytest_plugins = ["steered_fixtures"]

@@ -21,7 +21,7 @@ from training_runs import subprocess_environment
 
 pytestmark = pytest.mark.slow
 
-PROGRAM = Path(__file__).with_name("whole_pipeline.py")
+PROGRAM = Path(__file__).parents[1] / "support" / "whole_pipeline.py"
 TIMINGS = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
 NOT_COMPARED = {"training_args.bin", "side.json"}
 SHOWN = 20  # differences, where everything may differ
@@ -40,7 +40,7 @@ def sides(
     ):
         folder = tmp_path_factory.mktemp(side.replace(" ", "-"))
         environment = subprocess_environment(llava)
-        environment["PYTHONPATH"] += os.pathsep + str(PROGRAM.parents[1])
+        environment["PYTHONPATH"] += os.pathsep + str(PROGRAM.parent)
         with (folder / "side.log").open("w") as log:
             command = [sys.executable, str(PROGRAM), str(tiny.root), *flags]
             process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -61,7 +61,7 @@ def test_the_plugin_is_there_on_the_patched_sides_only(
         expected = pristine_llava if side == "pristine" else patched_llava
         assert Path(ran["llava"]).is_relative_to(expected)
         assert ("llava_steering_plugin.upstream.training" in ran["plugin"]) == (side != "pristine")
-        assert ("llava_steering_plugin.upstream.builder" in ran["plugin"]) == (side != "pristine")
+        assert ("llava_steering_plugin.upstream.loading" in ran["plugin"]) == (side != "pristine")
 
 
 @pytest.mark.parametrize("kind", ["stage1", "full", "lora"])

@@ -1,0 +1,142 @@
+"""Puts a mode on a model, takes it off again, and switches it off for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_steering_plugin.adapters.config import AdapterConfig
+from llava_steering_plugin.adapters.counts import ParameterCounts, counted
+from llava_steering_plugin.distributed import gathered
+from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
+from llava_steering_plugin.hooks.hosts import hang, unhang
+from llava_steering_plugin.hooks.owner import ModelOwner, owner_of
+from llava_steering_plugin.hooks.scope import without
+from llava_steering_plugin.modes import registry
+from llava_steering_plugin.modes.base import Mode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Attachment(ModelOwner):
+    """A mode's modules on one model, and everything that has to be undone to take them off.
+
+    Attributes:
+        mode: the mode and its settings.
+        modules: the modules, keyed by the path of their host below the decoder stack.
+        extras: names of parameters of the model beside the modules that belong to the adapter: trained ones, and those
+            that the base checkpoint does not hold.
+        config: what training or loading knows of the adapter beside its mode; None for a fresh one.
+    """
+
+    def __init__(self, model: PreTrainedModel, mode: Mode):
+        super().__init__(model)
+        if problems := mode.problems(self.shape):
+            raise ArgumentsError(listing(f"the tuning mode {mode.name!r} does not fit this model", problems))
+        self.mode = mode
+        self.modules = mode.build(self.shape)
+        self._fixed = {name for name, parameter in self.parameters().items() if not parameter.requires_grad}
+        self.extras: set[str] = set()
+        self.config: AdapterConfig | None = None
+        self._hung = hang(self.stack, self.modules)
+        self.take()
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters, named `<host path>.<name in the module>`."""
+        return {
+            f"{path}.{name}": parameter
+            for path, module in self.modules.items()
+            for name, parameter in module.named_parameters()
+        }
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Those of `parameters` that the mode wants trained: it builds the others with `requires_grad=False`."""
+        return {name: parameter for name, parameter in self.parameters().items() if name not in self._fixed}
+
+    def summary(self) -> ParameterCounts:
+        """Count what is trained and what it is part of; `print` shows it in one line, as PEFT does."""
+        ours = {id(parameter) for parameter in self.parameters().values()}
+        others = (parameter for parameter in self.model.parameters() if id(parameter) not in ours)
+        trained = sum(int(getattr(each, "ds_numel", each.numel())) for each in others if each.requires_grad)
+        return counted(self.model, self.modules, self.shape, trained)
+
+    def remove(self) -> None:
+        """Takes the adapter off: the model is again what it was, to the bit."""
+        unhang(self.stack, self.modules, self._hung)
+        self.release()
+
+
+def attach(model: PreTrainedModel, mode: Mode | str, **settings: Any) -> Attachment:
+    """Puts a freshly initialised adapter on `model`; it changes nothing until it is trained.
+
+    Args:
+        model: a causal language model of transformers, or a LLaVA.
+        mode: a mode with its settings (`MoReS(rank=4)`), or a registered name with the settings as keywords.
+
+    Raises:
+        ArgumentsError: unknown mode or settings that do not fit; all problems in one message.
+        SteeringError: the model carries an adapter already, or no decoder is found in it.
+    """
+    if isinstance(mode, str):
+        mode = registry.configured(mode, settings)
+    elif settings:
+        raise ArgumentsError(f"settings go into the mode itself here: {type(mode).__name__}({', '.join(settings)}=...)")
+    return Attachment(model, mode)
+
+
+def attachment_of(model: PreTrainedModel) -> Attachment | None:
+    """The adapter on `model`, None without one."""
+    found = owner_of(model)
+    return found if isinstance(found, Attachment) else None
+
+
+def remove_adapter(model: PreTrainedModel) -> None:
+    """Takes the adapter, or the pool, off `model`. Tensors that came with an adapter (a trained projector) stay.
+
+    Raises:
+        SteeringError: the model carries none.
+    """
+    _owner(model).remove()
+
+
+@contextmanager
+def disable_adapter(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block, and in this thread, `model` answers as without its adapter, or its pool of adapters.
+
+    Raises:
+        SteeringError: the model carries no adapter.
+    """
+    with without(_owner(model)):
+        yield
+
+
+# The names of the first versions; once imported, bare verbs do not say what they act on.
+remove, disabled = remove_adapter, disable_adapter
+
+
+def required(model: PreTrainedModel) -> Attachment:
+    """The adapter on `model`; SteeringError if it carries none, or a pool of them."""
+    found = _owner(model)
+    if not isinstance(found, Attachment):
+        raise SteeringError("this model carries a pool of adapters, none of which can be trained or saved from it.")
+    return found
+
+
+def _owner(model: PreTrainedModel) -> ModelOwner:
+    found = owner_of(model)
+    if found is None:
+        raise SteeringError(f"this {type(model).__name__} carries no adapter; attach() or load_adapter() puts one on.")
+    return found
+
+
+@torch.no_grad()
+def set_parameters(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    """Copies tensors into parameters of the same names and shapes, also into ones that ZeRO-3 has cut."""
+    for name, parameter in parameters.items():
+        with gathered([parameter], modify=True):
+            parameter.copy_(tensors[name])

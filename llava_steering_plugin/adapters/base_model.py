@@ -1,0 +1,98 @@
+"""What a tuning mode would train on a model, from its config.json alone: built on the meta device, and counted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava_steering_plugin.errors import SteeringError
+
+VISION_PREFIX = "llava"
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """The config.json of a folder or of a model on the hub; no weights are looked for.
+
+    Raises:
+        SteeringError: none there, not JSON, or without a model_type.
+    """
+    from transformers import PretrainedConfig
+
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise SteeringError(f"{name} has no config.json. Give the folder of a model, or a model's name on the hub.")
+    try:
+        described: dict[str, Any] = PretrainedConfig.get_config_dict(name)[0]
+    except (OSError, ValueError) as error:
+        if os.path.exists(name):
+            raise SteeringError(f"the config of {name} cannot be read: {error}") from error
+        raise SteeringError(
+            f"there is no folder {name}, and no model of that name can be fetched from the hub. "
+            "Give a folder with a config.json."
+        ) from error
+    except TypeError as error:  # what transformers makes of JSON that is no object
+        raise SteeringError(f"the config.json of {name} holds no settings: it is not that of a model.") from error
+    if not isinstance(described.get("model_type"), str):
+        raise SteeringError(f"the config.json of {name} names no model_type, so it is not the config of a model.")
+    return described
+
+
+def language_model(described: Mapping[str, Any], name: str) -> nn.Module:
+    """The language model that a config describes, without vision, on the meta device: shapes and no values.
+
+    Args:
+        described: config.json of a plain language model, of a LLaVA of upstream's (the language model's config with a
+            prefix in its model_type) or of one of transformers' own (the language model under `text_config`).
+        name: of the model, for errors.
+
+    Raises:
+        SteeringError: the model type is unknown here, or its config cannot be built.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from transformers.modeling_utils import no_init_weights
+
+    kind, text = _text_config(described)
+    config_class = _config_class(kind)
+    if config_class is None or config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise SteeringError(
+            f"{name} has model type {described['model_type']!r}; transformers and LLaVA as installed know no language "
+            f"model {kind!r}. Install the LLaVA, or the version of transformers, that runs this model."
+        )
+    try:
+        config = config_class.from_dict({key: value for key, value in text.items() if key != "model_type"})
+        # Drawing values that the meta device does not keep takes seconds.
+        with torch.device("meta"), no_init_weights():
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
+        raise SteeringError(f"the config.json of {name} describes no model that can be built: {error}") from error
+    return model
+
+
+def _text_config(described: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The language model's type and config."""
+    nested = described.get("text_config")
+    if isinstance(nested, dict):
+        # transformers leaves out what equals a default, also the type: Llama's, for its LLaVA.
+        return nested.get("model_type", "llama"), nested
+    kind: str = described["model_type"]
+    if kind.startswith(VISION_PREFIX):
+        # LLaVA's first checkpoints say "llava" and no more.
+        return kind.removeprefix(VISION_PREFIX).strip("_-") or "llama", described
+    return kind, described
+
+
+def _config_class(kind: str) -> Any:
+    """The class of plain language-model configs of that type, or of what LLaVA calls llava_<type>; None if unknown."""
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    if kind in CONFIG_MAPPING:
+        return CONFIG_MAPPING[kind]
+    registered = f"{VISION_PREFIX}_{kind}"
+    if registered not in CONFIG_MAPPING:
+        return None
+    # A LLaVA that has been imported registers its configs; each extends the one of its language model.
+    parents = CONFIG_MAPPING[registered].__mro__[1:]
+    return next((parent for parent in parents if issubclass(parent, PretrainedConfig) and parent.model_type), None)

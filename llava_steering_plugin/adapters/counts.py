@@ -1,0 +1,96 @@
+"""Counts parameters, and prints the table that a training starts with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rich.table import Table
+from torch import nn
+
+from llava_steering_plugin.modes.base import DecoderShape
+
+# What the table compares with: a small LoRA, and LLaVA-1.5's own.
+LORA_RANKS = (8, 128)
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters.
+
+    Attributes:
+        mode: trainable ones of the tuning mode.
+        other: trainable ones of the model itself: the projector, unless it is frozen; None if unknown.
+        model: all parameters of the model without the adapter.
+        lora: for comparison, what LoRA on every decoder linear would train, by rank.
+    """
+
+    mode: int
+    other: int | None
+    model: int
+    lora: dict[int, int]
+
+    @property
+    def trainable(self) -> int | None:
+        return None if self.other is None else self.mode + self.other
+
+    def __str__(self) -> str:
+        """One line, as PEFT's `print_trainable_parameters` has it."""
+        if self.trainable is None:
+            return (
+                f"{self.mode:,} trainable parameters in the adapter, an unknown number in the model of {self.model:,}"
+            )
+        return (
+            f"{self.mode:,} trainable parameters in the adapter and {self.other:,} in the model; "
+            f"{self.model + self.mode:,} in all, {self.percent:.4f} % of them trainable"
+        )
+
+    @property
+    def percent(self) -> float | None:
+        """Trainable ones in percent of the model with its adapter."""
+        return None if self.trainable is None else 100 * self.trainable / (self.model + self.mode)
+
+
+def numel(module: nn.Module) -> int:
+    """Parameters of `module` as the mathematics counts them: unpacked if quantised, whole if cut, shared ones once."""
+    total = 0
+    seen: set[int] = set()
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if isinstance(part, nn.Linear) and name == "weight":
+                total += part.in_features * part.out_features
+            else:
+                total += int(getattr(parameter, "ds_numel", parameter.numel()))
+    return total
+
+
+def lora_parameters(shape: DecoderShape, rank: int) -> int:
+    """What LoRA of that rank trains on every linear of the decoder."""
+    return sum(rank * (features[0] + features[1]) for layer in shape.layers for features in layer.linears.values())
+
+
+def parameter_table(name: str, counts: ParameterCounts) -> Table:
+    """The table that rank 0 prints before the first step."""
+    table = Table(title=f"Trainable parameters ({name})", title_justify="left")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    table.add_column("of the model", justify="right")
+    rows = [(name, counts.mode), ("projector", counts.other), ("total", counts.trainable)]
+    rows += [(f"for comparison: LoRA r={rank}", count) for rank, count in counts.lora.items()]
+    for label, count in rows:
+        share = () if count is None else (f"{count:,}", f"{100 * count / counts.model:.4f} %")
+        table.add_row(label, *(share or ("unknown", "")))
+    return table
+
+
+def counted(
+    model: nn.Module, modules: Mapping[str, nn.Module], shape: DecoderShape, other: int | None
+) -> ParameterCounts:
+    """Counts a model that carries `modules`; `other` is what is trained of the model itself."""
+    ours = [parameter for module in modules.values() for parameter in module.parameters()]
+    trained = sum(parameter.numel() for parameter in ours if parameter.requires_grad)
+    lora = {rank: lora_parameters(shape, rank) for rank in LORA_RANKS}
+    return ParameterCounts(trained, other, numel(model) - sum(parameter.numel() for parameter in ours), lora)

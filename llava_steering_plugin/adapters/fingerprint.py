@@ -1,0 +1,65 @@
+"""Recognises the base that an adapter was trained on, by its dimensions and some embedding rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llava_steering_plugin.adapters.folder import FINGERPRINT, StoredAdapter
+from llava_steering_plugin.distributed import gathered
+from llava_steering_plugin.errors import AdapterError, BaseMismatch, listing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# How many embedding rows identify a base, and how many of their columns: 4 KB that tell any two models apart.
+FINGERPRINT_ROWS, FINGERPRINT_COLUMNS = 16, 64
+# Training loads bfloat16 (8 bits of mantissa), serving float16.
+FINGERPRINT_TOLERANCE = 1e-2
+
+
+def check_base(model: PreTrainedModel, stored: StoredAdapter) -> None:
+    """Compares the model with what the adapter knows of its base: dimensions, vocabulary, some embedding rows.
+
+    Raises:
+        AdapterError: the adapter does not know its base.
+        BaseMismatch: `model` is another base.
+    """
+    base, config = stored.config.base, model.config
+    here = (int(config.num_hidden_layers), int(config.hidden_size))
+    problems = []
+    if here != (base.num_layers, base.hidden_size):
+        problems.append(
+            f"it was trained on {base.num_layers} layers of width {base.hidden_size}; "
+            f"this model has {here[0]} of width {here[1]}"
+        )
+    weight = model.get_input_embeddings().weight
+    ids, rows = stored.tensors.get(FINGERPRINT + "ids"), stored.tensors.get(FINGERPRINT + "rows")
+    if ids is None or rows is None or rows.dim() != 2 or len(rows) != len(ids):
+        raise AdapterError(
+            f"{stored.path} has no whole fingerprint of its base, so it cannot be checked; the file is damaged."
+        )
+    with gathered([weight]):
+        if len(ids) and int(ids.max()) >= weight.shape[0]:
+            problems.append(f"its base has {base.vocab_size} embedding rows; this model has {weight.shape[0]}")
+        elif not problems and not alike(weight.detach()[ids.to(weight.device), : rows.shape[1]].float().cpu(), rows):
+            problems.append("the embedding rows that identify the base differ: same shape, other weights")
+    if problems:
+        where = getattr(config, "_name_or_path", "") or type(model).__name__
+        raise BaseMismatch(
+            listing(
+                f"the adapter in {stored.path} does not belong to {where}. Load it on {base.name_or_path} "
+                "(--model-base, if it has moved)",
+                problems,
+            )
+        )
+
+
+def alike(here: Tensor, there: Tensor) -> bool:
+    if here.shape != there.shape:
+        return False
+    floor = FINGERPRINT_TOLERANCE * float(there.abs().mean())
+    return torch.allclose(here, there, rtol=FINGERPRINT_TOLERANCE, atol=floor)

@@ -1,0 +1,175 @@
+"""From a model to an adapter folder and back. Reading checks everything before the model is touched."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.attachment import Attachment, attach, required, set_parameters
+from llava_steering_plugin.adapters.card import model_card
+from llava_steering_plugin.adapters.compatibility import check_tensors, mode_of
+from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
+from llava_steering_plugin.adapters.fingerprint import FINGERPRINT_COLUMNS, FINGERPRINT_ROWS, check_base
+from llava_steering_plugin.adapters.folder import ADAPTER, ADDED, EXTRA, FINGERPRINT, StoredAdapter
+from llava_steering_plugin.adapters.quantised import unquantise
+from llava_steering_plugin.distributed import gathered, whole
+from llava_steering_plugin.errors import BaseMismatch, SteeringError, listing
+from llava_steering_plugin.hooks.owner import owner_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def describe(attachment: Attachment) -> AdapterConfig:
+    """The adapter's config: as trained or loaded, or from the model itself where neither has set one."""
+    if attachment.config is not None:
+        return attachment.config
+    model_config: Any = attachment.model.config
+    base = BaseModel(
+        str(getattr(model_config, "_name_or_path", "")),
+        str(model_config.model_type),
+        attachment.shape.hidden_size,
+        len(attachment.shape.layers),
+        int(model_config.vocab_size),
+    )
+    return AdapterConfig(attachment.mode.name, attachment.mode.settings(), base)
+
+
+def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], *, write: bool = True) -> None:
+    """Writes the adapter on `model`, and all that its base cannot reproduce, to `folder`.
+
+    Args:
+        model: carries an adapter; under ZeRO-3 every rank must call this.
+        folder: created if need be; an adapter in it is replaced as a whole or not at all.
+        write: False on the ranks that only help to gather.
+
+    Raises:
+        SteeringError: the model carries no adapter.
+        AdapterError: the folder cannot be written.
+    """
+    attachment = required(model)
+    config = describe(attachment)
+    parameters = {ADAPTER + name: parameter for name, parameter in attachment.parameters().items()}
+    parameters |= {EXTRA + name: model.get_parameter(name) for name in sorted(attachment.extras)}
+    tensors = {name: whole(parameter, write) for name, parameter in parameters.items()}
+    tensors |= _vocabulary(model, config, write)
+    if write:
+        count = sum(value.numel() for name, value in tensors.items() if name.startswith(ADAPTER))
+        files.write(folder, config, tensors, _llava_config(model), model_card(config, count, sorted(attachment.extras)))
+
+
+def _vocabulary(model: PreTrainedModel, config: AdapterConfig, keep: bool) -> dict[str, Tensor]:
+    """The rows of added tokens, and the rows by which the base is recognised."""
+    inputs, outputs = (layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+    added = torch.tensor(list(config.added_tokens.values()), dtype=torch.long)
+    with gathered([inputs, outputs]):
+        if not keep:
+            return {}
+        known = torch.tensor(
+            sorted(set(range(min(config.base.vocab_size, inputs.shape[0]))) - set(added.tolist())), dtype=torch.long
+        )
+        ids = known[torch.linspace(0, len(known) - 1, min(FINGERPRINT_ROWS, len(known))).long()]
+        found = {
+            FINGERPRINT + "ids": ids,
+            FINGERPRINT + "rows": inputs.detach()[ids.to(inputs.device), :FINGERPRINT_COLUMNS].float().cpu(),
+        }
+        if len(added):
+            found[ADDED + "input"] = inputs.detach()[added.to(inputs.device)].cpu()
+            found[ADDED + "output"] = outputs.detach()[added.to(outputs.device)].cpu()
+        return found
+
+
+def _llava_config(model: PreTrainedModel) -> str:
+    """config.json: the model's, without the quantisation, which is a matter of whoever loads it."""
+    data = model.config.to_diff_dict()
+    data.pop("quantization_config", None)
+    return json.dumps(data, indent=2, sort_keys=True, default=str) + "\n"
+
+
+def load_adapter(model: PreTrainedModel, name_or_path: str | os.PathLike[str], tokenizer: Any = None) -> Attachment:
+    """Puts a saved adapter on the base it was trained on. `model` is untouched unless everything fits.
+
+    Args:
+        model: the base, as `load_pretrained_model` or `from_pretrained` gives it.
+        name_or_path: adapter folder or hub id.
+        tokenizer: the base's tokenizer; tokens that training added are added to it too.
+
+    Raises:
+        AdapterError: not found, damaged, of another kind, or with tensors that do not fit; all mismatches at once.
+        BaseMismatch: `model` is not the base that the adapter was trained on.
+        SteeringError: the model carries an adapter already.
+    """
+    stored = files.read(files.find(name_or_path) or name_or_path)
+    if owner_of(model) is not None:
+        raise SteeringError("this model carries an adapter already; call remove_adapter(model) first.")
+    check_base(model, stored)
+    attachment = attach(model, mode_of(stored.config))
+    try:
+        check_tensors(model, attachment.parameters(), stored)
+        _check_tokens(stored, tokenizer)
+        _add_tokens(model, stored, tokenizer)
+        restore(attachment, stored)
+    except BaseException:
+        attachment.remove()
+        raise
+    attachment.config = stored.config
+    return attachment
+
+
+def restore(attachment: Attachment, stored: StoredAdapter) -> None:
+    """Copies a checked adapter's tensors into the modules and the base.
+
+    Raises:
+        AdapterError: names or shapes do not fit (all listed); nothing is copied then.
+    """
+    check_tensors(attachment.model, attachment.parameters(), stored)
+    set_parameters(attachment.parameters(), stored.section(ADAPTER))
+    extras = stored.section(EXTRA)
+    attachment.extras |= extras.keys()
+    unquantise(attachment.model, extras, attachment.model.dtype)
+    set_parameters({name: attachment.model.get_parameter(name) for name in extras}, extras)
+
+
+def _check_tokens(stored: StoredAdapter, tokenizer: Any) -> None:
+    """Refuses a tokenizer in which the adapter's own tokens get other ids; tried out on a copy."""
+    added = stored.config.added_tokens
+    if not added or tokenizer is None:
+        return
+    trial = copy.deepcopy(tokenizer)
+    trial.add_tokens(list(added), special_tokens=True)
+    numbers = {token: trial.convert_tokens_to_ids(token) for token in added}
+    if wrong := [
+        f"{token} has id {numbers[token]}, trained as {number}"
+        for token, number in added.items()
+        if numbers[token] != number
+    ]:
+        raise BaseMismatch(listing("the tokenizer gives the adapter's own tokens other ids than in training", wrong))
+
+
+def _add_tokens(model: PreTrainedModel, stored: StoredAdapter, tokenizer: Any) -> None:
+    """Repeats what training did to the vocabulary: the same tokens under the same ids, with the rows they had."""
+    added = stored.config.added_tokens
+    if not added:
+        return
+    if tokenizer is not None:
+        tokenizer.add_tokens(list(added), special_tokens=True)
+    rows = max(added.values()) + 1
+    if model.get_input_embeddings().weight.shape[0] < rows:
+        model.resize_token_embeddings(rows)
+    ids = torch.tensor(list(added.values()))
+    for part, layer in (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
+        with torch.no_grad(), gathered([layer.weight], modify=True):
+            weight = layer.weight
+            weight[ids.to(weight.device)] = stored.tensors[ADDED + part].to(weight.device, weight.dtype)
+
+
+def with_base(config: AdapterConfig, name_or_path: str) -> AdapterConfig:
+    """The config with the base loaded from elsewhere."""
+    return replace(config, base=replace(config.base, name_or_path=name_or_path))

@@ -1,0 +1,199 @@
+"""A conversation with a model and its adapters: prompts as upstream's chat writes them, the adapter by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import SeparatorStyle, conv_templates
+from llava.mm_utils import tokenizer_image_token
+from PIL import Image
+
+from llava_steering_plugin.chat.streaming import AnswerStreamer, Ended, Speed, first_interrupt
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.inference.images import image_arguments, read_image
+from llava_steering_plugin.pool.pool import BASE, AdapterPool
+from llava_steering_plugin.upstream.conversations import about_an_image, checked_template
+from llava_steering_plugin.upstream.names import PREFIXES
+
+# llava/serve/cli.py: the first of these that is in a model's name, in this order, decides its template.
+_RULES = {
+    "llama-2": "llava_llama_2",
+    "mistral": "mistral_instruct",
+    "v1.6-34b": "chatml_direct",
+    "v1": "llava_v1",
+    "mpt": "mpt",
+}
+
+
+class ChatError(SteeringError):
+    """Something that was asked for cannot be done; the conversation goes on without it."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a question; `stopped` if the user ended it."""
+
+    text: str
+    speed: Speed
+    stopped: bool
+
+
+def template_by_name(model_name: str) -> str:
+    """The template that upstream's chat takes for a model of that name."""
+    return next((template for part, template in _RULES.items() if part in model_name.lower()), "llava_v0")
+
+
+def template_of_adapter(conversation: str | None) -> str:
+    """The template that upstream's chat takes for an adapter trained with `conversation`.
+
+    Where upstream's rules lead to none, it is the one that the adapter was trained with.
+    """
+    prefix = PREFIXES.get(conversation or "v0")
+    return template_by_name(prefix) if prefix is not None else checked_template(str(conversation))
+
+
+class Chat:
+    """One conversation about at most one image, its answers greedy or sampled.
+
+    Args:
+        pool: on the model that answers.
+        processor: prepares images; None if the model takes none.
+        templates: the conversation template of each of the pool's names.
+        adapter: who answers first.
+    """
+
+    def __init__(
+        self,
+        pool: AdapterPool,
+        tokenizer: Any,
+        processor: Any,
+        templates: Mapping[str, str],
+        *,
+        adapter: str = BASE,
+        temperature: float = 0.2,
+        max_new_tokens: int = 512,
+    ):
+        self.pool = pool
+        self.model: Any = pool.model
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.templates = templates
+        self.temperature = temperature
+        self.max_new_tokens = max_new_tokens
+        self.adapter = adapter
+        self.image_file: Path | None = None
+        self._image: Image.Image | None = None
+        self.reset()
+
+    @property
+    def turns(self) -> int:
+        """Questions that have been answered."""
+        return int(len(self._conversation.messages) - self._conversation.offset) // 2
+
+    def reset(self) -> None:
+        """Forgets what was said; adapter and image stay."""
+        self._conversation = conv_templates[self.templates[self.adapter]].copy()
+
+    def use(self, adapter: str) -> bool:
+        """Has `adapter` answer from now on. True if that begins a new conversation, in another template.
+
+        Raises:
+            ArgumentsError: unknown; the message says which are known.
+        """
+        self.pool.check(adapter)
+        changed = self.templates[adapter] != self.templates[self.adapter]
+        self.adapter = adapter
+        if changed:
+            self.reset()
+        return changed
+
+    def look_at(self, file: str) -> None:
+        """Begins a new conversation about the image in `file`.
+
+        Raises:
+            ChatError: no such file, or no image; the conversation stays as it is.
+        """
+        if self.processor is None:
+            raise ChatError("this model takes no images: it is a plain language model, no LLaVA.")
+        path = Path(os.path.expanduser(file))
+        try:
+            self._image = read_image(path)
+        except ArgumentsError as error:
+            hint = "" if os.path.exists(path) else " The name goes up to the end of the line."
+            raise ChatError(f"{error}{hint}") from error
+        self.image_file = path
+        self.reset()
+
+    def drop_image(self) -> None:
+        """Begins a new conversation, about no image."""
+        self.image_file = self._image = None
+        self.reset()
+
+    def ask(self, question: str, show: Callable[[str], None]) -> Answer:
+        """Asks the present adapter, handing its answer to `show` piece by piece. Ctrl-C ends the answer, no more.
+
+        Raises:
+            ChatError: nothing was asked, it does not fit, or the memory does not do; the conversation stays as it was.
+        """
+        if not question.strip():
+            raise ChatError("nothing was asked.")
+        if DEFAULT_IMAGE_TOKEN in question:
+            raise ChatError(f"{DEFAULT_IMAGE_TOKEN} in a question stands for an image; use /image FILE instead.")
+        attempt = self._conversation.copy()
+        attempt.append_message(attempt.roles[0], self._with_image(question) if self.turns == 0 else question)
+        attempt.append_message(attempt.roles[1], None)
+        by_first = attempt.sep_style in (SeparatorStyle.SINGLE, SeparatorStyle.MPT)
+        streamer = AnswerStreamer(self.tokenizer, (attempt.sep if by_first else attempt.sep2) or "", show)
+        ended = Ended(streamer)
+        try:
+            with first_interrupt(ended.interrupt), streamer.watching(self.pool.stack):
+                self._generate(attempt.get_prompt(), streamer, ended)
+        except KeyboardInterrupt:  # the second Ctrl-C, in the middle of a pass
+            ended.interrupt()
+            streamer.end()
+        except torch.cuda.OutOfMemoryError as error:
+            raise ChatError(f"the device's memory does not do for this: {error}. /reset begins anew.") from error
+        if streamer.text or not ended.interrupted:  # what was stopped before its first word was not said
+            attempt.messages[-1][-1] = streamer.text.strip()
+            self._conversation = attempt
+        return Answer(streamer.text.strip(), streamer.speed(), ended.interrupted)
+
+    def _with_image(self, question: str) -> str:
+        return question if self._image is None else about_an_image(question, self.model.config)
+
+    def _generate(self, prompt: str, streamer: AnswerStreamer, ended: Ended) -> None:
+        ids = tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
+        room = self._room(ids)
+        options: dict[str, Any] = {"temperature": self.temperature} if self.temperature > 0 else {}
+        if self._image is not None:
+            options |= image_arguments([self._image], self.processor, self.model)
+        with torch.inference_mode():
+            self.model.generate(
+                ids.to(self.model.device),
+                do_sample=self.temperature > 0,
+                max_new_tokens=min(self.max_new_tokens, room),
+                streamer=streamer,
+                stopping_criteria=[ended],
+                use_cache=True,
+                adapter_names=self.adapter,
+                **options,
+            )
+
+    def _room(self, ids: torch.Tensor) -> int:
+        """How many tokens the context still holds after the prompt; counted as upstream's worker counts."""
+        context = int(getattr(self.model.config, "max_position_embeddings", 2048))
+        length = ids.shape[1]
+        if self._image is not None:
+            length += self.model.get_vision_tower().num_patches
+        if length >= context:
+            raise ChatError(
+                f"that is too long: {length:,} tokens with what was said before, where the model takes {context:,}. "
+                "/reset begins anew."
+            )
+        return context - length

@@ -1,0 +1,199 @@
+"""The chat in a terminal, or at the end of a pipe: answers on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import glob
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from llava_steering_plugin.chat.conversation import Chat, ChatError
+from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.pool.pool import BASE
+
+COMMANDS = {
+    "/adapter": ("/adapter NAME", "have this adapter answer; without NAME: which there are"),
+    "/image": ("/image FILE", "begin anew about this image; without FILE: which it is; with none: about no image"),
+    "/reset": ("/reset", "begin anew, with the same adapter and image"),
+    "/help": ("/help", "this list"),
+    "/exit": ("/exit", "end the chat, as Ctrl-D does; Ctrl-C ends the present answer only"),
+}
+NO_IMAGE = "none"
+
+
+@dataclass
+class Terminal:
+    """Reads lines, until there are no more, and does what they say."""
+
+    chat: Chat
+    lines: TextIO = field(default_factory=lambda: sys.stdin)
+    answers: TextIO = field(default_factory=lambda: sys.stdout)
+    notes: Console = field(default_factory=lambda: _console(sys.stderr))
+
+    def run(self) -> None:
+        """The whole chat. Returns at /exit or at the end of the input."""
+        if isinstance(self.lines, io.TextIOWrapper):
+            self.lines.reconfigure(errors="replace")  # one byte that is no UTF-8 must not end the chat
+        names = len(self.chat.pool.names()) - 1
+        self._note(f"{self.chat.adapter} answers; {names} adapter(s) here; /help lists the commands.")
+        going_on = True
+        with self._completion():
+            while going_on:
+                try:
+                    line = self._read()
+                    going_on = line is not None and self._handle(line.strip())
+                except KeyboardInterrupt:
+                    self._note("\n/exit or Ctrl-D ends the chat.")
+                except SteeringError as error:
+                    self._note(str(error), "red")
+
+    def _read(self) -> str | None:
+        """The next line, None after the last one."""
+        if not self.lines.isatty():
+            return self.lines.readline() or None
+        prompt = f"{self.chat.adapter}> "
+        if not self.answers.isatty():  # input() would write the prompt among the answers
+            self.notes.file.write(prompt)
+            self.notes.file.flush()
+            prompt = ""
+        try:
+            return input(prompt)
+        except EOFError:
+            self._note("")
+            return None
+
+    def _handle(self, line: str) -> bool:
+        """False if the chat is to end."""
+        if not line.startswith("/"):
+            self._ask(line)
+            return True
+        command, _, rest = line.partition(" ")
+        if command == "/exit":
+            return False
+        does: dict[str, Callable[[str], None]] = {
+            "/adapter": self._adapter,
+            "/image": self._image,
+            "/reset": self._reset,
+            "/help": self._help,
+        }
+        if command not in does:
+            near = difflib.get_close_matches(command, COMMANDS, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ChatError(f"unknown command {command}: {hint}/help lists them all.")
+        does[command](rest.strip())
+        return True
+
+    def _ask(self, question: str) -> None:
+        shown = False
+
+        def show(piece: str) -> None:
+            nonlocal shown
+            piece = piece if shown else piece.lstrip()
+            shown = shown or bool(piece)
+            self.answers.write(piece)
+            self.answers.flush()
+
+        try:
+            answer = self.chat.ask(question, show)
+        finally:
+            if shown:
+                self.answers.write("\n")
+                self.answers.flush()
+        if not answer.text:
+            self._note("(an empty answer)" if not answer.stopped else "")
+        self._note(f"{self.chat.adapter}: {answer.speed}{' · stopped' if answer.stopped else ''}")
+
+    def _adapter(self, name: str) -> None:
+        if not name:
+            table = Table(box=None, show_header=False, pad_edge=False)
+            for known in self.chat.pool.names():
+                details = self.chat.pool.details(known)
+                mode = "the base, without an adapter" if known == BASE else details.mode
+                size = "" if known == BASE else f"{details.parameters:,} parameters"
+                table.add_row("*" if known == self.chat.adapter else "", known, mode, size, self.chat.templates[known])
+            self.notes.print(table)
+            return
+        before = self.chat.turns
+        begins_anew = self.chat.use(name)
+        if begins_anew and before:
+            self._note(f"{name} answers, in its own template: the conversation begins anew.")
+        elif before:
+            self._note(f"{name} goes on with the conversation; /reset begins anew.")
+        else:
+            self._note(f"{name} answers.")
+
+    def _image(self, file: str) -> None:
+        if not file:
+            self._note(f"about {self.chat.image_file}" if self.chat.image_file else "about no image; /image FILE")
+        elif file == NO_IMAGE:
+            self.chat.drop_image()
+            self._note("the conversation begins anew, about no image.")
+        else:
+            quoted = len(file) > 1 and file[0] == file[-1] and file[0] in "'\""  # as terminals paste dropped files
+            self.chat.look_at(file[1:-1] if quoted else file)
+            self._note(f"the conversation begins anew, about {self.chat.image_file}.")
+
+    def _reset(self, rest: str) -> None:
+        self.chat.reset()
+        self._note("the conversation begins anew.")
+
+    def _help(self, rest: str) -> None:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        table.add_column(no_wrap=True)
+        for usage, meaning in COMMANDS.values():
+            table.add_row(usage, meaning)
+        self.notes.print(table)
+
+    def _note(self, text: str, style: str = "dim") -> None:
+        self.notes.print(text, style=style, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def _completion(self) -> Iterator[None]:
+        """Inside the block, Tab completes commands, adapters' names and files, and the arrow keys bring lines back."""
+        if not self.lines.isatty():
+            yield
+            return
+        try:
+            import readline
+        except ImportError:  # not on every system; typing works without it
+            yield
+            return
+
+        def complete(line: str, number: int) -> str | None:
+            found = completions(line, self.chat.pool.names())
+            return found[number] if number < len(found) else None
+
+        before, delimiters = readline.get_completer(), readline.get_completer_delims()
+        readline.set_completer(complete)
+        readline.set_completer_delims("")  # the whole line is completed: names may hold anything
+        readline.parse_and_bind("tab: complete")
+        try:
+            yield
+        finally:
+            readline.set_completer(before)
+            readline.set_completer_delims(delimiters)
+
+
+def _console(file: TextIO) -> Console:
+    return Console(file=file, highlight=False, markup=False, width=None if file.isatty() else 160)
+
+
+def completions(line: str, adapters: list[str]) -> list[str]:
+    """The lines that `line` can be the beginning of; none for a question."""
+    command, space, rest = line.partition(" ")
+    if not space:
+        return [known for known in COMMANDS if line.startswith("/") and known.startswith(line)]
+    if command == "/adapter":
+        return [f"/adapter {name}" for name in adapters if name.startswith(rest)]
+    if command == "/image":
+        files = sorted(glob.glob(glob.escape(os.path.expanduser(rest)) + "*"))
+        return [f"/image {file}{os.sep if os.path.isdir(file) else ''}" for file in files]
+    return []

@@ -1,0 +1,92 @@
+"""The sub-command `llava-steering chat`: from its flags to a chat that has loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from llava_steering_plugin.checkout.find import find_llava
+from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.serving import options as flags
+from llava_steering_plugin.upstream.install import install
+
+
+def chat(
+    path: Annotated[str, typer.Argument(metavar="BASE_OR_ADAPTER", help="A model, or an adapter: folder or hub id.")],
+    more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="[NAME=]ADAPTER")] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]ADAPTER", help="Further adapters for the same base; several after one flag."),
+    ] = None,
+    image: Annotated[str | None, typer.Option(metavar="FILE", help="Talk about this image.")] = None,
+    model_base: Annotated[str | None, typer.Option(help="Where the adapter's base is, if it has moved.")] = None,
+    device: flags.Device = "auto",
+    load_4bit: flags.Load4bit = False,
+    load_8bit: flags.Load8bit = False,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely answer.")] = 0.2,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest answer.")] = 512,
+    conv_mode: Annotated[
+        str | None, typer.Option(help="LLaVA's conversation template; default: as LLaVA's own chat picks it.")
+    ] = None,
+) -> None:
+    """Talk to a model and its adapters in the terminal; /help there lists the commands.
+
+    Answers go to standard output, everything else to standard error, and questions may come through a pipe.
+    """
+    find_llava()  # says what to do where there is none
+    _quieten()
+    # Standard output is for answers; DeepSpeed, which the loader imports, logs there.
+    with contextlib.redirect_stdout(sys.stderr):
+        chosen = flags.chosen_device(device)
+        install()
+        from llava.utils import disable_torch_init
+
+        from llava_steering_plugin.adapters import folder as files
+        from llava_steering_plugin.chat.session import open_chat
+        from llava_steering_plugin.inference.images import read_image
+        from llava_steering_plugin.inference.sources import read_sources, split_word
+
+        if image is not None:
+            read_image(os.path.expanduser(image))  # said now rather than when the model has loaded
+        disable_torch_init()  # as upstream's programs do: weights that are read need no random ones before
+        name, source = split_word(path)
+        own = [path] if files.find(source) is not None else []
+        if name is not None and not own:
+            raise ArgumentsError(
+                f"{path}: only adapters have names, and {source} is none. Give a base by its folder or hub id alone."
+            )
+        sources = read_sources([*own, *(adapters or []), *(more or [])])
+        opened = open_chat(
+            source,
+            sources,
+            first=next(iter(sources)) if own else None,
+            base=model_base,
+            device=chosen,
+            load_4bit=load_4bit,
+            load_8bit=load_8bit,
+            conversation=conv_mode,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+        )
+    from llava_steering_plugin.chat.terminal import Terminal
+
+    if image is not None:
+        opened.look_at(image)
+    Terminal(opened).run()
+
+
+def _quieten() -> None:
+    """Keeps what LLaVA's libraries say at every load and at every answer out of the conversation."""
+    import transformers
+
+    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        transformers.logging.set_verbosity_error()
+        for library in ("bitsandbytes", "DeepSpeed"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=UserWarning, module="transformers")

@@ -1,0 +1,183 @@
+"""From one of the authors' released checkpoints to an adapter folder, checked on the way and read back at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.attachment import attach
+from llava_steering_plugin.adapters.card import model_card
+from llava_steering_plugin.adapters.compatibility import mode_of
+from llava_steering_plugin.adapters.config import AdapterConfig
+from llava_steering_plugin.adapters.save_load import restore
+from llava_steering_plugin.convert.backbone import Backbone, find_backbone
+from llava_steering_plugin.convert.layouts import read_released
+from llava_steering_plugin.convert.released import Note, Released
+from llava_steering_plugin.errors import AdapterError, BaseMismatch, listing
+from llava_steering_plugin.hooks.decoder import find_decoder
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What came of a conversion.
+
+    Attributes:
+        folder: the adapter.
+        config: its config.
+        parameters: of the mode.
+        size: of the weights file, in bytes.
+        extras: names of the model's own tensors that it carries.
+        checks: what was verified.
+        notes: what was not carried over.
+    """
+
+    folder: Path
+    config: AdapterConfig
+    parameters: int
+    size: int
+    extras: tuple[str, ...]
+    checks: tuple[str, ...]
+    notes: tuple[Note, ...]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    base: str | None = None,
+    *,
+    projector: bool = True,
+    conversation: str | None = None,
+    force: bool = False,
+) -> Conversion:
+    """Writes the released checkpoint in `source` as an adapter folder to `target`.
+
+    Args:
+        source: folder of the checkpoint.
+        target: new or empty folder.
+        base: the model that it was trained on, folder or hub id; None: what the checkpoint itself names.
+        projector: take along the checkpoint's projector, where the base lacks it or has another one.
+        conversation: LLaVA's template that it was trained with; the checkpoints don't say.
+        force: replace the adapter in a `target` that is not empty.
+
+    Raises:
+        SteeringError: anything is wrong with the checkpoint, the base or the target. Nothing has been written then.
+    """
+    path = Path(target).expanduser().absolute()
+    _check_target(path, force)
+    released = read_released(Path(source).expanduser())
+    backbone = find_backbone(released, base)
+    weights = _weights(released, backbone)
+    parameters = sum(value.numel() for value in weights.values())
+    checks, notes = _compared(released, backbone)
+    if conversation is None:
+        text = "not in the checkpoint; name it with --conversation, such as vicuna_v1"
+        notes.append(Note("conversation template", text))
+    extras = backbone.projector(released) if projector else {}
+    if released.projector and not projector:
+        notes.append(Note("projector", "left out, as asked"))
+    added, rows = backbone.vocabulary(released)
+    config = AdapterConfig(
+        released.mode.name,
+        released.mode.settings(),
+        backbone.as_config(),
+        conversation=conversation,
+        added_tokens=added,
+        trained_on={"converted from": f"a {released.mode.name} checkpoint of the authors' code"},
+    )
+    tensors = weights | {files.EXTRA + name: value for name, value in extras.items()} | rows
+    card = model_card(config, parameters, sorted(extras))
+    _write(path, config, tensors, _llava_config(released, backbone), card, backbone)
+    checks.append(f"read back: {len(tensors)} tensors equal to the bit, names and shapes as the base needs them")
+    size = (path / files.WEIGHTS).stat().st_size
+    return Conversion(path, config, parameters, size, tuple(sorted(extras)), tuple(checks), tuple(notes))
+
+
+def _check_target(target: Path, force: bool) -> None:
+    try:
+        if target.exists() and not target.is_dir():
+            raise AdapterError(f"{target} is a file. Give a new folder.")
+        taken = target.exists() and any(target.iterdir())
+    except OSError as error:
+        raise AdapterError(f"{target} cannot be looked into: {error}. Give a new folder.") from error
+    if taken and not force:
+        raise AdapterError(f"{target} is not empty. Give a new folder, or --force to replace the adapter in it.")
+    if taken and files.find(target) is None:
+        raise AdapterError(f"{target} holds something else than an adapter, which --force does not replace.")
+
+
+def _weights(released: Released, backbone: Backbone) -> dict[str, Tensor]:
+    """The mode's tensors by their full names in the adapter."""
+    _, shape = find_decoder(backbone.model)
+    if problems := released.mode.problems(shape):
+        raise BaseMismatch(listing(f"{released.folder} does not fit the base {backbone.as_config()}", problems))
+    modules = released.mode.build(shape)
+    released.fill(shape, modules)
+    return {
+        f"{files.ADAPTER}{path}.{name}": parameter.detach()
+        for path, module in modules.items()
+        for name, parameter in module.named_parameters()
+    }
+
+
+def _compared(released: Released, backbone: Backbone) -> tuple[list[str], list[Note]]:
+    """What was checked against the base, and what is left to say."""
+    checks, notes = [], [*released.notes, *backbone.strangers(released)]
+    if backbone.weights is None:
+        where = "are not on this machine" if backbone.reached else "are not on this machine, nor is it found on the hub"
+        notes.append(Note("base", f"the weights of {backbone.name} {where}, so nothing was compared"))
+    elif compared := backbone.compare(released):
+        checks.append(f"{compared} tensors of the base in the checkpoint have the values of {backbone.name}")
+    return checks, notes
+
+
+def _llava_config(released: Released, backbone: Backbone) -> str:
+    """config.json: the checkpoint's where it describes a LLaVA, else the base's."""
+    own = released.config or {}
+    chosen = own if "mm_vision_tower" in own else backbone.described
+    kept = {key: value for key, value in chosen.items() if key != "quantization_config"}
+    return json.dumps(kept, indent=2, sort_keys=True, default=str) + "\n"
+
+
+def _write(
+    target: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], llava: str, card: str, backbone: Backbone
+) -> None:
+    """Writes beside `target`, reads it back, and only then puts it in place."""
+    staged = target.parent / f".{target.name}.{os.getpid()}.partial"
+    try:
+        files.write(staged, config, tensors, llava, card)
+        _verify(staged, config, tensors, backbone)
+        if target.is_dir() and any(target.iterdir()):
+            files.write(target, config, tensors, llava, card)
+        else:
+            os.replace(staged, target)
+    except OSError as error:
+        raise AdapterError(f"the adapter could not be put at {target}: {error}. Choose another folder.") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _verify(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
+    """Loads what was written onto the base's structure, as `load_adapter` will, and compares every value."""
+    stored = files.read(folder)
+    problems = [] if stored.config == config else ["its config"]
+    problems += sorted(tensors.keys() ^ stored.tensors.keys())
+    common = sorted(tensors.keys() & stored.tensors.keys())
+    problems += [name for name in common if not torch.equal(stored.tensors[name], tensors[name])]
+    if problems:
+        raise AdapterError(listing("the adapter does not read back as it was written; is the disk sound?", problems))
+    # The structure is the language model's alone: a projector has no place in it.
+    own = {name: value for name, value in stored.tensors.items() if not name.startswith(files.EXTRA)}
+    with torch.device("meta"):
+        attachment = attach(backbone.model, mode_of(stored.config))
+    try:
+        restore(attachment, replace(stored, tensors=own))
+    finally:
+        attachment.remove()

@@ -1,0 +1,52 @@
+"""Lets gradient checkpointing recompute a layer in the scope of its forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from llava_steering_plugin.hooks.scope import current, entered
+from llava_steering_plugin.modes.base import DecoderShape
+
+
+def bound_to_scope(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a gradient-checkpointing function so that the recomputation sees the scope of its forward.
+
+    The recomputation runs in the backward pass, after the scope has closed and, on CUDA, in autograd's own thread:
+    unbound, the layers would be recomputed without the adapter, silently.
+    """
+    if hasattr(checkpoint, "_bound_to_scope"):
+        return checkpoint
+
+    def bound(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        scope = current()
+        if scope is None:
+            return checkpoint(run, *args, **kwargs)
+
+        def reinstated(*inner: Any, **named: Any) -> Any:
+            with entered(scope):
+                return run(*inner, **named)
+
+        return checkpoint(reinstated, *args, **kwargs)
+
+    bound._bound_to_scope = checkpoint  # type: ignore[attr-defined]
+    return bound
+
+
+def unbound(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """What `bound_to_scope` has wrapped; any other function as it is."""
+    original: Callable[..., Any] = getattr(checkpoint, "_bound_to_scope", checkpoint)
+    return original
+
+
+def _checkpointing_parts(stack: nn.Module, shape: DecoderShape) -> list[nn.Module]:
+    """Who may hold a checkpointing function: the stack or, in newer versions of transformers, every layer."""
+    return [stack, *(stack.get_submodule(layer.path) for layer in shape.layers)]
+
+
+def _change_checkpointing(parts: list[nn.Module], change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    for part in parts:
+        if checkpoint := part.__dict__.get("_gradient_checkpointing_func"):
+            part.__dict__["_gradient_checkpointing_func"] = change(checkpoint)

@@ -1,0 +1,51 @@
+"""Finds a model's decoder stack by its structure, never by the model's name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.modes.base import DecoderShape, LayerShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, DecoderShape]:
+    """The decoder stack of a Hugging Face causal model, and its shape.
+
+    The stack is what `model.base_model` names; its layers are the shallowest list of `num_hidden_layers` modules in it.
+
+    Raises:
+        SteeringError: no such list, or several equally shallow ones.
+    """
+    config = model.config
+    stack: nn.Module = model.base_model
+    layers = getattr(config, "num_hidden_layers", None)
+    lists = [
+        (path.count("."), path, module)
+        for path, module in stack.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    ]
+    shallowest = [entry for entry in lists if entry[0] == min(lists)[0]] if lists else []
+    if len(shallowest) != 1:
+        raise SteeringError(
+            f"{type(model).__name__}: expected one list of {layers} decoder layers in {type(stack).__name__}, found "
+            f"{', '.join(path for _, path, _ in shallowest) or 'none'}. Only decoder-only language models can be tuned."
+        )
+    _, path, found = shallowest[0]
+    shapes = tuple(
+        LayerShape(f"{path}.{number}", _linears(f"{path}.{number}", layer)) for number, layer in enumerate(found)
+    )
+    return stack, DecoderShape(int(config.hidden_size), shapes)
+
+
+def _linears(prefix: str, layer: nn.Module) -> dict[str, tuple[int, int]]:
+    # bitsandbytes' quantised linears are subclasses too; features rather than weight shapes, which packing changes.
+    return {
+        f"{prefix}.{path}": (module.in_features, module.out_features)
+        for path, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    }

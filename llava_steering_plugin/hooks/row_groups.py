@@ -1,0 +1,140 @@
+"""A batch whose rows have different adapters: each row goes through its own adapter's modules, and no other's."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from llava_steering_plugin.errors import TokenMapError
+from llava_steering_plugin.modes.base import ForwardPass
+
+
+class Adapter(Protocol):
+    """Modules that work on a model without being part of it.
+
+    Attributes:
+        modules: by the path of their host below the decoder stack.
+        idle_at_decode: they change nothing at decode steps.
+    """
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]: ...
+
+    @property
+    def idle_at_decode(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of one pass that share an adapter.
+
+    Attributes:
+        modules: of the adapter, by the path of their host.
+        step: the pass of these rows alone.
+        rows: int64 [rows of the group], their numbers; None if they are all rows of the pass.
+        of: rows and positions of the whole pass.
+    """
+
+    modules: Mapping[str, nn.Module]
+    step: ForwardPass
+    rows: Tensor | None
+    of: tuple[int, int]
+
+    def updated(self, module: nn.Module, output: Tensor, inputs: Any) -> Tensor:
+        """`output` of the whole batch after `module` has seen the rows of this group; it may be written into."""
+        if self.rows is None:
+            result: Tensor = module(output, inputs, self.step)
+            return result
+        rows = self.step.once(("rows", output.device), lambda: _on(self.rows, output.device))
+        part: Tensor = module(self._by_rows(output)[rows], self._by_rows(inputs)[rows], self.step)
+        # Written into the host's own output, which nobody else has seen yet: a copy of it would cost more than the
+        # update. Not where autograd may want the output as it was.
+        whole = output.clone() if output.requires_grad else output
+        self._by_rows(whole).index_copy_(0, rows, part)
+        return whole
+
+    def _by_rows(self, hidden: Any) -> Any:
+        """The view [rows, positions, features] of hidden states whose rows and positions may be flattened into one."""
+        if not isinstance(hidden, Tensor):
+            return _Nothing()
+        if hidden.shape[:-1] == self.of:
+            return hidden
+        if hidden.shape[:-1] != (self.of[0] * self.of[1],):
+            raise TokenMapError(
+                f"a part of the decoder gave {list(hidden.shape)} where the pass has {list(self.of)} rows and "
+                "positions, so nobody can tell whose tokens these are (experts of a mixture get them so). Give all "
+                "rows of a batch the same adapter, one batch for each adapter."
+            )
+        return hidden.view(*self.of, -1)
+
+
+class _Nothing:
+    """Rows of inputs that a host was called without."""
+
+    def __getitem__(self, rows: Tensor) -> None:
+        return None
+
+
+class Rows:
+    """Which adapter each row of a call has, and what the rows of its passes are.
+
+    Args:
+        adapters: one for each row of the call's batch, or one for them all; None is the plain base.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter | None]):
+        self.adapters = tuple(adapters)
+        self.active = tuple(dict.fromkeys(adapter for adapter in adapters if adapter is not None))
+        self._at_decode = tuple(adapter for adapter in self.active if not adapter.idle_at_decode)
+        self._kept: dict[Adapter, dict[Hashable, Any]] = {adapter: {} for adapter in self.active}
+        self._numbers: dict[tuple[int, torch.device], dict[Adapter, Tensor | None]] = {}
+
+    def groups(self, step: ForwardPass) -> tuple[Group, ...]:
+        """The rows of a pass by adapter, leaving out whoever has nothing to do in it.
+
+        Raises:
+            TokenMapError: the rows of the pass are no multiple of those of the call.
+        """
+        working = self._at_decode if step.decode else self.active
+        if not working:
+            return ()
+        rows, positions = step.visual.shape
+        numbers = self._numbers_of(rows, step.visual.device)
+        return tuple(
+            Group(adapter.modules, self._part(step, adapter, numbers[adapter]), numbers[adapter], (rows, positions))
+            for adapter in working
+        )
+
+    def _part(self, step: ForwardPass, adapter: Adapter, rows: Tensor | None) -> ForwardPass:
+        masks = (step.visual, step.text, step.prompt)
+        if rows is not None:
+            masks = (step.visual[rows], step.text[rows], step.prompt[rows])
+        return ForwardPass(*masks, step.decode, self._kept[adapter])
+
+    def _numbers_of(self, rows: int, device: torch.device) -> dict[Adapter, Tensor | None]:
+        """The row numbers of every adapter in a pass of `rows` rows, in which each row of the call may be repeated."""
+        if (rows, device) not in self._numbers:
+            times, rest = divmod(rows, len(self.adapters))
+            if rest:
+                raise TokenMapError(
+                    f"adapters are named for {len(self.adapters)} rows and the hidden states have {rows}, which is no "
+                    "multiple of it. Name one adapter for each row of the batch."
+                )
+            self._numbers[rows, device] = {
+                adapter: self._repeated(adapter, times).to(device) if len(set(self.adapters)) > 1 else None
+                for adapter in self.active
+            }
+        return self._numbers[rows, device]
+
+    def _repeated(self, adapter: Adapter, times: int) -> Tensor:
+        mine = torch.tensor([other is adapter for other in self.adapters])
+        return mine.repeat_interleave(times).nonzero().squeeze(1)
+
+
+def _on(rows: Tensor | None, device: torch.device) -> Tensor:
+    assert rows is not None
+    return rows.to(device)

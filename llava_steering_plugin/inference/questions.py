@@ -1,0 +1,231 @@
+"""BatchAnswers to files of questions, many at once: batches in which every question may ask another adapter.
+
+Questions and answers are upstream's `question.jsonl` and `answer.jsonl`. Upstream's own eval scripts ask one question
+at a time; the answers here are the same, because every row of a batch gets what it gets alone. Only where two tokens
+are as likely in half precision may a batch of unequal lengths round to the other one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llava_steering_plugin.errors import ArgumentsError, listing
+from llava_steering_plugin.inference.images import image_arguments, read_image
+from llava_steering_plugin.pool.pool import BASE, AdapterPool
+from llava_steering_plugin.upstream.conversations import about_an_image, checked_template
+
+# The template that upstream's eval scripts take where none is given.
+CONVERSATION = "llava_v1"
+IMAGE_MARK = "<image>"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One line of a question file.
+
+    Attributes:
+        number: its `question_id`, whatever type that has.
+        image: name of a file in the folder of images; None asks about no image.
+        adapter: who is to answer.
+    """
+
+    number: Any
+    text: str
+    image: str | None
+    adapter: str
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are asked.
+
+    Attributes:
+        batch_size: questions that are answered at once.
+        conversation: LLaVA's template for all of them; None: each adapter's own, `CONVERSATION` for the base.
+        generation: further arguments of `generate`.
+    """
+
+    batch_size: int
+    conversation: str | None
+    generation: dict[str, Any]
+
+
+def read_questions(path: Path, adapter: str = BASE) -> list[Question]:
+    """The questions of a file, one JSON object a line.
+
+    Args:
+        adapter: who answers lines that have no `adapter`.
+
+    Raises:
+        ArgumentsError: the file cannot be read, or lines are no questions; all of them.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ArgumentsError(f"the questions in {path} cannot be read: {error}") from error
+    questions, problems = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            given = json.loads(line)
+        except ValueError as error:
+            problems.append(f"line {number} is no JSON: {error}")
+            continue
+        if not isinstance(given, dict) or "question_id" not in given or not isinstance(given.get("text"), str):
+            problems.append(f"line {number} lacks question_id or text")
+            continue
+        asked = given.get("adapter", adapter), given.get("image")
+        if not isinstance(asked[0], str) or not isinstance(asked[1], str | None):
+            problems.append(f"line {number}: adapter and image must be names")
+            continue
+        if IMAGE_MARK in given["text"]:
+            problems.append(f"line {number} has {IMAGE_MARK} in its text; the image goes before it by itself")
+            continue
+        questions.append(Question(given["question_id"], given["text"], asked[1], asked[0]))
+    if problems:
+        raise ArgumentsError(listing(f"{path} is no file of questions", problems))
+    return questions
+
+
+def check_questions(questions: Sequence[Question], adapters: Collection[str], images: Path) -> None:
+    """Looks whether every question has its image and its adapter.
+
+    Args:
+        adapters: the names that can be asked.
+        images: the folder that questions name their images in.
+
+    Raises:
+        ArgumentsError: some are not there; all of them.
+    """
+    problems = [
+        f"there is no adapter {name!r}: give it with --adapter {name}=PATH; known: {', '.join(adapters)}"
+        for name in sorted({each.adapter for each in questions} - set(adapters))
+    ]
+    problems += [
+        f"there is no image {name}"
+        for name in sorted({each.image for each in questions if each.image is not None})
+        if not os.path.isfile(images / name)
+    ]
+    if problems:
+        raise ArgumentsError(listing(f"not every question can be asked (images from {images})", problems))
+
+
+class BatchAnswers:
+    """Asks the adapters of a pool on a LLaVA.
+
+    Args:
+        processor: the image processor that `load_pretrained_model` gave with the model.
+        images: the folder that questions name their images in.
+
+    Raises:
+        ArgumentsError: the pool's model takes no images.
+    """
+
+    def __init__(self, pool: AdapterPool, tokenizer: Any, processor: Any, images: Path, asking: Asking):
+        from llava.conversation import conv_templates
+
+        self.pool, self.tokenizer, self.processor = pool, tokenizer, processor
+        self.model: Any = pool.model
+        self.images, self.asking, self.templates = images, asking, conv_templates
+        if not hasattr(self.model, "prepare_inputs_labels_for_multimodal"):
+            raise ArgumentsError(f"{type(self.model).__name__} is no LLaVA; questions about images need one.")
+
+    def to(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
+        """The lines of the answer file, in the order of the questions, a batch at a time.
+
+        Raises:
+            ArgumentsError: an image cannot be read; the batches before are answered.
+        """
+        for start in range(0, len(questions), self.asking.batch_size):
+            batch = questions[start : start + self.asking.batch_size]
+            for question, text in zip(batch, self._answered(batch), strict=True):
+                yield _line(question, text)
+
+    def prompt(self, question: Question) -> str:
+        """The question in its conversation template, as upstream's eval scripts write it."""
+        text = question.text if question.image is None else about_an_image(question.text, self.model.config)
+        name = self.asking.conversation or self.pool.details(question.adapter).conversation or CONVERSATION
+        conversation = self.templates[checked_template(name)].copy()
+        conversation.append_message(conversation.roles[0], text)
+        conversation.append_message(conversation.roles[1], None)
+        return str(conversation.get_prompt())
+
+    def _answered(self, batch: Sequence[Question]) -> list[str]:
+        ids, attention = self._tokens(batch)
+        padding = self.tokenizer.pad_token_id
+        options = {"pad_token_id": self.tokenizer.eos_token_id if padding is None else padding}
+        with torch.inference_mode(), self._padding_left():
+            output = self.model.generate(
+                ids,
+                attention_mask=attention,
+                adapter_names=[question.adapter for question in batch],
+                **self._pixels(batch),
+                **options,
+                **self.asking.generation,
+            )
+        return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+    def _tokens(self, batch: Sequence[Question]) -> tuple[Tensor, Tensor]:
+        """Token ids [questions, longest prompt], padded on the left, and their attention mask."""
+        from llava.constants import IMAGE_TOKEN_INDEX
+        from llava.mm_utils import tokenizer_image_token
+
+        rows = [tokenizer_image_token(self.prompt(each), self.tokenizer, IMAGE_TOKEN_INDEX) for each in batch]
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+        present = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        return ids.to(self.model.device), present.to(self.model.device)
+
+    def _pixels(self, batch: Sequence[Question]) -> dict[str, Any]:
+        """The arguments of `generate` that bring the images."""
+        if all(question.image is None for question in batch):
+            return {}
+        return image_arguments([self._picture(question) for question in batch], self.processor, self.model)
+
+    def _picture(self, question: Question) -> Image.Image:
+        if question.image is None:
+            # LLaVA takes an image for a row without a placeholder, too, and uses nothing of it.
+            side = self.processor.crop_size["height"]
+            return Image.new("RGB", (side, side))
+        try:
+            return read_image(self.images / question.image)
+        except ArgumentsError as error:
+            raise ArgumentsError(
+                f"question {question.number!r} cannot be asked: {error} Mend the file, or leave the question out; the "
+                "batches before its own are answered."
+            ) from error
+
+    @contextmanager
+    def _padding_left(self) -> Iterator[None]:
+        """What is generated must follow the prompt, not the padding."""
+        config = self.model.config
+        before = getattr(config, "tokenizer_padding_side", "right")
+        config.tokenizer_padding_side = "left"
+        try:
+            yield
+        finally:
+            config.tokenizer_padding_side = before
+
+
+def _line(question: Question, text: str) -> dict[str, Any]:
+    """A line of upstream's answer file."""
+    return {
+        "question_id": question.number,
+        "prompt": question.text,
+        "text": text,
+        "answer_id": uuid.uuid4().hex,
+        "model_id": question.adapter,
+        "metadata": {},
+    }

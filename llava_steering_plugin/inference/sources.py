@@ -1,0 +1,138 @@
+"""Names of adapters: how a command line gives them, and what the web page shows, which picks templates from them.
+
+Upstream's page decides by substrings, like its chat, but with rules of its own: a name without 'llava' means
+`vicuna_v1`, which is what LLaVA-1.5's `--version v1` trains with, and one with 'llava' never does. So the prefixes here
+are not those of `upstream.naming`, which serve the chat. Upstream main and its wheel have the same rules.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError, listing
+from llava_steering_plugin.upstream.names import harmless
+
+# The beginning of a name that makes the rules of gradio_web_server.py pick each conversation template.
+PREFIXES = {
+    "v1": "",
+    "vicuna_v1": "",
+    "llava_v1": "llava-v1-",
+    "llava_v0": "llava-",
+    "llama_2": "llama-2-",
+    "llava_llama_2": "llava-llama-2-",
+    "mistral_instruct": "llava-mistral-",
+    "chatml_direct": "llava-v1.6-34b-",
+    "mistral_direct": "llava-v1.6-34b-",
+    "mpt": "llava-mpt-",
+    "v1_mmtag": "llava-v1-mmtag-",
+    "v0_mmtag": "llava-mmtag-",
+}
+# What an adapter may be called. Names travel in JSON, in logs and in URLs, and are never made into paths.
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def checked_label(name: str) -> str:
+    """The name, if it may be one.
+
+    Raises:
+        ArgumentsError: it may not.
+    """
+    if not _LABEL.fullmatch(name):
+        raise ArgumentsError(
+            f"{name!r} cannot be the name of an adapter: up to 100 letters, digits, '.', '_' and '-', the first a "
+            "letter or digit. Give it another name (rename the folder; on a command line NAME=PATH)."
+        )
+    return name
+
+
+def label_of(name_or_path: str) -> str:
+    """The name that an adapter gets from where it is: its folder's, with the parent's for a checkpoint.
+
+    Raises:
+        ArgumentsError: that cannot be a name.
+    """
+    folder = os.path.expanduser(name_or_path)
+    parts = (Path(folder).resolve() if os.path.isdir(folder) else Path(name_or_path)).parts
+    last = parts[-1] if parts else ""
+    return checked_label(f"{parts[-2]}_{last}" if last.startswith("checkpoint-") and len(parts) > 1 else last)
+
+
+def split_word(word: str) -> tuple[str | None, str]:
+    """NAME=PATH as name and path; no name where there is none, or where all of it is the path of something."""
+    name, equals, source = word.partition("=")
+    return (name, source) if equals and not os.path.exists(os.path.expanduser(word)) else (None, word)
+
+
+def read_sources(given: Sequence[str]) -> dict[str, str]:
+    """Where each adapter is, by name, of the words [NAME=]ADAPTER of a command line.
+
+    Raises:
+        ArgumentsError: names that cannot be used, or that several adapters have; all of them.
+    """
+    sources: dict[str, str] = {}
+    problems = []
+    for word in given:
+        name, source = split_word(word)
+        folder = os.path.expanduser(source)
+        source = str(Path(folder).absolute()) if os.path.exists(folder) else source
+        try:
+            name = label_of(source) if name is None else checked_label(name)
+            if name in sources:
+                raise ArgumentsError(f"{sources[name]} and {source} are both called {name!r}. Use NAME=PATH.")
+            sources[name] = source
+        except ArgumentsError as error:
+            problems.append(str(error))
+    if problems:
+        raise ArgumentsError(listing("not every adapter can be called by a name of its own", problems))
+    return sources
+
+
+def load_all(load: Callable[[str, str], object], sources: Mapping[str, str]) -> None:
+    """Loads every adapter of `read_sources` with `load`, which takes its name and where it is.
+
+    Raises:
+        AdapterError: some cannot be loaded; all of them.
+    """
+    problems = []
+    for name, source in sources.items():
+        try:
+            load(name, source)
+        except SteeringError as error:
+            problems.append(str(error))
+    if problems:
+        raise AdapterError(listing("not every adapter can be loaded", problems))
+
+
+def check_all(sources: Mapping[str, str]) -> None:
+    """Looks whether there is an adapter at every place: in a second, before a model is loaded for minutes.
+
+    Raises:
+        AdapterError: there are places without one; all of them.
+    """
+    load_all(lambda name, source: files.read_config(files.find(source) or Path(source)), sources)
+
+
+def shown_name(name: str, conversation: str | None, base: str) -> str:
+    """The name under which the adapter `name` is registered, so that the page prompts it as it was trained.
+
+    Args:
+        conversation: its conversation template; None if unknown: then it is prompted like the base.
+        base: the name under which the base is registered.
+
+    Raises:
+        AdapterError: the page has no name for this template.
+    """
+    if conversation is None:
+        # All that the rules find in the base's name, they find in this one.
+        return f"{base}_{harmless(name)}"
+    prefix = PREFIXES.get(conversation)
+    if prefix is None:
+        raise AdapterError(
+            f"the adapter {name!r} was trained with the conversation template {conversation!r}, which LLaVA's web "
+            f"page cannot pick from a model's name; it would prompt it wrongly. The page knows {', '.join(PREFIXES)}."
+        )
+    return prefix + harmless(name)

@@ -1,0 +1,127 @@
+"""Factors: taken out of a pool for every row, and the low-rank update that is made of them. Never [rows, in, out]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llava_steering_plugin.modes.mixlora_routing import Choice
+
+
+class _Take(torch.autograd.Function):
+    """Takes factors out of a pool, with a straight-through gate of 1 + p - stopgrad(p) on each.
+
+    The forward value is the factor to the bit; the gate shows in the backward pass only, where p gets the gradient
+    that a factor's weight would have.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, pool: Tensor, probability: Tensor | None, index: Tensor, scale: float, dtype: torch.dtype
+    ) -> Tensor:
+        taken = pool.index_select(0, index.flatten()).view(*index.shape, -1)
+        taken = (taken if scale == 1 else taken.float() * scale).to(dtype)
+        ctx.scale, ctx.factors, ctx.dtype = scale, pool.shape[0], pool.dtype
+        ctx.save_for_backward(index, taken if probability is not None else None)
+        return taken
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        index, taken = ctx.saved_tensors
+        gradient = gradient.float()
+        for_pool = for_probability = None
+        if ctx.needs_input_grad[0]:
+            # A product with ones and zeros: CUDA leaves the order of scattered sums open, and two runs must agree.
+            places = gradient.new_zeros(index.numel(), ctx.factors).scatter_(1, index.reshape(-1, 1), ctx.scale)
+            for_pool = (places.T @ gradient.flatten(0, 1)).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            weight = (gradient * taken).sum(-1)
+            for_probability = weight.new_zeros(index.shape[0], ctx.factors).scatter_(1, index, weight)
+        return for_pool, for_probability, None, None, None
+
+
+def take(pool: Tensor, choice: Choice, dtype: torch.dtype, *, scale: float = 1.0, gated: bool = False) -> Tensor:
+    """The chosen factors times `scale`, [rows, r, features] of `dtype`, from `pool` [E, features].
+
+    Args:
+        gated: the choice's probabilities get a gradient through a straight-through gate.
+    """
+    probability = choice.probability if gated else None
+    taken: Tensor = _Take.apply(pool, probability, choice.factors, scale, dtype)  # type: ignore[no-untyped-call]
+    return taken
+
+
+class _Entrance(torch.autograd.Function):
+    """The input of a linear, whose gradient gets the update's part written into it.
+
+    Autograd would take one more tensor of the input's size for that part, and pass over three of them for the sum. A
+    linear's gradient is a product of its own making, which nobody else holds, so it may be written into.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        ctx.updates = {}  # from `_Updated`, whose backward comes before this one
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        for for_narrow, a in ctx.updates.values():
+            gradient.baddbmm_(for_narrow.transpose(1, 2), a)
+        ctx.updates.clear()
+        return gradient
+
+
+def entrance(hidden: Tensor) -> Tensor:
+    """`hidden`, [rows, positions, in], to call a linear and then `updated` on: cheaper in the backward pass."""
+    result: Tensor = _Entrance.apply(hidden)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Updated(torch.autograd.Function):
+    """The low-rank update, its backward written out: the narrow tensors lie as [rows, r, positions].
+
+    Left to autograd, half of the backward's products get a transposed narrow operand, and take three times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, hidden: Tensor, a: Tensor, b: Tensor, way_in: Any) -> Tensor:
+        narrow = torch.bmm(a, hidden.transpose(1, 2))
+        ctx.way_in = way_in
+        ctx.save_for_backward(hidden, a, b, narrow)
+        ctx.mark_dirty(output)
+        return output.baddbmm_(narrow.transpose(1, 2), b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, a, b, narrow = ctx.saved_tensors
+        for_narrow = torch.bmm(b, gradient.transpose(1, 2))
+        for_hidden = None
+        if ctx.way_in is not None:
+            # By the call: of several backward passes over one graph, not all need to come to the entrance.
+            ctx.way_in.updates[id(ctx)] = for_narrow, a
+        elif ctx.needs_input_grad[1]:
+            for_hidden = torch.bmm(for_narrow.transpose(1, 2), a)
+        for_a = torch.bmm(for_narrow, hidden) if ctx.needs_input_grad[2] else None
+        for_b = torch.bmm(narrow, gradient) if ctx.needs_input_grad[3] else None
+        return gradient, for_hidden, for_a, for_b, None
+
+
+def updated(output: Tensor, hidden: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`output` plus (hidden a^T) b, [rows, positions, out], with factors a [rows, r, in] and b [rows, r, out].
+
+    Written into `output`, which its linear has just made and needs no more: a copy takes longer than the update.
+    """
+    if torch.is_grad_enabled() and output._is_view():
+        # Autograd lets nobody write into a view that another function's forward has made, as that of bitsandbytes'
+        # 8-bit linears. Nothing tells it from an ordinary one, as that of a linear with a bias, which is copied too.
+        output = output.clone()
+    # Only where `hidden` is what came of `entrance`, and not a cast, a view or a dropout of it.
+    way_in = hidden.grad_fn if type(hidden.grad_fn) is _Entrance._backward_cls else None
+    result: Tensor = _Updated.apply(output, hidden, a, b, way_in)  # type: ignore[no-untyped-call]
+    return result

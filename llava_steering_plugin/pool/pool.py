@@ -1,0 +1,299 @@
+"""A pool of adapters on one model: each row of a batch names its own, and none pays for the others.
+
+    pool = AdapterPool(model)
+    pool.load("cats", "./checkpoints/cats")
+    pool.load("pets", "./checkpoints/pets")
+    model.generate(ids, images=images, adapter_names=["cats", "__base__", "pets"])
+
+The adapters are no part of the model. Hosts that some adapter works on have one hook each, which looks up what the rows
+of the present call need; a generation looks the names up once, when it begins, and keeps what it found to its end.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from llava_steering_plugin.errors import ArgumentsError, SteeringError, TokenMapError
+from llava_steering_plugin.hooks.hosts import SharedHooks, dispatch
+from llava_steering_plugin.hooks.owner import ModelOwner, owner_of
+from llava_steering_plugin.hooks.scope import Scope, current, naming
+from llava_steering_plugin.modes.base import ForwardPass
+from llava_steering_plugin.pool.adapter import PooledAdapter
+from llava_steering_plugin.pool.projectors import PROJECTOR, ServedRows, project_by_row, projector_of
+from llava_steering_plugin.pool.reading import read_pooled
+from llava_steering_plugin.pool.residency import Residency
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BASE = "__base__"
+
+
+@dataclass(frozen=True)
+class AdapterDetails:
+    """What a pool knows of one adapter.
+
+    Attributes:
+        mode, settings: its tuning mode; "none" and nothing for the plain base.
+        parameters: how many numbers it holds, with a projector of its own.
+        bytes: the memory these take.
+        path: the folder it was read from; for the base, what the model was loaded from.
+        resident: on the model's device; else it waits in CPU memory.
+        conversation: LLaVA's conversation template that it was trained with; None if unknown.
+    """
+
+    name: str
+    mode: str
+    settings: dict[str, Any]
+    parameters: int
+    bytes: int
+    path: Path
+    resident: bool
+    conversation: str | None
+
+
+class AdapterPool(ModelOwner):
+    """Owns one model and holds any number of adapters for it; rows that name none run on the plain base.
+
+    Threads may generate at once on the one model while others load and unload. Have the model on its device before:
+    adapters are moved to where their hosts are when they are first used.
+
+    Args:
+        model: the base, as `load_pretrained_model` or `from_pretrained` gives it.
+        tokenizer: the base's; needed for adapters with tokens of their own, which it must know already.
+        max_resident: how many adapters may be on the model's device. The least recently used of the others wait in
+            CPU memory; those in use stay, also above this number.
+
+    Raises:
+        SteeringError: the model carries an adapter or a pool already, or no decoder is found in it.
+    """
+
+    BASE: ClassVar[str] = BASE
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any = None, *, max_resident: int | None = None):
+        super().__init__(model)
+        if max_resident is not None and max_resident < 1:
+            raise ArgumentsError(f"max_resident is {max_resident}; at least one adapter must fit on the device")
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._entries: dict[str, PooledAdapter] = {}
+        self._retired: set[PooledAdapter] = set()
+        found = projector_of(model)
+        self._projector = found[1] if found is not None else None
+        self._hooks = SharedHooks(self._hook)
+        self._residents = Residency(self.stack.get_submodule, self._projector, max_resident)
+        self.take()
+
+    def load(self, name: str, name_or_path: str | os.PathLike[str]) -> None:
+        """Adds an adapter under `name`, or replaces the one of that name for all calls that begin from now on.
+
+        Args:
+            name: any text but `BASE`.
+            name_or_path: adapter folder or hub id.
+
+        Raises:
+            ArgumentsError: the name cannot be used.
+            AdapterError: not found, damaged, of another kind, with tensors that do not fit, or one that needs more of
+                its base than modules and a projector; nothing has changed then.
+            BaseMismatch: the model is not the base that the adapter was trained on.
+            SteeringError: the pool was removed from its model.
+            RuntimeError: the device has no memory left; nothing has changed then, either.
+        """
+        if not isinstance(name, str) or not name.strip() or name == BASE:
+            raise ArgumentsError(f"an adapter cannot be called {name!r}: {BASE} is the plain model, the rest any text")
+        entry = read_pooled(self.model, self.shape, self._tokenizer, name, name_or_path)
+        with self._lock:
+            if owner_of(self.model) is not self:
+                raise SteeringError("this pool has given its model back; make a new one with AdapterPool(model).")
+            self._hooks.need(_hosts(entry))
+            try:
+                self._residents.add(entry)
+            except BaseException:  # the device is full
+                self._retire(entry)
+                raise
+            before = self._entries.get(name)
+            self._entries[name] = entry
+            if before is not None:
+                self._retire(before)
+
+    def unload(self, name: str) -> None:
+        """Takes an adapter out of the pool. Generations that use it keep it to their end.
+
+        Raises:
+            ArgumentsError: the pool has none of that name.
+        """
+        with self._lock:
+            entry = self._find(name)
+            if entry is None:
+                raise ArgumentsError(f"{BASE} is the plain model, which cannot be unloaded")
+            del self._entries[name]
+            self._retire(entry)
+
+    def names(self) -> list[str]:
+        """The names that a row may give: `BASE`, then the adapters in the order of their first loading."""
+        with self._lock:
+            return [BASE, *self._entries]
+
+    def details(self, name: str) -> AdapterDetails:
+        """What the pool knows of an adapter, or of the base.
+
+        Raises:
+            ArgumentsError: the pool has none of that name.
+        """
+        with self._lock:
+            entry = self._find(name)
+            if entry is None:
+                path = Path(getattr(self.model.config, "_name_or_path", ""))
+                return AdapterDetails(BASE, "none", {}, 0, 0, path, True, None)
+            tensors, config = entry.tensors(), entry.config
+            return AdapterDetails(
+                name,
+                config.mode,
+                dict(config.settings),
+                sum(tensor.numel() for tensor in tensors),
+                sum(tensor.nbytes for tensor in tensors),
+                entry.path,
+                entry.resident,
+                config.conversation,
+            )
+
+    def remove(self) -> None:
+        """Gives the model back as it was, to the bit.
+
+        Raises:
+            SteeringError: generations are running on it.
+        """
+        with self._lock:
+            busy = sum(entry.users for entry in (*self._entries.values(), *self._retired))
+            if busy:
+                raise SteeringError(f"{busy} adapters of this pool are in use; let the generations end first.")
+            for entry in self._entries.values():
+                self._retire(entry)
+            self._entries.clear()
+            self.release()
+
+    def check(self, names: str | Sequence[str]) -> None:
+        """ArgumentsError if a name is unknown."""
+        with self._lock:
+            for name in [names] if isinstance(names, str) else names:
+                self._find(name)
+
+    def _hook(self, path: str) -> RemovableHandle:
+        if path == PROJECTOR and self._projector is not None:
+            return self._projector.register_forward_hook(project_by_row(self._projector))
+        return self.stack.get_submodule(path).register_forward_hook(dispatch(path), with_kwargs=True)
+
+    def _retire(self, entry: PooledAdapter) -> None:
+        """An adapter leaves the pool; the last generation that uses it takes its hooks off."""
+        self._residents.forget(entry)
+        if entry.users:
+            self._retired.add(entry)
+        else:
+            self._hooks.release(_hosts(entry))
+
+    def _find(self, name: object) -> PooledAdapter | None:
+        if name == BASE:
+            return None
+        if isinstance(name, str) and name in self._entries:
+            return self._entries[name]
+        near = difflib.get_close_matches(str(name), self._entries, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ArgumentsError(f"unknown adapter {name!r}: {hint}Known: {', '.join([BASE, *self._entries])}")
+
+    def _acquire(self, names: str | Sequence[str]) -> list[PooledAdapter | None]:
+        with self._lock:
+            entries = [self._find(name) for name in ([names] if isinstance(names, str) else names)]
+            self._residents.enter({entry for entry in entries if entry is not None})
+            return entries
+
+    def _give_back(self, entries: list[PooledAdapter | None]) -> None:
+        with self._lock:
+            used = {entry for entry in entries if entry is not None}
+            self._residents.leave(used)
+            for entry in used & self._retired:
+                if not entry.users:
+                    self._retired.remove(entry)
+                    self._hooks.release(_hosts(entry))
+
+    @contextmanager
+    def _opened(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, generating: bool) -> Iterator[Scope]:
+        names: str | Sequence[str] | None = kwargs.pop("adapter_names", None)
+        if names is None:
+            around = current()
+            names = around.names.get(id(self), BASE) if around is not None else BASE
+        if not isinstance(names, str):
+            _check_count(names, args, kwargs)
+        entries = self._acquire(names)
+        try:
+            with super()._opened(args, kwargs, generating=generating) as scope:
+                scope.rows = rows = ServedRows(entries)
+                if not rows.active:
+                    scope.disabled |= {id(self)}
+                yield scope
+        finally:
+            self._give_back(entries)
+
+    def _begin(self, scope: Scope, step: ForwardPass) -> None:
+        if scope.rows is not None:
+            scope.groups = scope.rows.groups(step)
+        elif id(self) in scope.names:
+            raise TokenMapError(
+                f"{type(self.stack).__name__} was called on its own, so the pool cannot tell which adapters its rows "
+                "have. Call the whole model."
+            )
+
+    def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        scope = current()
+        if scope is not None and scope.owner is self and isinstance(scope.rows, ServedRows):
+            if scope.rows.brings_projectors and id(self) not in scope.disabled:
+                scope.rows.assign_images(original, *args, **kwargs)
+        return super()._prepare(original, *args, **kwargs)
+
+
+def _hosts(entry: PooledAdapter) -> list[str]:
+    """The paths of the hosts that need a hook for this adapter."""
+    return [*entry.modules, *([PROJECTOR] if entry.projector is not None else [])]
+
+
+def _check_count(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses any other number of names than the batch has rows."""
+    given = (args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
+    rows = next((len(batch) for batch in given if isinstance(batch, Tensor)), len(names))
+    if rows != len(names) or not names:
+        raise ArgumentsError(
+            f"adapter_names has {len(names)} names and the batch {rows} rows. Give one name for each row, {BASE} for "
+            "the plain model, or one text for them all."
+        )
+
+
+@contextmanager
+def use_adapter(model: PreTrainedModel, names: str | Sequence[str]) -> Iterator[None]:
+    """Inside the block, and in this thread, calls of `model` that name no adapter run with these.
+
+        with use_adapter(model, "cats"):
+            run_an_evaluation(model)
+
+    Raises:
+        SteeringError: the model carries no pool.
+        ArgumentsError: an unknown name.
+    """
+    pool = owner_of(model)
+    if not isinstance(pool, AdapterPool):
+        raise SteeringError(f"this {type(model).__name__} carries no pool of adapters; AdapterPool(model) makes one.")
+    pool.check(names)
+    with naming(pool, names):
+        yield
+
+
+# The name of the first versions.
+using = use_adapter

@@ -1,0 +1,127 @@
+"""Adapters that bring their own trained projector: every image is projected by the adapter of the row it belongs to.
+
+LLaVA projects all images of a batch in one call of `mm_projector`, before it knows which row takes which. It hands them
+out in order: each row takes as many as it has placeholders, and one where it has none. An image may be several tiles.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_steering_plugin.adapters.attachment import set_parameters
+from llava_steering_plugin.adapters.quantised import unquantise
+from llava_steering_plugin.errors import UpstreamError
+from llava_steering_plugin.hooks.row_groups import Rows
+from llava_steering_plugin.hooks.scope import current
+from llava_steering_plugin.hooks.token_map import nothing_to_splice, signature_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llava_steering_plugin.pool.adapter import PooledAdapter
+
+PROJECTOR = "mm_projector"
+
+
+def projector_of(model: PreTrainedModel) -> tuple[str, nn.Module] | None:
+    """LLaVA's projector and its name in the model; None if the model has none."""
+    found = (entry for entry in model.named_modules() if entry[0].rpartition(".")[2] == PROJECTOR)
+    return next(found, None)
+
+
+def own_projector(projector: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """A copy of the base's projector with an adapter's tensors, by their names below it."""
+    own = copy.deepcopy(projector)
+    unquantise(own, tensors, dtype)
+    set_parameters({name: own.get_parameter(name) for name in tensors}, dict(tensors))
+    return own.eval().requires_grad_(False)
+
+
+class ServedRows(Rows):
+    """Which adapter each row of a call has, and which tiles of images go through which projector."""
+
+    def __init__(self, entries: Sequence[PooledAdapter | None]):
+        super().__init__(entries)
+        self.entries = tuple(entries)
+        self._tiles = 0
+        self._projected: tuple[tuple[nn.Module, Tensor], ...] = ()
+
+    @property
+    def brings_projectors(self) -> bool:
+        """Whether any row's adapter has a projector of its own."""
+        return any(entry is not None and entry.projector is not None for entry in self.entries)
+
+    def assign_images(self, splice: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Finds out from the arguments of LLaVA's splice which tiles belong to which row."""
+        from llava.constants import IMAGE_TOKEN_INDEX
+
+        self._projected = ()
+        if nothing_to_splice(splice, args, kwargs):
+            return
+        call = signature_of(splice).bind(*args, **kwargs)
+        call.apply_defaults()
+        ids, attention, images = (call.arguments.get(name) for name in ("input_ids", "attention_mask", "images"))
+        if images is None:
+            return
+        present = ids == IMAGE_TOKEN_INDEX
+        if attention is not None:
+            present &= attention.bool()
+        tiles = _tiles(images)
+        owners: list[PooledAdapter | None] = []
+        for row, count in enumerate(present.sum(1).tolist()):
+            entry = self.entries[row if len(self.entries) > 1 else 0]
+            # A row without a placeholder takes an image too, and none of its features.
+            owners += [entry] * max(1, count)
+        # Images that no row takes are projected all the same; by whom does not matter.
+        owners = (owners + [None] * len(tiles))[: len(tiles)]
+        of_tiles = [owner for owner, count in zip(owners, tiles, strict=True) for _ in range(count)]
+        self._tiles = len(of_tiles)
+        self._projected = tuple(
+            (entry.projector, torch.tensor([number for number, owner in enumerate(of_tiles) if owner is entry]))
+            for entry in dict.fromkeys(of_tiles)
+            if entry is not None and entry.projector is not None
+        )
+
+    def project(self, features: Tensor, output: Tensor) -> Tensor:
+        """What the base's projector made of `features` [tiles, patches, width], with the tiles of others replaced.
+
+        Raises:
+            UpstreamError: the projector is not called once for all images, as LLaVA calls it.
+        """
+        if not self._projected:
+            return output
+        if features.shape[0] != self._tiles:
+            raise UpstreamError(
+                f"this LLaVA projects {features.shape[0]} images at once where the batch has {self._tiles}, so nobody "
+                "can tell whose they are. Serve adapters that bring their own projector alone."
+            )
+        output = output.clone() if output.requires_grad else output
+        for projector, tiles in self._projected:
+            numbers = tiles.to(features.device)
+            output.index_copy_(0, numbers, projector(features[numbers]))
+        return output
+
+
+def _tiles(images: Any) -> list[int]:
+    """How many tiles each image of a batch consists of."""
+    if isinstance(images, Tensor) and images.dim() < 5:
+        return [1] * len(images)
+    return [image.shape[0] if image.dim() == 4 else 1 for image in images]
+
+
+def project_by_row(projector: nn.Module) -> Callable[..., Any]:
+    """A forward hook for the base's projector."""
+
+    def hook(host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        scope = current()
+        # An adapter's own projector is a copy, and may have been copied with this hook.
+        if host is not projector or scope is None or not isinstance(scope.rows, ServedRows):
+            return None
+        return scope.rows.project(args[0], output)
+
+    return hook

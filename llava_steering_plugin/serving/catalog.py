@@ -1,0 +1,164 @@
+"""Who can be asked for: the adapters of a pool and the plain base, by the names that the web page shows."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
+from llava_steering_plugin.inference.sources import checked_label, shown_name
+from llava_steering_plugin.pool.pool import BASE, AdapterPool
+
+logger = logging.getLogger(__name__)
+
+KEPT_REFUSALS = 100
+
+
+@dataclass(frozen=True)
+class ServedAdapter:
+    """One adapter that is served: its name, the name that the page shows, and where it came from."""
+
+    name: str
+    shown: str
+    source: str
+
+
+class AdapterCatalog:
+    """Adds, replaces and removes adapters, one at a time; whoever is being answered keeps the adapter it began with.
+
+    Attributes:
+        base: the name under which the plain base is registered.
+        rejected: why adapters were not taken, by name, until one of that name is; the newest.
+        followers: called after every attempt to change something, in the thread that made it.
+    """
+
+    def __init__(self, pool: AdapterPool, base: str):
+        self.pool = pool
+        self.base = base
+        self.rejected: dict[str, str] = {}
+        self.followers: list[Callable[[], None]] = []
+        self._entries: Mapping[str, ServedAdapter] = {}
+        self._changing = threading.Lock()
+        self._rejecting = threading.Lock()
+
+    def names(self) -> list[str]:
+        """What the page lists: the base, then the adapters in the order in which they came."""
+        return [self.base, *(entry.shown for entry in self._entries.values())]
+
+    def entries(self) -> list[ServedAdapter]:
+        return list(self._entries.values())
+
+    def find(self, shown: str) -> str | None:
+        """The pool's name of what the page calls `shown`; None if there is no such thing."""
+        if shown == self.base:
+            return BASE
+        return next((entry.name for entry in self._entries.values() if entry.shown == shown), None)
+
+    def put(self, name: str, source: str) -> ServedAdapter:
+        """Adds the adapter at `source`, a folder or a hub id, or replaces the one of that name.
+
+        Raises:
+            SteeringError: it cannot be served; the reason is kept in `rejected` under any name that an adapter may
+                have, and nothing has changed.
+        """
+        checked_label(name)
+        with self._change():
+            try:
+                entry = self._checked(name, source)
+                self.pool.load(name, source)
+            except SteeringError as error:
+                self.reject(name, str(error))
+                raise
+            except Exception as error:  # a disk that fails, memory that is full, or what nobody has thought of
+                reason = f"{source} could not be loaded: {type(error).__name__}: {error}"
+                self.reject(name, reason)
+                raise AdapterError(reason) from error
+            self.accept(name)
+            self._entries = {**self._entries, name: entry}
+        logger.info("serving %s as %s", name, entry.shown)
+        return entry
+
+    def drop(self, name: str) -> None:
+        """Takes an adapter away.
+
+        Raises:
+            ArgumentsError: there is none of that name.
+        """
+        with self._change():
+            if name not in self._entries:
+                raise ArgumentsError(f"there is no adapter {name!r} to remove; there are: {', '.join(self._entries)}.")
+            # First the name, then the weights: nobody finds a name that leads nowhere.
+            self._entries = {other: entry for other, entry in self._entries.items() if other != name}
+            self.pool.unload(name)
+        logger.info("no longer serving %s", name)
+
+    def reject(self, name: str, reason: str) -> None:
+        """Keeps the reason why an adapter is not served."""
+        name, reason = printable(name), printable(reason)
+        with self._rejecting:
+            others = [item for item in self.rejected.items() if item[0] != name]
+            self.rejected = dict([*others, (name, reason)][-KEPT_REFUSALS:])  # another one: somebody may be reading it
+
+    def accept(self, name: str) -> None:
+        """Forgets why an adapter was not served."""
+        with self._rejecting:
+            self.rejected = {other: reason for other, reason in self.rejected.items() if other != printable(name)}
+
+    def table(self) -> list[dict[str, Any]]:
+        """What is known of each adapter, for whoever administers the server."""
+        return [
+            {
+                "name": entry.name,
+                "shown": entry.shown,
+                "source": entry.source,
+                "mode": details.mode,
+                "settings": details.settings,
+                "parameters": details.parameters,
+                "bytes": details.bytes,
+                "resident": details.resident,
+                "conversation": details.conversation,
+            }
+            for entry in self.entries()
+            if (details := self._details(entry.name)) is not None
+        ]
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        try:
+            with self._changing:
+                yield
+        finally:
+            for follower in list(self.followers):
+                follower()
+
+    def _details(self, name: str) -> Any:
+        try:
+            return self.pool.details(name)
+        except SteeringError:
+            return None  # removed since the list was made
+
+    def _checked(self, name: str, source: str) -> ServedAdapter:
+        folder = files.find(source)
+        if folder is None:
+            files.read(Path(source))  # says why
+            raise AdapterError(f"{source} is no adapter: no such folder, and no such model on the hub.")
+        shown = shown_name(name, files.read_config(folder).conversation, self.base)
+        taken = {entry.shown: entry.name for entry in self._entries.values() if entry.name != name} | {self.base: BASE}
+        if shown in taken:
+            holder = "the base" if taken[shown] == BASE else f"the adapter {taken[shown]!r}"
+            raise ArgumentsError(
+                f"the adapter {name!r} ({source}) would be shown as {shown!r}, as {holder} is already. "
+                "Give it another name (rename the folder; on a command line NAME=PATH)."
+            )
+        return ServedAdapter(name, shown, source)
+
+
+def printable(text: str) -> str:
+    """Names of files may hold bytes that are no text."""
+    return text.encode(errors="backslashreplace").decode()

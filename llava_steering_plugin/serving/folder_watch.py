@@ -1,0 +1,149 @@
+"""A folder of adapter folders, watched: what is put there is served, what is replaced is loaded again.
+
+Looked at every few seconds rather than by the kernel's notices, which network file systems do not send. An adapter's
+weights are replaced by one rename (`adapters.files`), so their time, size and number on disk tell of every change. What
+copies a file in place is met by waiting until two looks see the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from llava_steering_plugin.adapters.folder import WEIGHTS
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.serving.catalog import AdapterCatalog, printable
+
+logger = logging.getLogger(__name__)
+
+Signature = tuple[int, int, int]
+
+
+def checked_folder(folder: Path) -> Path:
+    """The folder, if there is one; ArgumentsError otherwise."""
+    if not folder.is_dir():
+        raise ArgumentsError(f"--adapter-dir {folder} is no folder. Create it; it may be empty.")
+    return folder
+
+
+class WatchedFolder(threading.Thread):
+    """Keeps a roster in step with a folder; a broken adapter is reported once and the one before it goes on serving.
+
+    Args:
+        changed: called after the roster has changed.
+        every: seconds between two looks.
+
+    Raises:
+        ArgumentsError: there is no such folder.
+    """
+
+    def __init__(self, folder: Path, roster: AdapterCatalog, changed: Callable[[], None], every: float = 2.0):
+        super().__init__(name="watched-folder", daemon=True)
+        self.folder = checked_folder(folder)
+        self._roster = roster
+        self._changed = changed
+        self._every = every
+        self._seen: dict[str, Signature] = {}
+        self._taken: dict[str, Signature] = {}
+        self._refused: dict[str, Signature] = {}
+        self._trouble = ""
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self._stopped.wait(self._every):
+            self.look()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def look(self, settled: bool = False) -> bool:
+        """Compares the folder with what was taken from it, and says whether the roster has changed.
+
+        Args:
+            settled: nothing is being copied: take what is there without a second look.
+        """
+        try:
+            found, unread = self._found()
+        except OSError as error:
+            self._complain([error])
+            return False
+        self._complain(list(unread.values()))
+        changed = False
+        for name in (self._taken.keys() | self._refused.keys()) - found.keys() - unread.keys():
+            self._taken.pop(name, None)
+            self._refused.pop(name, None)
+            changed |= self._drop(name)
+        for name, signature in found.items():
+            if self._taken.get(name) == signature or not (settled or self._seen.get(name) == signature):
+                continue
+            if (other := self._source(name)) is not None and not self._is_mine(name, other):
+                # Tried again in every look: the other one may go.
+                self._refuse(name, signature, f"{name!r} is {other} already. Rename the folder.")
+                continue
+            self._taken[name] = signature  # whatever comes of it: it is not tried again before it changes
+            changed |= self._put(name, signature)
+        self._seen = found
+        if changed:
+            self._changed()
+        return changed
+
+    def _found(self) -> tuple[dict[str, Signature], dict[str, OSError]]:
+        """The adapters that are there, and what keeps others from being looked at, which may be there all the same."""
+        found, unread = {}, {}
+        for entry in sorted(self.folder.iterdir()):
+            if entry.name.startswith("."):
+                continue
+            try:
+                status = (entry / WEIGHTS).stat()
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # no adapter, not yet or not any more
+            except OSError as error:  # a server of files that is away, a folder that is closed to us
+                unread[entry.name] = error
+                continue
+            found[entry.name] = (status.st_mtime_ns, status.st_size, status.st_ino)
+        return found, unread
+
+    def _complain(self, errors: list[OSError]) -> None:
+        """Says what cannot be read, once while it is the same."""
+        trouble = "; ".join(map(str, errors))
+        if trouble and trouble != self._trouble:
+            text = f"{self.folder} cannot be read: {trouble}; what was taken from there goes on serving"
+            logger.warning("%s", printable(text))
+        self._trouble = trouble
+
+    def _put(self, name: str, signature: Signature) -> bool:
+        try:
+            self._roster.put(name, str(self.folder / name))
+        except SteeringError as error:
+            self._refuse(name, signature, str(error))
+            return False
+        self._refused.pop(name, None)
+        return True
+
+    def _refuse(self, name: str, signature: Signature, reason: str) -> None:
+        """Says why, once for what is there now."""
+        if self._refused.get(name) != signature:
+            self._refused[name] = signature
+            logger.warning("%s is not served: %s", printable(str(self.folder / name)), printable(reason))
+            self._roster.reject(name, reason)
+
+    def _drop(self, name: str) -> bool:
+        self._roster.accept(name)
+        if not self._is_mine(name, self._source(name)):
+            return False
+        try:
+            self._roster.drop(name)
+        except SteeringError:
+            return False  # an administrator was faster
+        return True
+
+    def _is_mine(self, name: str, source: str | None) -> bool:
+        """Whether that is the folder's own adapter, by whatever links its path leads there."""
+        return source is not None and os.path.realpath(source) == os.path.realpath(self.folder / name)
+
+    def _source(self, name: str) -> str | None:
+        """Where the adapter of that name came from, which may be a flag or an administrator."""
+        return next((entry.source for entry in self._roster.entries() if entry.name == name), None)

@@ -1,0 +1,152 @@
+"""/admin/adapters: adds, replaces and removes adapters while the worker serves. Off unless there is a token."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+import re
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.serving.catalog import AdapterCatalog
+from llava_steering_plugin.serving.http.limits import Limits
+from llava_steering_plugin.serving.http.protocol import Refused, read_object
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+TOKEN_CHARACTERS = 16
+
+
+def checked_token(token: str) -> str:
+    """The token, if it is long enough to be a secret.
+
+    Raises:
+        ArgumentsError: it is not.
+    """
+    if len(token) < TOKEN_CHARACTERS:
+        raise ArgumentsError(
+            f"the admin token has {len(token)} characters; it needs {TOKEN_CHARACTERS} at least. Make one with "
+            "`openssl rand -hex 16`, or leave it out: /admin is then off."
+        )
+    return token
+
+
+class Admin:
+    """What an administrator may do, and from where adapters may come.
+
+    Args:
+        token: what requests have to bring as `Authorization: Bearer TOKEN`.
+        changed: called after the roster has changed.
+        folder: adapters may be named by paths below it; None: only by hub ids.
+        any_path: they may be anywhere.
+
+    Raises:
+        ArgumentsError: the token is too short.
+    """
+
+    def __init__(
+        self,
+        token: str,
+        roster: AdapterCatalog,
+        changed: Callable[[], None],
+        limits: Limits,
+        *,
+        folder: Path | None = None,
+        any_path: bool = False,
+    ):
+        self._token = checked_token(token).encode(errors="surrogateescape")  # the bytes that the environment had
+        self._roster = roster
+        self._changed = changed
+        self._limits = limits
+        self._folder = folder
+        self._any_path = any_path
+        # Of its own: what loads for minutes would take the threads in which requests are checked. One: the roster
+        # changes one adapter at a time.
+        self._thread = ThreadPoolExecutor(1, "administering")
+
+    def routes(self) -> list[Route]:
+        """For the worker's application."""
+        return [
+            Route("/admin/adapters", self._guarded(self._list), methods=["GET"]),
+            Route("/admin/adapters", self._guarded(self._put), methods=["POST"]),
+            Route("/admin/adapters/{name}", self._guarded(self._drop), methods=["DELETE"]),
+        ]
+
+    def _guarded(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        async def guarded(request: Request) -> Response:
+            try:
+                kind, _, given = request.headers.get("authorization", "").partition(" ")
+                # Both in every case, and in constant time: how long a refusal takes tells nothing of the token.
+                # Latin-1 gives back the bytes that were sent.
+                right = hmac.compare_digest(given.encode("latin-1"), self._token)
+                if not (right & (kind.lower() == "bearer")):
+                    raise Refused(401, "This needs the admin token: Authorization: Bearer TOKEN.")
+                return await answer(request)
+            except Refused as refused:
+                logger.warning("admin request refused with %d", refused.status)
+                return refused.response()
+            except SteeringError as error:
+                return Refused(409, f"{type(error).__name__}: {error}").response()
+
+        return guarded
+
+    async def _list(self, request: Request) -> Response:
+        adapters = await asyncio.to_thread(self._roster.table)
+        return JSONResponse({"base": self._roster.base, "adapters": adapters, "rejected": self._roster.rejected})
+
+    async def _put(self, request: Request) -> Response:
+        data = await read_object(request, self._limits)
+        name, path = data.get("name"), data.get("path")
+        if not isinstance(name, str) or not isinstance(path, str) or not path or "\0" in path:
+            raise Refused(422, 'The request has to be {"name": NAME, "path": FOLDER or HUB/ID}.')
+        source = self._allowed(path)
+        entry = await self._change(self._roster.put, name, source)
+        return JSONResponse({"name": entry.name, "shown": entry.shown})
+
+    async def _drop(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in {entry.name for entry in self._roster.entries()}:
+            raise Refused(404, "There is no adapter of that name here.")
+        await self._change(self._roster.drop, name)
+        return JSONResponse({"name": name})
+
+    async def _change(self, what: Callable[..., T], *args: str) -> T:
+        done = await asyncio.get_running_loop().run_in_executor(self._thread, what, *args)
+        self._changed()
+        return done
+
+    def _allowed(self, path: str) -> str:
+        """The path, if adapters may come from there: links are followed first. A folder goes before a hub id.
+
+        Where any path may be named, one in the watched folder means the same as where none may.
+
+        Raises:
+            Refused: they may not.
+        """
+        if self._any_path:
+            below = os.path.join(os.path.realpath(self._folder), path) if self._folder is not None else ""
+            return below if os.path.exists(below) else str(Path(path).expanduser())
+        hub_id = _HUB_ID.fullmatch(path) is not None
+        if self._folder is not None:
+            below = os.path.realpath(self._folder)
+            wanted = os.path.realpath(os.path.join(below, path))
+            inside = wanted != below and Path(wanted).is_relative_to(below)
+            if inside and (os.path.exists(wanted) or not hub_id):
+                return wanted
+        # Where the worker was started may be a folder of that name: loading would take that one.
+        if hub_id and not os.path.exists(path):
+            return path
+        where = f"paths below {self._folder} and hub ids" if self._folder is not None else "hub ids"
+        raise Refused(403, f"Adapters are only taken from {where}; --admin-any-path lifts this.")

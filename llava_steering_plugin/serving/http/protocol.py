@@ -1,0 +1,112 @@
+"""Upstream's wire: how a request is read, and how one that may not be answered is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from llava_steering_plugin.serving.http.limits import Limits
+
+# Upstream's page shows the text of any chunk whose code is not 0, and the code. Upstream itself uses 1 to 3, for
+# failures; 4 is ours.
+FAILED, REFUSED = 1, 4
+NO_ANSWER = "The worker could not finish this answer; its log says why. Please try again."
+GONE = "This model is not served any more. Reload the page for the list."
+# An oversized body is read on for so long and so far, and thrown away: a client that is still sending would not see the
+# answer.
+DRAINED_SECONDS, DRAINED_TIMES = 5.0, 8
+LONG = 1 << 16  # bytes of JSON that are not parsed in passing
+# Lists, objects and their parts in a request, beside those that its prompt has in writing. Each costs many times the
+# two bytes that it takes in JSON.
+PARTS = 1024
+
+
+class Refused(Exception):
+    """A request that gets an error for an answer; the text goes to the client and holds nothing of the request."""
+
+    def __init__(self, status: int, text: str):
+        super().__init__(text)
+        self.status = status
+        self.text = text
+
+    def response(self) -> Response:
+        """The answer in the form that upstream's page and controller read."""
+        return refusal(self.status, self.text)
+
+
+def refusal(status: int, text: str) -> Response:
+    headers = {"Retry-After": "5"} if status == 503 else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(chunk(text, REFUSED), status, headers, "application/json")
+
+
+def chunk(text: str, code: int) -> bytes:
+    """One state of an answer on upstream's wire: JSON and a zero byte."""
+    return json.dumps({"text": text, "error_code": code}).encode() + b"\0"
+
+
+async def read_object(request: Request, limits: Limits) -> dict[str, Any]:
+    """The JSON object in the body of a request.
+
+    Raises:
+        Refused: too long or of too many parts (413), too slow (408), no JSON (400), no object (422).
+        ClientDisconnect: the client has gone.
+    """
+    parts = request.stream()
+    try:
+        body = await asyncio.wait_for(_collect(request, parts, limits.body_bytes), limits.receive_seconds)
+    except asyncio.TimeoutError as error:
+        raise Refused(408, f"The request did not arrive within {limits.receive_seconds:g} seconds.") from error
+    if body is None:
+        with suppress(asyncio.TimeoutError, ClientDisconnect):
+            await asyncio.wait_for(_drain(parts, DRAINED_TIMES * limits.body_bytes), DRAINED_SECONDS)
+        raise Refused(413, f"The request is longer than {limits.body_bytes:,} bytes.")
+    try:
+        # Text with images takes a while to read, and others are served meanwhile.
+        most = limits.prompt_characters + PARTS
+        data = await asyncio.to_thread(_parsed, body, most) if len(body) > LONG else _parsed(body, most)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, "The request is not valid JSON.") from error
+    if not isinstance(data, dict):
+        raise Refused(422, "The request is not a JSON object.")
+    return data
+
+
+def _parsed(body: bytes, most: int) -> Any:
+    """What the JSON says.
+
+    Raises:
+        Refused: it has more than `most` parts.
+        ValueError, RecursionError: it is none.
+    """
+    if sum(map(body.count, (b",", b"[", b"{"))) > most:
+        raise Refused(413, f"The request has more than {most:,} parts.")
+    return json.loads(body)
+
+
+async def _collect(request: Request, parts: AsyncGenerator[bytes, None], most: int) -> bytes | None:
+    """The body; None if it is longer than `most`, and then the rest of `parts` is still to come."""
+    announced = request.headers.get("content-length", "")
+    if announced.isascii() and announced.isdigit() and int(announced) > most:
+        return None
+    body = bytearray()
+    async for part in parts:
+        body += part
+        if len(body) > most:
+            return None
+    return bytes(body)
+
+
+async def _drain(parts: AsyncGenerator[bytes, None], most: int) -> None:
+    """Throws away what comes, but not more than `most` of it."""
+    async for part in parts:
+        most -= len(part)
+        if most < 0:
+            return

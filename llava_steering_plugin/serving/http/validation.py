@@ -1,0 +1,177 @@
+"""A request for an answer, checked whole before a model sees it: upstream's worker trusts what it gets."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from llava_steering_plugin.serving.http.limits import Limits
+from llava_steering_plugin.serving.http.protocol import Refused
+
+IMAGE_TOKEN = "<image>"  # upstream's DEFAULT_IMAGE_TOKEN
+# What PIL may take an upload for. Not all that PIL knows: some of its formats start other programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+STOP_CHARACTERS = 256
+# How many times as large as the largest image its square may be, and how many times as long as wide an image: panoramas
+# are within both, and a file of a few bytes that is one pixel wide is not.
+SQUARE, LONGEST = 4, 100
+
+
+@dataclass(frozen=True)
+class CheckedRequest:
+    """A checked request.
+
+    Attributes:
+        shown: the model's name as the page shows it.
+        adapter: the pool's name of it.
+        parameters: what upstream's `generate_stream` reads.
+    """
+
+    shown: str
+    adapter: str
+    parameters: dict[str, Any]
+
+    def __str__(self) -> str:
+        """For the log: nothing of what was asked but how much."""
+        images, prompt = len(self.parameters["images"]), len(self.parameters["prompt"])
+        return f"{self.shown}: {prompt} characters, {images} image(s)"
+
+
+def checked(
+    data: dict[str, Any], limits: Limits, find: Callable[[str], str | None], multimodal: bool
+) -> CheckedRequest:
+    """Checks every field, and every image by unpacking it. Takes a while for large images: not for an event loop.
+
+    Args:
+        data: the request.
+        find: the pool's name of a model that the page shows, None for an unknown one.
+        multimodal: whether the model takes images.
+
+    Raises:
+        Refused: missing or mistyped fields (422, all listed), an unknown model (404), too long a prompt (413), images
+            that are none, are cut off, too many or too large, or do not match the prompt (400).
+    """
+    problems = [problem for key, check in _CHECKS.items() if (problem := check(key, data.get(key)))]
+    if problems:
+        raise Refused(422, "The request cannot be answered: " + "; ".join(problems) + ".")
+    prompt, images = data["prompt"], data.get("images") or []
+    if len(prompt) > limits.prompt_characters:
+        raise Refused(413, f"The prompt is longer than {limits.prompt_characters:,} characters.")
+    adapter = find(data["model"])
+    if adapter is None:
+        raise Refused(404, "There is no model of that name here. Reload the page for the list.")
+    marks = prompt.count(IMAGE_TOKEN)
+    if images and not multimodal:
+        raise Refused(400, "This model takes no images.")
+    if marks != len(images):
+        raise Refused(400, f"The request has {len(images)} image(s) and its prompt {marks} {IMAGE_TOKEN} mark(s).")
+    if len(images) > limits.images:
+        raise Refused(400, f"The request has more than {limits.images} images.")
+    parameters = {key: data[key] for key in _CHECKS if data.get(key) is not None}
+    for number, image in enumerate(images, start=1):
+        _check_image(image, number, limits)
+    parameters["images"] = images
+    return CheckedRequest(data["model"], adapter, parameters)
+
+
+def unpacked(text: str) -> Image.Image:
+    """An image of a checked request, in place of upstream's `load_image_from_base64`.
+
+    In RGB: upstream pads with a colour of three values, which other modes cannot hold.
+    """
+    image: Image.Image = Image.open(io.BytesIO(base64.b64decode(text)), formats=FORMATS)
+    image.load()  # before its mode is looked at: decoders may change it
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _check_image(text: str, number: int, limits: Limits) -> None:
+    """Refuses an image that is damaged or too large. What was unpacked is dropped: it waits its turn as it came.
+
+    Raises:
+        Refused: 400.
+    """
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Refused(400, f"Image {number} is not valid base64.") from error
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            # Before the pixels are unpacked: a few bytes can stand for gigabytes.
+            _check_size(image, number, limits)
+            image.load()
+    except Refused:
+        raise
+    except Image.DecompressionBombError as error:  # PIL's own limit, before ours can be looked at
+        most = min(limits.image_pixels, 2 * (Image.MAX_IMAGE_PIXELS or limits.image_pixels))
+        raise Refused(400, f"Image {number} has more than {most:,} pixels.") from error
+    except Exception as error:  # decoders raise what they like on a damaged file
+        known = ", ".join(FORMATS)
+        raise Refused(400, f"Image {number} is damaged, cut off, or none of {known}.") from error
+
+
+def _check_size(image: Image.Image, number: int, limits: Limits) -> None:
+    """Refuses what is too large, as it is or as upstream makes it: padded to a square, or with its short side enlarged.
+
+    Raises:
+        Refused: 400.
+    """
+    short, long = sorted(image.size)
+    if short * long > limits.image_pixels:
+        raise Refused(400, f"Image {number} has more than {limits.image_pixels:,} pixels.")
+    if long**2 > SQUARE * limits.image_pixels or long > LONGEST * short:
+        most = math.isqrt(SQUARE * limits.image_pixels)
+        raise Refused(
+            400, f"Image {number} is longer than {most:,} pixels, or more than {LONGEST} times as long as wide."
+        )
+
+
+def _text(key: str, value: Any) -> str | None:
+    if not isinstance(value, str):
+        return f"{key!r} is missing or not text"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return f"{key!r} holds half a character"
+    return None
+
+
+def _stop(key: str, value: Any) -> str | None:
+    if (problem := _text(key, value)) is None and not 0 < len(value) <= STOP_CHARACTERS:
+        return f"{key!r} has to be 1 to {STOP_CHARACTERS} characters"
+    return problem
+
+
+def _images(key: str, value: Any) -> str | None:
+    if value is None or (isinstance(value, list) and all(isinstance(image, str) for image in value)):
+        return None
+    return f"{key!r} is not a list of base64 texts"
+
+
+def _number(least: float, most: float, kinds: tuple[type, ...] = (int, float)) -> Callable[[str, Any], str | None]:
+    def check(key: str, value: Any) -> str | None:
+        if value is None:
+            return None  # upstream has a default
+        # type(): True is an int too. NaN is not between anything.
+        if type(value) not in kinds or not least <= value <= most:
+            return f"{key!r} is not {'a whole number' if kinds == (int,) else 'a number'} from {least:g} to {most:g}"
+        return None
+
+    return check
+
+
+_CHECKS: dict[str, Callable[[str, Any], str | None]] = {
+    "model": _text,
+    "prompt": _text,
+    "stop": _stop,
+    "images": _images,
+    "temperature": _number(0, 100),
+    "top_p": _number(0, 1),
+    "max_new_tokens": _number(0, 1_000_000, (int,)),
+}

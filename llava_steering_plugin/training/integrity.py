@@ -1,0 +1,90 @@
+"""Whether a checkpoint is whole: all that a training needs to go on from it is there, and was written to its end."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.errors import AdapterError
+
+NAME = re.compile(r"checkpoint-(\d+)")
+STATE = "trainer_state.json"
+# DeepSpeed's: a file that names the folder with a part of each rank.
+LATEST = "latest"
+
+
+def problems_in(folder: Path, *, without_states: bool = False, deep: bool = True) -> list[str]:
+    """What keeps a training from going on from this checkpoint; nothing if it is whole.
+
+    Args:
+        folder: a checkpoint.
+        without_states: it was saved with `--save_only_model`.
+        deep: read everything; otherwise headers and lengths only.
+    """
+    problems = []
+    try:
+        if deep:
+            files.read(folder)
+        else:
+            files.read_config(folder)
+    except AdapterError as error:
+        problems.append(str(error))
+    match = NAME.fullmatch(folder.name)
+    step = _saved_step(folder)
+    if step is None:
+        problems.append(f"{STATE} is missing or cut short")
+    elif match and step != int(match[1]):
+        problems.append(f"{STATE} is that of step {step}")
+    if without_states:
+        return problems
+    ranks = ranks_of(folder)
+    if not ranks:
+        problems.append("the random states are missing: rng_state.pth, or one for each rank")
+    problems += _missing_from_deepspeed(folder, ranks) if uses_deepspeed(folder) else _missing(folder)
+    saved = [path for path in sorted(folder.rglob("*")) if path.suffix in (".pt", ".pth")]
+    return problems + [f"{path.relative_to(folder)} is cut short" for path in saved if not _is_sound(path, deep)]
+
+
+def _saved_step(folder: Path) -> int | None:
+    try:
+        return int(json.loads((folder / STATE).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def uses_deepspeed(folder: Path) -> bool:
+    return (folder / LATEST).is_file()
+
+
+def ranks_of(folder: Path) -> int:
+    """How many ranks wrote the checkpoint, by their random states; 0 if there are none, or not one for each."""
+    if (folder / "rng_state.pth").is_file():
+        return 1
+    numbers = {int(path.stem.rpartition("_")[2]) for path in folder.glob("rng_state_*.pth")}
+    return len(numbers) if numbers == set(range(len(numbers))) else 0
+
+
+def _missing(folder: Path) -> list[str]:
+    return [f"{name} is missing" for name in ("optimizer.pt", "scheduler.pt") if not (folder / name).is_file()]
+
+
+def _missing_from_deepspeed(folder: Path, ranks: int) -> list[str]:
+    with suppress(OSError, UnicodeDecodeError):
+        tag = (folder / LATEST).read_text(encoding="utf-8").strip()
+        parts = len(list((folder / tag).glob("*_optim_states.pt"))) if tag else 0
+        if parts == ranks and list((folder / tag).glob("*_model_states.pt")):
+            return []
+    return [f"DeepSpeed's part of each of {ranks} rank(s) is not there"]
+
+
+def _is_sound(path: Path, deep: bool) -> bool:
+    """Whether torch.save finished this file: it writes archives, whose index comes last, with a sum for every entry."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return not deep or archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False

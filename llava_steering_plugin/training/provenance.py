@@ -1,0 +1,132 @@
+"""Where an adapter comes from: its base, vocabulary and conversation template, and what the base cannot reproduce."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.attachment import Attachment
+from llava_steering_plugin.adapters.compatibility import mode_of
+from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
+from llava_steering_plugin.adapters.fingerprint import check_base
+from llava_steering_plugin.errors import BaseMismatch, CheckpointError, listing
+
+
+def projector_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters between vision tower and decoder: the projector and, with anyres, the newline embedding."""
+    inner = model.get_model()
+    parts = {id(parameter) for parameter in getattr(inner, "mm_projector", nn.Module()).parameters()}
+    newline = getattr(inner, "image_newline", None)
+    if isinstance(newline, nn.Parameter):
+        parts.add(id(newline))
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in parts}
+
+
+def record(attachment: Attachment, given: Any, flags: Namespace | None, tokenizer: Any, trained: Iterable[str]) -> None:
+    """Notes on the attachment everything that a later load has to know, and which parameters of the base to save.
+
+    Args:
+        attachment: gets `config` and `extras`.
+        given: the training arguments.
+        flags: the whole command line, None if the trainer was not started by upstream's train().
+        tokenizer: as training uses it.
+        trained: names of the base's parameters that are trained.
+    """
+    model: Any = attachment.model
+    name = flags.model_name_or_path if flags is not None else model.config._name_or_path
+    described = _config_of(name)
+    attachment.extras |= set(trained)
+    brought = flags is None or getattr(flags, "pretrain_mm_mlp_adapter", None) is not None
+    if brought or "mm_vision_tower" not in described:
+        attachment.extras |= projector_parameters(model).keys()
+    base = BaseModel(
+        name_or_path=name,
+        model_type=described["model_type"],
+        hidden_size=attachment.shape.hidden_size,
+        num_layers=len(attachment.shape.layers),
+        vocab_size=int(described.get("vocab_size", model.config.vocab_size)),
+    )
+    attachment.config = AdapterConfig(
+        attachment.mode.name,
+        attachment.mode.settings(),
+        base,
+        conversation=_conversation(),
+        added_tokens=_added_tokens(name, tokenizer),
+        trained_on=_training(given, model),
+    )
+
+
+def refuse_another_training(attachment: Attachment, checkpoint: Path) -> None:
+    """Refuses to go on from a checkpoint of other settings, or of another base: its tensors may fit all the same.
+
+    Raises:
+        CheckpointError: with all that differs.
+        AdapterError: the checkpoint's adapter is damaged.
+    """
+    stored = files.read(checkpoint)
+    here, there = (_as_flags(each.name, each.settings()) for each in (attachment.mode, mode_of(stored.config)))
+    problems = [
+        f"--{name} is {here.get(name)} and was {there.get(name)}"
+        for name in (*there, *(here.keys() - there.keys()))
+        if here.get(name) != there.get(name)
+    ]
+    try:
+        check_base(attachment.model, stored)
+    except BaseMismatch:
+        problems.append(f"--model_name_or_path is another base than {stored.config.base.name_or_path}")
+    if problems:
+        raise CheckpointError(
+            listing(
+                f"{checkpoint} is of another training, and this one would go on from it. Repeat its flags, or give "
+                "another --output_dir to start anew",
+                problems,
+            )
+        )
+
+
+def _as_flags(mode: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {"tuning_mode": mode, **{f"{mode}_{name}": value for name, value in settings.items()}}
+
+
+def _config_of(name: str) -> dict[str, Any]:
+    from transformers import PretrainedConfig
+
+    config: dict[str, Any] = PretrainedConfig.get_config_dict(name)[0]
+    return config
+
+
+def _conversation() -> str | None:
+    """The key of the template that training writes its prompts with."""
+    # Looked up where upstream keeps it: the plugin imports nothing of llava on its own account.
+    module = sys.modules.get("llava.conversation")
+    if module is None:
+        return None
+    return next(
+        (key for key, template in module.conv_templates.items() if template is module.default_conversation), None
+    )
+
+
+def _added_tokens(base: str, tokenizer: Any) -> dict[str, int]:
+    """Tokens that training's tokenizer has and the base's has not, by ascending id."""
+    from transformers import AutoTokenizer
+
+    if tokenizer is None:
+        return {}
+    known = AutoTokenizer.from_pretrained(base, use_fast=tokenizer.is_fast).get_vocab()
+    added = {token: number for token, number in tokenizer.get_added_vocab().items() if token not in known}
+    return dict(sorted(added.items(), key=lambda item: item[1]))
+
+
+def _training(given: Any, model: Any) -> dict[str, Any]:
+    bits = getattr(given, "bits", 16)
+    compute = "float16" if given.fp16 else "bfloat16" if given.bf16 else "float32"
+    trained: dict[str, Any] = {"bits": bits, "compute dtype": compute}
+    if bits == 4:
+        trained["quantisation"] = f"{given.quant_type}{', double' if given.double_quant else ''}"
+    return trained

@@ -1,0 +1,298 @@
+"""The trainer: upstream's, with an adapter attached before it starts, and saved and resumed in its place."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.attachment import Attachment, attach
+from llava_steering_plugin.adapters.counts import counted, parameter_table
+from llava_steering_plugin.adapters.save_load import load_adapter, restore, save_adapter
+from llava_steering_plugin.errors import ArgumentsError, listing
+from llava_steering_plugin.hooks.token_map import IGNORED
+from llava_steering_plugin.training import checkpoints, deepspeed, integrity, provenance
+from llava_steering_plugin.training import flags as arguments
+from llava_steering_plugin.training.gradient_check import GradientCheck
+from llava_steering_plugin.training.preemption import Preemption
+from llava_steering_plugin.training.samples import KEY, EpochSeededSampler, NumberedCollator, NumberedDataset
+
+logger = logging.getLogger(__name__)
+
+# The flags of the training that this context runs: train() passes only a part of them on to the trainer.
+COMMAND_LINE: ContextVar[Namespace | None] = ContextVar("llava_steering_command_line", default=None)
+
+
+class SteeringTrainerMixin:
+    """Goes before upstream's trainer in the bases of a new class; without a tuning mode it passes everything on."""
+
+    model: Any
+    args: Any
+    train_dataset: Any
+    data_collator: Any
+    accelerator: Any
+    is_deepspeed_enabled: bool
+    state: Any
+    _attachment: Attachment | None = None
+    _saved: int | None = None
+
+    def __init__(self, *positional: Any, **kwargs: Any):
+        given: Any = kwargs.get("args")
+        model = kwargs.get("model")
+        if not arguments.active(given):
+            super().__init__(*positional, **kwargs)
+            return
+        _refuse_setups(given)
+        self._attachment = _attached(model, given, kwargs.get("tokenizer"))
+        if given.process_index == 0:
+            checkpoints.prepare(Path(given.output_dir))
+        kwargs["train_dataset"] = NumberedDataset(kwargs["train_dataset"])
+        kwargs["data_collator"] = NumberedCollator(kwargs["data_collator"])
+        with _taken_for_peft(model):
+            super().__init__(**kwargs)
+        self._warned = False
+        self._preemption = Preemption()
+        self.add_callback(self._preemption)  # type: ignore[attr-defined]
+        last_layer = self._attachment.shape.layers[-1].path
+        self.add_callback(GradientCheck(self._attachment.trained(), last_layer))  # type: ignore[attr-defined]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self._attachment is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        found = checkpoints.starting_point(resume_from_checkpoint, self.args, self.is_deepspeed_enabled)
+        if found is not None:
+            provenance.refuse_another_training(self._attachment, found)
+        if found is not None and self._ended_with(found):
+            return TrainOutput(self.state.global_step, float("nan"), {})
+        with self._preemption.watched():
+            return super().train(None if found is None else str(found), *args, **kwargs)  # type: ignore[misc]
+
+    def _ended_with(self, checkpoint: Path) -> bool:
+        """Whether nothing is left to train behind a checkpoint; its adapter and state are taken over then.
+
+        transformers' loop asks only after a step whether it was the last one, and would go one step too far.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / integrity.STATE))
+        wanted = self.args.max_steps
+        if state.global_step < wanted if wanted > 0 else state.epoch < self.args.num_train_epochs:
+            return False
+        logger.warning("%s is the end of this training; nothing is left to do but to save its result.", checkpoint)
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        return True
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
+        numbers = inputs.pop(KEY, None)
+        loss: Tensor = super().training_step(model, inputs, *rest)  # type: ignore[misc]
+        # The loss of a batch without targets is 0/0; transformers itself looks at it after every step.
+        if numbers is not None and not self._warned and bool(torch.isnan(loss)):
+            self._warned = True
+            self._warn(inputs, numbers)
+        return loss
+
+    def _warn(self, inputs: dict[str, Any], numbers: Tensor) -> None:
+        names = ", ".join(self.train_dataset.name_of(int(number)) for number in numbers)
+        supervised = int((inputs["labels"] != IGNORED).sum())
+        why = (
+            f"no supervised token is left if its {supervised} targets lie behind --model_max_length once the images "
+            "are spliced in; otherwise the training has diverged: lower --learning_rate, or use --bf16, not --fp16"
+            if supervised
+            else "it has no supervised token: no answer, or a prompt that fills --model_max_length (upstream masks "
+            "what it cannot tokenise)"
+        )
+        logger.warning("the loss of a batch is not a number, so it teaches nothing: %s; %s.", names, why)
+
+    def log(self, logs: dict[str, float], *rest: Any) -> None:
+        if self._attachment is not None and "loss" in logs:
+            logs = {**logs, **self._attachment.mode.report(self._attachment.modules)}
+        super().log(logs, *rest)  # type: ignore[misc]
+
+    def _get_train_sampler(self, *rest: Any) -> Any:
+        sampler = super()._get_train_sampler(*rest)  # type: ignore[misc]
+        if self._attachment is None or sampler is None:
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSeededSampler(sampler, seed)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if self._attachment is not None and self.is_deepspeed_enabled:
+            config = self.args.hf_deepspeed_config
+            deepspeed.remove_abandoned_locks()
+            deepspeed.before_initialize(
+                config.config, config.dtype(), self._attachment.model, self._attachment.shape.hidden_size
+            )
+            deepspeed.mend_preparation(self.accelerator)
+
+    def create_optimizer(self) -> Any:
+        optimizer = super().create_optimizer()  # type: ignore[misc]
+        # One that DeepSpeed's config names is only a placeholder here, and has no groups.
+        if self._attachment is not None and hasattr(optimizer, "param_groups"):
+            # Upstream's groups by weight decay may be empty when so little is trained. DeepSpeed drops those, and the
+            # scheduler then gives a group the learning rate of another one.
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()  # type: ignore[misc]
+        sampler = _sampler_of(loader)
+        if sampler is not None:
+            before = getattr(loader, "set_epoch", None)
+
+            def set_epoch(epoch: int) -> None:
+                sampler.set_epoch(epoch)
+                if before is not None:
+                    before(epoch)
+
+            # The training loop calls it at every epoch's start if it is there.
+            loader.set_epoch = set_epoch
+        if self._attachment is not None:
+            self._preemption.shield(loader)
+        return loader
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self._attachment is None:
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            return
+        save_adapter(self.model, output_dir or self.args.output_dir, write=self.args.should_save)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Adapter save")  # type: ignore[attr-defined]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._attachment is None:
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+            return
+        output, step = Path(self.args.output_dir), self.state.global_step
+        if step == self._saved:
+            return  # after a SIGTERM, `--save_strategy epoch` asks again for what the end of the step has saved
+        with checkpoints.clear_errors(output, f"checkpoint-{step}", tidy=self.args.should_save):
+            if self.args.should_save:
+                checkpoints.make_room(output, step)
+            # Each rank looks for itself whether the folder is there.
+            self.args.distributed_state.wait_for_everyone()
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        self._saved = step
+
+    def _rotate_checkpoints(self, use_mtime: bool = False, output_dir: str | None = None) -> None:
+        if self._attachment is None:
+            super()._rotate_checkpoints(use_mtime, output_dir)  # type: ignore[misc]
+            return
+        checkpoints.rotate(
+            Path(output_dir or self.args.output_dir),
+            self.state.global_step,
+            self.args.save_total_limit,
+            without_states=checkpoints.model_only(self.args),
+            best=self.state.best_model_checkpoint,
+        )
+
+    def save_state(self) -> None:
+        tells = checkpoints.clear_errors(Path(self.args.output_dir), integrity.STATE, tidy=False)
+        with tells if self._attachment is not None else nullcontext():
+            super().save_state()  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._attachment is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            return
+        restore(self._attachment, files.read(resume_from_checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self._attachment is None:
+            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+            return
+        if checkpoint is not None and integrity.ranks_of(Path(checkpoint)) != self.args.world_size:
+            return  # `starting_point` has warned; or there are none (--save_only_model)
+        try:
+            with _random_states_allowed():
+                super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        except (IndexError, KeyError) as error:
+            # Each rank stores the states of all devices that it sees: there are fewer now, or there were none.
+            logger.warning(
+                "%s was written on other devices, and their random states do not fit these (%r): dropout differs.",
+                checkpoint,
+                error,
+            )
+
+
+def _refuse_setups(given: Any) -> None:
+    problems = []
+    if given.n_gpu > 1:
+        problems.append(arguments.DATA_PARALLEL.format(given.n_gpu))
+    if given.fsdp:
+        problems.append(arguments.NO_FSDP)
+    if problems:
+        raise ArgumentsError(listing(arguments.CANNOT_START, problems))
+
+
+def _attached(model: Any, given: Any, tokenizer: Any) -> Attachment:
+    """Attaches the mode, freezes everything else but the projector, and prints what is trained."""
+    # `train()` seeds only inside the trainer; the adapter's first values must not depend on what ran before.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(given.seed)
+        mode = arguments.mode_from(given)
+        attachment = load_adapter(model, given.adapter_path, tokenizer) if given.adapter_path else attach(model, mode)
+    model.requires_grad_(False)
+    for parameter in attachment.trained().values():
+        parameter.requires_grad_(True)
+    projector = provenance.projector_parameters(model)
+    trained = {} if given.freeze_mm_mlp_adapter else projector
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+        if given.fp16 and parameter.dtype == torch.float16:
+            # GradScaler refuses gradients in half precision; under --bits upstream leaves the projector in it.
+            parameter.data = parameter.data.float()
+    provenance.record(attachment, given, COMMAND_LINE.get(), tokenizer, trained.keys())
+    if given.process_index == 0:
+        # Parameters by what the model has, so that weights packed or cut by others count as they are.
+        other = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())
+        Console().print(parameter_table(mode.name, counted(model, attachment.modules, attachment.shape, other)))
+    return attachment
+
+
+@contextmanager
+def _taken_for_peft(model: Any) -> Iterator[None]:
+    """For the trainer's constructor only: it refuses quantised models that do not look like PEFT's.
+
+    Left on, the mark would change what `save_pretrained` writes.
+    """
+    if not getattr(model, "is_quantized", False):
+        yield
+        return
+    before = getattr(model, "_hf_peft_config_loaded", False)
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = before
+
+
+def _sampler_of(loader: Any) -> EpochSeededSampler | None:
+    """Our sampler inside the data loader that accelerate has rebuilt, where there is one."""
+    found = loader
+    while found is not None and not isinstance(found, EpochSeededSampler):
+        found = getattr(found, "batch_sampler", None) or getattr(found, "sampler", None)
+    return found
+
+
+def _random_states_allowed() -> AbstractContextManager[Any]:
+    """Lets torch.load read the random states that transformers pickles, and nothing else beside tensors.
+
+    Since torch 2.6 it refuses numpy's by default, so that a resume of transformers 4.37 fails without this.
+    """
+    allow = getattr(torch.serialization, "safe_globals", None)
+    if allow is None:
+        return nullcontext()
+    keys = np.zeros(1, np.uint32)  # as numpy's generator keeps its state
+    return allow([keys.__reduce__()[0], np.ndarray, np.dtype, type(keys.dtype)])

@@ -1,0 +1,147 @@
+"""Loading: upstream's `load_pretrained_model` with an adapter as its model path."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from wrapt import wrap_function_wrapper
+
+from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.base_model import read_config
+from llava_steering_plugin.adapters.save_load import load_adapter
+from llava_steering_plugin.errors import AdapterError, BaseMismatch, SteeringError
+from llava_steering_plugin.upstream.names import display_name
+from llava_steering_plugin.upstream.seams import require
+
+
+def on_mm_utils_import(module: ModuleType) -> None:
+    """Has upstream's scripts call an adapter by a name that their rules understand."""
+    require(module, "get_model_name_from_path")
+
+    def name(original: Callable[..., str], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        path = args[0] if args else kwargs.get("model_path")
+        return (isinstance(path, str) and display_name(path)) or original(*args, **kwargs)
+
+    wrap_function_wrapper(module, "get_model_name_from_path", name)
+
+
+def on_builder_import(module: ModuleType) -> None:
+    """Has `load_pretrained_model` load an adapter's base the way upstream loads it, and then the adapter."""
+    signature = inspect.signature(require(module, "load_pretrained_model"))
+
+    def load(original: Callable[..., Any], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            call = signature.bind(*args, **kwargs)
+        except TypeError:
+            # Upstream's own complaint is the one that callers know how to handle (lmms-eval catches it).
+            return original(*args, **kwargs)
+        path = call.arguments["model_path"]
+        folder = files.find(path) if isinstance(path, str) else None
+        if folder is None:
+            return original(*args, **kwargs)
+        return _load(original, call, folder)
+
+    wrap_function_wrapper(module, "load_pretrained_model", load)
+
+
+def _load(original: Callable[..., Any], call: inspect.BoundArguments, folder: Path) -> Any:
+    config = files.read(folder).config
+    base = call.arguments.get("model_base") or config.base.name_or_path
+    if Path(base).is_dir() and files.find(base) is not None:
+        raise BaseMismatch(
+            f"{base}, given as the base of the adapter in {folder}, is an adapter itself. Give a model with "
+            f"--model-base; this adapter was trained on {config.base.name_or_path}."
+        )
+    described = _config_of(base, folder)
+    trained = files.read_llava_config(folder) if os.path.isfile(folder / files.LLAVA_CONFIG) else None
+    with tempfile.TemporaryDirectory(prefix="llava-steering-") as staging:
+        if "mm_vision_tower" in described:
+            call.arguments |= {"model_path": base, "model_base": None, "model_name": name_for(described["model_type"])}
+        else:
+            if trained is None:
+                raise AdapterError(
+                    f"{folder / files.LLAVA_CONFIG} is missing; an adapter over a plain language model needs it to "
+                    "rebuild LLaVA. Copy the adapter again."
+                )
+            _stage_plain_base(Path(staging), trained, described)
+            _leave_projector_unpacked(call)
+            call.arguments |= {"model_path": staging, "model_base": base, "model_name": "llava-staged"}
+        loaded = original(*call.args, **call.kwargs)
+    tokenizer, model = loaded[0], loaded[1]
+    if trained is not None:
+        _prepare_inputs_as_trained(model, trained)
+    load_adapter(model, folder, tokenizer)
+    return loaded
+
+
+def _leave_projector_unpacked(call: inspect.BoundArguments) -> None:
+    """Asks for upstream's own quantisation, but of the backbone alone.
+
+    The base has no projector, so transformers would draw one: it cannot where the weights are packed already.
+    """
+    wanted = [bits for bits in (8, 4) if call.arguments.get(f"load_{bits}bit")]
+    if not wanted:
+        return
+    from transformers import BitsAndBytesConfig
+
+    call.arguments |= {f"load_{bits}bit": False for bits in wanted}
+    quantisation = BitsAndBytesConfig(
+        load_in_8bit=wanted[0] == 8,
+        load_in_4bit=wanted[0] == 4,
+        llm_int8_skip_modules=["lm_head", "mm_projector"],
+        bnb_4bit_compute_dtype=torch.float16,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+    )
+    call.arguments["kwargs"] = {**call.arguments.get("kwargs", {}), "quantization_config": quantisation}
+
+
+def _prepare_inputs_as_trained(model: Any, trained: dict[str, Any]) -> None:
+    """Takes over how training cut, encoded and marked images, where it did so unlike the base's own config."""
+    for key, value in trained.items():
+        if key.startswith(_INPUT_SETTINGS):
+            setattr(model.config, key, value)
+    tower = model.get_vision_tower()
+    for attribute in ("select_layer", "select_feature"):
+        # The tower has read these two when it was built, from the base's config.
+        if (value := trained.get(f"mm_vision_{attribute}")) is not None and hasattr(tower, attribute):
+            setattr(tower, attribute, value)
+
+
+_INPUT_SETTINGS = ("image_", "mm_use_", "mm_patch_", "mm_vision_select_", "tokenizer_")
+_VOCABULARY_FLAGS = ("mm_use_im_patch_token", "mm_use_im_start_end")
+
+
+def _stage_plain_base(staging: Path, trained: dict[str, Any], described: dict[str, Any]) -> None:
+    """Lays out what upstream calls a projector-only checkpoint, for a base that is a plain language model.
+
+    Upstream then builds a LLaVA from the adapter's config.json around that base. The projector file is empty: the
+    adapter brings the weights, also in cases (4-bit) where upstream could not load them.
+    """
+    config = trained | {"vocab_size": described["vocab_size"]}
+    config |= dict.fromkeys(_VOCABULARY_FLAGS, False)
+    (staging / files.LLAVA_CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    torch.save({}, staging / "mm_projector.bin")
+
+
+def _config_of(base: str, folder: Path) -> dict[str, Any]:
+    try:
+        return read_config(base)
+    except SteeringError as error:
+        raise BaseMismatch(
+            f"the adapter in {folder} belongs to the base {base}, which cannot be found or read: {error} If the base "
+            "has moved, say where it is with --model-base."
+        ) from error
+
+
+def name_for(model_type: str) -> str:
+    """A name from which upstream's rules pick the class that the base's config.json names."""
+    return "llava-" + (model_type.removeprefix("llava").strip("_-") or "llama")

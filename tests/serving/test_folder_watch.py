@@ -1,0 +1,179 @@
+"""What is put into a worker's watched folder, replaced in it and taken out is served, and no longer."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from changing_fixtures import listed
+from serving_fixtures import Alone, Client, Question, wait_until
+
+from llava_steering_plugin.serving.controller_link import ControllerLink
+from llava_steering_plugin.serving.folder_watch import WatchedFolder
+
+pytest_plugins = ["serving_fixtures", "changing_fixtures"]
+
+
+def test_what_is_put_into_the_watched_folder_replaced_in_it_and_taken_out_is_followed(
+    worker: Any,
+    client: Client,
+    announcer: ControllerLink,
+    controller: str,
+    shelf: Path,
+    folder: Path,
+    shown: set[str],
+    alone: Alone,
+    asked: list[Question],
+) -> None:
+    watched = WatchedFolder(folder, worker.roster, announcer.changed, every=0.1)
+    watched.start()
+    try:
+        shutil.copytree(shelf / "cats", folder / "new")
+        (folder / ".hidden").mkdir()
+        (folder / "no-adapter").mkdir()
+        wait_until(lambda: listed(controller) == shown | {"new"})
+        assert client.answer("new", asked[0]) == alone("cats", asked[0])
+
+        replacement = folder / "new" / "coming.partial"
+        shutil.copy(shelf / "dogs" / "adapter_model.safetensors", replacement)
+        replacement.replace(folder / "new" / "adapter_model.safetensors")
+        wait_until(lambda: client.answer("new", asked[0]) == alone("dogs", asked[0]))
+
+        (folder / "new" / "adapter_model.safetensors").write_bytes(b"broken")
+        wait_until(lambda: "new" in worker.roster.rejected)
+        assert client.answer("new", asked[0]) == alone("dogs", asked[0]), "the last good one goes on"
+
+        shutil.rmtree(folder / "new")
+        wait_until(lambda: listed(controller) == shown)
+        assert "new" not in worker.roster.rejected
+    finally:
+        watched.stop()
+        watched.join(30)
+
+
+def test_the_folder_neither_replaces_nor_removes_an_adapter_that_came_from_elsewhere(
+    worker: Any, client: Client, shelf: Path, folder: Path, shown: set[str], alone: Alone, asked: list[Question],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    shutil.copytree(shelf / "dogs", folder / "cats")
+    watched = WatchedFolder(folder, worker.roster, lambda: None)
+    assert not watched.look(settled=True)
+    assert f"{folder / 'cats'} is not served: 'cats' is {shelf / 'cats'} already" in caplog.text
+    shutil.rmtree(folder / "cats")
+    assert not watched.look(settled=True)
+    assert client.answer("cats", asked[0]) == alone("cats", asked[0])
+
+
+def test_a_folder_whose_name_was_taken_is_served_when_that_adapter_has_gone_and_is_complained_of_once(
+    worker: Any, client: Client, shelf: Path, folder: Path, shown: set[str], alone: Alone, asked: list[Question],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    shutil.copytree(shelf / "dogs", folder / "cats")
+    watched = WatchedFolder(folder, worker.roster, lambda: None)
+    for _ in range(4):
+        assert not watched.look()
+    assert caplog.text.count("is not served") == 1
+    assert "already" in worker.roster.rejected["cats"]
+    worker.roster.drop("cats")
+    assert watched.look()
+    assert client.answer("cats", asked[0]) == alone("dogs", asked[0])
+    assert "cats" not in worker.roster.rejected
+    shutil.rmtree(folder / "cats")
+    assert watched.look()
+
+
+def test_a_folder_that_is_a_link_is_followed_whoever_named_its_adapters(
+    worker: Any, shelf: Path, folder: Path, shown: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder.parent / "link").symlink_to(folder)
+    shutil.copytree(shelf / "cats", folder / "new")
+    worker.roster.put("new", str((folder / "new").resolve()))  # as an administrator names it
+    watched = WatchedFolder(folder.parent / "link", worker.roster, lambda: None)
+    watched.look(settled=True)
+    assert "not served" not in caplog.text
+    shutil.rmtree(folder / "new")
+    assert watched.look()
+    assert "new" not in {entry.name for entry in worker.roster.entries()}
+
+
+def test_folders_that_cannot_be_served_are_listed_with_the_reason_until_they_go_whatever_they_are_called(
+    admin: Client, worker: Any, shelf: Path, folder: Path, shown: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = [folder / "a bad name", Path(os.fsdecode(os.fsencode(folder) + b"/\xff")), folder / "odd"]
+    for path in bad:
+        shutil.copytree(shelf / "cats", path)
+    (folder / "odd" / "config.json").write_text("5")
+    watched = WatchedFolder(folder, worker.roster, lambda: None)
+    for _ in range(3):
+        assert not watched.look()
+    assert caplog.text.count("is not served") == 3
+    assert caplog.text.encode(), "no log could be written"
+    rejected = admin.admin("GET").json()["rejected"]
+    assert set(rejected) == {"a bad name", "\\udcff", "odd"}
+    assert "cannot be the name" in rejected["a bad name"] and "it holds no settings" in rejected["odd"]
+    for path in bad:
+        shutil.rmtree(path)
+    watched.look()
+    assert not worker.roster.rejected
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_an_adapter_that_cannot_be_looked_at_goes_on_serving_and_that_is_said_once(
+    worker: Any, shelf: Path, folder: Path, shown: set[str], caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, number: int,
+) -> None:  # fmt: skip
+    shutil.copytree(shelf / "cats", folder / "new")
+    watched = WatchedFolder(folder, worker.roster, lambda: None)
+    assert watched.look(settled=True)
+    stat, away = Path.stat, [folder / "new" / "adapter_model.safetensors"]
+
+    def fail(path: Path, **options: Any) -> os.stat_result:
+        if path in away:
+            raise OSError(number, os.strerror(number), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", fail)
+    for _ in range(3):
+        assert not watched.look()
+    assert "new" in {entry.name for entry in worker.roster.entries()}
+    assert caplog.text.count(os.strerror(number)) == 1
+    away.clear()
+    assert not any(watched.look() for _ in range(3)), "it had not changed"
+    shutil.rmtree(folder / "new")
+    assert watched.look()
+    assert "new" not in {entry.name for entry in worker.roster.entries()}
+
+
+def test_a_folder_that_cannot_be_read_is_complained_of_when_the_reason_changes(
+    worker: Any, shelf: Path, folder: Path, shown: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(shelf / "cats", folder / "new")
+    watched = WatchedFolder(folder, worker.roster, lambda: None)
+    watched.look(settled=True)
+    for times in (1, 2):
+        folder.rename(folder.parent / "away")
+        assert not any(watched.look() for _ in range(4))
+        assert caplog.text.count("cannot be read") == 2 * times - 1
+        folder.write_text("no folder")
+        assert not any(watched.look() for _ in range(4))
+        assert caplog.text.count("cannot be read") == 2 * times
+        folder.unlink()
+        (folder.parent / "away").rename(folder)
+        assert not watched.look()
+    assert "new" in {entry.name for entry in worker.roster.entries()}
+
+
+def test_a_file_that_is_still_being_copied_is_not_read(worker: Any, shelf: Path, folder: Path, shown: set[str]) -> None:
+    changes: list[None] = []
+    watched = WatchedFolder(folder, worker.roster, lambda: changes.append(None))
+    weights = (shelf / "cats" / "adapter_model.safetensors").read_bytes()
+    (folder / "new").mkdir()
+    for end in (100, 5000, len(weights)):
+        (folder / "new" / "adapter_model.safetensors").write_bytes(weights[:end])
+        assert not watched.look()
+    assert watched.look() and not watched.look()
+    assert changes == [None] and not worker.roster.rejected

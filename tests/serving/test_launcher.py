@@ -1,0 +1,192 @@
+"""`llava-steering serve`: upstream's controller, our worker and upstream's web page as processes, from start to end."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+from ports import free_port
+from rich.console import Console
+from serving_fixtures import Alone, Client, Question
+from tiny_llava import TinyLlava
+from training_runs import subprocess_environment
+
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.serving.launcher import ServeOptions, _ports
+from llava_steering_plugin.serving.processes import Program, ProgramDied, Programs
+
+pytest_plugins = ["serving_fixtures"]
+
+PATIENCE = 480  # for a machine with much else to do
+
+
+class Served:
+    """A running `llava-steering serve` and what it has printed."""
+
+    def __init__(self, process: subprocess.Popen[bytes], output: Path):
+        self.process = process
+        self._output = output
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def wait_for(self, pattern: str) -> re.Match[str]:
+        end = time.monotonic() + PATIENCE
+        while (found := re.search(pattern, self.output)) is None:
+            assert self.process.poll() is None and time.monotonic() < end, self.output[-6000:]
+            time.sleep(0.2)
+        return found
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+@contextmanager
+def serving(llava: Path, folder: Path, *words: str) -> Iterator[Served]:
+    output = folder / "output"
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llava_steering_plugin", "serve", *words],
+            cwd=folder,
+            env=subprocess_environment(llava, {"COLUMNS": "200", "LLAVA_STEERING_ADMIN_TOKEN": "0123456789abcdef"}),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    served = Served(process, output)
+    children: list[psutil.Process] = []
+    try:
+        yield served
+    finally:
+        if process.poll() is None:
+            children = served.children()
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        for child in children:
+            if child.is_running():
+                child.kill()
+
+
+@pytest.mark.slow
+def test_one_command_brings_up_all_three_answers_with_every_adapter_and_stops_cleanly(
+    tiny: TinyLlava,
+    shelf: Path,
+    patched_llava: Path,
+    tmp_path: Path,
+    alone: Alone,
+    asked: list[Question],
+) -> None:
+    words = [str(tiny.llava), "--adapters", str(shelf / "cats"), f"mine={shelf / 'dogs'}", "--device", "cpu"]
+    with serving(patched_llava, tmp_path, *words, "--adapter-dir", str(shelf), "--port", str(free_port())) as served:
+        # "cats" is given twice: by the flag and by the folder. The second takes the place of the first.
+        page = served.wait_for(r"all is up: (http\S+)")[1]
+        assert requests.get(page, timeout=60).ok
+        assert "mixl.ora-x" in json.dumps(requests.get(f"{page}/config", timeout=60).json())
+        controller = served.wait_for(r"controller \|.*running on (http://127\.0\.0\.1:\d+)")[1]
+        listed = requests.post(f"{controller}/list_models", timeout=60).json()["models"]
+        assert {"llava-v1.5-tiny", "cats", "mine", "routed"} <= set(listed)
+        address = requests.post(f"{controller}/get_worker_address", json={"model": "mine"}, timeout=60).json()[
+            "address"
+        ]
+        worker = Client(address)
+        assert worker.answer("mine", asked[0]) == alone("dogs", asked[0])
+        assert worker.answer("cats", asked[0]) == alone("cats", asked[0])
+        assert worker.admin("GET", token="0123456789abcdef").ok
+
+        children = served.children()
+        assert len(children) >= 3
+        assert not any("0123456789abcdef" in " ".join(child.cmdline()) for child in children)
+        served.process.send_signal(signal.SIGINT)
+        assert served.process.wait(PATIENCE) == 0
+        assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+        for url in (page, controller, address):
+            with socket.socket() as probe:
+                assert probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) != 0, f"{url} still listens"
+        assert [path.name for path in tmp_path.iterdir()] == ["output"], "something was left in the folder"
+        for part in ("controller", "worker", "page"):
+            assert re.search(rf"^ *{part} \| ", served.output, re.MULTILINE)
+        assert "Traceback" not in served.output
+
+
+@pytest.mark.slow
+def test_when_one_ends_it_is_said_which_and_why_and_the_others_are_stopped(
+    tiny: TinyLlava, shelf: Path, patched_llava: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_text((shelf / "cats" / "adapter_config.json").read_text())
+    with serving(patched_llava, tmp_path, str(tiny.llava), "--adapters", str(broken), "--device", "cpu") as served:
+        served.wait_for("starting the worker")
+        children = served.children()
+        assert served.process.wait(PATIENCE) == 1
+        said = served.output.rpartition("ProgramDied: ")[2]
+        assert said.startswith("the worker has ended with status 1")
+        assert "broken has adapter_config.json but no adapter_model.safetensors" in said
+        assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_started(
+    tiny: TinyLlava, patched_llava: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        words = [str(tiny.llava), "--worker-port", str(taken.getsockname()[1])]
+        with serving(patched_llava, tmp_path, *words) as served:
+            assert served.process.wait(60) == 1
+            assert re.search(r"the worker cannot listen on .*in use. Give another --worker-port", served.output)
+            assert "starting" not in served.output
+
+
+def test_a_host_that_is_not_this_machines_is_said_with_the_flag_that_names_it() -> None:
+    with pytest.raises(ArgumentsError) as refused:
+        _ports(ServeOptions([], host="192.0.2.1"))
+    assert re.search(r"the page cannot listen on 192\.0\.2\.1: .*\. Give another --host\.$", str(refused.value))
+    with pytest.raises(ArgumentsError, match=r"192\.0\.2\.1:7861: .*\. Give another --host or --page-port\.$"):
+        _ports(ServeOptions([], host="192.0.2.1", page_port=7861))
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]", "::"])
+def test_the_page_may_be_on_an_ipv6_address(host: str) -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6: {error}")
+    port = free_port()
+    assert _ports(ServeOptions([], host=host, page_port=port))["page"] == port
+    assert len(set(_ports(ServeOptions([], host=host)).values())) == 3
+
+
+def test_a_part_that_does_not_answer_is_said_with_the_place_that_tells_why(tmp_path: Path) -> None:
+    with Programs(Console(file=io.StringIO()), tmp_path, tmp_path) as parts:
+        part = Program("page", ["-c", "import time; time.sleep(60)"], lambda: False)
+        parts.start(part)
+        with pytest.raises(SteeringError, match=r"the page .* after 0\.1 seconds.* lines above"):
+            parts.wait(part, 0.1, lambda: False)
+
+
+def test_lines_that_come_every_few_seconds_are_not_shown_and_all_others_are(tmp_path: Path) -> None:
+    said = io.StringIO()
+    program = "print('Receive heart beat. http://here'); print('register a new worker [http://here]')"
+    with Programs(Console(file=said, width=200), tmp_path, tmp_path) as parts:
+        parts.start(Program("controller", ["-c", program], lambda: False, unshown="Receive heart beat"))
+        with pytest.raises(ProgramDied, match="register a new worker"):
+            parts.wait(Program("controller", [], lambda: False), PATIENCE, lambda: False)
+    assert "controller | register a new worker [http://here]" in said.getvalue()
+    assert "heart beat" not in said.getvalue()

@@ -1,0 +1,144 @@
+"""Processes with upstream's training imported already: they start in milliseconds, and SIGKILL is as real for them.
+
+A server imports once and forks a process for each training. Run as a script only; `Forks` starts it. It reads lines of
+JSON and answers each with one:
+
+    {"flags": [...], "env": {...}, "log": path, "die_at": n}  ->  the number of the new process
+    {"wait": number}                                          ->  its exit status, negative for a signal
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+# What changes files in a folder, as Python reports it.
+FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+
+
+class Forks:
+    """A server, on this side of its pipes."""
+
+    def __init__(self, env: Mapping[str, str], cwd: Path):
+        self.server = subprocess.Popen(
+            [sys.executable, __file__], env=env, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.count = 0
+        self.cwd = cwd
+
+    def start(
+        self, flags: Sequence[str], *, die_at: int | None = None, env: Mapping[str, str] | None = None
+    ) -> tuple[int, Path]:
+        """Begins a training; its number as a process, which leads a group of its own, and its log.
+
+        Args:
+            flags: upstream's.
+            die_at: SIGKILL just before the n-th time that it changes a file in its checkpoints; None: never.
+            env: what it has in its environment beside the server's.
+        """
+        self.count += 1
+        log = self.cwd / f"{self.count}.log"
+        request = {"flags": list(flags), "env": dict(env or {}), "log": str(log), "die_at": die_at}
+        return int(self._ask(request)), log
+
+    def wait(self, process: int) -> int:
+        """The exit status of a training, once it has ended."""
+        return int(self._ask({"wait": process}))
+
+    def close(self) -> None:
+        assert self.server.stdin is not None
+        self.server.stdin.close()
+        self.server.wait(60)
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        assert self.server.stdin is not None and self.server.stdout is not None
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        answer = self.server.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the server has ended with {self.server.wait(60)}")
+        return json.loads(answer)
+
+
+def serve() -> None:
+    from llava_steering_plugin.upstream.cuda_to_cpu import redirect_cuda_to_cpu
+
+    redirect_cuda_to_cpu()
+    from llava.train import train as upstream  # noqa: F401
+
+    # Answers alone go through the pipe: whatever the imports wrote on standard output went elsewhere.
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        else:
+            answer = os.fork()
+            if answer == 0:
+                train(request)
+            with suppress(ProcessLookupError):
+                os.setpgid(answer, answer)  # here and there: whoever comes first, it is done when the answer comes
+        os.write(ANSWERS, f"{answer}\n".encode())
+
+
+def train(request: dict[str, Any]) -> None:
+    """Trains in this process, which was forked for it, and ends it."""
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        os.environ.update(request["env"])
+        flags = request["flags"]
+        if request["die_at"] is not None:
+            _die_at(request["die_at"], flags[flags.index("--output_dir") + 1])
+        if "--deepspeed" in flags:
+            from llava_steering_plugin.training.deepspeed import start_on_cpu
+
+            start_on_cpu()
+        import torch
+        from llava.train import train as upstream
+
+        sys.argv = ["train.py", *flags]
+        torch.manual_seed(0)  # the projector is drawn before the Trainer seeds anything
+        upstream.train()
+        status = 0
+    except SystemExit as stopped:
+        status = stopped.code if isinstance(stopped.code, int) else 1
+    except Exception:
+        logging.exception("the training failed")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _die_at(count: int, output: str) -> None:
+    """Kills this process just before the count-th time that it changes something below `output`."""
+    left = count
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event not in FILE_EVENTS or not str(arguments[0]).startswith(f"{output}{os.sep}"):
+            return
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        left -= 1
+        if left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+if __name__ == "__main__":
+    ANSWERS = os.dup(1)
+    os.dup2(2, 1)
+    serve()

@@ -1,0 +1,263 @@
+"""A running worker with eight adapters, in this process and over real HTTP, and what each adapter answers alone.
+
+A test module asks for them with `pytest_plugins = ["serving_fixtures"]`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from ports import free_port
+from steered import load_llava, strengthen
+from tiny_llava import TinyLlava
+
+from llava_steering_plugin import attach, load_adapter, remove, save_adapter
+from llava_steering_plugin.adapters.save_load import describe
+from llava_steering_plugin.modes.mixlora import MixLoRA
+from llava_steering_plugin.modes.mores import MoReS
+from llava_steering_plugin.serving.http.limits import Limits
+
+PATIENCE = 120
+TOKEN = "a-token-that-is-long-enough"
+NAMES = ("cats", "dogs", "pets", "birds", "fish", "mixlora-x", "my-mpt", "routed")
+BASE_NAME = "llava-v1.5-tiny"
+PROMPT = "A chat. USER: <image>\nWhat is in the picture? ASSISTANT:"
+TEXT_PROMPT = "A chat. USER: What do you like? ASSISTANT:"
+
+
+@pytest.fixture(scope="session")
+def shelf(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with eight adapters of both modes; read it, never write to it."""
+    folder = tmp_path_factory.mktemp("shelf")
+    model = load_llava(tiny.llava)
+    for seed, name in enumerate(NAMES):
+        mode = MixLoRA(factors=4, rank=2) if name in ("routed", "mixlora-x") else MoReS(rank=2, tokens="all")
+        attachment = strengthen(attach(model, mode), seed=seed)
+        attachment.config = replace(describe(attachment), conversation="v1")
+        save_adapter(model, folder / name)
+        remove(model)
+    return folder
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a client sends, but for the model."""
+
+    prompt: str = PROMPT
+    image: Path | None = None
+    tokens: int = 8
+
+    def body(self, model: str) -> dict[str, Any]:
+        return {
+            "model": model,
+            "prompt": self.prompt,
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "max_new_tokens": self.tokens,
+            "stop": "</s>",
+            "images": [base64.b64encode(self.image.read_bytes()).decode()] if self.image else [],
+        }
+
+
+@pytest.fixture(scope="session")
+def asked(tiny: TinyLlava) -> list[Question]:
+    """Eight questions, one of them without an image."""
+    images = sorted(tiny.images.iterdir())[:7]
+    return [*(Question(image=image) for image in images), Question(TEXT_PROMPT)]
+
+
+Alone = Callable[[str | None, Question], str]
+
+
+@pytest.fixture(scope="session")
+def alone(tiny: TinyLlava, shelf: Path, patched_llava: Path) -> Alone:
+    """The greedy answer of one adapter (None: of the base), with nothing else on a model of its own."""
+    from llava.constants import IMAGE_TOKEN_INDEX
+    from llava.mm_utils import process_images, tokenizer_image_token
+    from llava.model.builder import load_pretrained_model
+    from PIL import Image
+
+    tokenizer, model, processor, _ = load_pretrained_model(str(tiny.llava), None, BASE_NAME, device="cpu")
+    known: dict[tuple[str | None, Question], str] = {}
+
+    def answer(name: str | None, question: Question) -> str:
+        if (name, question) not in known:
+            images: dict[str, Any] = {}
+            if question.image:
+                picture = Image.open(question.image).convert("RGB")
+                pixels = process_images([picture], processor, model.config).half()
+                images = {"images": pixels, "image_sizes": [picture.size]}
+            ids = tokenizer_image_token(question.prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
+            if name is not None:
+                load_adapter(model, shelf / name)
+            output = model.generate(ids, do_sample=False, max_new_tokens=question.tokens, **images)
+            if name is not None:
+                remove(model)
+            known[name, question] = tokenizer.decode(output[0], skip_special_tokens=True).strip()
+        return known[name, question]
+
+    return answer
+
+
+@dataclass(frozen=True)
+class Client:
+    """Talks to a worker as upstream's page does; `slots` are the worker's own, where it runs in this process."""
+
+    address: str
+    slots: Any = None
+
+    def free(self) -> int:
+        """How many more answers could be generated at this moment."""
+        return int(self.slots._value)
+
+    def post(self, body: Any, **options: Any) -> requests.Response:
+        where = f"{self.address}/worker_generate_stream"
+        return requests.post(where, **({"json": body, "timeout": PATIENCE} | options))
+
+    def states(self, model: str, question: Question) -> list[dict[str, Any]]:
+        response = self.post(question.body(model), stream=True)
+        assert response.status_code == 200, response.text
+        return [json.loads(part) for part in response.iter_lines(delimiter=b"\0") if part]
+
+    def answer(self, model: str, question: Question) -> str:
+        states = self.states(model, question)
+        assert all(state["error_code"] == 0 for state in states), states[-1]
+        return str(states[-1]["text"]).removeprefix(question.prompt).strip()
+
+    def refused(self, body: Any, **options: Any) -> tuple[int, str]:
+        """The status and the text of an error that upstream's page can show."""
+        response = self.post(body, **options)
+        [state] = [json.loads(part) for part in response.content.split(b"\0") if part]
+        assert state["error_code"] != 0
+        return response.status_code, state["text"]
+
+    def health(self) -> dict[str, Any]:
+        return dict(requests.get(f"{self.address}/health", timeout=PATIENCE).json())
+
+    def admin(self, method: str, path: str = "", token: str = TOKEN, **options: Any) -> requests.Response:
+        headers = {"Authorization": f"Bearer {token}"}
+        return requests.request(
+            method, f"{self.address}/admin/adapters{path}", headers=headers, timeout=PATIENCE, **options
+        )
+
+    @contextmanager
+    def begun(self, body: dict[str, Any]) -> Iterator[socket.socket]:
+        """A connection over which an answer has begun to come; closed, whatever is still on its way, at the end."""
+        host, _, port = self.address.removeprefix("http://").partition(":")
+        content = json.dumps(body).encode()
+        head = f"POST /worker_generate_stream HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(content)}\r\n\r\n"
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+            connection.sendall(head.encode() + content)
+            received = b""
+            while b'"error_code"' not in received:
+                part = connection.recv(4096)
+                assert part, f"the connection was closed before an answer had begun: {received!r}"
+                received += part
+            yield connection
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+@contextmanager
+def listening(
+    app: Any, port: int, send_buffer: int | None = None, listener: socket.socket | None = None, **options: Any
+) -> Iterator[Client]:
+    """Serves an application from a thread of this process; on `listener` if there is one that listens on `port`."""
+    import uvicorn
+
+    from llava_steering_plugin.serving.http.app import give_up_stalled
+    from llava_steering_plugin.serving.worker import _bound
+
+    listener = listener or _bound("127.0.0.1", port)
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    give_up_stalled(listener, app.state.answers.limits.stall_seconds)
+
+    config = uvicorn.Config(app, "127.0.0.1", port, log_config=None, timeout_graceful_shutdown=1, **options)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    wait_until(lambda: server.started)
+    try:
+        yield Client(f"http://127.0.0.1:{port}", app.state.answers.slots)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+@pytest.fixture(scope="session")
+def worker_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def worker(tiny: TinyLlava, shelf: Path, patched_llava: Path, worker_port: int) -> Any:
+    """One worker with the eight adapters: tests that change its roster put it back."""
+    from llava_steering_plugin.serving.model_worker import AdapterWorker
+
+    worker = AdapterWorker(
+        str(tiny.llava),
+        controller="http://127.0.0.1:9",
+        address=f"http://127.0.0.1:{worker_port}",
+        device="cpu",
+    )
+    for name in NAMES:
+        worker.roster.put(name, str(shelf / name))
+    return worker
+
+
+@pytest.fixture(scope="session")
+def client(worker: Any, worker_port: int) -> Iterator[Client]:
+    """The worker's HTTP side with room for 64 requests, four at a time."""
+    from llava_steering_plugin.serving.http.app import build
+    from llava_steering_plugin.serving.http.limits import Limits
+
+    with listening(build(worker, Limits(running=4, waiting=60, body_bytes=1 << 20)), worker_port) as client:
+        yield client
+
+
+STRICT = Limits(
+    running=4,
+    waiting=4,
+    body_bytes=1 << 20,
+    prompt_characters=2000,
+    images=2,
+    image_pixels=90_000,
+    receive_seconds=1.0,
+    stall_seconds=1.0,
+)
+
+
+@pytest.fixture(scope="session")
+def strict(worker: Any) -> Iterator[Client]:
+    """The same worker's HTTP side with narrow limits."""
+    from llava_steering_plugin.serving.http.app import build
+
+    with listening(build(worker, STRICT), free_port()) as client:
+        yield client
+
+
+@pytest.fixture
+def unharmed(strict: Client, alone: Alone, asked: list[Question]) -> Iterator[None]:
+    """After the test the worker answers as ever, has all its slots, and nobody waits."""
+    yield
+    wait_until(lambda: strict.free() == 4)
+    assert not strict.slots._waiters
+    assert strict.answer("cats", asked[0]) == alone("cats", asked[0])
+    wait_until(lambda: strict.health().items() >= {"status": "ok", "running": 0, "open": 0}.items())

@@ -1,0 +1,159 @@
+"""The layout of the package: which room may import which, who may name LLaVA and DeepSpeed, and how long a file may be.
+
+docs/architecture.md describes the rooms. These tests read the source; they import nothing of it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "llava_steering_plugin"
+
+# From the ground up. A room imports rooms of lower floors only; rooms of one floor know nothing of each other.
+FLOORS = (
+    ("errors",),
+    ("modes", "distributed"),
+    ("hooks",),
+    ("adapters",),
+    ("training", "convert", "pool"),
+    ("upstream",),
+    ("planning", "checkout", "inference", "launch"),
+    ("serving", "chat", "evaluation", "diagnostics"),
+    ("cli",),
+    ("__main__",),
+)
+LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+
+# Who calls LLaVA's own functions. Everybody else gets what it needs of LLaVA from these rooms, or from the model.
+MAY_IMPORT_LLAVA = {"upstream", "inference", "chat", "serving"}
+# The constant that stands for an image in a prompt: below `upstream`, which therefore cannot hand it down.
+LLAVA_CONSTANTS = {"pool/projectors.py"}
+STILL_IMPORTING = {"cli/chat.py", "cli/evaluate.py", "planning/meta_step.py"}  # to be emptied
+STILL_TOO_LONG = {"llava_steering_plugin/modes/mixlora.py"}  # to be emptied
+
+LONGEST_FILE = 300
+
+
+def module_files(root: Path) -> dict[str, Path]:
+    """Return the dotted name of every module below `root`, a folder that holds the package."""
+    found = {}
+    for file in sorted((root / PACKAGE).rglob("*.py")):
+        parts = file.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+def imported_names(file: Path, root: Path) -> set[str]:
+    """Return the dotted names of everything that a file imports, anywhere in it, relative imports resolved."""
+    names = set()
+    package = file.relative_to(root).parts[:-1]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            near = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
+            origin = ".".join(filter(None, (near, node.module)))
+            names |= {f"{origin}.{alias.name}" for alias in node.names}
+    return names
+
+
+def import_graph(root: Path) -> dict[str, set[str]]:
+    """Return the modules of the package that each of its modules imports."""
+    files = module_files(root)
+
+    def modules(names: Iterable[str]) -> set[str]:
+        found = set()
+        for name in names:
+            while name and name not in files:
+                name = name.rpartition(".")[0]
+            found.add(name)
+        return found - {"", PACKAGE}
+
+    return {name: modules(imported_names(file, root)) - {name} for name, file in files.items()}
+
+
+def room_of(module: str) -> str:
+    """Return the part of the package that a module belongs to; "" for the package itself."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def arrows_up(graph: Mapping[str, set[str]]) -> list[str]:
+    """Return every import from one room into a room that is not below it."""
+    return [
+        f"{module} -> {other}"
+        for module, others in sorted(graph.items())
+        for other in sorted(others)
+        if room_of(module) not in ("", room_of(other)) and LEVEL[room_of(other)] >= LEVEL[room_of(module)]
+    ]
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    return import_graph(ROOT)
+
+
+def test_every_part_of_the_package_has_a_floor(graph: dict[str, set[str]]) -> None:
+    assert {room_of(module) for module in graph} - {""} <= LEVEL.keys()
+
+
+def test_no_import_runs_up_or_to_a_neighbour(graph: dict[str, set[str]]) -> None:
+    assert arrows_up(graph) == []
+
+
+def test_no_imports_go_in_a_circle_not_even_for_annotations(graph: dict[str, set[str]]) -> None:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_the_guards_see_a_circle_and_an_arrow_that_runs_up(tmp_path: Path) -> None:
+    for path, source in {
+        "__init__.py": "",
+        "modes/__init__.py": "",
+        "modes/mores.py": "def later():\n    from ..adapters import card\n",
+        "adapters/__init__.py": "",
+        "adapters/card.py": "import typing\nif typing.TYPE_CHECKING:\n    from ..modes.mores import later\n",
+    }.items():
+        file = tmp_path / PACKAGE / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source)
+    found = import_graph(tmp_path)
+    assert arrows_up(found) == [f"{PACKAGE}.modes.mores -> {PACKAGE}.adapters.card"]
+    with pytest.raises(CycleError):
+        TopologicalSorter(found).prepare()
+
+
+def top_packages(file: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported_names(file, ROOT)}
+
+
+def test_only_the_rooms_that_run_llava_import_it() -> None:
+    importers = {
+        str(file.relative_to(ROOT / PACKAGE)) for file in module_files(ROOT).values() if "llava" in top_packages(file)
+    }
+    assert {
+        path for path in importers if path.split("/")[0] not in MAY_IMPORT_LLAVA
+    } == LLAVA_CONSTANTS | STILL_IMPORTING
+
+
+def test_modes_are_plain_torch_and_two_files_name_deepspeed() -> None:
+    files = module_files(ROOT)
+    assert not [
+        file for name, file in files.items() if room_of(name) == "modes" and "transformers" in top_packages(file)
+    ]
+    naming = {name.removeprefix(f"{PACKAGE}.") for name, file in files.items() if "deepspeed" in top_packages(file)}
+    assert naming == {"distributed", "training.deepspeed"}
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, "scripts"])
+def test_no_file_is_longer_than_can_be_surveyed(folder: str) -> None:
+    lengths = {file.relative_to(ROOT): len(file.read_text().splitlines()) for file in (ROOT / folder).rglob("*.py")}
+    too_long = {str(file): length for file, length in lengths.items() if length > LONGEST_FILE}
+    assert {file: length for file, length in too_long.items() if file not in STILL_TOO_LONG} == {}
