@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
 from llava_steering_plugin.adapters.fingerprint import FINGERPRINT_COLUMNS, FINGERPRINT_ROWS, check_base
 from llava_steering_plugin.adapters.folder import ADAPTER, ADDED, EXTRA, FINGERPRINT, StoredAdapter
 from llava_steering_plugin.adapters.quantised import unquantise
+from llava_steering_plugin.adapters.writing import write_folder
 from llava_steering_plugin.distributed import gathered, whole
 from llava_steering_plugin.errors import BaseMismatch, SteeringError, listing
 from llava_steering_plugin.hooks.owner import owner_of
@@ -62,7 +62,9 @@ def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], *, writ
     tensors |= _vocabulary(model, config, write)
     if write:
         count = sum(value.numel() for name, value in tensors.items() if name.startswith(ADAPTER))
-        files.write(folder, config, tensors, _llava_config(model), model_card(config, count, sorted(attachment.extras)))
+        write_folder(
+            folder, config, tensors, _llava_config(model), model_card(config, count, sorted(attachment.extras))
+        )
 
 
 def _vocabulary(model: PreTrainedModel, config: AdapterConfig, keep: bool) -> dict[str, Tensor]:
@@ -168,8 +170,3 @@ def _add_tokens(model: PreTrainedModel, stored: StoredAdapter, tokenizer: Any) -
         with torch.no_grad(), gathered([layer.weight], modify=True):
             weight = layer.weight
             weight[ids.to(weight.device)] = stored.tensors[ADDED + part].to(weight.device, weight.dtype)
-
-
-def with_base(config: AdapterConfig, name_or_path: str) -> AdapterConfig:
-    """The config with the base loaded from elsewhere."""
-    return replace(config, base=replace(config.base, name_or_path=name_or_path))

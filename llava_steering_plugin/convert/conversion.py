@@ -18,6 +18,7 @@ from llava_steering_plugin.adapters.card import model_card
 from llava_steering_plugin.adapters.compatibility import mode_of
 from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.adapters.save_load import restore
+from llava_steering_plugin.adapters.writing import write_folder
 from llava_steering_plugin.convert.backbone import Backbone, find_backbone
 from llava_steering_plugin.convert.layouts import read_released
 from llava_steering_plugin.convert.released import Note, Released
@@ -152,10 +153,10 @@ def _write(
     """Writes beside `target`, reads it back, and only then puts it in place."""
     staged = target.parent / f".{target.name}.{os.getpid()}.partial"
     try:
-        files.write(staged, config, tensors, llava, card)
+        write_folder(staged, config, tensors, llava, card)
         _verify(staged, config, tensors, backbone)
         if target.is_dir() and any(target.iterdir()):
-            files.write(target, config, tensors, llava, card)
+            write_folder(target, config, tensors, llava, card)
         else:
             os.replace(staged, target)
     except OSError as error:

@@ -1,8 +1,8 @@
 """A folder of adapter folders, watched: what is put there is served, what is replaced is loaded again.
 
 Looked at every few seconds rather than by the kernel's notices, which network file systems do not send. An adapter's
-weights are replaced by one rename (`adapters.files`), so their time, size and number on disk tell of every change. What
-copies a file in place is met by waiting until two looks see the same.
+weights are replaced by one rename (`adapters.writing`), so their time, size and number on disk tell of every change.
+What copies a file in place is met by waiting until two looks see the same.
 """
 
 from __future__ import annotations

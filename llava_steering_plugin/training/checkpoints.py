@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import distributed
 
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.folder import CARD
+from llava_steering_plugin.adapters.writing import remove_leftovers
 from llava_steering_plugin.errors import AdapterError, CheckpointError, listing
 from llava_steering_plugin.training.integrity import NAME, problems_in, ranks_of, uses_deepspeed
 
@@ -48,12 +49,12 @@ def prepare(output: Path) -> None:
     Raises:
         CheckpointError: it cannot be written. Better known now than at the first save.
     """
-    probe = output / f".{files.CARD}.{os.getpid()}.partial"
+    probe = output / f".{CARD}.{os.getpid()}.partial"
     try:
         output.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-        files.remove_leftovers(output)
+        remove_leftovers(output)
         for folder in output.glob(f"{STAGED}checkpoint-*"):
             logger.warning("%s was left by a training that was killed; it is deleted.", folder)
             shutil.rmtree(folder)

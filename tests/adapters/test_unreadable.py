@@ -12,6 +12,7 @@ import pytest
 
 from llava_steering_plugin.adapters import folder as files
 from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
+from llava_steering_plugin.adapters.writing import write_folder
 from llava_steering_plugin.errors import AdapterError
 
 
@@ -35,7 +36,7 @@ def adapter() -> Iterator[Path]:
         os.chmod(folder, 0o755)
         path = Path(folder) / "pets"
         base = BaseModel("/models/base", "llava_llama", 64, 4, 700)
-        files.write(path, AdapterConfig("mores", {"rank": 1}, base, "v1"), {}, "{}", "")
+        write_folder(path, AdapterConfig("mores", {"rank": 1}, base, "v1"), {}, "{}", "")
         for file in path.iterdir():
             file.chmod(0o644)
         path.chmod(0o755)

@@ -31,6 +31,7 @@ from transformers import LlamaForCausalLM
 from llava_steering_plugin import load_adapter, remove, token_map
 from llava_steering_plugin.adapters import folder as files
 from llava_steering_plugin.adapters.config import AdapterConfig
+from llava_steering_plugin.convert import conversion
 from llava_steering_plugin.convert.conversion import Conversion, convert
 from llava_steering_plugin.errors import AdapterError
 
@@ -270,7 +271,7 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_half_written(
 def test_an_adapter_that_does_not_read_back_as_it_was_written_is_thrown_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = files.write
+    write = conversion.write_folder
 
     def faulty(folder: Path, config: AdapterConfig, tensors: Mapping[str, torch.Tensor], *rest: str) -> None:
         first = min(tensors)
@@ -278,7 +279,7 @@ def test_an_adapter_that_does_not_read_back_as_it_was_written_is_thrown_away(
         flipped.view(torch.int32)[(0,) * flipped.dim()] ^= 1  # the last bit of one value
         write(folder, config, {**tensors, first: flipped}, *rest)
 
-    monkeypatch.setattr(files, "write", faulty)
+    monkeypatch.setattr(conversion, "write_folder", faulty)
     with pytest.raises(AdapterError, match=r"(?s)does not read back.*adapter\.layers\.0"):
         convert(golden("mixlora"), tmp_path / "done", golden_base("mixlora"))
     assert not list(tmp_path.iterdir())

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_steering_plugin.adapters import folder as files
 from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
+from llava_steering_plugin.adapters.writing import write_folder
 from llava_steering_plugin.training import flags as arguments
 
 BASE = BaseModel("/models/base", "llava_llama", 64, 4, 700)
@@ -27,7 +27,7 @@ def problems(*words: str) -> list[str]:
 
 
 def adapter(folder: Path, mode: str = "mores", **settings: object) -> str:
-    files.write(folder, AdapterConfig(mode, settings, BASE, "v1"), {}, "{}", "")
+    write_folder(folder, AdapterConfig(mode, settings, BASE, "v1"), {}, "{}", "")
     return str(folder)
 
 

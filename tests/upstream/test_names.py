@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_steering_plugin.adapters import folder as files
 from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
+from llava_steering_plugin.adapters.writing import write_folder
 from llava_steering_plugin.errors import UpstreamError
 from llava_steering_plugin.upstream.names import PREFIXES, display_name
 
@@ -33,7 +33,7 @@ MISLEADING = "LLaVA-lora-llama-2-Mixtral-mistral-hermes-v1.6-34b-mpt-mmtag-plain
 
 def adapter(folder: Path, conversation: str | None) -> Path:
     base = BaseModel("/models/base", "llava_llama", 64, 4, 700)
-    files.write(folder, AdapterConfig("mores", {"rank": 1}, base, conversation), {}, "{}", "")
+    write_folder(folder, AdapterConfig("mores", {"rank": 1}, base, conversation), {}, "{}", "")
     return folder
 
 
