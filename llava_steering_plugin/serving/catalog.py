@@ -43,22 +43,22 @@ class AdapterCatalog:
         self.base = base
         self.rejected: dict[str, str] = {}
         self.followers: list[Callable[[], None]] = []
-        self._entries: Mapping[str, ServedAdapter] = {}
+        self._adapters: Mapping[str, ServedAdapter] = {}
         self._changing = threading.Lock()
         self._rejecting = threading.Lock()
 
     def names(self) -> list[str]:
         """What the page lists: the base, then the adapters in the order in which they came."""
-        return [self.base, *(entry.shown for entry in self._entries.values())]
+        return [self.base, *(adapter.shown for adapter in self._adapters.values())]
 
-    def entries(self) -> list[ServedAdapter]:
-        return list(self._entries.values())
+    def adapters(self) -> list[ServedAdapter]:
+        return list(self._adapters.values())
 
     def find(self, shown: str) -> str | None:
         """The pool's name of what the page calls `shown`; None if there is no such thing."""
         if shown == self.base:
             return BASE
-        return next((entry.name for entry in self._entries.values() if entry.shown == shown), None)
+        return next((adapter.name for adapter in self._adapters.values() if adapter.shown == shown), None)
 
     def put(self, name: str, source: str) -> ServedAdapter:
         """Adds the adapter at `source`, a folder or a hub id, or replaces the one of that name.
@@ -70,7 +70,7 @@ class AdapterCatalog:
         checked_label(name)
         with self._change():
             try:
-                entry = self._checked(name, source)
+                adapter = self._checked(name, source)
                 self.pool.load(name, source)
             except SteeringError as error:
                 self.reject(name, str(error))
@@ -80,9 +80,9 @@ class AdapterCatalog:
                 self.reject(name, reason)
                 raise AdapterError(reason) from error
             self.accept(name)
-            self._entries = {**self._entries, name: entry}
-        logger.info("serving %s as %s", name, entry.shown)
-        return entry
+            self._adapters = {**self._adapters, name: adapter}
+        logger.info("serving %s as %s", name, adapter.shown)
+        return adapter
 
     def drop(self, name: str) -> None:
         """Takes an adapter away.
@@ -91,10 +91,10 @@ class AdapterCatalog:
             ArgumentsError: there is none of that name.
         """
         with self._change():
-            if name not in self._entries:
-                raise ArgumentsError(f"there is no adapter {name!r} to remove; there are: {', '.join(self._entries)}.")
+            if name not in self._adapters:
+                raise ArgumentsError(f"there is no adapter {name!r} to remove; there are: {', '.join(self._adapters)}.")
             # First the name, then the weights: nobody finds a name that leads nowhere.
-            self._entries = {other: entry for other, entry in self._entries.items() if other != name}
+            self._adapters = {other: adapter for other, adapter in self._adapters.items() if other != name}
             self.pool.unload(name)
         logger.info("no longer serving %s", name)
 
@@ -114,9 +114,9 @@ class AdapterCatalog:
         """What is known of each adapter, for whoever administers the server."""
         return [
             {
-                "name": entry.name,
-                "shown": entry.shown,
-                "source": entry.source,
+                "name": adapter.name,
+                "shown": adapter.shown,
+                "source": adapter.source,
                 "mode": details.mode,
                 "settings": details.settings,
                 "parameters": details.parameters,
@@ -124,8 +124,8 @@ class AdapterCatalog:
                 "resident": details.resident,
                 "conversation": details.conversation,
             }
-            for entry in self.entries()
-            if (details := self._details(entry.name)) is not None
+            for adapter in self.adapters()
+            if (details := self._details(adapter.name)) is not None
         ]
 
     @contextmanager
@@ -149,7 +149,8 @@ class AdapterCatalog:
             files.read(Path(source))  # says why
             raise AdapterError(f"{source} is no adapter: no such folder, and no such model on the hub.")
         shown = shown_name(name, files.read_config(folder).conversation, self.base)
-        taken = {entry.shown: entry.name for entry in self._entries.values() if entry.name != name} | {self.base: BASE}
+        others = {adapter.shown: adapter.name for adapter in self._adapters.values() if adapter.name != name}
+        taken = others | {self.base: BASE}
         if shown in taken:
             holder = "the base" if taken[shown] == BASE else f"the adapter {taken[shown]!r}"
             raise ArgumentsError(

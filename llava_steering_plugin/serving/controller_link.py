@@ -27,7 +27,7 @@ class ControllerLink(threading.Thread):
     """
 
     def __init__(self, worker: AdapterWorker, every: float = 10.0):
-        super().__init__(name="announcer", daemon=True)
+        super().__init__(name="controller_link", daemon=True)
         self._worker = worker
         self._every = every
         self._told: list[str] | None = None
@@ -56,11 +56,11 @@ class ControllerLink(threading.Thread):
             self._wake.wait(pause)
 
     def _announce(self) -> None:
-        names = self._worker.roster.names()
+        names = self._worker.catalog.names()
         if names == self._told:
             # Waits for as long as the controller is away, and then registers if it has forgotten this worker.
             self._worker.send_heart_beat()
-            names = self._worker.roster.names() if self._wake.is_set() else names
+            names = self._worker.catalog.names() if self._wake.is_set() else names
         if names != self._told:
             self._worker.register_to_controller()
             self._told = names

@@ -30,20 +30,20 @@ def checked_folder(folder: Path) -> Path:
 
 
 class WatchedFolder(threading.Thread):
-    """Keeps a roster in step with a folder; a broken adapter is reported once and the one before it goes on serving.
+    """Keeps a catalog in step with a folder; a broken adapter is reported once and the one before it goes on serving.
 
     Args:
-        changed: called after the roster has changed.
+        changed: called after the catalog has changed.
         every: seconds between two looks.
 
     Raises:
         ArgumentsError: there is no such folder.
     """
 
-    def __init__(self, folder: Path, roster: AdapterCatalog, changed: Callable[[], None], every: float = 2.0):
+    def __init__(self, folder: Path, catalog: AdapterCatalog, changed: Callable[[], None], every: float = 2.0):
         super().__init__(name="watched-folder", daemon=True)
         self.folder = checked_folder(folder)
-        self._roster = roster
+        self._catalog = catalog
         self._changed = changed
         self._every = every
         self._seen: dict[str, Signature] = {}
@@ -60,7 +60,7 @@ class WatchedFolder(threading.Thread):
         self._stopped.set()
 
     def look(self, settled: bool = False) -> bool:
-        """Compares the folder with what was taken from it, and says whether the roster has changed.
+        """Compares the folder with what was taken from it, and says whether the catalog has changed.
 
         Args:
             settled: nothing is being copied: take what is there without a second look.
@@ -116,7 +116,7 @@ class WatchedFolder(threading.Thread):
 
     def _put(self, name: str, signature: Signature) -> bool:
         try:
-            self._roster.put(name, str(self.folder / name))
+            self._catalog.put(name, str(self.folder / name))
         except SteeringError as error:
             self._refuse(name, signature, str(error))
             return False
@@ -128,14 +128,14 @@ class WatchedFolder(threading.Thread):
         if self._refused.get(name) != signature:
             self._refused[name] = signature
             logger.warning("%s is not served: %s", printable(str(self.folder / name)), printable(reason))
-            self._roster.reject(name, reason)
+            self._catalog.reject(name, reason)
 
     def _drop(self, name: str) -> bool:
-        self._roster.accept(name)
+        self._catalog.accept(name)
         if not self._is_mine(name, self._source(name)):
             return False
         try:
-            self._roster.drop(name)
+            self._catalog.drop(name)
         except SteeringError:
             return False  # an administrator was faster
         return True
@@ -146,4 +146,4 @@ class WatchedFolder(threading.Thread):
 
     def _source(self, name: str) -> str | None:
         """Where the adapter of that name came from, which may be a flag or an administrator."""
-        return next((entry.source for entry in self._roster.entries() if entry.name == name), None)
+        return next((adapter.source for adapter in self._catalog.adapters() if adapter.name == name), None)

@@ -38,7 +38,7 @@ class IdleTrimmer:
             self._coming = asyncio.get_running_loop().call_later(REST_SECONDS, self._rest)
 
     @asynccontextmanager
-    async def following(self, roster: AdapterCatalog) -> AsyncIterator[None]:
+    async def following(self, catalog: AdapterCatalog) -> AsyncIterator[None]:
         """Inside the block, also after changes of adapters: they leave memory behind, and nobody need ask for them."""
         loop = asyncio.get_running_loop()
 
@@ -46,11 +46,11 @@ class IdleTrimmer:
             with suppress(RuntimeError):  # the loop has been closed: the server has stopped
                 loop.call_soon_threadsafe(self.soon)
 
-        roster.followers.append(changed)
+        catalog.followers.append(changed)
         try:
             yield
         finally:
-            roster.followers.remove(changed)
+            catalog.followers.remove(changed)
 
     def _rest(self) -> None:
         self._coming = None

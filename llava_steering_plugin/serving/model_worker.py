@@ -164,11 +164,11 @@ class AdapterWorker(upstream.ModelWorker):
         self.model_name = model_name or get_model_name_from_path(model_path)
         self.is_multimodal = self.image_processor is not None
         self.pool = AdapterPool(self.model, self.tokenizer, max_resident=max_resident)
-        self.roster = AdapterCatalog(self.pool, self.model_name)
+        self.catalog = AdapterCatalog(self.pool, self.model_name)
 
     def get_status(self) -> dict[str, Any]:
         """What the controller is told: every adapter, and the base, is a model."""
-        return {**super().get_status(), "model_names": self.roster.names()}
+        return {**super().get_status(), "model_names": self.catalog.names()}
 
     def report(self, slots: Semaphore, limit: int) -> None:
         """Has the controller told how many of `limit` slots are taken, and how many requests wait for one.

@@ -109,21 +109,21 @@ def run(
             load_4bit=load_4bit,
             max_resident=max_resident,
         )
-    announcer = ControllerLink(worker)
-    load_all(worker.roster.put, sources)
+    controller_link = ControllerLink(worker)
+    load_all(worker.catalog.put, sources)
     if adapter_dir is not None:
-        watched = WatchedFolder(adapter_dir.absolute(), worker.roster, announcer.changed, watch_every)
+        watched = WatchedFolder(adapter_dir.absolute(), worker.catalog, controller_link.changed, watch_every)
         watched.look(settled=True)
         watched.start()
     admin: list[Route] = []
     if admin_token is not None:
         admin = Admin(
-            admin_token, worker.roster, announcer.changed, limits, folder=adapter_dir, any_path=admin_any_path
+            admin_token, worker.catalog, controller_link.changed, limits, folder=adapter_dir, any_path=admin_any_path
         ).routes()
     application = build(worker, limits, log_requests=log_requests, admin=admin)
     if not no_register:
-        announcer.start()
-    logger.info("serving %s", ", ".join(worker.roster.names()))
+        controller_link.start()
+    logger.info("serving %s", ", ".join(worker.catalog.names()))
     config = uvicorn.Config(
         application,
         host,

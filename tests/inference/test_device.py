@@ -17,7 +17,7 @@ PROGRAMS = """
 import sys
 from typer.testing import CliRunner
 from llava_steering_plugin.cli import app
-from llava_steering_plugin.serving import flags, worker
+from llava_steering_plugin.serving import options as flags, worker
 
 class Chosen(Exception): ...
 

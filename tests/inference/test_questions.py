@@ -86,6 +86,8 @@ def test_batches_over_several_adapters_answer_what_each_answers_alone(
     assert [line["prompt"] for line in lines] == [question["text"] for question in questions]
     assert [line["model_id"] for line in lines] == [question["adapter"] for question in questions]
     assert len({line["answer_id"] for line in lines}) == len(lines)
+    keys = {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}  # those of upstream's answer files
+    assert all(line.keys() == keys for line in lines)
     assert len({line["text"] for line in lines}) > 4, "equal answers would show nothing"
 
 

@@ -21,7 +21,7 @@ pytest_plugins = ["serving_fixtures", "changing_fixtures"]
 def test_what_is_put_into_the_watched_folder_replaced_in_it_and_taken_out_is_followed(
     worker: Any,
     client: Client,
-    announcer: ControllerLink,
+    controller_link: ControllerLink,
     controller: str,
     shelf: Path,
     folder: Path,
@@ -29,7 +29,7 @@ def test_what_is_put_into_the_watched_folder_replaced_in_it_and_taken_out_is_fol
     alone: Alone,
     asked: list[Question],
 ) -> None:
-    watched = WatchedFolder(folder, worker.roster, announcer.changed, every=0.1)
+    watched = WatchedFolder(folder, worker.catalog, controller_link.changed, every=0.1)
     watched.start()
     try:
         shutil.copytree(shelf / "cats", folder / "new")
@@ -44,12 +44,12 @@ def test_what_is_put_into_the_watched_folder_replaced_in_it_and_taken_out_is_fol
         wait_until(lambda: client.answer("new", asked[0]) == alone("dogs", asked[0]))
 
         (folder / "new" / "adapter_model.safetensors").write_bytes(b"broken")
-        wait_until(lambda: "new" in worker.roster.rejected)
+        wait_until(lambda: "new" in worker.catalog.rejected)
         assert client.answer("new", asked[0]) == alone("dogs", asked[0]), "the last good one goes on"
 
         shutil.rmtree(folder / "new")
         wait_until(lambda: listed(controller) == shown)
-        assert "new" not in worker.roster.rejected
+        assert "new" not in worker.catalog.rejected
     finally:
         watched.stop()
         watched.join(30)
@@ -60,7 +60,7 @@ def test_the_folder_neither_replaces_nor_removes_an_adapter_that_came_from_elsew
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     shutil.copytree(shelf / "dogs", folder / "cats")
-    watched = WatchedFolder(folder, worker.roster, lambda: None)
+    watched = WatchedFolder(folder, worker.catalog, lambda: None)
     assert not watched.look(settled=True)
     assert f"{folder / 'cats'} is not served: 'cats' is {shelf / 'cats'} already" in caplog.text
     shutil.rmtree(folder / "cats")
@@ -73,15 +73,15 @@ def test_a_folder_whose_name_was_taken_is_served_when_that_adapter_has_gone_and_
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     shutil.copytree(shelf / "dogs", folder / "cats")
-    watched = WatchedFolder(folder, worker.roster, lambda: None)
+    watched = WatchedFolder(folder, worker.catalog, lambda: None)
     for _ in range(4):
         assert not watched.look()
     assert caplog.text.count("is not served") == 1
-    assert "already" in worker.roster.rejected["cats"]
-    worker.roster.drop("cats")
+    assert "already" in worker.catalog.rejected["cats"]
+    worker.catalog.drop("cats")
     assert watched.look()
     assert client.answer("cats", asked[0]) == alone("dogs", asked[0])
-    assert "cats" not in worker.roster.rejected
+    assert "cats" not in worker.catalog.rejected
     shutil.rmtree(folder / "cats")
     assert watched.look()
 
@@ -91,13 +91,13 @@ def test_a_folder_that_is_a_link_is_followed_whoever_named_its_adapters(
 ) -> None:
     (folder.parent / "link").symlink_to(folder)
     shutil.copytree(shelf / "cats", folder / "new")
-    worker.roster.put("new", str((folder / "new").resolve()))  # as an administrator names it
-    watched = WatchedFolder(folder.parent / "link", worker.roster, lambda: None)
+    worker.catalog.put("new", str((folder / "new").resolve()))  # as an administrator names it
+    watched = WatchedFolder(folder.parent / "link", worker.catalog, lambda: None)
     watched.look(settled=True)
     assert "not served" not in caplog.text
     shutil.rmtree(folder / "new")
     assert watched.look()
-    assert "new" not in {entry.name for entry in worker.roster.entries()}
+    assert "new" not in {adapter.name for adapter in worker.catalog.adapters()}
 
 
 def test_folders_that_cannot_be_served_are_listed_with_the_reason_until_they_go_whatever_they_are_called(
@@ -107,7 +107,7 @@ def test_folders_that_cannot_be_served_are_listed_with_the_reason_until_they_go_
     for path in bad:
         shutil.copytree(shelf / "cats", path)
     (folder / "odd" / "config.json").write_text("5")
-    watched = WatchedFolder(folder, worker.roster, lambda: None)
+    watched = WatchedFolder(folder, worker.catalog, lambda: None)
     for _ in range(3):
         assert not watched.look()
     assert caplog.text.count("is not served") == 3
@@ -118,7 +118,7 @@ def test_folders_that_cannot_be_served_are_listed_with_the_reason_until_they_go_
     for path in bad:
         shutil.rmtree(path)
     watched.look()
-    assert not worker.roster.rejected
+    assert not worker.catalog.rejected
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
@@ -127,7 +127,7 @@ def test_an_adapter_that_cannot_be_looked_at_goes_on_serving_and_that_is_said_on
     monkeypatch: pytest.MonkeyPatch, number: int,
 ) -> None:  # fmt: skip
     shutil.copytree(shelf / "cats", folder / "new")
-    watched = WatchedFolder(folder, worker.roster, lambda: None)
+    watched = WatchedFolder(folder, worker.catalog, lambda: None)
     assert watched.look(settled=True)
     stat, away = Path.stat, [folder / "new" / "adapter_model.safetensors"]
 
@@ -139,20 +139,20 @@ def test_an_adapter_that_cannot_be_looked_at_goes_on_serving_and_that_is_said_on
     monkeypatch.setattr(Path, "stat", fail)
     for _ in range(3):
         assert not watched.look()
-    assert "new" in {entry.name for entry in worker.roster.entries()}
+    assert "new" in {adapter.name for adapter in worker.catalog.adapters()}
     assert caplog.text.count(os.strerror(number)) == 1
     away.clear()
     assert not any(watched.look() for _ in range(3)), "it had not changed"
     shutil.rmtree(folder / "new")
     assert watched.look()
-    assert "new" not in {entry.name for entry in worker.roster.entries()}
+    assert "new" not in {adapter.name for adapter in worker.catalog.adapters()}
 
 
 def test_a_folder_that_cannot_be_read_is_complained_of_when_the_reason_changes(
     worker: Any, shelf: Path, folder: Path, shown: set[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(shelf / "cats", folder / "new")
-    watched = WatchedFolder(folder, worker.roster, lambda: None)
+    watched = WatchedFolder(folder, worker.catalog, lambda: None)
     watched.look(settled=True)
     for times in (1, 2):
         folder.rename(folder.parent / "away")
@@ -164,16 +164,16 @@ def test_a_folder_that_cannot_be_read_is_complained_of_when_the_reason_changes(
         folder.unlink()
         (folder.parent / "away").rename(folder)
         assert not watched.look()
-    assert "new" in {entry.name for entry in worker.roster.entries()}
+    assert "new" in {adapter.name for adapter in worker.catalog.adapters()}
 
 
 def test_a_file_that_is_still_being_copied_is_not_read(worker: Any, shelf: Path, folder: Path, shown: set[str]) -> None:
     changes: list[None] = []
-    watched = WatchedFolder(folder, worker.roster, lambda: changes.append(None))
+    watched = WatchedFolder(folder, worker.catalog, lambda: changes.append(None))
     weights = (shelf / "cats" / "adapter_model.safetensors").read_bytes()
     (folder / "new").mkdir()
     for end in (100, 5000, len(weights)):
         (folder / "new" / "adapter_model.safetensors").write_bytes(weights[:end])
         assert not watched.look()
     assert watched.look() and not watched.look()
-    assert changes == [None] and not worker.roster.rejected
+    assert changes == [None] and not worker.catalog.rejected

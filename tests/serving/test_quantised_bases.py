@@ -48,7 +48,7 @@ def served(bits: int, tiny: TinyLlava, shelf: Path) -> Iterator[Served]:
         load_8bit=bits == 8,
     )
     for name in SERVED:
-        worker.roster.put(name, str(shelf / name))
+        worker.catalog.put(name, str(shelf / name))
     with listening(build(worker, Limits(running=2)), free_port()) as client:
         yield Served(client, worker.model)
 

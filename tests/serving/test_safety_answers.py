@@ -38,7 +38,7 @@ def test_an_adapter_that_is_removed_while_a_request_waits_is_said_to_have_gone_a
     worker: Any, shelf: Any, asked: list[Question], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Generating, "threads", Generating.threads)  # put back for the others
-    worker.roster.put("passing-by", str(shelf / "cats"))
+    worker.catalog.put("passing-by", str(shelf / "cats"))
     held = threading.Event()
     handle = worker.model.lm_head.register_forward_hook(lambda *_: held.wait(60) and None)
     one_at_a_time = build(worker, replace(STRICT, running=1))
@@ -48,7 +48,7 @@ def test_an_adapter_that_is_removed_while_a_request_waits_is_said_to_have_gone_a
             wait_until(lambda: client.free() == 0)
             second = users.submit(client.states, "passing-by", asked[-1])
             wait_until(lambda: bool(client.slots._waiters))
-            worker.roster.drop("passing-by")
+            worker.catalog.drop("passing-by")
         finally:
             held.set()
             handle.remove()
@@ -179,12 +179,12 @@ def test_memory_is_given_back_when_the_answer_of_a_client_that_hung_up_has_ended
 def test_memory_is_given_back_after_a_change_of_adapters_for_which_nobody_asked_anything(
     worker: Any, shelf: Any, rests: list[None]
 ) -> None:
-    followers = len(worker.roster.followers)
+    followers = len(worker.catalog.followers)
     with listening(build(worker, STRICT), free_port()):
-        worker.roster.put("passing-by", str(shelf / "cats"))
+        worker.catalog.put("passing-by", str(shelf / "cats"))
         wait_until(lambda: bool(rests))
         time.sleep(0.3)
         rests.clear()
-        worker.roster.drop("passing-by")
+        worker.catalog.drop("passing-by")
         wait_until(lambda: bool(rests))
-    assert len(worker.roster.followers) == followers
+    assert len(worker.catalog.followers) == followers

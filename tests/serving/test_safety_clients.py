@@ -201,5 +201,5 @@ def test_the_log_holds_nothing_of_what_was_asked_and_answered_unless_it_is_asked
 
 
 def test_no_name_of_a_model_is_one_of_the_pool_that_is_not_shown(strict: Client, worker: Any) -> None:
-    assert worker.roster.find(BASE_NAME) == worker.pool.BASE
-    assert worker.roster.find(worker.pool.BASE) is None
+    assert worker.catalog.find(BASE_NAME) == worker.pool.BASE
+    assert worker.catalog.find(worker.pool.BASE) is None

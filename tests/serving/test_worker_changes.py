@@ -122,7 +122,7 @@ def test_with_any_path_a_relative_one_means_the_watched_folder_first_and_others_
     shutil.copytree(shelf / "dogs", tmp_path / "started" / "there")
     monkeypatch.chdir(tmp_path / "started")
     limits = Limits(running=4)
-    routes = Admin(TOKEN, worker.roster, lambda: None, limits, folder=folder, any_path=True).routes()
+    routes = Admin(TOKEN, worker.catalog, lambda: None, limits, folder=folder, any_path=True).routes()
     with listening(build(worker, limits, admin=routes), free_port()) as client:
         for path in ("here", "there", tmp_path / "started" / "here"):
             assert put(client, "new", path).ok
@@ -143,7 +143,7 @@ def test_adapters_that_load_slowly_keep_no_request_from_being_checked(
         held.wait(60)
         raise AdapterError("it was slow")
 
-    monkeypatch.setattr(worker.roster, "put", slow)
+    monkeypatch.setattr(worker.catalog, "put", slow)
     with ThreadPoolExecutor(40) as administrators:
         try:
             answers = [administrators.submit(put, admin, "new", "nobody/nothing") for _ in range(40)]
@@ -158,7 +158,7 @@ def test_adapters_that_load_slowly_keep_no_request_from_being_checked(
 @pytest.mark.parametrize("token", ["ein-schlüssel-der-lang-genug-ist", "bytes-that-are-no-text-\udcff\udcfe"])
 def test_a_token_may_have_other_letters_than_english_ones(worker: Any, token: str) -> None:
     limits = Limits(running=4)
-    routes = Admin(token, worker.roster, lambda: None, limits).routes()
+    routes = Admin(token, worker.catalog, lambda: None, limits).routes()
     with listening(build(worker, limits, admin=routes), free_port()) as client:
         for given, status in ((os.fsencode(token), 200), (os.fsencode(token)[:-1], 401)):
             headers = {"Authorization": b"Bearer " + given}
@@ -180,7 +180,7 @@ def test_without_the_right_token_nothing_is_told_and_nothing_changes(
 
 def test_a_short_token_is_refused(worker: Any) -> None:
     with pytest.raises(ArgumentsError, match="16 at least"):
-        Admin("secret", worker.roster, lambda: None, Limits())
+        Admin("secret", worker.catalog, lambda: None, Limits())
 
 
 def test_whatever_an_odd_adapter_raises_is_its_refusal_and_only_the_newest_are_kept(
@@ -192,15 +192,15 @@ def test_whatever_an_odd_adapter_raises_is_its_refusal_and_only_the_newest_are_k
     monkeypatch.setattr(worker.pool, "load", odd)
     for number in range(120):
         with pytest.raises(AdapterError, match="KeyError: 'what nobody"):
-            worker.roster.put(f"n{number}", str(shelf / "cats"))
-    assert list(worker.roster.rejected) == [f"n{number}" for number in range(20, 120)]
+            worker.catalog.put(f"n{number}", str(shelf / "cats"))
+    assert list(worker.catalog.rejected) == [f"n{number}" for number in range(20, 120)]
     with pytest.raises(ArgumentsError):
-        worker.roster.put("x" * 1_000_000, str(shelf / "cats"))
-    assert max(map(len, worker.roster.rejected)) < 10
+        worker.catalog.put("x" * 1_000_000, str(shelf / "cats"))
+    assert max(map(len, worker.catalog.rejected)) < 10
 
 
 def test_a_controller_that_has_forgotten_the_worker_is_told_again(
-    worker: Any, announcer: ControllerLink, controller: str, shown: set[str]
+    worker: Any, controller_link: ControllerLink, controller: str, shown: set[str]
 ) -> None:
     time.sleep(1)  # several heart beats: they must not register anew each time
     assert requests.post(f"{controller}/get_worker_address", json={"model": BASE_NAME}, timeout=30).json() == {

@@ -55,25 +55,25 @@ def listed(controller: str) -> set[str]:
 @pytest.fixture
 def shown(worker: Any, client: Client) -> Iterator[set[str]]:
     """What is shown before a test, and after it again, in the same order."""
-    before = worker.roster.entries()
-    yield set(worker.roster.names())
-    for entry in worker.roster.entries():
-        worker.roster.drop(entry.name)
-    for entry in before:
-        worker.roster.put(entry.name, entry.source)
-    worker.roster.rejected.clear()
+    before = worker.catalog.adapters()
+    yield set(worker.catalog.names())
+    for adapter in worker.catalog.adapters():
+        worker.catalog.drop(adapter.name)
+    for adapter in before:
+        worker.catalog.put(adapter.name, adapter.source)
+    worker.catalog.rejected.clear()
 
 
 @pytest.fixture
-def announcer(worker: Any, controller: str, shown: set[str]) -> Iterator[ControllerLink]:
+def controller_link(worker: Any, controller: str, shown: set[str]) -> Iterator[ControllerLink]:
     before = worker.controller_addr
     worker.controller_addr = controller
-    announcer = ControllerLink(worker, every=0.5)
-    announcer.start()
+    controller_link = ControllerLink(worker, every=0.5)
+    controller_link.start()
     wait_until(lambda: listed(controller) == shown)
-    yield announcer
-    announcer.stop()
-    announcer.join(30)
+    yield controller_link
+    controller_link.stop()
+    controller_link.join(30)
     worker.controller_addr = before
 
 
@@ -84,8 +84,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def admin(worker: Any, announcer: ControllerLink, folder: Path) -> Iterator[Client]:
+def admin(worker: Any, controller_link: ControllerLink, folder: Path) -> Iterator[Client]:
     limits = Limits(running=4)
-    routes = Admin(TOKEN, worker.roster, announcer.changed, limits, folder=folder).routes()
+    routes = Admin(TOKEN, worker.catalog, controller_link.changed, limits, folder=folder).routes()
     with listening(build(worker, limits, admin=routes), free_port()) as client:
         yield client

@@ -187,7 +187,7 @@ def listening(
     listener = listener or _bound("127.0.0.1", port)
     if send_buffer is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    give_up_stalled(listener, app.state.answers.limits.stall_seconds)
+    give_up_stalled(listener, app.state.endpoint.limits.stall_seconds)
 
     config = uvicorn.Config(app, "127.0.0.1", port, log_config=None, timeout_graceful_shutdown=1, **options)
     server = uvicorn.Server(config)
@@ -195,7 +195,7 @@ def listening(
     thread.start()
     wait_until(lambda: server.started)
     try:
-        yield Client(f"http://127.0.0.1:{port}", app.state.answers.slots)
+        yield Client(f"http://127.0.0.1:{port}", app.state.endpoint.slots)
     finally:
         server.should_exit = True
         thread.join(30)
@@ -208,7 +208,7 @@ def worker_port() -> int:
 
 @pytest.fixture(scope="session")
 def worker(tiny: TinyLlava, shelf: Path, patched_llava: Path, worker_port: int) -> Any:
-    """One worker with the eight adapters: tests that change its roster put it back."""
+    """One worker with the eight adapters: tests that change its catalog put it back."""
     from llava_steering_plugin.serving.model_worker import AdapterWorker
 
     worker = AdapterWorker(
@@ -218,7 +218,7 @@ def worker(tiny: TinyLlava, shelf: Path, patched_llava: Path, worker_port: int) 
         device="cpu",
     )
     for name in NAMES:
-        worker.roster.put(name, str(shelf / name))
+        worker.catalog.put(name, str(shelf / name))
     return worker
 
 

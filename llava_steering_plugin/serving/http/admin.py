@@ -48,7 +48,7 @@ class Admin:
 
     Args:
         token: what requests have to bring as `Authorization: Bearer TOKEN`.
-        changed: called after the roster has changed.
+        changed: called after the catalog has changed.
         folder: adapters may be named by paths below it; None: only by hub ids.
         any_path: they may be anywhere.
 
@@ -59,7 +59,7 @@ class Admin:
     def __init__(
         self,
         token: str,
-        roster: AdapterCatalog,
+        catalog: AdapterCatalog,
         changed: Callable[[], None],
         limits: Limits,
         *,
@@ -67,12 +67,12 @@ class Admin:
         any_path: bool = False,
     ):
         self._token = checked_token(token).encode(errors="surrogateescape")  # the bytes that the environment had
-        self._roster = roster
+        self._catalog = catalog
         self._changed = changed
         self._limits = limits
         self._folder = folder
         self._any_path = any_path
-        # Of its own: what loads for minutes would take the threads in which requests are checked. One: the roster
+        # Of its own: what loads for minutes would take the threads in which requests are checked. One: the catalog
         # changes one adapter at a time.
         self._thread = ThreadPoolExecutor(1, "administering")
 
@@ -103,8 +103,8 @@ class Admin:
         return guarded
 
     async def _list(self, request: Request) -> Response:
-        adapters = await asyncio.to_thread(self._roster.table)
-        return JSONResponse({"base": self._roster.base, "adapters": adapters, "rejected": self._roster.rejected})
+        adapters = await asyncio.to_thread(self._catalog.table)
+        return JSONResponse({"base": self._catalog.base, "adapters": adapters, "rejected": self._catalog.rejected})
 
     async def _put(self, request: Request) -> Response:
         data = await read_object(request, self._limits)
@@ -112,14 +112,14 @@ class Admin:
         if not isinstance(name, str) or not isinstance(path, str) or not path or "\0" in path:
             raise Refused(422, 'The request has to be {"name": NAME, "path": FOLDER or HUB/ID}.')
         source = self._allowed(path)
-        entry = await self._change(self._roster.put, name, source)
-        return JSONResponse({"name": entry.name, "shown": entry.shown})
+        adapter = await self._change(self._catalog.put, name, source)
+        return JSONResponse({"name": adapter.name, "shown": adapter.shown})
 
     async def _drop(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name not in {entry.name for entry in self._roster.entries()}:
+        if name not in {adapter.name for adapter in self._catalog.adapters()}:
             raise Refused(404, "There is no adapter of that name here.")
-        await self._change(self._roster.drop, name)
+        await self._change(self._catalog.drop, name)
         return JSONResponse({"name": name})
 
     async def _change(self, what: Callable[..., T], *args: str) -> T:

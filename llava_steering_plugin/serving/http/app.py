@@ -91,22 +91,22 @@ class StreamEndpoint:
 
     async def _checked(self, request: Request) -> CheckedRequest:
         data = await read_object(request, self.limits)
-        return await asyncio.to_thread(checked, data, self.limits, self.worker.roster.find, self.worker.is_multimodal)
+        return await asyncio.to_thread(checked, data, self.limits, self.worker.catalog.find, self.worker.is_multimodal)
 
     async def _answer(self, asked: CheckedRequest, receive: Receive, send: Send) -> None:
         started, what = time.monotonic(), str(asked)
         gone = threading.Event()
         leaving = asyncio.ensure_future(_left(receive))
-        mailbox = LatestState()
+        latest = LatestState()
         how = "a client left"
         try:
             # Now, not when a slot is free: the client knows that it has been heard.
             headers = [(b"content-type", b"application/octet-stream"), (b"cache-control", b"no-store")]
             await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
             if await self._slot(leaving, send):
-                self._begin(asked, gone, mailbox)
+                self._begin(asked, gone, latest)
                 del asked  # a client that reads slowly costs a state of its answer, and not what it has asked
-                if await self._relay(mailbox, leaving, send):
+                if await self._relay(latest, leaving, send):
                     how = "answered"
         except asyncio.TimeoutError:
             how = f"a client took nothing for {self.limits.stall_seconds:g} seconds"
@@ -135,17 +135,17 @@ class StreamEndpoint:
         if not taking.cancelled() and taking.exception() is None:
             self._release()
 
-    def _begin(self, asked: CheckedRequest, gone: threading.Event, mailbox: LatestState) -> None:
+    def _begin(self, asked: CheckedRequest, gone: threading.Event, latest: LatestState) -> None:
         """Hands the slot to a thread: it is free when nothing is generated in it any more."""
         try:
-            self._threads.submit(self._generate, asked, gone, mailbox)
+            self._threads.submit(self._generate, asked, gone, latest)
         except RuntimeError as error:  # the system has no more threads; one of those there are may still take it
             gone.set()
             logger.error("an answer could not be begun: %s", error)
-            mailbox.put(chunk("The worker has too much to do. Please try again in a moment.", FAILED))
-            mailbox.close(self._release)
+            latest.put(chunk("The worker has too much to do. Please try again in a moment.", FAILED))
+            latest.close(self._release)
 
-    def _generate(self, asked: CheckedRequest, gone: threading.Event, mailbox: LatestState) -> None:
+    def _generate(self, asked: CheckedRequest, gone: threading.Event, latest: LatestState) -> None:
         """In a thread, which never waits for the client."""
         last = b""
         try:
@@ -153,23 +153,23 @@ class StreamEndpoint:
                 return
             try:
                 for last in self.worker.answer(asked, gone):
-                    mailbox.put(last)
+                    latest.put(last)
             except Exception:  # whatever it is, only this thread's future would know, and nobody looks there
                 logger.exception("an answer failed")
                 last = chunk(NO_ANSWER, FAILED)
-                mailbox.put(last)
+                latest.put(last)
             if self.log_requests:
                 logger.info("prompt %r of %s: %s", asked.parameters["prompt"], asked.shown, last[:-1].decode())
         finally:
-            mailbox.close(self._release)
+            latest.close(self._release)
 
-    async def _relay(self, mailbox: LatestState, leaving: asyncio.Future[Any], send: Send) -> bool:
+    async def _relay(self, latest: LatestState, leaving: asyncio.Future[Any], send: Send) -> bool:
         """Sends each state of the answer, or only the newest where the client is slower than the model.
 
         Returns:
             Whether the client got all of it.
         """
-        coming = asyncio.ensure_future(mailbox.get())
+        coming = asyncio.ensure_future(latest.get())
         try:
             while not leaving.done():
                 await _either(coming, leaving)
@@ -180,7 +180,7 @@ class StreamEndpoint:
                 await self._send(send, _body(state or b"", more=state is not None))
                 if state is None:
                     return True
-                coming = asyncio.ensure_future(mailbox.get())
+                coming = asyncio.ensure_future(latest.get())
             return False
         finally:
             coming.cancel()
@@ -232,8 +232,8 @@ def build(
         return JSONResponse(
             {
                 "status": "ok",
-                "models": len(worker.roster.names()),
-                "rejected": len(worker.roster.rejected),
+                "models": len(worker.catalog.names()),
+                "rejected": len(worker.catalog.rejected),
                 "running": limits.running - answers.slots._value,
                 "open": answers.inside,
                 "rested": answers.resting.rested,
@@ -252,7 +252,7 @@ def build(
             *admin,
         ],
         exception_handlers={HTTPException: http_error, Exception: http_error},
-        lifespan=lambda _: answers.resting.following(worker.roster),
+        lifespan=lambda _: answers.resting.following(worker.catalog),
     )
-    app.state.answers = answers
+    app.state.endpoint = answers
     return app

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 
 class LatestState:
-    """Holds one letter: a newer one takes the place of one that nobody has fetched.
+    """Holds one state: a newer one takes the place of one that nobody has fetched.
 
     Each state of an answer holds the ones before it, so nothing is lost, and a client that reads slowly costs the
     memory of one state. Made in the coroutine's event loop.
@@ -19,17 +19,17 @@ class LatestState:
         self._loop = asyncio.get_running_loop()
         self._filled = asyncio.Event()
         self._guard = threading.Lock()
-        self._letter: bytes | None = None
+        self._state: bytes | None = None
         self._closed = False
 
-    def put(self, letter: bytes) -> None:
+    def put(self, state: bytes) -> None:
         """From the thread; never waits."""
         with self._guard:
-            self._letter = letter
+            self._state = state
         self._tell(self._filled.set)
 
     def close(self, then: Callable[[], None]) -> None:
-        """From the thread: no letter follows; `then` is called in the event loop, whether anyone still reads or not.
+        """From the thread: no state follows; `then` is called in the event loop, whether anyone still reads or not.
 
         Only the first time: what is given back there is given back once.
         """
@@ -41,17 +41,17 @@ class LatestState:
         self._tell(self._filled.set)
 
     async def get(self) -> bytes | None:
-        """The newest letter not yet fetched, None when none will come."""
+        """The newest state not yet fetched, None when none will come."""
         while True:
             await self._filled.wait()
             self._filled.clear()
             with self._guard:
-                letter, self._letter = self._letter, None
+                state, self._state = self._state, None
                 if self._closed:
                     self._filled.set()
-                # Neither: two letters came at once, and the newer has been fetched.
-                if letter is not None or self._closed:
-                    return letter
+                # Neither: two states came at once, and the newer has been fetched.
+                if state is not None or self._closed:
+                    return state
 
     def _tell(self, what: Callable[[], None]) -> None:
         with suppress(RuntimeError):  # the loop has been closed: the server has stopped
