@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The demo, from a bare machine: sets up .venv if need be, then runs scripts/demo with the arguments given here.
 #
-#   scripts/demo.sh                   the whole demo (README.md says how long; goes on where it stopped)
+#   scripts/demo.sh                   the whole demo (docs/demo.md says how long; goes on where it stopped)
 #   scripts/demo.sh --quick           every part, too short to learn anything
 #   scripts/demo.sh --output DIR      somewhere else than ./demo-output
 set -euo pipefail

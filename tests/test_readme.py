@@ -1,4 +1,8 @@
-"""The README's commands and snippets work as they stand there, in a folder laid out as they assume."""
+"""The commands and snippets of the README, and of the pages behind it, work as they stand there.
+
+They run in a folder laid out as the pages assume. docs/python-api.md has a test of its own, test_python_api.py; links
+and files are checked by test_links.py.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,18 @@ import pytest
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment, train_flags, train_in_process
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if line.strip()
-]
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = (README, *((ROOT / "docs" / f"{name}.md").read_text() for name in ("training", "chat-and-eval", "differences")))
+COMMANDS = list(
+    dict.fromkeys(
+        line.split("  #")[0].strip()
+        for page in PAGES
+        for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+        for line in re.sub(r"\\\n +", "", block).splitlines()
+        if line.strip()
+    )
+)
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 # Beginnings of commands that are not run by this test, and why.
@@ -29,12 +38,12 @@ NOT_RUN_HERE = {
     "scripts/demo.sh": "tests/scripts/test_demo.py runs it",
     "scripts/test.sh": "this test is a part of it",
     "pip install": "scripts/setup.sh does it",
-    "deepspeed": "train_mem.py asks for flash attention, which has no CPU version; see test_launched_programs.py",
+    "deepspeed": "train_mem.py asks for flash attention, which has no CPU version; see tests/test_launched_programs.py",
     "python -m llava.serve.model_worker": "tests/upstream/test_model_worker.py runs it, with its controller",
     "python -m llava.eval.": "it asks for CUDA; run below through launch --cpu",
-    "python -m llava_steering_plugin.launch llava.train.train_mem": "flash attention; see test_launched_programs.py",
-    "llava-steering serve": "tests/serving/test_serve.py starts it, and stops it",
-    "llava-steering convert": "tests/adapters/test_convert_command.py runs it on the authors' layouts",
+    "python -m llava_steering_plugin.launch llava.train.train_mem": "as above, tests/test_launched_programs.py",
+    "llava-steering serve": "tests/serving/test_launcher.py starts it, and stops it",
+    "llava-steering convert": "tests/convert/test_convert_command.py runs it on the authors' layouts",
 }
 
 
@@ -55,7 +64,7 @@ def workplace(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.Tem
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith(tuple(NOT_RUN_HERE))])
-def test_a_command_of_the_readme_works(command: str, workplace: Path) -> None:
+def test_a_command_works(command: str, workplace: Path) -> None:
     words = shlex.split(command)
     program = {"python": [sys.executable], "llava-steering": [sys.executable, "-m", "llava_steering_plugin"]}[words[0]]
     # The one thing to add on a machine without a GPU; LLaVA's chat has its own flag for it.
@@ -76,35 +85,19 @@ def test_a_command_of_the_readme_works(command: str, workplace: Path) -> None:
         assert json.loads((workplace / "answers" / "a.jsonl").read_text())["text"]
 
 
-def test_the_python_snippets_of_the_readme_work(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-    from steered import IMAGE, load_llava, pictures
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def test_the_python_snippet_of_the_readme_works(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
-    embeds = torch.randn(2, 9, 32)
-    mask = torch.zeros(2, 9, dtype=torch.bool)
-    mask[:, 2:6] = True
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
-    )
-    plain = {"model": LlamaForCausalLM(config), "embeds": embeds, "mask": mask, "attention": torch.ones(2, 9)}
-    ids = torch.tensor([[1, 300, IMAGE, 301]] * 2)
-    base = load_llava(workplace / "checkpoints" / "my-base")
-    pooled = {"model": base, "ids": ids, "attention": torch.ones_like(ids), "images": pictures(2)}
-    assert len(SNIPPETS) == 3
-    for snippet, names in zip(SNIPPETS, ({}, pooled, plain), strict=True):
-        space: dict[str, Any] = dict(names)
-        exec(compile(snippet, "README.md", "exec"), space)
-        assert "llava_steering" in space["model"].__dict__
+    (snippet,) = SNIPPETS
+    space: dict[str, Any] = {}
+    exec(compile(snippet, "README.md", "exec"), space)
+    assert "llava_steering" in space["model"].__dict__
 
 
-def test_no_command_is_excused_that_the_readme_does_not_have() -> None:
+def test_no_command_is_excused_that_the_pages_do_not_have() -> None:
     assert not [start for start in NOT_RUN_HERE if not any(command.startswith(start) for command in COMMANDS)]
 
 
-def test_every_file_that_the_readme_links_to_exists() -> None:
-    root = Path(__file__).parents[1]
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links
-    assert not [link for link in links if not (root / link).exists()]
+def test_every_test_that_an_excuse_names_is_there() -> None:
+    named = [name for reason in NOT_RUN_HERE.values() for name in re.findall(r"tests/[\w/]+\.py", reason)]
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []

@@ -1,0 +1,193 @@
+"""README, CONTRIBUTING and docs/: no dead link, no file named that is not there, no line that is too long.
+
+Nothing is fetched: links to other sites are only looked at for their form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "llava_steering_plugin"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "scripts").rglob("*.md")])
+WIDTH = 100
+STILL_TOO_WIDE = {"docs/adapter-format.md"}  # to be emptied
+
+FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+CODE_SPAN = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]*)\)")
+# What looks like a file or a folder: `modes/mores.py`, `scripts/finetune_*.sh`, `tests/gpu`, `hooks/`.
+FILE = re.compile(
+    r"[\w.*-]+(/[\w.*-]+)*\.(cfg|json|md|patch|png|py|sh|toml|txt)|(docs|patches|scripts|tests)/[\w./*-]+|[\w/]+/"
+)
+# Files of others that the pages name: LLaVA's, DeepSpeed's, those of an adapter or a checkpoint.
+FOREIGN = {
+    "adapter_config.json",
+    "config.json",
+    "intervention_config.json",
+    "mores_pos_configs.json",
+    "results.md",
+    "train.py",
+    "train_mem.py",
+    "zero2.json",
+    "zero3.json",
+    "zero3_offload.json",
+}
+FOREIGN_FOLDERS = ("llava/", "mores/", "language_model/", "connector/", "multitask/results.json")
+
+
+def prose(page: Path) -> str:
+    """Return the text of a page without its code blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ +(.*)$", prose(page), re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading.strip().lower())
+        slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        number = 0
+        while (name := slug + (f"-{number}" if number else "")) in found:
+            number += 1
+        found.add(name)
+    return found
+
+
+def dead_links(page: Path) -> Iterator[str]:
+    """Yield the links of a page that lead nowhere."""
+    for target in LINK.findall(CODE_SPAN.sub("code", prose(page))):
+        if re.match(r"\w+:", target):
+            if not re.fullmatch(r"https://[\w.-]+\.\w+(/\S*)?", target):
+                yield target
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and (file.suffix != ".md" or anchor not in anchors(file))):
+            yield target
+
+
+def dead_paths(page: Path) -> Iterator[str]:
+    """Yield the files of this repository that a page names in backticks and that are not there."""
+    for span in CODE_SPAN.findall(prose(page)):
+        for word in span.split():
+            if not FILE.fullmatch(word) or word in FOREIGN or word.startswith(FOREIGN_FOLDERS):
+                continue
+            bases = (ROOT, ROOT / PACKAGE, page.parent)
+            if not any(any(base.glob(word.rstrip("/"))) for base in bases) and ("/" in word or not _somewhere(word)):
+                yield word
+
+
+def _somewhere(name: str) -> bool:
+    """Whether a file of that name is in the package, the scripts, the tests or the docs."""
+    folders = (ROOT / folder for folder in (PACKAGE, "scripts", "tests", "docs"))
+    return any(any(folder.rglob(name)) for folder in folders)
+
+
+def dead_modules(text: str) -> Iterator[str]:
+    """Yield the dotted names below the package that are neither a module nor a name in one."""
+    for name in sorted(set(re.findall(rf"\b{PACKAGE}(?:\.\w+)+", text))):
+        here, *rest = ROOT / PACKAGE, *name.split(".")[1:]
+        while rest and (here / rest[0]).is_dir():
+            here /= rest.pop(0)
+        file = here / "__init__.py"
+        if rest and (here / f"{rest[0]}.py").exists():
+            file = here / f"{rest.pop(0)}.py"
+        if rest and not re.search(rf"\b{rest[0]}\b", file.read_text(encoding="utf-8")):
+            yield name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+class TestAPage:
+    def test_has_no_dead_link(self, page: Path) -> None:
+        assert list(dead_links(page)) == []
+
+    def test_names_no_file_that_is_not_there(self, page: Path) -> None:
+        assert list(dead_paths(page)) == []
+
+    def test_names_no_module_that_is_not_there(self, page: Path) -> None:
+        assert list(dead_modules(page.read_text(encoding="utf-8"))) == []
+
+    def test_has_short_lines_outside_of_tables(self, page: Path) -> None:
+        lines = page.read_text(encoding="utf-8").splitlines()
+        wide = [line for line in lines if len(line) > WIDTH and not line.startswith("|")]
+        assert bool(wide) == (str(page.relative_to(ROOT)) in STILL_TOO_WIDE), wide
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page in reached or page.suffix != ".md":
+            continue
+        reached.add(page)
+        links = LINK.findall(prose(page))
+        waiting += [(page.parent / link.partition("#")[0]).resolve() for link in links if "://" not in link]
+    assert set(PAGES) - reached == set()
+
+
+def test_the_readme_is_short_and_names_the_command_of_the_tests() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 140
+    assert "scripts/test.sh" in text
+    assert "scripts/test.sh" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_every_page_that_the_code_names_is_there() -> None:
+    sources = [file for folder in (PACKAGE, "scripts", "tests") for file in (ROOT / folder).rglob("*.*")]
+    named = {
+        (name, file.relative_to(ROOT))
+        for file in sources
+        if file.suffix in (".py", ".sh")
+        for name in re.findall(r"\bdocs/[\w/-]+\.md\b", file.read_text(encoding="utf-8"))
+    }
+    assert named
+    assert [(name, file) for name, file in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "dead"),
+    [
+        ("[here](#a-heading), [there](other.md#another-one), ![a picture](picture.png)", []),
+        ("[a missing page](missing.md)", ["missing.md"]),
+        ("[a missing heading](#heading) and [another](other.md#a-heading)", ["#heading", "other.md#a-heading"]),
+        ("![a missing\npicture](missing.png)", ["missing.png"]),
+        ("[a link with `code`](missing.md), and `[no link](missing.md)`", ["missing.md"]),
+        ("[a site](https://example.org/page), [none](https://nowhere)", ["https://nowhere"]),
+    ],
+)
+def test_what_a_dead_link_is(text: str, dead: list[str], tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# Another: one!\n")
+    (tmp_path / "picture.png").touch()
+    page = tmp_path / "page.md"
+    page.write_text(f"# A `heading`\n\n```\n# no heading\n[no link](missing.md)\n```\n\n{text}\n")
+    assert list(dead_links(page)) == dead
+
+
+@pytest.mark.parametrize(
+    ("text", "dead"),
+    [
+        ("`modes/base.py`, `llava_steering_plugin/errors.py`, `scripts/finetune_*.sh`, `hooks/`, `test_links.py`", []),
+        ("`modes/none.py`, `scripts/nothing_*.sh`, `nowhere/`, `tests/none`, `none.py`", None),
+        ("`llava/train/train.py`, `train_mem.py`, `w / 2`, `gain.scale`, `checkpoint-N`", []),
+    ],
+)
+def test_what_a_dead_path_is(text: str, dead: list[str] | None, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    assert list(dead_paths(page)) == (CODE_SPAN.findall(text) if dead is None else dead)
+
+
+def test_what_a_dead_module_is() -> None:
+    there = f"{PACKAGE}.launch {PACKAGE}.modes {PACKAGE}.modes.base.Mode {PACKAGE}.attach"
+    gone = f"{PACKAGE}.nosuchname {PACKAGE}.modes.nosuchname"
+    assert list(dead_modules(f"{there} {gone}")) == sorted(gone.split())
+
+
+def test_a_foreign_file_is_named_somewhere() -> None:
+    pages = "".join(prose(page) for page in PAGES)
+    assert [name for name in (*FOREIGN, *FOREIGN_FOLDERS) if name not in pages] == []
