@@ -7,7 +7,6 @@ that `llava-steering patch` adds; the patched copy is what `import llava` finds 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import random
 import shutil
@@ -26,8 +25,7 @@ from llava_steering_plugin.checkout.patch import patch, unpatch
 from llava_steering_plugin.errors import UpstreamError
 
 if TYPE_CHECKING:
-    from asking import Asker, Question
-    from served import Served
+    from asking import Asker
 
 OFFLINE_AND_REPRODUCIBLE = {
     "HF_HUB_OFFLINE": "1",
@@ -143,27 +141,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyLlava:
 
 
 @pytest.fixture(scope="session")
-def served(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """Trained adapters, their bases, and misleading names for them; read-only."""
-    from served import train_adapters  # it imports torch, which must find the environment above
-
-    return train_adapters(tiny, tmp_path_factory.mktemp("served"))
-
-
-@pytest.fixture(scope="session")
 def ask(tiny: TinyLlava, patched_llava: Path) -> Asker:
     """The Python API in this process, which says what every program has to answer."""
     from asking import Asker
 
     return Asker(tiny.images)
-
-
-@pytest.fixture(scope="session")
-def questions(tiny: TinyLlava) -> list[Question]:
-    from asking import Question
-
-    lines = [json.loads(line) for line in tiny.questions.read_text().splitlines()]
-    return [Question(line["text"], line["image"]) for line in lines]
 
 
 @pytest.fixture(autouse=True)
