@@ -54,10 +54,10 @@ def assert_close(here: Tensor, there: Tensor) -> None:
 
 
 def test_a_forward_over_mixed_rows_gives_each_row_the_logits_of_its_adapter_alone(
-    pool: AdapterPool, served: Any, frozen: Any, folders: Folders
+    pool: AdapterPool, shared: Any, frozen: Any, folders: Folders
 ) -> None:
     batch = Batch(NAMES)
-    logits = batch.logits(served, adapter_names=batch.names)
+    logits = batch.logits(shared, adapter_names=batch.names)
     for row, name in enumerate(batch.names):
         with alone(frozen, folders.get(name)):
             expected = batch.logits_alone(frozen, row)
@@ -68,11 +68,11 @@ def test_a_forward_over_mixed_rows_gives_each_row_the_logits_of_its_adapter_alon
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_mixed_rows_generate_what_their_adapters_generate_alone(
-    pool: AdapterPool, served: Any, frozen: Any, folders: Folders, strategy: str
+    pool: AdapterPool, shared: Any, frozen: Any, folders: Folders, strategy: str
 ) -> None:
     options = STRATEGIES[strategy]
     batch = Batch(NAMES)
-    together = batch.generated(served, adapter_names=batch.names, **options)
+    together = batch.generated(shared, adapter_names=batch.names, **options)
     returned = options.get("num_return_sequences", 1)
     for row, name in enumerate(batch.names):
         with alone(frozen, folders.get(name)):
@@ -82,11 +82,11 @@ def test_mixed_rows_generate_what_their_adapters_generate_alone(
 
 @pytest.mark.parametrize("strategy", OF_THE_BATCH)
 def test_mixed_rows_generate_what_a_batch_of_one_adapter_generates_in_the_same_place(
-    pool: AdapterPool, served: Any, frozen: Any, folders: Folders, strategy: str
+    pool: AdapterPool, shared: Any, frozen: Any, folders: Folders, strategy: str
 ) -> None:
     batch, options = Batch(NAMES), OF_THE_BATCH[strategy]
     returned = options.get("num_return_sequences", 1)
-    together = batch.generated(served, adapter_names=batch.names, **options)
+    together = batch.generated(shared, adapter_names=batch.names, **options)
     for name in dict.fromkeys(batch.names):
         with padding_left(frozen), alone(frozen, folders.get(name)):
             expected = batch.generated(frozen, **options)
@@ -97,48 +97,48 @@ def test_mixed_rows_generate_what_a_batch_of_one_adapter_generates_in_the_same_p
 
 @pytest.mark.parametrize("name", ["cats", "dogs", "pets", "fish", "birds", "bats"])
 def test_one_adapter_for_all_rows_is_bit_equal_to_the_same_adapter_attached(
-    pool: AdapterPool, served: Any, frozen: Any, folders: Folders, name: str
+    pool: AdapterPool, shared: Any, frozen: Any, folders: Folders, name: str
 ) -> None:
     batch = Batch(NAMES)
-    here, texts = batch.logits(served, adapter_names=name), batch.generated(served, adapter_names=name)
+    here, texts = batch.logits(shared, adapter_names=name), batch.generated(shared, adapter_names=name)
     with padding_left(frozen), alone(frozen, folders[name]):
         assert torch.equal(here, batch.logits(frozen))
         assert texts == batch.generated(frozen)
 
 
 def test_rows_of_the_base_are_bit_equal_to_the_plain_model_whoever_is_beside_them(
-    pool: AdapterPool, served: Any, frozen: Any
+    pool: AdapterPool, shared: Any, frozen: Any
 ) -> None:
     batch = Batch(NAMES)
     with padding_left(frozen):
         plain = batch.logits(frozen)
-    mixed, unnamed = batch.logits(served, adapter_names=batch.names), batch.logits(served)
+    mixed, unnamed = batch.logits(shared, adapter_names=batch.names), batch.logits(shared)
     of_base = [row for row, name in enumerate(batch.names) if name == BASE]
     assert torch.equal(mixed[of_base], plain[of_base])
     assert torch.equal(unnamed, plain), "a call that names nothing must be the plain model"
 
 
 def test_tiles_of_several_images_go_through_the_projector_of_their_row(
-    pool: AdapterPool, served: Any, frozen: Any, folders: Folders
+    pool: AdapterPool, shared: Any, frozen: Any, folders: Folders
 ) -> None:
     names, tiles = ["birds", "cats", BASE, "bats"], (2, 1, 3, 2)
     images = [pictures(count, seed) for seed, count in enumerate(tiles)]
     rows = [[1, 300 + row, IMAGE, 301, 302] for row in range(len(names))]
     present = torch.ones(len(rows), 5, dtype=torch.long)
-    together = generate(served, ids_of(*rows), images, attention_mask=present, adapter_names=names)
+    together = generate(shared, ids_of(*rows), images, attention_mask=present, adapter_names=names)
     for row, name in enumerate(names):
         with alone(frozen, folders.get(name)):
             assert together[row] == generate(frozen, ids_of(rows[row]), [images[row]])[0], name
 
 
 def test_images_that_padding_hides_do_not_shift_the_projectors(
-    pool: AdapterPool, served: Any, frozen: Any, folders: Folders
+    pool: AdapterPool, shared: Any, frozen: Any, folders: Folders
 ) -> None:
     ids = ids_of([1, IMAGE, 300, 301], [1, IMAGE, 302, 303])
     ids[0, 1] = IMAGE
     attention = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     images = pictures(2)
-    together = logits_of(served, ids, images, attention_mask=attention, adapter_names=["cats", "birds"])
+    together = logits_of(shared, ids, images, attention_mask=attention, adapter_names=["cats", "birds"])
     with padding_left(frozen), alone(frozen, folders["birds"]):
         assert_close(together[1], logits_of(frozen, ids, images, attention_mask=attention)[1])
 
@@ -146,18 +146,18 @@ def test_images_that_padding_hides_do_not_shift_the_projectors(
 # How a call names its adapters
 
 
-def test_using_names_adapters_for_code_that_cannot_and_a_keyword_wins(pool: AdapterPool, served: Any) -> None:
+def test_using_names_adapters_for_code_that_cannot_and_a_keyword_wins(pool: AdapterPool, shared: Any) -> None:
     ids, images = ids_of(PROMPT, PROMPT), pictures(2)
-    named = {name: generate(served, ids, images, adapter_names=name) for name in ("cats", "pets")}
+    named = {name: generate(shared, ids, images, adapter_names=name) for name in ("cats", "pets")}
     assert named["cats"] != named["pets"]
-    with using(served, "cats"):
-        assert generate(served, ids, images) == named["cats"]
-        assert generate(served, ids, images, adapter_names="pets") == named["pets"]
-        with using(served, ["cats", "pets"]):
-            assert generate(served, ids, images) == [named["cats"][0], named["pets"][1]]
-        with disabled(served):
-            assert generate(served, ids, images) == generate(served, ids, images, adapter_names=BASE)
-        assert generate(served, ids, images) == named["cats"]
+    with using(shared, "cats"):
+        assert generate(shared, ids, images) == named["cats"]
+        assert generate(shared, ids, images, adapter_names="pets") == named["pets"]
+        with using(shared, ["cats", "pets"]):
+            assert generate(shared, ids, images) == [named["cats"][0], named["pets"][1]]
+        with disabled(shared):
+            assert generate(shared, ids, images) == generate(shared, ids, images, adapter_names=BASE)
+        assert generate(shared, ids, images) == named["cats"]
 
 
 @pytest.mark.parametrize(
@@ -171,31 +171,31 @@ def test_using_names_adapters_for_code_that_cannot_and_a_keyword_wins(pool: Adap
     ],
 )
 def test_names_that_fit_no_adapter_or_no_row_are_refused(
-    pool: AdapterPool, served: Any, names: Any, message: str
+    pool: AdapterPool, shared: Any, names: Any, message: str
 ) -> None:
     with pytest.raises(ArgumentsError, match=message):
-        generate(served, ids_of(PROMPT, PROMPT), pictures(2), adapter_names=names)
+        generate(shared, ids_of(PROMPT, PROMPT), pictures(2), adapter_names=names)
     with pytest.raises(ArgumentsError, match=message):
-        logits_of(served, ids_of(TEXT, TEXT), None, adapter_names=names)
-    assert not any(served.llava_steering.details(name).resident is False for name in pool.names())
+        logits_of(shared, ids_of(TEXT, TEXT), None, adapter_names=names)
+    assert not any(shared.llava_steering.details(name).resident is False for name in pool.names())
 
 
-def test_using_refuses_unknown_names_and_models_without_a_pool(pool: AdapterPool, served: Any, frozen: Any) -> None:
-    with pytest.raises(ArgumentsError, match="unknown adapter 'owls'"), using(served, "owls"):
+def test_using_refuses_unknown_names_and_models_without_a_pool(pool: AdapterPool, shared: Any, frozen: Any) -> None:
+    with pytest.raises(ArgumentsError, match="unknown adapter 'owls'"), using(shared, "owls"):
         pass
     with pytest.raises(SteeringError, match="AdapterPool"), using(frozen, "cats"):
         pass
 
 
 def test_a_stack_called_on_its_own_inside_using_is_an_error_and_not_the_plain_base(
-    pool: AdapterPool, served: Any
+    pool: AdapterPool, shared: Any
 ) -> None:
     embeds, mask = torch.randn(1, 4, 64), mask_of((1, 2, 1))
-    with using(served, "cats"), token_map(visual=mask), pytest.raises(TokenMapError, match="on its own"):
-        served.model(inputs_embeds=embeds)
+    with using(shared, "cats"), token_map(visual=mask), pytest.raises(TokenMapError, match="on its own"):
+        shared.model(inputs_embeds=embeds)
     with token_map(visual=mask):
-        named = served(inputs_embeds=embeds, adapter_names="cats").logits
-        assert not torch.equal(named, served(inputs_embeds=embeds).logits)
+        named = shared(inputs_embeds=embeds, adapter_names="cats").logits
+        assert not torch.equal(named, shared(inputs_embeds=embeds).logits)
 
 
 # What it costs
@@ -215,10 +215,10 @@ class Watch(StoppingCriteria):
 
 
 def test_decode_steps_have_nothing_to_do_for_mores_and_only_their_own_rows_for_mixlora(
-    pool: AdapterPool, served: Any
+    pool: AdapterPool, shared: Any
 ) -> None:
     ids, images, watch = ids_of(*[PROMPT] * 4), pictures(4), Watch()
     criteria = StoppingCriteriaList([watch])
-    generate(served, ids, images, adapter_names=["cats", "dogs", "birds", BASE], stopping_criteria=criteria)
-    generate(served, ids, images, adapter_names=["cats", "pets", BASE, "bats"], stopping_criteria=criteria)
+    generate(shared, ids, images, adapter_names=["cats", "dogs", "birds", BASE], stopping_criteria=criteria)
+    generate(shared, ids, images, adapter_names=["cats", "pets", BASE, "bats"], stopping_criteria=criteria)
     assert watch.groups == [3, 0, 0, 0, 0, 3, 2, 2, 2, 2]

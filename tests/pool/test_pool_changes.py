@@ -50,20 +50,20 @@ def during(model: Any, name: str, call: Callable[[], Any]) -> list[list[int]]:
 # Loading and unloading
 
 
-def test_names_and_details_follow_what_is_loaded(pool: AdapterPool, served: Any, folders: Folders) -> None:
+def test_names_and_details_follow_what_is_loaded(pool: AdapterPool, shared: Any, folders: Folders) -> None:
     assert pool.names() == [BASE, *MODES] and pool.BASE == BASE
     details = pool.details("cats")
     assert (details.name, details.mode, details.path) == ("cats", "mores", folders["cats"])
     assert details.settings == MODES["cats"].settings()
     assert details.parameters == 4 * (2 * 64 * 2 + 2) and details.bytes == 4 * details.parameters
-    projector = sum(value.numel() for value in served.get_model().mm_projector.parameters())
+    projector = sum(value.numel() for value in shared.get_model().mm_projector.parameters())
     assert pool.details("birds").parameters == details.parameters + projector
     assert pool.details(BASE).mode == "none" and pool.details(BASE).parameters == 0
 
     pool.unload("cats")
     assert pool.names() == [BASE, *(name for name in MODES if name != "cats")]
     with pytest.raises(ArgumentsError, match="unknown adapter 'cats': did you mean 'bats'"):
-        answer(served, "cats")
+        answer(shared, "cats")
     with pytest.raises(ArgumentsError, match="unknown adapter 'cats'"):
         pool.unload("cats")
     with pytest.raises(ArgumentsError, match="cannot be unloaded"):
@@ -73,40 +73,40 @@ def test_names_and_details_follow_what_is_loaded(pool: AdapterPool, served: Any,
 @pytest.mark.parametrize("name", ["pets", "birds", "cats"])
 @pytest.mark.parametrize("change", ["unload", "replace"])
 def test_a_generation_keeps_the_adapter_it_started_with(
-    pool: AdapterPool, served: Any, folders: Folders, name: str, change: str
+    pool: AdapterPool, shared: Any, folders: Folders, name: str, change: str
 ) -> None:
-    expected, of_dogs = answer(served, name), answer(served, "dogs")
+    expected, of_dogs = answer(shared, name), answer(shared, "dogs")
     if change == "unload":
-        assert during(served, name, lambda: pool.unload(name)) == expected
+        assert during(shared, name, lambda: pool.unload(name)) == expected
         assert name not in pool.names()
     else:
-        assert during(served, name, lambda: pool.load(name, folders["dogs"])) == expected
-        assert answer(served, name) == of_dogs
+        assert during(shared, name, lambda: pool.load(name, folders["dogs"])) == expected
+        assert answer(shared, name) == of_dogs
 
 
-def test_the_last_adapter_to_go_takes_the_hooks_with_it(served: Any, folders: Folders) -> None:
-    pool, before = AdapterPool(served), hooks_of(served)
+def test_the_last_adapter_to_go_takes_the_hooks_with_it(shared: Any, folders: Folders) -> None:
+    pool, before = AdapterPool(shared), hooks_of(shared)
     pool.load("pets", folders["pets"])
-    with_mixlora = hooks_of(served)
+    with_mixlora = hooks_of(shared)
     pool.load("cats", folders["cats"])
     pool.load("birds", folders["birds"])
-    assert with_mixlora == before + 4 * 7 and hooks_of(served) == with_mixlora + 4 + 1
+    assert with_mixlora == before + 4 * 7 and hooks_of(shared) == with_mixlora + 4 + 1
     held: list[int] = []
-    during(served, "pets", lambda: (pool.unload("pets"), held.append(hooks_of(served))))
+    during(shared, "pets", lambda: (pool.unload("pets"), held.append(hooks_of(shared))))
     assert held == [with_mixlora + 4 + 1], "a generation in flight still needs them"
-    assert hooks_of(served) == before + 4 + 1
+    assert hooks_of(shared) == before + 4 + 1
     pool.unload("birds")
     pool.unload("cats")
-    assert hooks_of(served) == before
+    assert hooks_of(shared) == before
 
 
 def test_threads_get_their_own_adapters_while_one_is_replaced_all_the_time(
-    pool: AdapterPool, served: Any, folders: Folders
+    pool: AdapterPool, shared: Any, folders: Folders
 ) -> None:
     names = [BASE, *MODES, "swapped"]
     pool.load("swapped", folders["cats"])
-    expected = {name: [answer(served, name)] for name in names}
-    expected["swapped"].append(answer(served, "dogs"))
+    expected = {name: [answer(shared, name)] for name in names}
+    expected["swapped"].append(answer(shared, "dogs"))
     assert len({str(text) for texts in expected.values() for text in texts}) > 5
     stop = threading.Event()
 
@@ -121,7 +121,7 @@ def test_threads_get_their_own_adapters_while_one_is_replaced_all_the_time(
 
     def ask(thread: int) -> list[tuple[str, list[list[int]]]]:
         order = [names[(thread + turn) % len(names)] for turn in range(TURNS)]
-        return [(name, answer(served, name)) for name in order]
+        return [(name, answer(shared, name)) for name in order]
 
     with ThreadPoolExecutor(THREADS + 1) as threads:
         replacing = threads.submit(replace_it)
@@ -139,9 +139,9 @@ def test_threads_get_their_own_adapters_while_one_is_replaced_all_the_time(
 
 
 def test_the_least_recently_used_adapters_wait_in_memory_and_those_in_use_never_do(
-    served: Any, folders: Folders
+    shared: Any, folders: Folders
 ) -> None:
-    pool = AdapterPool(served, max_resident=2)
+    pool = AdapterPool(shared, max_resident=2)
     for name in ("cats", "pets", "birds", "dogs"):
         pool.load(name, folders[name])
 
@@ -149,32 +149,32 @@ def test_the_least_recently_used_adapters_wait_in_memory_and_those_in_use_never_
         return {name for name in pool.names() if name != BASE and pool.details(name).resident}
 
     assert resident() == {"cats", "pets"}
-    texts = {name: answer(served, name) for name in ("birds", "cats", "dogs", "pets")}
+    texts = {name: answer(shared, name) for name in ("birds", "cats", "dogs", "pets")}
     assert resident() == {"dogs", "pets"}
-    answer(served, "dogs")
-    answer(served, "cats")
+    answer(shared, "dogs")
+    answer(shared, "cats")
     assert resident() == {"dogs", "cats"}, "pets was used less recently than dogs"
     held: list[set[str]] = []
-    during(served, "dogs", lambda: [answer(served, name) for name in ("birds", "pets")] + [held.append(resident())])
+    during(shared, "dogs", lambda: [answer(shared, name) for name in ("birds", "pets")] + [held.append(resident())])
     assert held == [{"dogs", "pets"}]
     batch = Batch(["cats", "pets", "birds", "dogs"])
-    mixed = batch.generated(served, adapter_names=batch.names)
+    mixed = batch.generated(shared, adapter_names=batch.names)
     assert len(resident()) == 2
-    roomy = [batch.generated(served, adapter_names=name)[row] for row, name in enumerate(batch.names)]
+    roomy = [batch.generated(shared, adapter_names=name)[row] for row, name in enumerate(batch.names)]
     assert mixed == roomy
-    assert {name: answer(served, name) for name in texts} == texts
+    assert {name: answer(shared, name) for name in texts} == texts
     pool.unload("cats")
     pool.unload("pets")
     assert resident() <= {"birds", "dogs"}
 
 
 def test_an_adapter_that_does_not_fit_on_the_device_fails_its_own_call_only(
-    served: Any, folders: Folders, monkeypatch: pytest.MonkeyPatch
+    shared: Any, folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = AdapterPool(served, max_resident=1)
+    pool = AdapterPool(shared, max_resident=1)
     for name in ("cats", "pets"):
         pool.load(name, folders[name])
-    expected = answer(served, "cats")
+    expected = answer(shared, "cats")
     with monkeypatch.context() as patched:
 
         def full(module: Any, device: Any) -> Any:
@@ -182,19 +182,19 @@ def test_an_adapter_that_does_not_fit_on_the_device_fails_its_own_call_only(
 
         patched.setattr(RoutedLinear, "to", full)
         with pytest.raises(torch.OutOfMemoryError):
-            answer(served, "pets")
-        assert answer(served, "cats") == expected
-    assert answer(served, "pets") != expected and answer(served, "cats") == expected
+            answer(shared, "pets")
+        assert answer(shared, "cats") == expected
+    assert answer(shared, "pets") != expected and answer(shared, "cats") == expected
     pool.remove()
 
 
 @pytest.mark.parametrize("name", ["cats", "new"])
 def test_an_adapter_that_does_not_fit_on_the_device_when_it_is_loaded_changes_nothing(
-    served: Any, folders: Folders, monkeypatch: pytest.MonkeyPatch, name: str
+    shared: Any, folders: Folders, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    pool = AdapterPool(served)
+    pool = AdapterPool(shared)
     pool.load("cats", folders["cats"])
-    hooks, expected = hooks_of(served), answer(served, "cats")
+    hooks, expected = hooks_of(shared), answer(shared, "cats")
     with monkeypatch.context() as patched:
 
         def full(module: Any, device: Any) -> Any:
@@ -204,43 +204,43 @@ def test_an_adapter_that_does_not_fit_on_the_device_when_it_is_loaded_changes_no
         with pytest.raises(torch.OutOfMemoryError):
             pool.load(name, folders["pets"])
     assert pool.names() == [BASE, "cats"]
-    assert hooks_of(served) == hooks and answer(served, "cats") == expected
+    assert hooks_of(shared) == hooks and answer(shared, "cats") == expected
     pool.load(name, folders["pets"])
-    assert answer(served, name) != expected
+    assert answer(shared, name) != expected
     pool.remove()
 
 
-def test_a_device_must_have_room_for_one_adapter(served: Any) -> None:
+def test_a_device_must_have_room_for_one_adapter(shared: Any) -> None:
     with pytest.raises(ArgumentsError, match="max_resident is 0"):
-        AdapterPool(served, max_resident=0)
-    assert owner_of(served) is None
+        AdapterPool(shared, max_resident=0)
+    assert owner_of(shared) is None
 
 
 # The model afterwards
 
 
-def test_remove_gives_the_model_back_to_the_bit(served: Any, folders: Folders) -> None:
+def test_remove_gives_the_model_back_to_the_bit(shared: Any, folders: Folders) -> None:
     batch = Batch(["cats", "pets", "birds"])
-    state = {name: value.clone() for name, value in served.state_dict().items()}
-    attributes, hooks, plain = set(served.__dict__), hooks_of(served), batch.logits(served)
-    pool = AdapterPool(served)
+    state = {name: value.clone() for name, value in shared.state_dict().items()}
+    attributes, hooks, plain = set(shared.__dict__), hooks_of(shared), batch.logits(shared)
+    pool = AdapterPool(shared)
     for name in batch.names:
         pool.load(name, folders[name])
-    assert served.state_dict().keys() == state.keys(), "adapters must be no part of the model"
-    batch.logits(served, adapter_names=batch.names)
-    remove(served)
-    assert set(served.__dict__) == attributes and hooks_of(served) == hooks
-    assert all(torch.equal(value, state[name]) for name, value in served.state_dict().items())
-    assert torch.equal(batch.logits(served), plain)
+    assert shared.state_dict().keys() == state.keys(), "adapters must be no part of the model"
+    batch.logits(shared, adapter_names=batch.names)
+    remove(shared)
+    assert set(shared.__dict__) == attributes and hooks_of(shared) == hooks
+    assert all(torch.equal(value, state[name]) for name, value in shared.state_dict().items())
+    assert torch.equal(batch.logits(shared), plain)
     with pytest.raises(SteeringError, match="given its model back"):
         pool.load("cats", folders["cats"])
-    assert hooks_of(served) == hooks
-    load_adapter(served, folders["pets"])
-    remove(served)
+    assert hooks_of(shared) == hooks
+    load_adapter(shared, folders["pets"])
+    remove(shared)
 
 
 def test_a_pool_in_use_is_not_removed_and_a_model_has_one_owner(
-    pool: AdapterPool, served: Any, folders: Folders
+    pool: AdapterPool, shared: Any, folders: Folders
 ) -> None:
     refused: list[str] = []
 
@@ -249,11 +249,11 @@ def test_a_pool_in_use_is_not_removed_and_a_model_has_one_owner(
             pool.remove()
         refused.append(str(raised.value))
 
-    during(served, "cats", try_to_remove)
+    during(shared, "cats", try_to_remove)
     assert len(refused) == 1
     with pytest.raises(SteeringError, match="carries an adapter already"):
-        AdapterPool(served)
+        AdapterPool(shared)
     with pytest.raises(SteeringError, match="carries an adapter already"):
-        load_adapter(served, folders["cats"])
+        load_adapter(shared, folders["cats"])
     with pytest.raises(SteeringError, match="pool"):
-        save_adapter(served, folders["cats"])
+        save_adapter(shared, folders["cats"])

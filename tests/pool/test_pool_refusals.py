@@ -27,9 +27,9 @@ Folders = dict[str, Path]
 
 
 def test_what_does_not_fit_is_refused_with_the_reason_and_changes_nothing(
-    pool: AdapterPool, served: Any, frozen: Any, folders: Folders, tmp_path: Path
+    pool: AdapterPool, shared: Any, frozen: Any, folders: Folders, tmp_path: Path
 ) -> None:
-    before, hooks, text = pool.names(), hooks_of(served), answer(served, "cats")
+    before, hooks, text = pool.names(), hooks_of(shared), answer(shared, "cats")
     damaged = shutil.copytree(folders["cats"], tmp_path / "damaged")
     (damaged / "adapter_model.safetensors").write_bytes(b"nothing")
     stranger = tmp_path / "stranger"
@@ -48,7 +48,7 @@ def test_what_does_not_fit_is_refused_with_the_reason_and_changes_nothing(
     for name in ("", "  ", BASE, 3):
         with pytest.raises(ArgumentsError, match="cannot be called"):
             pool.load(name, folders["cats"])  # type: ignore[arg-type]
-    assert (pool.names(), hooks_of(served), answer(served, "cats")) == (before, hooks, text)
+    assert (pool.names(), hooks_of(shared), answer(shared, "cats")) == (before, hooks, text)
 
 
 @pytest.mark.parametrize(
@@ -66,18 +66,18 @@ def test_an_adapter_that_saw_its_images_otherwise_is_refused_with_the_setting(
 
 
 def test_settings_that_every_server_chooses_for_itself_are_no_reason_to_refuse(
-    pool: AdapterPool, served: Any, folders: Folders, tmp_path: Path
+    pool: AdapterPool, shared: Any, folders: Folders, tmp_path: Path
 ) -> None:
     other = shutil.copytree(folders["cats"], tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     config |= {"tokenizer_padding_side": "right", "tokenizer_model_max_length": 512, "mm_patch_merge_type": "flat"}
     (other / "config.json").write_text(json.dumps(config))
     pool.load("other", other)
-    assert answer(served, "other") == answer(served, "cats")
+    assert answer(shared, "other") == answer(shared, "cats")
 
 
 def test_an_adapter_with_weights_of_its_own_beside_the_projector_is_refused_and_equal_ones_are_not(
-    pool: AdapterPool, served: Any, model: Any, tmp_path: Path
+    pool: AdapterPool, shared: Any, model: Any, tmp_path: Path
 ) -> None:
     name = "model.embed_tokens.weight"
     attachment = strengthen(attach(model, MoReS()))
@@ -96,20 +96,20 @@ def test_an_adapter_with_weights_of_its_own_beside_the_projector_is_refused_and_
 
 
 def test_added_tokens_are_refused_unless_the_model_knows_them_already(
-    served: Any, model: Any, tiny: Any, tmp_path: Path
+    shared: Any, model: Any, tiny: Any, tmp_path: Path
 ) -> None:
     attachment = strengthen(attach(model, MoReS()))
     attachment.config = replace(describe(attachment), added_tokens={"<im_start>": 650})
     save_adapter(model, tmp_path / "tokens")
     tokenizer = LlamaTokenizer.from_pretrained(tiny.llm)
-    pool = AdapterPool(served, tokenizer)
+    pool = AdapterPool(shared, tokenizer)
     with pytest.raises(AdapterError, match=r"(?s)cannot share.*vocabulary: <im_start>"):
         pool.load("tokens", tmp_path / "tokens")
     known = tokenizer.convert_ids_to_tokens(650)
     attachment.config = replace(attachment.config, added_tokens={known: 650})
     save_adapter(model, tmp_path / "known")
     pool.load("known", tmp_path / "known")
-    assert answer(served, "known") != answer(served)
+    assert answer(shared, "known") != answer(shared)
 
 
 def test_a_projector_of_a_quantised_model_is_replaced_by_plain_linears(frozen: Any, folders: Folders) -> None:

@@ -30,7 +30,7 @@ def _for_pools(tiny: TinyLlava, patched_llava: Path) -> Any:
 
 
 @pytest.fixture
-def served(_for_pools: Any) -> Iterator[Any]:
+def shared(_for_pools: Any) -> Iterator[Any]:
     """A tiny LLaVA for pools, which pads on the left as batches must; without one before and after the test."""
     yield _for_pools
     if owner_of(_for_pools) is not None:
@@ -38,9 +38,9 @@ def served(_for_pools: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
-def pool(served: Any, folders: dict[str, Path]) -> AdapterPool:
-    """All adapters of `folders` on `served`."""
-    pool = AdapterPool(served)
+def pool(shared: Any, folders: dict[str, Path]) -> AdapterPool:
+    """All adapters of `folders` on `shared`."""
+    pool = AdapterPool(shared)
     for name, folder in folders.items():
         pool.load(name, folder)
     return pool
