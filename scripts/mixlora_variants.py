@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llava_steering_plugin.hooks.hosts import hang
 from llava_steering_plugin.hooks.scope import Scope, entered
-from llava_steering_plugin.modes.base import Pass
+from llava_steering_plugin.modes.base import ForwardPass
 from llava_steering_plugin.modes.mixlora import MixLoRA, RoutedLinear
 
 T = TypeVar("T", bound="Hosted")
@@ -27,8 +27,8 @@ HIDDEN, INTERMEDIATE = 4096, 11008
 class DenseDelta(RoutedLinear):
     """The same routing, and the update as a full matrix for every row: [rows, in, out]."""
 
-    def forward(self, output: Tensor, inputs: Tensor, step: Pass) -> Tensor:
-        a, b = self.factors_for(inputs, step, output.dtype)
+    def forward(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass) -> Tensor:
+        a, b = self.factors_for(inputs, this_pass, output.dtype)
         return output + torch.matmul(inputs, torch.matmul(a.transpose(1, 2), b))
 
 
@@ -48,7 +48,7 @@ class Hosted(nn.Module):
 
     def _run(self, hidden: Tensor, decode: bool) -> Tensor:
         there = torch.ones(hidden.shape[:2], dtype=torch.bool)
-        self.scope.step = Pass(~there, there, there, decode, self.scope.kept)
+        self.scope.this_pass = ForwardPass(~there, there, there, decode, self.scope.kept)
         with entered(self.scope):
             result: Tensor = self(hidden)
         return result

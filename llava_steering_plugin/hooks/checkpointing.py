@@ -1,4 +1,4 @@
-"""Lets gradient checkpointing recompute a layer in the scope of its forward pass."""
+"""Let gradient checkpointing recompute a layer in the scope of its forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llava_steering_plugin.modes.base import DecoderShape
 
 
 def bound_to_scope(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a gradient-checkpointing function so that the recomputation sees the scope of its forward.
+    """Wrap a gradient-checkpointing function so that the recomputation sees the scope of its forward.
 
     The recomputation runs in the backward pass, after the scope has closed and, on CUDA, in autograd's own thread:
     unbound, the layers would be recomputed without the adapter, silently.
@@ -36,17 +36,18 @@ def bound_to_scope(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def unbound(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """What `bound_to_scope` has wrapped; any other function as it is."""
+    """Return the function that `bound_to_scope` has wrapped; any other function as it is."""
     original: Callable[..., Any] = getattr(checkpoint, "_bound_to_scope", checkpoint)
     return original
 
 
-def _checkpointing_parts(stack: nn.Module, shape: DecoderShape) -> list[nn.Module]:
-    """Who may hold a checkpointing function: the stack or, in newer versions of transformers, every layer."""
+def checkpointing_parts(stack: nn.Module, shape: DecoderShape) -> list[nn.Module]:
+    """Return the modules that may hold a checkpointing function: the stack or, in newer transformers, every layer."""
     return [stack, *(stack.get_submodule(layer.path) for layer in shape.layers)]
 
 
-def _change_checkpointing(parts: list[nn.Module], change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def change_checkpointing(parts: list[nn.Module], change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace the checkpointing function of every part that has one by what `change` makes of it."""
     for part in parts:
         if checkpoint := part.__dict__.get("_gradient_checkpointing_func"):
             part.__dict__["_gradient_checkpointing_func"] = change(checkpoint)

@@ -53,24 +53,24 @@ def unhang(stack: nn.Module, modules: dict[str, nn.Module], handles: list[Remova
 def _replace_input(host: nn.Module, args: tuple[Any, ...]) -> Any:
     if not args or not torch.is_grad_enabled():
         return None
-    if _step() is None:
+    if _this_pass() is None:
         return None
     module: Any = host.get_submodule(CHILD)
     return (module.enter(args[0]), *args[1:])
 
 
 def _replace_output(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    step = _step()
-    if step is None:
+    this_pass = _this_pass()
+    if this_pass is None:
         return None
     module: nn.Module = host.get_submodule(CHILD)
-    return replaced(output, module(hidden_of(output), inputs_of(args, kwargs), step))
+    return replaced(output, module(hidden_of(output), inputs_of(args, kwargs), this_pass))
 
 
-def _step() -> ForwardPass | None:
+def _this_pass() -> ForwardPass | None:
     """The pass that the hosts' modules work in; None where they are kept out."""
     scope = current()
-    return scope.step if scope is not None else None
+    return scope.this_pass if scope is not None else None
 
 
 def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.errors import SteeringError, TokenMapError
+from llava_steering_plugin.hooks.checkpointing import (
+    bound_to_scope,
+    change_checkpointing,
+    checkpointing_parts,
+    unbound,
+)
 from llava_steering_plugin.hooks.decoder import find_decoder
-from llava_steering_plugin.hooks.passes import unwatch, watch
+from llava_steering_plugin.hooks.passes import StackCall, describe_pass
 from llava_steering_plugin.hooks.scope import Scope, current, entered, opened
 from llava_steering_plugin.hooks.token_map import spliced
-from llava_steering_plugin.modes.base import LOSS_GRADIENT, ForwardPass
+from llava_steering_plugin.modes.base import ForwardPass, LossGradient
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +33,7 @@ ATTRIBUTE = "llava_steering"
 
 
 class ModelOwner:
-    """Owns one model instance: shadows three of its methods, and has every pass through its decoder described.
+    """Owns one model instance: shadows three of its methods, and describes every pass through its decoder.
 
     Attributes:
         model: the whole model, with its language-model head.
@@ -40,28 +48,31 @@ class ModelOwner:
             raise SteeringError("this model carries an adapter already; call remove_adapter(model) first.")
         self.model = model
         self.stack, self.shape = find_decoder(model)
-        self._watching: RemovableHandle | None = None
+        self._takes_images = hasattr(model, "prepare_inputs_labels_for_multimodal")
+        self._argument_names = list(inspect.signature(self.stack.forward).parameters)
+        self._checkpointing = checkpointing_parts(self.stack, self.shape)
+        self._pass_hook: RemovableHandle | None = None
         self._overridden: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {}
 
     def take(self) -> None:
-        """Starts to own the model."""
-        takes_images = hasattr(self.model, "prepare_inputs_labels_for_multimodal")
-        self._watching = watch(self.stack, self.shape, self, takes_images, self._begin)
+        """Begin to own the model: hook its decoder stack and shadow its methods."""
+        self._pass_hook = self.stack.register_forward_pre_hook(self._describe_pass, with_kwargs=True)
         self._override("forward", self._forward)
         if hasattr(self.model, "generate"):
             self._override("generate", self._generate)
-        if takes_images:
+        if self._takes_images:
             self._override("prepare_inputs_labels_for_multimodal", self._prepare)
         self.model.__dict__[ATTRIBUTE] = self
 
     def remove(self) -> None:
-        """Gives the model back as it was, to the bit."""
+        """Give the model back as it was, to the bit."""
         self.release()
 
     def release(self) -> None:
-        """Stops to own the model."""
-        if self._watching is not None:
-            unwatch(self.stack, self.shape, self._watching)
+        """Cease to own the model: undo `take`."""
+        if self._pass_hook is not None:
+            self._pass_hook.remove()
+            change_checkpointing(self._checkpointing, unbound)
         for name, (shadow, before) in self._overridden.items():
             # Whoever wrapped our method since then (mixed precision does) keeps it; it only passes calls on from now.
             if self.model.__dict__.get(name) is shadow:
@@ -77,7 +88,7 @@ class ModelOwner:
         )
 
     def _override(self, name: str, wrapper: Callable[..., Any]) -> None:
-        """Shadows the method `name` of the one model, not of its class: other models stay as they are."""
+        """Shadow the method `name` of the one model, not of its class: other models stay as they are."""
         before = self.model.__dict__.get(name)
         original = getattr(self.model, name)
 
@@ -90,13 +101,33 @@ class ModelOwner:
         self.model.__dict__[name] = shadow
         self._overridden[name] = (shadow, before)
 
-    def _begin(self, scope: Scope, step: ForwardPass) -> None:
-        """A pass through the decoder begins."""
-        scope.step = step
+    def _describe_pass(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Leave a description of the pass in its scope before the first layer runs: the stack's forward pre-hook."""
+        # transformers sets the function in `train()` and may replace it, so it is looked at in every pass that may be
+        # recomputed. In the others, decode steps above all, it would cost as much as all that follows.
+        if torch.is_grad_enabled():
+            change_checkpointing(self._checkpointing, bound_to_scope)
+        scope = current()
+        if scope is None:
+            raise TokenMapError(
+                f"{type(stack).__name__} was called on its own, so nobody knows which positions are visual. Call the "
+                "whole model, or wrap the call in `with token_map(visual=mask):`."
+            )
+        scope.this_pass, scope.groups = None, ()
+        if id(self) in scope.disabled:
+            return
+        call = StackCall.of({**dict(zip(self._argument_names, args, strict=False)), **kwargs})
+        if scope.tokens is None and scope.generating and self._takes_images:
+            scope.tokens = call.as_text()  # LLaVA's generate splices only where there are images
+        self._enter_pass(scope, describe_pass(scope, call))
+
+    def _enter_pass(self, scope: Scope, this_pass: ForwardPass) -> None:
+        """Let the modules in the stack work in `this_pass`. Owners of several adapters divide it among them."""
+        scope.this_pass = this_pass
 
     @contextmanager
     def _opened(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, generating: bool) -> Iterator[Scope]:
-        """The scope of one call with these arguments; may take out of `kwargs` what is meant for the owner alone."""
+        """Open the scope of one call; take out of `kwargs` what is meant for the owner alone."""
         with entered(opened(self, generating=generating)) as scope:
             yield scope
 
@@ -106,7 +137,7 @@ class ModelOwner:
             return original(*args, **kwargs)
         with self._opened(args, kwargs, generating=False) as scope:
             result = original(*args, **kwargs)
-        _note_loss_gradient(result, scope.kept)
+        _note_loss_gradient(result, scope.loss_gradient)
         return result
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -124,13 +155,13 @@ class ModelOwner:
 
 
 def owner_of(model: PreTrainedModel) -> ModelOwner | None:
-    """Whoever owns `model`, None without one."""
+    """Return the owner of `model`; None if it has none."""
     found: ModelOwner | None = model.__dict__.get(ATTRIBUTE)
     return found
 
 
-def _note_loss_gradient(result: Any, kept: dict[Hashable, Any]) -> None:
-    """Has the backward pass of a loss begin with noting the gradient that reaches it, for `ForwardPass.loss_scale`."""
+def _note_loss_gradient(result: Any, loss_gradient: LossGradient) -> None:
+    """Have the backward pass of a loss begin with noting the gradient that reaches it, for `ForwardPass.loss_scale`."""
     loss = result[0] if isinstance(result, tuple) and result else getattr(result, "loss", None)
     if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
-        loss.register_hook(functools.partial(kept.__setitem__, LOSS_GRADIENT))  # type: ignore[no-untyped-call]
+        loss.register_hook(loss_gradient.note)  # type: ignore[no-untyped-call]

@@ -1,104 +1,90 @@
-"""Describes every pass through the decoder stack before its first layer runs."""
+"""Describe a pass through the decoder stack from the arguments of its call and the scope that it runs in."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from llava_steering_plugin.errors import TokenMapError
-from llava_steering_plugin.hooks.checkpointing import (
-    _change_checkpointing,
-    _checkpointing_parts,
-    bound_to_scope,
-    unbound,
-)
-from llava_steering_plugin.hooks.scope import Scope, current
+from llava_steering_plugin.hooks.scope import Scope
 from llava_steering_plugin.hooks.token_map import TokenMap
-from llava_steering_plugin.modes.base import DecoderShape, ForwardPass
+from llava_steering_plugin.modes.base import ForwardPass
 
 
-def watch(
-    stack: nn.Module,
-    shape: DecoderShape,
-    owner: object,
-    takes_images: bool,
-    begin: Callable[[Scope, ForwardPass], None],
-) -> RemovableHandle:
-    """Has every pass through the decoder stack described before its first layer runs.
+@dataclass(frozen=True)
+class StackCall:
+    """The arguments of one call of the decoder stack that decide what kind of pass it is.
 
-    Args:
-        stack, shape: as `find_decoder` gives them.
-        owner: whose modules work in the stack.
-        takes_images: the model splices images itself, so that a generation without a map is one without images.
-        begin: is told of every pass that `owner` has not been kept out of.
+    Attributes:
+        hidden: [rows, positions, features] embeddings or, where there are none, [rows, positions] token ids.
+        attention: the attention mask, in whatever form the caller gave it; None if it gave none.
+        cached: number of positions in the key-value cache.
     """
-    names = list(inspect.signature(stack.forward).parameters)
-    parts = _checkpointing_parts(stack, shape)
 
-    def describe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # transformers sets the function in `train()` and may replace it, so it is looked at in every pass that may be
-        # recomputed. In the others, decode steps above all, it would cost as much as all that follows.
-        if torch.is_grad_enabled():
-            _change_checkpointing(parts, bound_to_scope)
-        scope = current()
-        if scope is None:
-            raise TokenMapError(
-                f"{type(stack).__name__} was called on its own, so nobody knows which positions are visual. Call the "
-                "whole model, or wrap the call in `with token_map(visual=mask):`."
-            )
-        scope.step, scope.groups = None, ()
-        if id(owner) not in scope.disabled:
-            begin(scope, _pass(scope, {**dict(zip(names, args, strict=False)), **kwargs}, takes_images))
+    hidden: Tensor
+    attention: Tensor | None
+    cached: int
 
-    return stack.register_forward_pre_hook(describe, with_kwargs=True)
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> StackCall:
+        """Read the call from its arguments by name, as transformers' decoders call them."""
+        hidden = arguments.get("inputs_embeds")
+        return cls(
+            arguments["input_ids"] if hidden is None else hidden,
+            arguments.get("attention_mask"),
+            _cached(arguments.get("past_key_values")),
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The numbers of rows and positions."""
+        rows, positions = self.hidden.shape[:2]
+        return rows, positions
+
+    def as_text(self) -> TokenMap:
+        """Return the token map of the call if it brings no images. A mask of another shape says nothing of padding."""
+        attention = self.attention
+        if attention is None or attention.shape != self.shape:
+            attention = self.hidden.new_ones(self.shape, dtype=torch.bool)
+        return TokenMap.of_text(attention)
 
 
-def unwatch(stack: nn.Module, shape: DecoderShape, handle: RemovableHandle) -> None:
-    """Undoes `watch`."""
-    handle.remove()
-    _change_checkpointing(_checkpointing_parts(stack, shape), unbound)
+def describe_pass(scope: Scope, call: StackCall) -> ForwardPass:
+    """Return what the modules in the stack need to know of the pass that `call` begins; change nothing.
 
-
-def _pass(scope: Scope, given: dict[str, Any], takes_images: bool) -> ForwardPass:
-    hidden = given.get("inputs_embeds")
-    if hidden is None:
-        hidden = given["input_ids"]
-    rows, positions = hidden.shape[:2]
-    cached = _cached(given.get("past_key_values"))
-    if cached and positions == 1:
-        step = torch.zeros(rows, 1, dtype=torch.bool, device=hidden.device)
-        return ForwardPass(step, ~step, step, True, scope.kept)
-    if cached:
+    Raises:
+        TokenMapError: the call is no decode step, and the scope has no token map or one of another shape.
+    """
+    rows, positions = call.shape
+    if call.cached and positions == 1:
+        image = torch.zeros(rows, 1, dtype=torch.bool, device=call.hidden.device)
+        return ForwardPass(image, ~image, image, True, scope.kept, loss_gradient=scope.loss_gradient)
+    if call.cached:
         raise TokenMapError(
-            f"{positions} positions at once over a cache of {cached}: neither a prefill nor a decode step, so the "
+            f"{positions} positions at once over a cache of {call.cached}: neither a prefill nor a decode step, so the "
             "adapter cannot tell which of them are visual. Assisted decoding and chunked prefills are not supported."
         )
-    if scope.tokens is None and scope.generating and takes_images:
-        attention = given.get("attention_mask")
-        if attention is None or attention.shape != (rows, positions):
-            attention = hidden.new_ones(rows, positions, dtype=torch.bool)
-        scope.tokens = TokenMap.of_text(attention)
     if scope.tokens is None:
         raise TokenMapError(
             "the model was called with inputs_embeds (or is no LLaVA), and nobody said which positions are visual. "
             "Pass input_ids and images, or wrap the call in `with token_map(visual=mask, attention=mask):`."
         )
     tokens = scope.tokens.expanded(rows) if scope.generating else scope.tokens
-    if tokens.visual.shape != (rows, positions):
+    if tokens.visual.shape != call.shape:
         raise TokenMapError(
             f"the token map describes {list(tokens.visual.shape)} [rows, positions] and the hidden states are "
-            f"{[rows, positions]}. A map holds for the one batch it was made for."
+            f"{list(call.shape)}. A map holds for the one batch it was made for."
         )
-    return ForwardPass(tokens.visual, tokens.attention & ~tokens.visual, tokens.prompt, False, scope.kept)
+    text = tokens.attention & ~tokens.visual
+    return ForwardPass(tokens.visual, text, tokens.prompt, False, scope.kept, loss_gradient=scope.loss_gradient)
 
 
 def _cached(cache: Any) -> int:
-    """Positions in a key-value cache, in whatever form transformers keeps it."""
+    """Return the number of positions in a key-value cache, in whatever form transformers keeps it."""
     if cache is None or (isinstance(cache, (tuple, list)) and not cache):
         return 0
     if hasattr(cache, "get_seq_length"):

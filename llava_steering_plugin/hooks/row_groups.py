@@ -34,23 +34,23 @@ class Group:
 
     Attributes:
         modules: of the adapter, by the path of their host.
-        step: the pass of these rows alone.
+        this_pass: the pass of these rows alone.
         rows: int64 [rows of the group], their numbers; None if they are all rows of the pass.
         of: rows and positions of the whole pass.
     """
 
     modules: Mapping[str, nn.Module]
-    step: ForwardPass
+    this_pass: ForwardPass
     rows: Tensor | None
     of: tuple[int, int]
 
     def updated(self, module: nn.Module, output: Tensor, inputs: Any) -> Tensor:
         """`output` of the whole batch after `module` has seen the rows of this group; it may be written into."""
         if self.rows is None:
-            result: Tensor = module(output, inputs, self.step)
+            result: Tensor = module(output, inputs, self.this_pass)
             return result
-        rows = self.step.once(("rows", output.device), lambda: _on(self.rows, output.device))
-        part: Tensor = module(self._by_rows(output)[rows], self._by_rows(inputs)[rows], self.step)
+        rows = self.this_pass.once(("rows", output.device), lambda: _on(self.rows, output.device))
+        part: Tensor = module(self._by_rows(output)[rows], self._by_rows(inputs)[rows], self.this_pass)
         # Written into the host's own output, which nobody else has seen yet: a copy of it would cost more than the
         # update. Not where autograd may want the output as it was.
         whole = output.clone() if output.requires_grad else output
@@ -93,27 +93,25 @@ class Rows:
         self._kept: dict[Adapter, dict[Hashable, Any]] = {adapter: {} for adapter in self.active}
         self._numbers: dict[tuple[int, torch.device], dict[Adapter, Tensor | None]] = {}
 
-    def groups(self, step: ForwardPass) -> tuple[Group, ...]:
+    def groups(self, this_pass: ForwardPass) -> tuple[Group, ...]:
         """The rows of a pass by adapter, leaving out whoever has nothing to do in it.
 
         Raises:
             TokenMapError: the rows of the pass are no multiple of those of the call.
         """
-        working = self._at_decode if step.decode else self.active
+        working = self._at_decode if this_pass.decode else self.active
         if not working:
             return ()
-        rows, positions = step.visual.shape
-        numbers = self._numbers_of(rows, step.visual.device)
-        return tuple(
-            Group(adapter.modules, self._part(step, adapter, numbers[adapter]), numbers[adapter], (rows, positions))
-            for adapter in working
-        )
+        rows, positions = this_pass.visual.shape
+        numbers = self._numbers_of(rows, this_pass.visual.device)
+        return tuple(self._group(this_pass, adapter, numbers[adapter], (rows, positions)) for adapter in working)
 
-    def _part(self, step: ForwardPass, adapter: Adapter, rows: Tensor | None) -> ForwardPass:
-        masks = (step.visual, step.text, step.prompt)
+    def _group(self, this_pass: ForwardPass, adapter: Adapter, rows: Tensor | None, of: tuple[int, int]) -> Group:
+        masks = (this_pass.visual, this_pass.text, this_pass.prompt)
         if rows is not None:
-            masks = (step.visual[rows], step.text[rows], step.prompt[rows])
-        return ForwardPass(*masks, step.decode, self._kept[adapter])
+            masks = (this_pass.visual[rows], this_pass.text[rows], this_pass.prompt[rows])
+        part = ForwardPass(*masks, this_pass.decode, self._kept[adapter], loss_gradient=this_pass.loss_gradient)
+        return Group(adapter.modules, part, rows, of)
 
     def _numbers_of(self, rows: int, device: torch.device) -> dict[Adapter, Tensor | None]:
         """The row numbers of every adapter in a pass of `rows` rows, in which each row of the call may be repeated."""

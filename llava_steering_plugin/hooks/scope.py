@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llava_steering_plugin.errors import TokenMapError
 from llava_steering_plugin.hooks.token_map import TokenMap
-from llava_steering_plugin.modes.base import ForwardPass
+from llava_steering_plugin.modes.base import ForwardPass, LossGradient
 
 if TYPE_CHECKING:
     from llava_steering_plugin.hooks.row_groups import Group, Rows
@@ -35,7 +35,8 @@ class Scope:
         disabled: ids of the owners that a surrounding `disabled(model)` block switched off.
         names: what a surrounding `using(model, ...)` block chose, by the id of the model's pool.
         kept: what a prefill leaves for the decode steps of the same generation.
-        step: the pass that the decoder stack is in, None where the adapter must stay out.
+        loss_gradient: the gradient of the loss of this forward, known from its backward pass on.
+        this_pass: the pass that the decoder stack is in, None where the adapter must stay out.
         rows: which adapter each row has, where the owner is a pool of several.
         groups: the rows of the present pass that an adapter has something to do for; empty where there are none.
     """
@@ -46,7 +47,8 @@ class Scope:
     disabled: frozenset[int] = frozenset()
     names: Mapping[int, str | Sequence[str]] = field(default_factory=dict)
     kept: dict[Hashable, Any] = field(default_factory=dict)
-    step: ForwardPass | None = None
+    loss_gradient: LossGradient = field(default_factory=LossGradient)
+    this_pass: ForwardPass | None = None
     rows: Rows | None = None
     groups: tuple[Group, ...] = ()
 

@@ -13,9 +13,6 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-# Where the backward pass leaves the gradient of the loss itself, in `ForwardPass.kept`.
-LOSS_GRADIENT = "gradient of the loss"
-
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -34,6 +31,21 @@ class DecoderShape:
 
 
 @dataclass
+class LossGradient:
+    """The gradient that reaches the loss of one forward pass, and with which its backward pass begins.
+
+    Attributes:
+        value: scalar tensor once a backward pass has begun; 1 before, and where the loss cannot be observed.
+    """
+
+    value: Tensor | float = 1.0
+
+    def note(self, gradient: Tensor) -> None:
+        """Take down the gradient: a hook for the loss tensor."""
+        self.value = gradient
+
+
+@dataclass
 class ForwardPass:
     """One forward pass of the decoder stack, shared by all layers of that pass.
 
@@ -43,6 +55,7 @@ class ForwardPass:
         prompt: bool [rows, positions], the visual and text tokens before the first supervised one; at inference all.
         decode: True for a decode step (one new token per row over a cache); the masks are then [rows, 1].
         kept: lives as long as the generation that the pass belongs to: what the prefill leaves for decode steps.
+        loss_gradient: what the backward pass of this pass's loss begins with; shared with the scope of the call.
     """
 
     visual: Tensor
@@ -50,6 +63,7 @@ class ForwardPass:
     prompt: Tensor
     decode: bool
     kept: dict[Hashable, Any]
+    loss_gradient: LossGradient = field(default_factory=LossGradient, repr=False, kw_only=True)
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -66,8 +80,7 @@ class ForwardPass:
         from the loss has to scale it alike. It is measured where the backward starts; 1 if the training loop makes its
         loss of the logits itself, because nothing can be measured then.
         """
-        scale: Tensor | float = self.kept.get(LOSS_GRADIENT, 1.0)
-        return scale
+        return self.loss_gradient.value
 
 
 # The name that modes of other packages may know it by.
@@ -95,11 +108,12 @@ class Mode(ABC):
     def build(self, decoder: DecoderShape) -> dict[str, nn.Module]:
         """Makes the trainable modules, keyed by the path below the decoder stack of the layer or linear they sit on.
 
-        A module is called as `module(output, inputs, step)` with the output of its host ([rows, positions, features]
-        in the host's dtype), the host's input and the `ForwardPass`, and returns what replaces the output. It must be
-        the identity when freshly built, and must use all its parameters in every pass that is not a decode step, also
-        on zero rows: ranks without images otherwise wait for ever for a gradient. Parameters are float32. One that
-        is built with `requires_grad=False` is saved with the adapter and never trained.
+        A module is called as `module(output, inputs, this_pass)`, arguments by position, with the output of its host
+        ([rows, positions, features] in the host's dtype), the host's input and the `ForwardPass`, and returns what
+        replaces the output. It must be the identity when freshly built, and must use all its parameters in every pass
+        that is not a decode step, also on zero rows: ranks without images otherwise wait for ever for a gradient.
+        Parameters are float32. One that is built with `requires_grad=False` is saved with the adapter and never
+        trained.
 
         A module may also have a method `enter(inputs)`: in passes with gradients its host is then called on what that
         returns, the same numbers with another way back for their gradient.

@@ -86,8 +86,8 @@ class RoutedLinear(nn.Module):
         """What the linear is to be called on in place of `inputs`, the same numbers."""
         return entrance(inputs)
 
-    def forward(self, output: Tensor, inputs: Tensor, step: ForwardPass) -> Tensor:
-        rows, positions = step.prompt.shape
+    def forward(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass) -> Tensor:
+        rows, positions = this_pass.prompt.shape
         if inputs.shape[:-1] not in ((rows, positions), (rows * positions,)):
             raise TokenMapError(
                 f"a linear of the decoder got {list(inputs.shape)} where the pass has {[rows, positions]} rows and "
@@ -96,29 +96,29 @@ class RoutedLinear(nn.Module):
             )
         if inputs.dim() == 2:
             by_rows = output.reshape(rows, positions, -1), inputs.reshape(rows, positions, -1)
-            return self._updated(by_rows[0], by_rows[1], step).view_as(output)
-        return self._updated(output, inputs, step)
+            return self._updated(by_rows[0], by_rows[1], this_pass).view_as(output)
+        return self._updated(output, inputs, this_pass)
 
-    def _updated(self, output: Tensor, inputs: Tensor, step: ForwardPass) -> Tensor:
+    def _updated(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass) -> Tensor:
         # No views here: autograd adds the base's gradient into the one that `updated` gives if nothing else refers to
         # it, and else takes a third tensor of the input's size for the sum.
         with no_autocast(output.device):
-            a, b = self.factors_for(inputs, step, output.dtype)
+            a, b = self.factors_for(inputs, this_pass, output.dtype)
             return updated(output, self.dropout(inputs.to(output.dtype)), a, b)
 
-    def factors_for(self, hidden: Tensor, step: ForwardPass, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def factors_for(self, hidden: Tensor, this_pass: ForwardPass, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A [rows, r, in] and B [rows, r, out] of `dtype` for `hidden` [rows, positions, in], B times alpha / r."""
-        if step.decode and self.mode.pooling == PROMPT:
-            return self._kept_factors(step, len(hidden), dtype)
-        routing = self.route(hidden, step)
-        step.kept[self] = _Kept(routing.a.factors, routing.b.factors)
+        if this_pass.decode and self.mode.pooling == PROMPT:
+            return self._kept_factors(this_pass, len(hidden), dtype)
+        routing = self.route(hidden, this_pass)
+        this_pass.kept[self] = _Kept(routing.a.factors, routing.b.factors)
         return self._factors(routing, dtype)
 
-    def route(self, hidden: Tensor, step: ForwardPass) -> Routing:
+    def route(self, hidden: Tensor, this_pass: ForwardPass) -> Routing:
         """Chooses factors for every row from its `hidden` [rows, positions, in]."""
         with torch.no_grad():
             # Routers learn from where the hidden states are; these do not learn to be routed.
-            pooled = masked_mean(hidden, self._pooling_weights(hidden, step))
+            pooled = masked_mean(hidden, self._pooling_weights(hidden, this_pass))
         learning = self.learns and torch.is_grad_enabled()
         watched = learning or self.training
         logits_a, logits_b = (self._logits(pooled, router) for router in (self.router_a, self.router_b))
@@ -137,15 +137,15 @@ class RoutedLinear(nn.Module):
             for observed, choice in zip(self.observed, (a, b), strict=True):
                 observed.add(choice)
         if learning and self.balance:
-            a, b = balanced(a, self.balance, step), balanced(b, self.balance, step)
+            a, b = balanced(a, self.balance, this_pass), balanced(b, self.balance, this_pass)
         return Routing(a, b)
 
-    def _pooling_weights(self, hidden: Tensor, step: ForwardPass) -> Tensor:
+    def _pooling_weights(self, hidden: Tensor, this_pass: ForwardPass) -> Tensor:
         def of_prompt() -> Tensor:
-            return mean_weights(step.prompt.to(hidden.device))
+            return mean_weights(this_pass.prompt.to(hidden.device))
 
         if self.mode.pooling == PROMPT:
-            return step.once(("mixlora", PROMPT, hidden.device), of_prompt)
+            return this_pass.once(("mixlora", PROMPT, hidden.device), of_prompt)
         return hidden.new_full(hidden.shape[:2], 1 / hidden.shape[1], dtype=torch.float32)
 
     def _logits(self, pooled: Tensor, router: Tensor) -> Tensor:
@@ -160,8 +160,8 @@ class RoutedLinear(nn.Module):
         a = take(self.routed_a, routing.a, dtype, gated=gated)
         return a, take(self.routed_b, routing.b, dtype, scale=self.mode.scale, gated=gated)
 
-    def _kept_factors(self, step: ForwardPass, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        kept: _Kept | None = step.kept.get(self)
+    def _kept_factors(self, this_pass: ForwardPass, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        kept: _Kept | None = this_pass.kept.get(self)
         if kept is None:
             raise TokenMapError(
                 "a decode step came without its prefill: MixLoRA chooses its factors from the prompt, and nobody kept "

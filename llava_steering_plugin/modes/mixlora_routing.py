@@ -97,19 +97,19 @@ class _Balanced(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, probability: Tensor, gradient: Tensor, step: ForwardPass) -> Tensor:
+    def forward(ctx: Any, probability: Tensor, gradient: Tensor, this_pass: ForwardPass) -> Tensor:
         ctx.save_for_backward(gradient)
-        ctx.step = step
+        ctx.this_pass = this_pass
         return probability.view_as(probability)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (own,) = ctx.saved_tensors
-        return gradient + own * ctx.step.loss_scale(), None, None
+        return gradient + own * ctx.this_pass.loss_scale(), None, None
 
 
-def balanced(choice: Choice, coefficient: float, step: ForwardPass) -> Choice:
+def balanced(choice: Choice, coefficient: float, this_pass: ForwardPass) -> Choice:
     """The same choice; adds the load-balance loss  coefficient * E * sum_e f_e P_e  to the backward pass.
 
     f_e is the share of the batch's choices that fell on factor e, P_e its mean probability (Switch Transformers, arXiv
@@ -121,7 +121,7 @@ def balanced(choice: Choice, coefficient: float, step: ForwardPass) -> Choice:
     rows, factors = probability.shape
     share = _frequency(chosen.flatten(), factors)
     gradient = (share * (coefficient * factors / rows)).expand_as(probability)
-    return Choice(chosen, _Balanced.apply(probability, gradient, step))  # type: ignore[no-untyped-call]
+    return Choice(chosen, _Balanced.apply(probability, gradient, this_pass))  # type: ignore[no-untyped-call]
 
 
 def _frequency(chosen: Tensor, factors: int) -> Tensor:

@@ -100,30 +100,30 @@ class SteeredLayer(nn.Module):
         for modality, steering in steerings.items():
             self.add_module(modality, steering)
 
-    def forward(self, output: Tensor, inputs: Tensor, step: ForwardPass) -> Tensor:
-        if step.decode:
+    def forward(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass) -> Tensor:
+        if this_pass.decode:
             return output
         hidden = output.flatten(0, 1)
         for modality, steering in self.named_children():
-            chosen = self._chosen(step, modality, output.device)
+            chosen = self._chosen(this_pass, modality, output.device)
             hidden, picked = _Pick.apply(hidden, chosen)  # type: ignore[no-untyped-call]
             hidden = hidden.index_add(0, chosen, steering(picked))
         return hidden.view_as(output)
 
-    def _chosen(self, step: ForwardPass, modality: str, device: torch.device) -> Tensor:
+    def _chosen(self, this_pass: ForwardPass, modality: str, device: torch.device) -> Tensor:
         """int64 [tokens]: the selected positions of the flattened [rows * positions]."""
 
         def choose() -> Tensor:
             if modality == "vis":
-                mask = self.selection.mask(step.visual)
+                mask = self.selection.mask(this_pass.visual)
             else:
                 # Answers are not steered while they are decoded, so they must not be in training either.
-                text = step.text & step.prompt & step.visual.any(1, keepdim=True)
+                text = this_pass.text & this_pass.prompt & this_pass.visual.any(1, keepdim=True)
                 mask = self.selection.mask(text, per_row=True)
             return mask.flatten().nonzero().squeeze(1)
 
-        everywhere = step.once(("mores", self.selection.spec, modality), choose)
-        return step.once(("mores", self.selection.spec, modality, device), lambda: everywhere.to(device))
+        everywhere = this_pass.once(("mores", self.selection.spec, modality), choose)
+        return this_pass.once(("mores", self.selection.spec, modality, device), lambda: everywhere.to(device))
 
 
 @dataclass(frozen=True)

@@ -243,9 +243,9 @@ class AdapterPool(ModelOwner):
         finally:
             self._give_back(entries)
 
-    def _begin(self, scope: Scope, step: ForwardPass) -> None:
+    def _enter_pass(self, scope: Scope, this_pass: ForwardPass) -> None:
         if scope.rows is not None:
-            scope.groups = scope.rows.groups(step)
+            scope.groups = scope.rows.groups(this_pass)
         elif id(self) in scope.names:
             raise TokenMapError(
                 f"{type(self.stack).__name__} was called on its own, so the pool cannot tell which adapters its rows "

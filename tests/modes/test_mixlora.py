@@ -138,7 +138,7 @@ class Hosts:
         """What the modules on their hosts give, the hidden state there, and the same by the formula."""
         handles = hang(self.linears, dict(self.routed))
         hidden = self.leaf * 2
-        with entered(Scope(step=everything(2, 5))):
+        with entered(Scope(this_pass=everything(2, 5))):
             ours = self._loss(hidden, *(host(hidden) for host in self.linears.values()))
         unhang(self.linears, dict(self.routed), handles)
         other, prompt = self.leaf * 2, torch.ones(2, 5, dtype=torch.bool)
@@ -191,7 +191,7 @@ def test_the_backward_pass_makes_no_tensor_of_the_inputs_size_but_the_frozen_lin
     stack = nn.ModuleDict({"host": nn.Linear(12, 10, bias=False).requires_grad_(False)})
     hang(stack, {"host": routed(MixLoRA(**SMALL))})
     inputs, weights = torch.randn(2, 50, 12, requires_grad=True), torch.randn(2, 50, 10)
-    with entered(Scope(step=everything(2, 50))):
+    with entered(Scope(this_pass=everything(2, 50))):
         result = stack["host"](inputs)
     with Wide():
         torch.autograd.grad(result, inputs, weights)
@@ -333,7 +333,7 @@ def test_a_quantised_linear_is_a_host_like_any_other(bits: int, monkeypatch: pyt
     assert 0 < float(error) < 0.2, "it is not quantised, or not this weight"
     module = RoutedLinear(64, 96, MixLoRA())
     handles = hang(stack, {"host": module})
-    with entered(Scope(step=everything(2, 5))):
+    with entered(Scope(this_pass=everything(2, 5))):
         assert torch.equal(stack["host"](inputs), plain)
         with torch.no_grad():
             module.routed_b.normal_()

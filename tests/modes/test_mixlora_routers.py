@@ -6,7 +6,6 @@ import pytest
 import torch
 from routed import SMALL, everything, routed
 
-from llava_steering_plugin.modes.base import LOSS_GRADIENT
 from llava_steering_plugin.modes.mixlora import MixLoRA, RoutedLinear
 from llava_steering_plugin.modes.mixlora_routing import best
 
@@ -19,7 +18,7 @@ def test_the_balance_loss_has_the_gradient_of_its_formula_times_the_losss_scale(
     found = []
     for one in (module, balanced):
         step = everything(5, 7)
-        step.kept[LOSS_GRADIENT] = torch.tensor(scale)
+        step.loss_gradient.note(torch.tensor(scale))
         (scale * one(output.clone(), inputs, step).sum()).backward()
         found.append(one.router_a.grad)
     pooled = inputs.mean(1)
