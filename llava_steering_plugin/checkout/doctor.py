@@ -1,4 +1,4 @@
-"""Looks at this Python and its LLaVA and says whether the plugin will work, without importing llava."""
+"""Examine this Python and its LLaVA, without importing llava: will the plugin work, and which commands of it?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from llava_steering_plugin.checkout.find import Llava, distribution_of, find_llava, git_commit, other_llavas
 from llava_steering_plugin.checkout.patch import ENTRY_POINT, State, entry_point_problem, state
 from llava_steering_plugin.errors import UpstreamError
-from llava_steering_plugin.upstream.seams import SEAMS, missing_seams
+from llava_steering_plugin.upstream.seams import COMMANDS, SEAMS, missing_seams
+from llava_steering_plugin.upstream.source import package_folder
 
 PACKAGES = (
     "llava-steering-plugin",
@@ -33,7 +34,7 @@ PACKAGES = (
 
 @dataclass
 class LlavaReport:
-    """Which LLaVA this is."""
+    """Describes the LLaVA that was examined."""
 
     path: str
     found_by: str
@@ -46,16 +47,22 @@ class LlavaReport:
 
 @dataclass
 class SeamReport:
-    """One name of upstream that the plugin needs."""
+    """Says whether one name that the plugin needs is there, and which commands do not work without it."""
 
     name: str
     purpose: str
     found: bool
+    stops: list[str]
 
 
 @dataclass
 class Report:
-    """Everything `llava-steering doctor` found; `problems` is empty when the plugin will work."""
+    """Holds everything that `llava-steering doctor` found.
+
+    Attributes:
+        stopped: the commands that do not work, because names that they need are missing.
+        problems: what keeps the plugin from working; empty when all of it works.
+    """
 
     python: str
     executable: str
@@ -66,9 +73,10 @@ class Report:
     devices: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     next_steps: list[str] = field(default_factory=list)
+    stopped: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, object]:
-        """The report as plain values, for JSON."""
+        """Return the report as plain values, for JSON."""
         return asdict(self)
 
 
@@ -118,13 +126,30 @@ def _examine_llava(report: Report, llava: Llava) -> None:
         report.problems.append(f"{llava.init}: the plugin block was edited; `llava-steering patch` says what to do.")
     if report.llava.others:
         report.next_steps.append("There is more than one LLaVA; `llava-steering patch --llava PATH` chooses one.")
+    _examine_seams(report, llava)
+
+
+def _examine_seams(report: Report, llava: Llava) -> None:
     missing = set(missing_seams(llava.package))
-    report.seams = [SeamReport(str(seam), seam.purpose, seam not in missing) for seam in SEAMS]
-    report.problems += [f"this LLaVA has no {seam}, which {seam.purpose}." for seam in SEAMS if seam in missing]
+    report.seams = [SeamReport(str(seam), seam.purpose, seam not in missing, list(seam.stops)) for seam in SEAMS]
+    report.stopped = [command for command in COMMANDS if any(command in seam.stops for seam in missing)]
+    if package_folder("transformers") is None:
+        report.problems.append("transformers is not installed in this Python; install the version that LLaVA pins.")
+        missing = {seam for seam in missing if not seam.module.startswith("transformers.")}
+    for seam in SEAMS:
+        if seam in missing:
+            owner = "LLaVA" if seam.module.startswith("llava.") else "transformers"
+            report.problems.append(
+                f"this {owner} has no {seam}, which {seam.purpose}. Without it, these do not work: "
+                f"{', '.join(seam.stops)}."
+            )
 
 
 def _examine_devices(report: Report) -> None:
-    """Name, memory and architecture of each CUDA device, or the processor. Imports torch: nothing else knows them."""
+    """Report name, memory and architecture of each CUDA device, or the processor.
+
+    This imports torch: nothing else knows them.
+    """
     try:
         import torch
     except ImportError as error:

@@ -212,6 +212,8 @@ def _show(report: Report) -> None:
     table.add_row("entry point", report.entry_point or "not visible")
     for index, seam in enumerate(report.seams):
         table.add_row("" if index else "seams", f"{'found  ' if seam.found else 'MISSING'} {seam.name}")
+    if report.stopped:
+        table.add_row("do not work", ", ".join(report.stopped))
     for index, (name, version) in enumerate(report.packages.items()):
         table.add_row("" if index else "packages", f"{name} {version or '-'}")
     for index, device in enumerate(report.devices):

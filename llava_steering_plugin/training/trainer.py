@@ -41,7 +41,6 @@ class SteeringTrainerMixin:
     model: Any
     args: Any
     train_dataset: Any
-    data_collator: Any
     accelerator: Any
     is_deepspeed_enabled: bool
     state: Any

@@ -1,53 +1,217 @@
-"""The names of upstream that the plugin stands on, and where LLaVA's forks differ.
+"""List the names of LLaVA and transformers that the plugin relies on, and look them up.
 
-Upstream main, its 1.2.2.post1 wheel and LLaVA-NeXT share every name in `SEAMS`. `doctor` looks them up in the source,
-without importing llava; the import hooks fetch them with `require`, so that a missing one is named instead of surfacing
-later as an AttributeError somewhere else.
+A seam is a name that the plugin replaces, wraps, overrides or calls. `doctor` looks the seams up in the source, without
+importing it; import hooks fetch theirs with `require`, so that a missing one is reported by its name. A test compares
+`SEAMS` with what the package really uses.
+
+LLaVA main and its 1.2.2.post1 wheel have every name; LLaVA-NeXT has every name that training and loading need.
 """
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from llava_steering_plugin.errors import UpstreamError
+from llava_steering_plugin.upstream.source import defined_names, module_file, package_folder
+
+# What a missing name stops: training, adapters in LLaVA's own programs, or a sub-command of `llava-steering`.
+TRAIN, LOAD, PLAN, CHAT, EVAL, SERVE = COMMANDS = ("train", "load", "plan", "chat", "eval", "serve")
+ANSWERING = (CHAT, EVAL, SERVE)
 
 
 @dataclass(frozen=True)
 class Seam:
-    """One name of upstream that the plugin replaces, wraps or calls."""
+    """One name that the plugin relies on.
+
+    Attributes:
+        module: the module that has it, in llava or transformers.
+        attribute: its name there, dotted, for example "LlavaMetaForCausalLM.generate"; `__main__` is the block that
+            runs when the module is started as a program.
+        purpose: what the name does, or what the plugin does with it, as the end of a sentence that begins with it.
+        stops: the commands that cannot do their work without it, of `COMMANDS`.
+    """
 
     module: str
-    attribute: str  # dotted from the module on, for example "LlavaMetaForCausalLM.generate"
+    attribute: str
     purpose: str
+    stops: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"{self.module}.{self.attribute}"
 
 
+def _seams(module: str, stops: tuple[str, ...], purposes: dict[str, str]) -> tuple[Seam, ...]:
+    return tuple(Seam(module, attribute, purpose, stops) for attribute, purpose in purposes.items())
+
+
+# The class whose constructor loads a model for the server, and whose methods stream its answers.
+_WORKER = "ModelWorker"
 SEAMS = (
-    Seam("llava.train.train", "train", "the training that the plugin extends"),
-    Seam("llava.train.train", "TrainingArguments", "gets the flags of the tuning modes"),
-    Seam("llava.train.train", "LLaVATrainer", "attaches the adapter, saves and resumes it"),
-    Seam("llava.train.train", "safe_save_model_for_hf_trainer", "writes the adapter instead of the whole model"),
-    Seam("llava.model.builder", "load_pretrained_model", "loads an adapter's base, then the adapter"),
-    Seam("llava.mm_utils", "get_model_name_from_path", "gives an adapter a name that upstream's rules understand"),
-    Seam(
-        "llava.model.llava_arch",
-        "LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal",
-        "tells which tokens are visual",
+    *_seams(
+        "llava.train.train",
+        (TRAIN, PLAN),
+        {
+            "train": "is the training that the plugin extends",
+            "ModelArguments": "declares flags of a training",
+            "DataArguments": "declares flags of a training",
+            "TrainingArguments": "gets the flags of the tuning modes",
+            "LLaVATrainer": "attaches the adapter, saves and resumes it",
+            "safe_save_model_for_hf_trainer": "writes the adapter instead of the whole model",
+        },
     ),
-    Seam("llava.model.language_model.llava_llama", "LlavaLlamaForCausalLM.forward", "opens the token map"),
-    Seam("llava.model.language_model.llava_llama", "LlavaLlamaForCausalLM.generate", "opens the token map"),
+    *_seams(
+        "llava.model.builder",
+        (LOAD, *ANSWERING),
+        {"load_pretrained_model": "loads an adapter's base, then the adapter"},
+    ),
+    *_seams(
+        "llava.mm_utils",
+        (LOAD, *ANSWERING),
+        {"get_model_name_from_path": "gives an adapter a name that LLaVA's rules understand"},
+    ),
+    *_seams(
+        "llava.model.llava_arch",
+        (TRAIN, LOAD, *ANSWERING),
+        {"LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal": "tells which tokens are visual"},
+    ),
+    *_seams(
+        "llava.model.llava_arch",
+        (TRAIN, *ANSWERING),
+        {"LlavaMetaModel.mm_projector": "is the projector, which is trained and saved with the adapter"},
+    ),
+    *_seams(
+        "llava.model.llava_arch",
+        (LOAD, CHAT),
+        {"LlavaMetaForCausalLM.get_vision_tower": "finds the vision tower of a loaded model"},
+    ),
+    *_seams(
+        "llava.model.language_model.llava_llama",
+        (TRAIN, LOAD, *ANSWERING),
+        {
+            "LlavaLlamaForCausalLM.forward": "opens the token map",
+            "LlavaLlamaForCausalLM.generate": "opens the token map",
+        },
+    ),
+    *_seams(
+        "llava.model.language_model.llava_llama",
+        (TRAIN, *ANSWERING),
+        {"LlavaLlamaForCausalLM.get_model": "gives access to the projector"},
+    ),
+    *_seams(
+        "llava.model.multimodal_encoder.clip_encoder",
+        (CHAT,),
+        {"CLIPVisionTower.num_patches": "counts the tokens of an image"},
+    ),
+    *_seams(
+        "llava.model.multimodal_projector.builder",
+        (PLAN,),
+        {"build_vision_projector": "builds the projector, whose parameters and memory are counted"},
+    ),
+    *_seams("llava.constants", ANSWERING, {"IMAGE_TOKEN_INDEX": "stands for an image among the ids of a prompt"}),
+    *_seams(
+        "llava.constants",
+        (CHAT, EVAL),
+        {
+            "DEFAULT_IMAGE_TOKEN": "stands for an image in the text of a prompt",
+            "DEFAULT_IM_START_TOKEN": "stands before an image in a prompt",
+            "DEFAULT_IM_END_TOKEN": "stands behind an image in a prompt",
+        },
+    ),
+    *_seams("llava.constants", (SERVE,), {"LOGDIR": "is the folder into which the web page writes"}),
+    *_seams("llava.conversation", (TRAIN, CHAT, EVAL), {"conv_templates": "holds the conversation templates"}),
+    *_seams("llava.conversation", (TRAIN,), {"default_conversation": "is the template that a training uses"}),
+    *_seams(
+        "llava.conversation",
+        (CHAT, EVAL),
+        {
+            "Conversation.roles": "names who speaks",
+            "Conversation.append_message": "adds a message",
+            "Conversation.copy": "begins a conversation in a template",
+            "Conversation.get_prompt": "writes a conversation as a prompt",
+        },
+    ),
+    *_seams(
+        "llava.conversation",
+        (CHAT,),
+        {
+            "Conversation.messages": "holds what was said",
+            "Conversation.offset": "counts the messages that a template brings",
+            "Conversation.sep": "ends an answer",
+            "Conversation.sep2": "ends an answer",
+            "Conversation.sep_style": "says which of the two ends an answer",
+            "SeparatorStyle.SINGLE": "says which of the two ends an answer",
+            "SeparatorStyle.MPT": "says which of the two ends an answer",
+        },
+    ),
+    *_seams(
+        "llava.mm_utils",
+        (CHAT, EVAL),
+        {
+            "process_images": "prepares images for the vision tower",
+            "tokenizer_image_token": "turns a prompt into ids",
+        },
+    ),
+    *_seams("llava.utils", (CHAT,), {"disable_torch_init": "saves time when a model is loaded"}),
+    *_seams("llava.utils", (SERVE,), {"handler": "is where LLaVA's worker writes its log"}),
+    *_seams(
+        "llava.serve.model_worker",
+        (SERVE,),
+        {
+            "TextIteratorStreamer": "streams an answer as it is generated",
+            "Thread": "runs a generation",
+            "load_image_from_base64": "decodes the images of a request",
+            "logger": "is the worker's log",
+            "worker_id": "is the worker's name in its log",
+            "model_semaphore": "counts the requests that are answered",
+            "args": "holds how many requests are answered at a time",
+            _WORKER: "answers the requests",
+            f"{_WORKER}.model": "is the model that answers",
+            f"{_WORKER}.tokenizer": "is the model's tokenizer",
+            f"{_WORKER}.image_processor": "prepares the images of a request",
+            f"{_WORKER}.is_multimodal": "says whether the model takes images",
+            f"{_WORKER}.model_name": "is the name under which the model is listed",
+            f"{_WORKER}.get_status": "tells the controller which models there are",
+            f"{_WORKER}.generate_stream_gate": "streams an answer",
+        },
+    ),
+    *_seams("llava.serve.controller", (SERVE,), {"__main__": "runs the controller"}),
+    *_seams("llava.serve.gradio_web_server", (SERVE,), {"__main__": "runs the web page"}),
+    *_seams("llava.serve.gradio_web_server", (SERVE,), {"logger": "is the web page's log"}),
+    *_seams(
+        "transformers.trainer",
+        (TRAIN,),
+        {
+            "Trainer.train": "is where a training starts or goes on",
+            "Trainer.training_step": "is where a loss that is not a number is reported",
+            "Trainer.log": "is where a mode adds its own figures",
+            "Trainer.add_callback": "adds the checks that run after each step",
+            "Trainer.create_accelerator_and_postprocess": "is where DeepSpeed is set up",
+            "Trainer.create_optimizer": "is where groups without parameters are dropped",
+            "Trainer.get_train_dataloader": "is where the order of the data is fixed for each epoch",
+            "Trainer._get_train_sampler": "is where the order of the data is fixed for each epoch",
+            "Trainer.save_model": "is where the adapter is written",
+            "Trainer.save_state": "is where a full disk is reported",
+            "Trainer._save_checkpoint": "is where a checkpoint is written",
+            "Trainer._rotate_checkpoints": "is where old checkpoints are deleted",
+            "Trainer._load_from_checkpoint": "is where the adapter of a checkpoint is read",
+            "Trainer._load_rng_state": "is where the random states of a checkpoint are read",
+            "Trainer.push_to_hub": "uploads the adapter",
+            "Trainer.accelerator": "prepares the engine of DeepSpeed",
+            "Trainer.is_deepspeed_enabled": "says whether DeepSpeed is used",
+            "Trainer.args": "holds the flags of the training",
+            "Trainer.model": "is the model that is trained",
+            "Trainer.state": "holds the step that the training has reached",
+            "Trainer.train_dataset": "holds the samples",
+        },
+    ),
 )
 
 
 def require(module: ModuleType, attribute: str) -> Any:
-    """The attribute (dotted) of an imported module of upstream.
+    """Return the attribute (dotted) of an imported module.
 
     Raises:
         UpstreamError: it is not there; the message names the seam and the file that was searched.
@@ -57,53 +221,27 @@ def require(module: ModuleType, attribute: str) -> Any:
         if not hasattr(value, name):
             where = getattr(module, "__file__", None) or "an unknown place"
             raise UpstreamError(
-                f"this LLaVA has no {module.__name__}.{attribute}, which the plugin needs (searched {where}). "
-                "It is probably a fork or a version that the plugin does not know: `llava-steering doctor` lists "
-                "every name it looks for."
+                f"this LLaVA has no {module.__name__}.{attribute}, which the plugin needs (searched {where}). It is "
+                "probably a fork or a version that the plugin does not know; `llava-steering doctor` lists every name "
+                "that the plugin needs, and which commands work without the missing ones."
             )
         value = getattr(value, name)
     return value
 
 
-def missing_seams(package: Path) -> list[Seam]:
-    """The seams that the source of the llava in the folder `package` lacks; nothing is imported."""
+def missing_seams(llava: Path) -> list[Seam]:
+    """Return the seams that are not in the source of llava and of this Python's transformers.
+
+    Args:
+        llava: the folder of the package. Neither it nor transformers is imported.
+
+    Raises:
+        UpstreamError: a file cannot be parsed.
+    """
+    packages = {"llava": llava, "transformers": package_folder("transformers")}
     names: dict[str, set[str]] = {}
     for module in {seam.module for seam in SEAMS}:
-        source = module_file(package, module)
-        names[module] = set(_names(_parse(source).body)) if source is not None else set()
+        package = packages[module.partition(".")[0]]
+        source = None if package is None else module_file(package, module)
+        names[module] = set() if source is None else defined_names(source)
     return [seam for seam in SEAMS if seam.attribute not in names[seam.module]]
-
-
-def module_file(package: Path, module: str) -> Path | None:
-    """The file of the dotted `module` of the llava in the folder `package`, or None when there is no such module."""
-    stem = package.joinpath(*module.split(".")[1:])
-    return next((file for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.is_file()), None)
-
-
-def _parse(source: Path) -> ast.Module:
-    try:
-        return ast.parse(source.read_bytes(), filename=str(source))
-    except SyntaxError as error:
-        raise UpstreamError(f"{source} is not valid Python for this interpreter: {error}") from error
-
-
-def _names(body: list[ast.stmt]) -> Iterator[str]:
-    """Names that the statements bind, with those of classes dotted, also inside `if` and `try`."""
-    for node in body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node.name
-        elif isinstance(node, ast.ClassDef):
-            yield node.name
-            yield from (f"{node.name}.{name}" for name in _names(node.body))
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            yield from ((alias.asname or alias.name).split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.Assign):
-            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            yield node.target.id
-        elif isinstance(node, ast.If):
-            yield from _names(node.body + node.orelse)
-        elif isinstance(node, ast.Try):
-            yield from _names(node.body + node.orelse + node.finalbody)
-            for handler in node.handlers:
-                yield from _names(handler.body)
