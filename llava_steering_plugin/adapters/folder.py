@@ -1,9 +1,9 @@
 """The adapter folder: its files, and how it is found, read and validated. `writing` writes it.
 
-adapter_model.safetensors   the truth: the tensors, and the config in its header
-adapter_config.json         the same config, readable
-config.json                 LLaVA's config, without quantization_config
-README.md                   model card
+adapter_model.safetensors    everything that decides: the tensors; in the header, the config and LLaVA's config
+llava_steering_config.json   a copy of the config, for people
+config.json                  a copy of LLaVA's config, for other programs and older versions of this package
+README.md                    the model card
 """
 
 from __future__ import annotations
@@ -23,8 +23,12 @@ from torch import Tensor
 from llava_steering_plugin.adapters.config import AdapterConfig, is_ours
 from llava_steering_plugin.errors import AdapterError, listing
 
-WEIGHTS, CONFIG, LLAVA_CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "config.json", "README.md"
-HEADER = "llava_steering"
+WEIGHTS, CONFIG, LLAVA_CONFIG = "adapter_model.safetensors", "llava_steering_config.json", "config.json"
+CARD = "README.md"
+# Version 0.1 named the config so. PEFT and transformers take a folder with such a file for an adapter of PEFT's.
+OLD_CONFIG = "adapter_config.json"
+# Keys of the header: the config, and LLaVA's config, which adapters of version 0.1 have in config.json alone.
+HEADER, LLAVA_HEADER = "llava_steering", "llava_config"
 
 # Prefixes of tensor names in the file: the mode's parameters by host, the base's own parameters that came to differ,
 # the embedding rows of added tokens (input, output), and rows by which the base is recognised (rows, ids).
@@ -50,8 +54,8 @@ class StoredAdapter:
 def find(name_or_path: str | os.PathLike[str]) -> Path | None:
     """The local folder of our adapter of that name: a folder, or a hub id, which is downloaded. None if it is not ours.
 
-    Files decide, not names. A folder with our adapter_config.json is ours even if the weights are missing, so that the
-    error which follows can say so.
+    Files decide, not names. A folder with our config is ours even if the weights are missing, so that the error which
+    follows can say so.
 
     Raises:
         AdapterError: the folder, or a file by which an adapter is known, is there and may not be read.
@@ -65,11 +69,12 @@ def find(name_or_path: str | os.PathLike[str]) -> Path | None:
 
 
 def _ours(folder: Path) -> bool:
-    if _readable(folder / CONFIG):
-        with suppress(ValueError):
-            described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            if isinstance(described, dict) and is_ours(described.get("peft_type")):
-                return True
+    for name in (CONFIG, OLD_CONFIG):
+        if _readable(folder / name):
+            with suppress(ValueError):
+                described = json.loads((folder / name).read_text(encoding="utf-8"))
+                if isinstance(described, dict) and is_ours(described.get("peft_type")):
+                    return True
     return _readable(folder / WEIGHTS) and _header(folder / WEIGHTS) is not None
 
 
@@ -91,26 +96,29 @@ def _readable(file: Path) -> bool:
     return True
 
 
-def _header(weights: Path) -> str | None:
+def _header(weights: Path, key: str = HEADER) -> str | None:
     try:
         with safe_open(weights, framework="pt") as file:
-            return (file.metadata() or {}).get(HEADER)
+            return (file.metadata() or {}).get(key)
     except (OSError, SafetensorError):
         return None
 
 
 def _from_hub(repository: str) -> Path | None:
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
-    try:
-        described = Path(hf_hub_download(repository, CONFIG))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
-        # No such file or repository, or no network: whoever asked will load it as what it is and report.
-        return None
-    if not _ours(described.parent):
-        return None
-    return Path(snapshot_download(repository, allow_patterns=[WEIGHTS, CONFIG, LLAVA_CONFIG, CARD]))
+    for name in (CONFIG, OLD_CONFIG):
+        try:
+            described = Path(hf_hub_download(repository, name))
+        except EntryNotFoundError:
+            continue
+        except (OSError, HfHubHTTPError, HFValidationError):
+            # No such repository, or no network: the caller loads it as what it is, and reports.
+            return None
+        if _ours(described.parent):
+            return Path(snapshot_download(repository, allow_patterns=[WEIGHTS, CONFIG, OLD_CONFIG, LLAVA_CONFIG, CARD]))
+    return None
 
 
 def read(folder: str | os.PathLike[str]) -> StoredAdapter:
@@ -137,8 +145,7 @@ def read(folder: str | os.PathLike[str]) -> StoredAdapter:
             f"{weights} cannot be read: {error}. The file is damaged or cut short; copy it again."
         ) from error
     if header is None:
-        described = path / CONFIG
-        if described.is_file():
+        if (described := _config_file(path)) is not None:
             AdapterConfig.from_json(_text(described), str(described))
         raise AdapterError(f"{weights} is not an adapter of this plugin: its header has no {HEADER!r} entry.")
     config = AdapterConfig.from_json(header, f"the header of {weights}")
@@ -160,6 +167,11 @@ def read(folder: str | os.PathLike[str]) -> StoredAdapter:
     return StoredAdapter(config, tensors, path)
 
 
+def _config_file(folder: Path) -> Path | None:
+    """Return the file with a copy of the config, under its present or its old name."""
+    return next((folder / name for name in (CONFIG, OLD_CONFIG) if (folder / name).is_file()), None)
+
+
 def _text(path: Path) -> str:
     # Bytes that are no text become marks that are no JSON either; whoever parses it says so.
     return path.read_text(encoding="utf-8", errors="replace")
@@ -177,28 +189,34 @@ def read_config(folder: Path) -> AdapterConfig:
     )
 
 
-def read_llava_config(folder: Path) -> dict[str, Any]:
-    """The LLaVA config that an adapter was trained with, from its config.json.
+def read_llava_config(folder: Path) -> dict[str, Any] | None:
+    """Return the LLaVA config that an adapter was trained with: from its header, or from config.json if it is older.
+
+    None: it has neither.
 
     Raises:
         AdapterError: damaged, or not to be read.
     """
-    path = folder / LLAVA_CONFIG
+    where, text = f"the header of {folder / WEIGHTS}", _header(folder / WEIGHTS, LLAVA_HEADER)
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        if text is None:
+            where = str(folder / LLAVA_CONFIG)
+            text = (folder / LLAVA_CONFIG).read_text(encoding="utf-8")
+        described = json.loads(text)
         if not isinstance(described, dict):
             raise ValueError("it holds no settings")
+    except (FileNotFoundError, IsADirectoryError):
+        return None
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} is damaged ({error}). Copy the adapter again.") from error
+        raise AdapterError(f"{where} is damaged ({error}). Copy the adapter again.") from error
     return described
 
 
 def _refuse_without_weights(path: Path) -> None:
-    described = path / CONFIG
-    if described.is_file():
+    if (described := _config_file(path)) is not None:
         AdapterConfig.from_json(_text(described), str(described))
         raise AdapterError(
-            f"{path} has {CONFIG} but no {WEIGHTS}. The weights are missing or were renamed; copy them again."
+            f"{path} has {described.name} but no {WEIGHTS}. The weights are missing or were renamed; copy them again."
         )
     checkpoints = sorted(folder.name for folder in path.glob("checkpoint-*") if (folder / WEIGHTS).is_file())
     hint = f" It has {', '.join(checkpoints)}: give one of these." if checkpoints else ""

@@ -1,10 +1,11 @@
-"""Writes an adapter folder so that a crash leaves the old adapter or the new one."""
+"""Write an adapter folder. One rename decides: a crash leaves the adapter that was there before, or the new one."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,74 +14,111 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llava_steering_plugin.adapters.config import AdapterConfig
-from llava_steering_plugin.adapters.folder import CARD, CONFIG, HEADER, LLAVA_CONFIG, WEIGHTS
+from llava_steering_plugin.adapters.folder import (
+    CARD,
+    CONFIG,
+    HEADER,
+    LLAVA_CONFIG,
+    LLAVA_HEADER,
+    OLD_CONFIG,
+    WEIGHTS,
+)
 from llava_steering_plugin.errors import AdapterError
 
 
 def write_folder(
     folder: str | os.PathLike[str], config: AdapterConfig, tensors: Mapping[str, Tensor], llava: str, card: str
 ) -> None:
-    """Writes an adapter folder: everything beside the old files first, then one rename for each.
+    """Write an adapter: its weights, whose header holds both configs, and after them the copies of what they say.
+
+    Everything is written beside the old files and flushed. Then the weights are renamed, which replaces the adapter,
+    and the copies follow. Loaders go by the weights alone, so copies that a crash has left behind mislead none of them.
 
     Args:
-        folder: created if need be; other files in it stay.
-        tensors: by full name, with the prefixes of this module.
+        folder: created if it is missing. Other files in it stay, but for the config under its old name.
+        tensors: by full name, with the prefixes of `folder`.
         llava: text of config.json.
         card: text of README.md.
 
     Raises:
-        AdapterError: the disk is full or the folder cannot be written; what was there before is as it was.
+        AdapterError: the disk is full or the folder cannot be written; the message says which adapter it holds now.
     """
     path = Path(folder)
     described = config.to_json()
-    header = {"format": "pt", HEADER: described}
-
-    def weights(target: Path) -> None:
-        # Each tensor its own memory: safetensors refuses views that share one.
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, target, header)
-
-    writers: dict[str, Callable[[Path], object]] = {
-        WEIGHTS: weights,
-        CONFIG: lambda target: target.write_text(described + "\n", encoding="utf-8"),
-        LLAVA_CONFIG: lambda target: target.write_text(llava, encoding="utf-8"),
-        CARD: lambda target: target.write_text(card, encoding="utf-8"),
-    }
-    staged = {name: path / f".{name}.{os.getpid()}.partial" for name in writers}
+    copies = {CONFIG: described + "\n", LLAVA_CONFIG: llava, CARD: card}
+    staged = {name: _partial(path, name) for name in (WEIGHTS, *copies)}
+    replaced = False
     try:
         path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        for name, writer in writers.items():
-            writer(staged[name])
-            _flush(staged[name])
-        # safetensors makes files that only their owner may read; a shared folder's adapter is for all who may read it.
+        _refuse_folders(path, staged)
+        _write_weights(staged[WEIGHTS], tensors, {"format": "pt", HEADER: described, LLAVA_HEADER: llava})
+        for name, text in copies.items():
+            staged[name].write_text(text, encoding="utf-8", errors="replace")  # a path may be no text
+        # safetensors makes files that only their owner may read; all files of an adapter get the same permissions.
         shutil.copymode(staged[CONFIG], staged[WEIGHTS])
-        # The weights last: until they are replaced, the adapter is the one that was there before.
-        for name in (*(staged.keys() - {WEIGHTS}), WEIGHTS):
+        for partial in staged.values():
+            _flush(partial)
+        os.replace(staged[WEIGHTS], path / WEIGHTS)
+        replaced = True
+        _flush(path)  # the copies must not reach the disk before the weights
+        for name in copies:
             os.replace(staged[name], path / name)
+        if (path / OLD_CONFIG).is_file():
+            (path / OLD_CONFIG).unlink()
         _flush(path)
     except (OSError, SafetensorError) as error:
+        raise AdapterError(_failure(path, error, replaced)) from error
+    finally:
         for partial in staged.values():
             with suppress(OSError):
                 partial.unlink()
-        raise AdapterError(
-            f"the adapter could not be written to {path}: {error}. An adapter that was there before is "
-            "unharmed. Free some space or choose another folder, and save again."
-        ) from error
+
+
+def _partial(folder: Path, name: str) -> Path:
+    """Return where this process writes the new file `name` until it is renamed."""
+    return folder / f".{name}.{os.getpid()}.partial"
+
+
+def _write_weights(target: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    # Each tensor gets its own memory: safetensors refuses views that share one.
+    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, target, header)
+
+
+def _refuse_folders(path: Path, names: Mapping[str, object]) -> None:
+    """Raise the error of a rename onto a folder before anything is replaced."""
+    for name in names:
+        if (path / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path / name))
+
+
+def _failure(path: Path, error: Exception, replaced: bool) -> str:
+    if replaced:
+        return (
+            f"the adapter is saved to {path}, but a copy of its configs or the model card could not be written: "
+            f"{error}. This package loads the new adapter; other programs read old copies until it is saved again."
+        )
+    return (
+        f"the adapter could not be written to {path}: {error}. An adapter that was there before is unharmed. "
+        "Free some space or choose another folder, and save again."
+    )
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what processes that were killed while they wrote an adapter have left in `folder`.
+    """Delete the partial files of processes that were killed while they wrote an adapter to `folder`.
 
     Raises:
         OSError: the folder cannot be written.
     """
     for path in folder.glob(".*.partial"):
         name, _, process = path.name.removeprefix(".").removesuffix(".partial").rpartition(".")
-        if name in (WEIGHTS, CONFIG, LLAVA_CONFIG, CARD) and process.isdigit() and not _runs(int(process)):
+        known = name in (WEIGHTS, CONFIG, OLD_CONFIG, LLAVA_CONFIG, CARD)
+        if known and process.isdigit() and not _runs(int(process)):
             path.unlink(missing_ok=True)
 
 
 def _runs(process: int) -> bool:
+    """Tell whether a process of this number runs on this machine."""
     try:
         os.kill(process, 0)
     except PermissionError:
@@ -91,7 +129,7 @@ def _runs(process: int) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """Forces a file or folder to disk: a rename must not reach the disk before what it names."""
+    """Force a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -94,8 +94,8 @@ def _needs_of_its_own(model: PreTrainedModel, stored: StoredAdapter, tokenizer: 
     tokens = stored.config.added_tokens
     if tokens and not _knows_tokens(model, stored, tokenizer):
         problems.append(f"it adds to the vocabulary: {', '.join(tokens)}")
-    if hasattr(model, "prepare_inputs_labels_for_multimodal") and os.path.isfile(stored.path / files.LLAVA_CONFIG):
-        trained = files.read_llava_config(stored.path)
+    if hasattr(model, "prepare_inputs_labels_for_multimodal"):
+        trained = files.read_llava_config(stored.path) or {}
         for key in sorted(key for key in trained if key.startswith(INPUT_SETTINGS)):
             here = getattr(model.config, key, None)
             if _plain(key, here) != _plain(key, trained[key]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +60,7 @@ def _load(original: Callable[..., Any], call: inspect.BoundArguments, folder: Pa
             f"--model-base; this adapter was trained on {config.base.name_or_path}."
         )
     described = _config_of(base, folder)
-    trained = files.read_llava_config(folder) if os.path.isfile(folder / files.LLAVA_CONFIG) else None
+    trained = files.read_llava_config(folder)
     with tempfile.TemporaryDirectory(prefix="llava-steering-") as staging:
         if "mm_vision_tower" in described:
             call.arguments |= {"model_path": base, "model_base": None, "model_name": name_for(described["model_type"])}

@@ -22,7 +22,8 @@ from llava_steering_plugin.modes.mores import MoReS
 
 pytest_plugins = ["steered_fixtures"]
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "llava_steering_config.json"
+OLD_CONFIG = "adapter_config.json"  # its name in adapters of version 0.1, and in PEFT's
 PROMPT = ids_of([1, *words(2), IMAGE, *words(4, seed=1)])
 Change = Callable[[dict[str, Tensor], dict[str, Any]], None]
 
@@ -129,11 +130,13 @@ def test_a_file_where_a_folder_is_expected(model: Any, frozen: Any, adapter: Pat
     refused(model, frozen, adapter / WEIGHTS, "is no folder. Give the adapter's folder")
 
 
+@pytest.mark.parametrize("name", [CONFIG, OLD_CONFIG])
 @pytest.mark.parametrize("text", [b"\xff\xfe\x00garbage", b"{", b"[]", b"", b"null"])
-def test_a_spoilt_config_without_weights(model: Any, frozen: Any, adapter: Path, text: bytes) -> None:
+def test_a_spoilt_config_without_weights(model: Any, frozen: Any, adapter: Path, text: bytes, name: str) -> None:
     (adapter / WEIGHTS).unlink()
-    (adapter / CONFIG).write_bytes(text)
-    refused(model, frozen, adapter, str(adapter / CONFIG))
+    (adapter / CONFIG).unlink()
+    (adapter / name).write_bytes(text)
+    refused(model, frozen, adapter, str(adapter / name))
 
 
 def test_a_foreign_adapter(model: Any, frozen: Any, tmp_path: Path) -> None:
@@ -145,7 +148,7 @@ def test_a_foreign_adapter(model: Any, frozen: Any, tmp_path: Path) -> None:
     refused(model, frozen, tmp_path, "peft_type is 'LORA'", "Load it with the library that made it")
     (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
     refused(model, frozen, tmp_path, "peft_type is 'LORA'")
-    (tmp_path / CONFIG).unlink()
+    (tmp_path / OLD_CONFIG).unlink()
     (tmp_path / "adapter_model.bin").rename(tmp_path / WEIGHTS)
     refused(model, frozen, tmp_path, "is not an adapter of this plugin")
 

@@ -151,11 +151,17 @@ def test_settings_that_a_mode_cannot_take_are_all_named(model: Any, settings: di
 # What is in the folder
 
 
-def test_the_folder_holds_the_config_twice_and_nothing_to_unpickle(model: Any, saved: Path) -> None:
-    assert sorted(contents(saved)) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "config.json"]
-    described = json.loads((saved / "adapter_config.json").read_text())
+def test_the_folder_holds_both_configs_twice_and_nothing_to_unpickle(model: Any, saved: Path) -> None:
+    assert sorted(contents(saved)) == [
+        "README.md",
+        "adapter_model.safetensors",
+        "config.json",
+        "llava_steering_config.json",
+    ]
+    described = json.loads((saved / "llava_steering_config.json").read_text())
     with safe_open(saved / "adapter_model.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["llava_steering"]) == described
+        assert file.metadata()["llava_config"] == (saved / "config.json").read_text()
         names = set(file.keys())
     assert described["peft_type"] == "LLAVA_MORES"
     assert described["base_model_name_or_path"] == model.config._name_or_path

@@ -49,7 +49,7 @@ def adapter() -> Iterator[Path]:
 
 def test_a_closed_config_is_no_reason_to_take_the_folder_for_a_model(adapter: Path) -> None:
     (adapter / files.CONFIG).chmod(0)
-    with without_privileges(), pytest.raises(AdapterError, match=r"adapter_config\.json .*Permission denied.*allowed"):
+    with without_privileges(), pytest.raises(AdapterError, match=r"steering_config\.json .*Permission denied.*allowed"):
         files.find(adapter)
 
 
@@ -67,7 +67,7 @@ def test_closed_weights_are_not_called_missing_or_damaged(adapter: Path, beside:
 def test_a_closed_folder_is_one_clear_error(adapter: Path) -> None:
     adapter.chmod(0)
     for call in (files.find, files.read):
-        with without_privileges(), pytest.raises(AdapterError, match=r"pets/adapter_\w+\.\w+ .*Permission denied"):
+        with without_privileges(), pytest.raises(AdapterError, match=r"pets/\w+\.\w+ .*Permission denied"):
             call(adapter)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def gain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gain_here(gain: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The foreign mode is installed for this process and for those that it starts."""
     monkeypatch.syspath_prepend(gain)
-    monkeypatch.setenv("PYTHONPATH", str(gain))
+    monkeypatch.setenv("PYTHONPATH", str(gain), prepend=os.pathsep)
     monkeypatch.delitem(sys.modules, "llava_gain", raising=False)
     return gain
 
@@ -98,7 +99,7 @@ def test_a_foreign_mode_trains_through_upstream_saves_and_loads(
     mode = {"tuning_mode": "gain", "gain_first_layer": 1, "freeze_mm_mlp_adapter": True, "learning_rate": 0.3}
     done = run_train(train_flags(tiny, output, mode), patched_llava)
     assert "gain" in done.stdout, "the table of trainable parameters"
-    described = json.loads((output / "adapter_config.json").read_text())
+    described = json.loads((output / "llava_steering_config.json").read_text())
     assert (described["peft_type"], described["settings"]) == ("LLAVA_GAIN", {"first_layer": 1})
 
     name = get_model_name_from_path(str(output))

@@ -129,14 +129,14 @@ def test_when_one_ends_it_is_said_which_and_why_and_the_others_are_stopped(
 ) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "adapter_config.json").write_text((shelf / "cats" / "adapter_config.json").read_text())
+    (broken / "llava_steering_config.json").write_text((shelf / "cats" / "llava_steering_config.json").read_text())
     with serving(patched_llava, tmp_path, str(tiny.llava), "--adapters", str(broken), "--device", "cpu") as served:
         served.wait_for("starting the worker")
         children = served.children()
         assert served.process.wait(PATIENCE) == 1
         said = served.output.rpartition("ProgramDied: ")[2]
         assert said.startswith("the worker has ended with status 1")
-        assert "broken has adapter_config.json but no adapter_model.safetensors" in said
+        assert "broken has llava_steering_config.json but no adapter_model.safetensors" in said
         assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
 
 

@@ -60,7 +60,7 @@ def test_two_ranks_resume_bit_equal(ddp: Path) -> None:
 def test_two_ranks_write_one_adapter_and_the_random_states_of_both(ddp: Path) -> None:
     assert {path.name for path in (ddp / "whole" / "checkpoint-6").iterdir()} == {
         "adapter_model.safetensors",
-        "adapter_config.json",
+        "llava_steering_config.json",
         "config.json",
         "README.md",
         "optimizer.pt",
