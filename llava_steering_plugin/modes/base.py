@@ -92,7 +92,7 @@ class Mode(ABC):
     """A tuning mode. Subclass as a frozen dataclass; its fields are its settings.
 
     Every field becomes a command-line flag `--<name>_<field>` (its `help` metadata is the help text) and an entry of
-    `settings` in adapter_config.json, so fields are str, int, float, bool or Optional of these, with defaults.
+    `settings` in the adapter's config, so fields are str, int, float, bool or Optional of these, with defaults.
     Register the class under the entry-point group `llava_steering.modes`; the entry point's name must be `name`.
     """
 
