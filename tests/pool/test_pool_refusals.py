@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_files import change_llava_config
 from pooled import BASE, alone, answer, hooks_of
 from steered import strengthen
 from transformers import LlamaTokenizer
@@ -59,8 +59,7 @@ def test_an_adapter_that_saw_its_images_otherwise_is_refused_with_the_setting(
     pool: AdapterPool, folders: Folders, tmp_path: Path, setting: str, value: Any
 ) -> None:
     other = shutil.copytree(folders["cats"], tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {setting: value}))
+    change_llava_config(other, **{setting: value})
     with pytest.raises(AdapterError, match=rf"(?s)cannot share.*model_worker --model-path.*{setting}"):
         pool.load("other", other)
 
@@ -69,9 +68,9 @@ def test_settings_that_every_server_chooses_for_itself_are_no_reason_to_refuse(
     pool: AdapterPool, shared: Any, folders: Folders, tmp_path: Path
 ) -> None:
     other = shutil.copytree(folders["cats"], tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    config |= {"tokenizer_padding_side": "right", "tokenizer_model_max_length": 512, "mm_patch_merge_type": "flat"}
-    (other / "config.json").write_text(json.dumps(config))
+    change_llava_config(
+        other, tokenizer_padding_side="right", tokenizer_model_max_length=512, mm_patch_merge_type="flat"
+    )
     pool.load("other", other)
     assert answer(shared, "other") == answer(shared, "cats")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapter_files import set_header
 from changing_fixtures import listed
 from serving_fixtures import Alone, Client, Question, wait_until
 
@@ -106,7 +107,7 @@ def test_folders_that_cannot_be_served_are_listed_with_the_reason_until_they_go_
     bad = [folder / "a bad name", Path(os.fsdecode(os.fsencode(folder) + b"/\xff")), folder / "odd"]
     for path in bad:
         shutil.copytree(shelf / "cats", path)
-    (folder / "odd" / "config.json").write_text("5")
+    set_header(folder / "odd", llava_config="5")
     watched = WatchedFolder(folder, worker.catalog, lambda: None)
     for _ in range(3):
         assert not watched.look()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapter_files import change_llava_config, set_header
 from tiny_llava import TinyLlava
 from training_runs import with_other_weights
 
@@ -47,13 +49,29 @@ def test_a_base_that_is_gone_is_an_error_that_says_how_to_name_another_place(
 
 
 @pytest.mark.parametrize("content", ["[]", "5", "{"])
-def test_an_adapter_whose_config_json_holds_no_settings_is_damaged_on_whatever_base(
+def test_an_adapter_whose_llava_config_holds_no_settings_is_damaged_on_whatever_base(
     tiny: TinyLlava, saved: Path, content: str
 ) -> None:
+    set_header(saved, llava_config=content)
+    for base in (None, tiny.llm):
+        with pytest.raises(AdapterError, match=r"header of .* is damaged .*Copy the adapter again"):
+            load(saved, base)
+    set_header(saved, llava_config=None)  # as older versions wrote it
     (saved / "config.json").write_text(content)
     for base in (None, tiny.llm):
         with pytest.raises(AdapterError, match=r"config\.json is damaged .*Copy the adapter again"):
             load(saved, base)
+
+
+def test_a_copy_of_the_llava_config_that_a_crash_left_behind_is_not_read(saved: Path) -> None:
+    change_llava_config(saved, image_aspect_ratio="square")  # the base says "pad"
+    stale = json.loads((saved / "config.json").read_text()) | {"image_aspect_ratio": "anyres"}
+    for copy in (json.dumps(stale), "{", None):
+        if copy is None:
+            (saved / "config.json").unlink()
+        else:
+            (saved / "config.json").write_text(copy)
+        assert load(saved).config.image_aspect_ratio == "square"
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "{"])
