@@ -1,4 +1,4 @@
-"""What the pages say of the package is what the package says: its rooms, the modes' flags, the server's limits."""
+"""What the pages say of the package is what the package says: its rooms, the modes' flags, limits and messages."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from llava_steering_plugin.serving.http.limits import Limits
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_steering_plugin"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 MODES = (ROOT / "docs" / "modes.md").read_text(encoding="utf-8")
 LIMITS = (ROOT / "docs" / "serving-limits.md").read_text(encoding="utf-8")
@@ -66,7 +67,7 @@ def test_every_room_has_a_row_and_every_file_in_it_is_there() -> None:
 
 
 def test_the_page_shows_where_a_newcomer_looks_first() -> None:
-    guide = section(ARCHITECTURE, "Where is what")
+    guide = section(ARCHITECTURE, "Where to look")
     for topic in ("flag of MoReS", "adapter is refused", "body", "which tokens are visual", "memory table"):
         assert topic in guide
 
@@ -98,3 +99,17 @@ def test_the_page_of_the_servers_limits_has_the_limits_of_a_worker() -> None:
     assert listed == {}
     assert f"| images of a request | {limits.images}," in LIMITS
     assert f"| time for a request to arrive | {limits.receive_seconds:g} s |" in LIMITS
+
+
+def texts_of_the_package() -> str:
+    """Return all strings in the package's source; what an f-string fills in is left out."""
+    nodes = (node for file in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    return "\n".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def test_every_message_under_troubleshooting_is_one_of_the_package() -> None:
+    quoted = [row[0].strip("`") for row in rows(section(README, "Troubleshooting")) if "..." in row[0]]
+    assert len(quoted) > 3
+    parts = [part.strip() for message in quoted for part in re.split(r"\.\.\.|\d+", message) if part.strip()]
+    texts = texts_of_the_package()
+    assert [part for part in parts if part not in texts] == []
