@@ -1,13 +1,15 @@
 """The errors this package raises on purpose.
 
-Every message says what is wrong, where, and what to do. Whoever finds several problems reports them in one error
-(`listing`), so that a user mends them in one go. The command line turns a SteeringError into one message without a
-traceback; anything else is a bug and keeps its traceback.
+Every message says what is wrong, where, and what to do. A check that finds several problems reports them in one error
+(`listing`), so that a user can mend them in one go; for an unknown word the error names the nearest known one
+(`nearest`). The command line turns a SteeringError into one message without a traceback; anything else is a bug and
+keeps its traceback.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Callable, Iterable, Sequence
 
 
 class SteeringError(Exception):
@@ -39,5 +41,20 @@ class TokenMapError(SteeringError):
 
 
 def listing(headline: str, problems: Sequence[str]) -> str:
-    """One message for all problems found: the headline, then one indented line per problem."""
+    """Return one message for all problems found: the headline, then one indented line per problem."""
     return "\n".join([f"{headline}:", *(f"  - {problem}" for problem in problems)])
+
+
+def nearest(word: str, known: Iterable[str], *, spelled: Callable[[str], str] = repr, at_most: int = 1) -> str:
+    """Return "did you mean 'x'? " with the known words most like `word`; the empty string if none is like it.
+
+    The hint ends with a space, so that the next sentence of a message can follow it directly.
+
+    Args:
+        word: as the user wrote it.
+        known: the words that are accepted.
+        spelled: how a known word is shown, in quotes by default.
+        at_most: the largest number of words shown, the most similar first.
+    """
+    similar = difflib.get_close_matches(word, list(known), n=at_most)
+    return f"did you mean {' or '.join(map(spelled, similar))}? " if similar else ""

@@ -14,7 +14,6 @@ global.
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import importlib.util
 import os
@@ -24,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType
 
-from llava_steering_plugin.errors import SteeringError, UpstreamError
+from llava_steering_plugin.errors import SteeringError, UpstreamError, nearest
 from llava_steering_plugin.upstream import startup
 from llava_steering_plugin.upstream.install import install
 
@@ -163,9 +162,10 @@ def _find_source(name: str) -> Path:
         spec = None
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         siblings = _modules_beside(parent)
-        close = difflib.get_close_matches(last, siblings, n=3)
-        hint = "Did you mean " + " or ".join(f"{parent}.{sibling}" for sibling in close) + "?" if close else ""
-        raise UpstreamError(f"there is no module {name} to run in {_where(name)}. {hint}".rstrip())
+        hint = nearest(last, siblings, spelled=f"{parent}.{{}}".format, at_most=3)
+        raise UpstreamError(
+            f"there is no module {name} to run in {_where(name)}. {hint[:1].upper()}{hint[1:]}".rstrip()
+        )
     return Path(spec.origin)
 
 

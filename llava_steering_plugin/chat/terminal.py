@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import glob
 import io
 import os
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_steering_plugin.chat.conversation import Chat, ChatError
-from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.errors import SteeringError, nearest
 from llava_steering_plugin.pool.pool import BASE
 
 COMMANDS = {
@@ -85,8 +84,7 @@ class Terminal:
             "/help": self._help,
         }
         if command not in does:
-            near = difflib.get_close_matches(command, COMMANDS, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            hint = nearest(command, COMMANDS, spelled=str)
             raise ChatError(f"unknown command {command}: {hint}/help lists them all.")
         does[command](rest.strip())
         return True

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, get_args, get_type_hints
 
-from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
+from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing, nearest
 from llava_steering_plugin.modes.base import Mode
 
 GROUP = "llava_steering.modes"
@@ -42,10 +41,8 @@ def get(name: str) -> type[Mode]:
     """
     found = _found()
     if name not in found:
-        near = difflib.get_close_matches(name, found, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
         known = ", ".join(sorted(found)) or "none; is llava-steering-plugin installed with pip?"
-        raise ArgumentsError(f"unknown tuning mode {name!r}: {hint}Registered: {known}")
+        raise ArgumentsError(f"unknown tuning mode {name!r}: {nearest(name, found)}Registered: {known}")
     entry, *others = found[name]
     if others:
         raise SteeringError(

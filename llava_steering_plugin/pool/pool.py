@@ -11,7 +11,6 @@ of the present call need; a generation looks the names up once, when it begins, 
 
 from __future__ import annotations
 
-import difflib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from llava_steering_plugin.errors import ArgumentsError, SteeringError, TokenMapError
+from llava_steering_plugin.errors import ArgumentsError, SteeringError, TokenMapError, nearest
 from llava_steering_plugin.hooks.hosts import SharedHooks, dispatch
 from llava_steering_plugin.hooks.owner import ModelOwner, owner_of
 from llava_steering_plugin.hooks.scope import Scope, current, naming
@@ -206,8 +205,7 @@ class AdapterPool(ModelOwner):
             return None
         if isinstance(name, str) and name in self._entries:
             return self._entries[name]
-        near = difflib.get_close_matches(str(name), self._entries, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = nearest(str(name), self._entries)
         raise ArgumentsError(f"unknown adapter {name!r}: {hint}Known: {', '.join([BASE, *self._entries])}")
 
     def _acquire(self, names: str | Sequence[str]) -> list[PooledAdapter | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import sys
@@ -14,7 +13,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from llava_steering_plugin.adapters import folder as files
 from llava_steering_plugin.adapters.config import AdapterConfig
-from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
+from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError, nearest
 from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.training.deepspeed_config import ZERO, read_deepspeed
@@ -121,8 +120,8 @@ def read_command_line(
 
 def _unknown(word: str, known: list[str]) -> str:
     flag = word.split("=")[0]
-    near = difflib.get_close_matches(flag, known, n=1)
-    return f"unknown flag {flag}" + (f"; did you mean {near[0]}?" if near else "")
+    hint = nearest(flag, known, spelled=str).rstrip()
+    return f"unknown flag {flag}; {hint}" if hint else f"unknown flag {flag}"
 
 
 def problems_in(flags: Namespace, unknown: Sequence[str] = ()) -> list[str]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
-from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.errors import ArgumentsError, nearest
 
 
 def checked_template(name: str) -> str:
@@ -18,8 +17,7 @@ def checked_template(name: str) -> str:
     from llava.conversation import conv_templates
 
     if name not in conv_templates:
-        near = difflib.get_close_matches(name, conv_templates, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = nearest(name, conv_templates)
         raise ArgumentsError(f"unknown conversation template {name!r}: {hint}LLaVA has {', '.join(conv_templates)}")
     return name
 
