@@ -1,15 +1,19 @@
-"""README, CONTRIBUTING and docs/: no dead link, no file named that is not there, no line that is too long.
+"""README, CONTRIBUTING and docs/: no dead link, no file, module or flag that is not there, no line that is too long.
 
 Nothing is fetched: links to other sites are only looked at for their form.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from llava_steering_plugin import MixLoRA, MoReS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "llava_steering_plugin"
@@ -191,3 +195,34 @@ def test_what_a_dead_module_is() -> None:
 def test_a_foreign_file_is_named_somewhere() -> None:
     pages = "".join(prose(page) for page in PAGES)
     assert [name for name in (*FOREIGN, *FOREIGN_FOLDERS) if name not in pages] == []
+
+
+# Flags of programs that are neither ours, nor LLaVA's, nor transformers' Trainer's.
+OF_LAUNCHERS = set(
+    "hostfile launcher master_addr module nnodes no_ssh node_rank nproc_per_node num_accelerators rdzv_backend "
+    "rdzv_endpoint".split()
+)
+FLAG = re.compile(r"(?<![\w-])--([A-Za-z]\w*(?:-\w+)*)")
+
+
+def words_in(*places: Path) -> set[str]:
+    """Return every identifier in Python and shell files; flags with underscores, as the options behind them are called.
+
+    Args:
+        places: files, or folders that are searched.
+    """
+    files = [file for place in places for file in (place.rglob("*") if place.is_dir() else [place])]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files if file.suffix in (".py", ".sh"))
+    return set(re.findall(r"\w+", text)) | {flag.replace("-", "_") for flag in FLAG.findall(text)}
+
+
+def test_every_flag_that_the_pages_name_is_a_flag_of_some_program(llava_copies: Any) -> None:
+    (transformers,) = importlib.util.find_spec("transformers").submodule_search_locations  # type: ignore[union-attr]
+    sources = (ROOT / PACKAGE, ROOT / "scripts", ROOT / "tests" / "conftest.py", llava_copies.pristine)
+    known = words_in(*sources, Path(transformers) / "training_args.py") | OF_LAUNCHERS
+    known |= {f"{mode.name}_{name}" for mode in (MoReS, MixLoRA) for name in mode().settings()}
+    named = {(flag, page.name) for page in PAGES for flag in FLAG.findall(page.read_text(encoding="utf-8"))}
+    assert len(named) > 100
+    known |= {"gain_scale", "MODE_SETTING"}  # of an example, and of no mode in particular
+    words = {(flag, page): flag.replace("-", "_") for flag, page in named}
+    assert [place for place, word in words.items() if word not in known and word.removeprefix("no_") not in known] == []
