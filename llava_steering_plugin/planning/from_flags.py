@@ -1,4 +1,4 @@
-"""From upstream's flags to the memory of a training: dtypes as they end up, sharing between ranks, length of rows."""
+"""Derive from the flags what the memory of a training depends on: dtypes, sharding between ranks, length of rows."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.planning.gpus import Gpu, named_gpu
-from llava_steering_plugin.planning.meta_step import Arithmetic, BatchShape, TrainingSetup, assembled, peak_of_step
-from llava_steering_plugin.planning.report import MemoryPlan
-from llava_steering_plugin.planning.sharding import STATES, Memory, Sharding, memory, stored
+from llava_steering_plugin.planning.meta_step import Arithmetic, BatchShape, TrainingSetup, assemble, peak_of_step
+from llava_steering_plugin.planning.report import MemoryReport
+from llava_steering_plugin.planning.sharding import STATES, Memory, Sharding, memory_of, stored_tensors
 from llava_steering_plugin.training.deepspeed_config import ZERO, read_deepspeed
 
 # CLIP-L/336's, LLaVA-1.5's: assumed where the tower's config cannot be read.
@@ -21,12 +21,12 @@ USUAL_VISUAL_TOKENS = 576
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a plan is told beside the flags of the training.
+    """What a plan is asked beside the flags of the training.
 
     Attributes:
-        gpu: name of a card, or its GiB.
+        gpu: name of a GPU, or its memory in GiB.
         gpus: how many ranks.
-        sequence: positions of the longest rows; None: --model_max_length, the most that upstream lets through.
+        sequence: positions of the longest rows; None: --model_max_length, the most that LLaVA lets through.
     """
 
     gpu: str | None = None
@@ -34,6 +34,7 @@ class Wanted:
     sequence: int | None = None
 
     def problems(self) -> list[str]:
+        """Return what is wrong with these wishes."""
         found = []
         if self.gpus < 1:
             found.append(f"--gpus is {self.gpus}; it must be at least 1")
@@ -46,78 +47,76 @@ class Wanted:
         return found
 
     def card(self) -> Gpu | None:
+        """Return the GPU that the training shall run on; None if none was named."""
         return None if self.gpu is None else named_gpu(self.gpu)
 
 
-def planned_memory(base: TrainingSetup, flags: Namespace, wanted: Wanted, width: int, notes: list[str]) -> MemoryPlan:
-    """The memory of a training under the sharding of its flags, and under the others.
+def memory_report(setup: TrainingSetup, flags: Namespace, wanted: Wanted, width: int) -> MemoryReport:
+    """Return the memory of a training under the sharding of its flags, and under the others.
 
     Args:
-        base: the model and the mode, known to fit each other.
-        flags: all of upstream's.
+        setup: the model and the mode, known to fit each other.
+        flags: all flags of LLaVA's training.
         width: of the model.
-        notes: gets what is not known or not counted.
 
     Raises:
-        SteeringError: the model cannot be rehearsed.
+        SteeringError: the step cannot be run on the meta device.
     """
-    shape = _shape(base, flags, wanted, notes)
-    optimizer = _optimizer(flags, notes)
+    batch, notes = _batch_shape(setup, flags, wanted)
+    optimizer = str(getattr(flags.optim, "value", flags.optim))
+    if optimizer not in STATES:
+        notes.append(f"the states of --optim {optimizer} are not known here; AdamW's are counted")
+        optimizer = "adamw_torch"
     chosen = sharding_of(flags, wanted.gpus)
     shardings = {option.name: option for option in _options(chosen, flags.bits)}
-    made: dict[bool, dict[str, Memory]] = {}
+    found: dict[bool, dict[str, Memory]] = {}
     for with_engine in (False, True):
         options = [option for option in shardings.values() if (option.stage is not None) == with_engine]
         if not options:
             continue
-        arithmetic = arithmetic_of(flags, "mm_vision_tower" in base.described, with_engine)
-        whole = assembled(base, arithmetic, shape)
-        tensors = stored(whole, flags.double_quant, flags.bits, base.newline)
-        peak = peak_of_step(base, arithmetic, shape, whole)
-        made[with_engine] = {option.name: memory(tensors, peak, optimizer, width, option) for option in options}
+        arithmetic = arithmetic_of(flags, "mm_vision_tower" in setup.described, with_engine)
+        meta = assemble(setup, arithmetic, batch)
+        tensors = stored_tensors(meta, flags.double_quant, flags.bits, setup.newline)
+        peak = peak_of_step(setup, arithmetic, batch, meta)
+        found[with_engine] = {option.name: memory_of(tensors, peak, optimizer, width, option) for option in options}
     assumed = {
-        "batch": shape.batch,
-        "sequence": shape.sequence,
-        "of it visual": shape.visual,
+        "batch": batch.samples,
+        "sequence": batch.sequence,
+        "of it visual": batch.visual,
         "bits": flags.bits,
         "computed in": _named(_half(flags) or torch.float32),
-        "gradient checkpointing": "on" if shape.checkpointing else "off",
+        "gradient checkpointing": "on" if batch.checkpointing else "off",
         "optimizer": optimizer,
         "GPUs": wanted.gpus,
     }
-    results = {name: made[option.stage is not None][name] for name, option in shardings.items()}
-    return MemoryPlan(assumed, results, chosen.name, wanted.card())
+    memories = {name: found[option.stage is not None][name] for name, option in shardings.items()}
+    return MemoryReport(assumed, memories, chosen.name, wanted.card(), tuple(notes))
 
 
-def _shape(base: TrainingSetup, flags: Namespace, wanted: Wanted, notes: list[str]) -> BatchShape:
+def _batch_shape(setup: TrainingSetup, flags: Namespace, wanted: Wanted) -> tuple[BatchShape, list[str]]:
+    """Return the batch that the flags describe, and notes on what is assumed."""
+    notes = []
     sequence = wanted.sequence or flags.model_max_length
-    if base.tower is None:
+    if setup.tower is None:
         visual = USUAL_VISUAL_TOKENS
         notes.append(
             f"the vision tower's memory is not counted, and {visual} visual tokens are assumed: its config.json cannot "
             "be read here"
         )
     else:
-        described = base.tower.get("vision_config") or base.tower
-        visual = (described.get("image_size", 224) // described.get("patch_size", 32)) ** 2
+        tower = setup.tower.get("vision_config") or setup.tower
+        visual = (tower.get("image_size", 224) // tower.get("patch_size", 32)) ** 2
     if "anyres" in str(getattr(flags, "image_aspect_ratio", "")):
         notes.append("one tile an image is counted; anyres sends several through the vision tower")
-    return BatchShape(
-        batch=flags.per_device_train_batch_size,
+    batch = BatchShape(
+        samples=flags.per_device_train_batch_size,
         sequence=sequence,
         visual=min(visual, sequence - 1),
         checkpointing=flags.gradient_checkpointing,
         accumulates=flags.gradient_accumulation_steps > 1,
         trains_projector=not flags.freeze_mm_mlp_adapter,
     )
-
-
-def _optimizer(flags: Namespace, notes: list[str]) -> str:
-    name = str(getattr(flags.optim, "value", flags.optim))
-    if name in STATES:
-        return name
-    notes.append(f"the states of --optim {name} are not known here; AdamW's are counted")
-    return "adamw_torch"
+    return batch, notes
 
 
 def _half(flags: Namespace) -> torch.dtype | None:
@@ -125,7 +124,7 @@ def _half(flags: Namespace) -> torch.dtype | None:
 
 
 def arithmetic_of(flags: Namespace, brings_projector: bool, with_engine: bool) -> Arithmetic:
-    """Which dtype everything ends up with, by upstream's train() and this plugin's trainer.
+    """Return the dtypes that LLaVA's train() and this plugin's trainer give everything.
 
     Args:
         brings_projector: the base is a LLaVA and has one.
@@ -135,7 +134,7 @@ def arithmetic_of(flags: Namespace, brings_projector: bool, with_engine: bool) -
     compute = half or torch.float32
     if with_engine:
         return Arithmetic(compute, None, compute, compute, compute, flags.bits, compute, compute)
-    # Without --bf16 upstream loads in float32, also for --fp16, and the vision tower in half precision all the same.
+    # Without --bf16 LLaVA loads in float32, also for --fp16, and the vision tower in half precision all the same.
     loaded = torch.bfloat16 if flags.bf16 else torch.float32
     packs = flags.bits in (4, 8)
     projector = compute if packs else loaded if brings_projector else torch.float32
@@ -148,16 +147,16 @@ def arithmetic_of(flags: Namespace, brings_projector: bool, with_engine: bool) -
 
 
 def deepspeed_problems(flags: Namespace) -> list[str]:
-    """A --deepspeed file that is not there; what is in it is checked with the other flags."""
+    """Return the problem that a missing file of --deepspeed is; its content is checked with the other flags."""
     path = getattr(flags, "deepspeed", None)
     return [f"--deepspeed {path}: there is no such file"] if path and not Path(path).is_file() else []
 
 
 def sharding_of(flags: Namespace, world: int) -> Sharding:
-    """How ranks share the work under these flags.
+    """Return how ranks share the work under these flags.
 
     Raises:
-        ArgumentsError: the file of --deepspeed is not one of DeepSpeed's.
+        ArgumentsError: DeepSpeed would not take the file of --deepspeed.
     """
     path = getattr(flags, "deepspeed", None)
     if not path:
@@ -185,9 +184,9 @@ def sharding_of(flags: Namespace, world: int) -> Sharding:
 
 
 def _options(chosen: Sharding, bits: int) -> list[Sharding]:
-    """The chosen sharding first, and others to compare with."""
+    """Return the chosen sharding, then others to compare it with."""
     others = [Sharding(world=chosen.world), Sharding(2, chosen.world)]
-    if bits not in (4, 8):  # quantised weights cannot be cut
+    if bits not in (4, 8):  # quantised weights cannot be sharded
         whole = Sharding(3, chosen.world)
         others += [whole, replace(whole, offload_optimizer=True, offload_parameters=True)]
     return [chosen, *(option for option in others if option.name != chosen.name)]

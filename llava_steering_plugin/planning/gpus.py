@@ -1,4 +1,4 @@
-"""The memory of known GPUs, and what of it a training may use."""
+"""Know the memory of common GPUs, and how much of it a training may use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llava_steering_plugin.errors import ArgumentsError
 
 GIB = 2**30
-# What CUDA reports of each card in whole GiB, a little below the figure it is sold under.
+# The whole GiB that CUDA reports of each GPU, a little below the figure that it is sold under.
 GPUS = {
     "T4": 14,
     "V100-16GB": 15,
@@ -25,24 +25,24 @@ GPUS = {
     "H200": 139,
     "B200": 178,
 }
-# The rest is for CUDA's context, its libraries' workspaces and the gaps that the allocator cannot fill.
+# The rest is for CUDA's context, the workspaces of its libraries and the gaps that the allocator cannot fill.
 USABLE = 0.9
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card: its name as it was given, and its bytes."""
+    """A GPU: its name as it was given, and its bytes."""
 
     name: str
     size: int
 
     def holds(self, size: int) -> bool:
-        """Whether a training of that many bytes can be expected to run."""
+        """Return whether a training of that many bytes can be expected to run."""
         return size <= USABLE * self.size
 
 
 def named_gpu(text: str) -> Gpu:
-    """The card of that name, or one of so many GiB.
+    """Return the GPU of that name, or one with that many GiB.
 
     Raises:
         ArgumentsError: neither a known name nor a number above 0.

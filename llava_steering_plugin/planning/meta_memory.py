@@ -1,12 +1,12 @@
-"""Counts memory without having it: a computation on the meta device, where tensors have shapes and no values.
+"""Count the memory of a computation without using it: on the meta device, where tensors have shapes and no values.
 
     with LiveBytes() as live, as_autocast(torch.bfloat16):
         model(...).loss.backward()
     live.peaks
 
-What autograd saves, when a tensor goes away and what checkpointing computes anew is then not estimated: it happens.
-Only three things have to be said, because the meta device does not do them as a GPU does: autocast, attention that
-never holds the matrix of scores, and linears whose weights are packed.
+What autograd saves, when a tensor is freed and what checkpointing computes again is then not estimated: it happens.
+Three things are replaced, because the meta device does not compute them as a GPU does: autocast, attention that never
+holds the matrix of scores, and linears whose weights are packed.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ META = torch.device("meta")
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows every storage on the meta device that is made inside the block.
+    """Follow every storage on the meta device that is made inside the block.
 
     Attributes:
-        now: bytes alive.
-        peaks: the most that were alive in each phase.
+        now: bytes alive now.
+        peaks: the most bytes alive in each phase.
         phase: name of the phase that runs; set it at any time.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()):
         """
         Args:
-            known: tensors that are there already and are not to be counted: parameters and buffers.
+            known: tensors that exist already and are not counted: parameters and buffers.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.now, self.phase = 0, "start"
@@ -73,15 +73,15 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def as_on_a_gpu(autocast: torch.dtype | None, packed: Iterable[nn.Linear] = ()) -> Iterator[None]:
-    """Has the meta device compute as a GPU does: with autocast, flash attention and packed linears.
+    """Let the meta device compute as a GPU does: with autocast, flash attention and packed linears.
 
     Args:
-        autocast: dtype of products; None: no autocast.
+        autocast: the dtype of products; None: no autocast.
         packed: linears whose weights are quantised, and unpacked for each use.
     """
     with ExitStack() as stack:
         if autocast is not None:
-            # The meta device has none. This only says whether it is on: modes switch it off around their own maths.
+            # The meta device has none; this records whether autocast is on. Modes switch it off around their own maths.
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         stack.enter_context(_Functions(autocast, packed))
         yield
@@ -135,7 +135,7 @@ _PRODUCTS = {
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Attention as flash kernels keep it: inputs, output, and one number a row; its backward sums in float32."""
+    """Attention as flash kernels store it: inputs, output, and one number a row; its backward sums in float32."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A training step on the meta device: how many bytes it needs beside the weights, from shapes and dtypes alone."""
+"""Run a training step on the meta device: how many bytes it needs beside the weights, from shapes and dtypes alone."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from llava_steering_plugin.hooks.decoder import find_decoder
 from llava_steering_plugin.hooks.scope import token_map
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.planning.meta_memory import META, LiveBytes, as_on_a_gpu
+from llava_steering_plugin.upstream.projector import build_projector
 
-# Models with this many layers are rehearsed, and what a layer adds is the difference: running 40 takes a minute.
+# Models with this many layers are run, and the difference is what two layers add: running 40 takes a minute.
 SHORT, LONG = 3, 5
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What a training starts from.
+    """The model and the mode of a training.
 
     Attributes:
         described: config.json of the base.
         name: of the base, for errors.
-        mode: what is attached.
+        mode: the mode that is attached.
         tower: config.json of the vision tower; None if unknown.
-        projector: settings for LLaVA's `build_vision_projector`; None if unknown.
+        projector: settings for `build_projector`; None if unknown.
         newline: parameters of the newline embedding of anyres, trained with the projector.
     """
 
@@ -44,14 +45,13 @@ class TrainingSetup:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Which dtype everything has while it trains.
+    """The dtypes of a training.
 
     Attributes:
         loaded: of what `from_pretrained` makes.
         autocast: what products are computed in; None: in what the tensors have.
-        adapter, projector, tower: of these parts.
-        bits: 4 and 8 pack every linear of the language model, lm_head with them: upstream's list of what to leave
-            out names the projector only.
+        adapter, projector, tower: of the module of that name.
+        bits: 4 and 8 pack every linear of the language model, lm_head too: LLaVA excludes the projector only.
         embedding, norms: of what is not packed under `bits` 4 and 8.
     """
 
@@ -71,18 +71,18 @@ class Arithmetic:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How much goes through in a step.
+    """How much one device computes in a step.
 
     Attributes:
-        batch: samples a device.
+        samples: of a batch.
         sequence: positions of a sample, visual tokens included.
-        visual: of these, visual ones.
-        checkpointing: layers are computed anew in the backward pass.
+        visual: how many of these are visual tokens.
+        checkpointing: layers are computed again in the backward pass.
         accumulates: gradients of earlier batches are there already.
-        trains_projector: it gets gradients.
+        trains_projector: the projector gets gradients.
     """
 
-    batch: int
+    samples: int
     sequence: int
     visual: int
     checkpointing: bool
@@ -101,25 +101,26 @@ class MetaModel:
     packed: list[nn.Linear]
 
     def trained(self) -> list[nn.Parameter]:
-        """Every parameter that gets a gradient."""
+        """Return every parameter that gets a gradient."""
         modules = [part for part in (self.model, self.projector) if part is not None]
         return [parameter for part in modules for parameter in part.parameters() if parameter.requires_grad]
 
     def tensors(self) -> Iterator[Tensor]:
+        """Yield every parameter and every buffer."""
         for part in (self.model, self.projector, self.tower):
             if part is not None:
                 yield from part.parameters()
                 yield from part.buffers()
 
 
-def assembled(base: TrainingSetup, arithmetic: Arithmetic, shape: BatchShape, layers: int | None = None) -> MetaModel:
-    """Builds everything on the meta device, with the first `layers` decoder layers (None: all of them).
+def assemble(setup: TrainingSetup, arithmetic: Arithmetic, batch: BatchShape, layers: int | None = None) -> MetaModel:
+    """Build everything on the meta device, with the first `layers` decoder layers (None: all of them).
 
     Raises:
         SteeringError: the base cannot be built, or the mode does not fit it.
     """
     with _made_in(arithmetic.loaded):  # as transformers does it; casting later would also cast float32 buffers
-        model: Any = language_model(base.described, base.name)
+        model: Any = language_model(setup.described, setup.name)
     if layers is not None:
         _shorten(model, layers)
     packed = [module for module in model.modules() if isinstance(module, nn.Linear)] if arithmetic.packs else []
@@ -132,7 +133,7 @@ def assembled(base: TrainingSetup, arithmetic: Arithmetic, shape: BatchShape, la
                         arithmetic.embedding if module is embedding else arithmetic.norms
                     )
     with torch.device(META):
-        attachment = attach(model, base.mode)
+        attachment = attach(model, setup.mode)
     for module in attachment.modules.values():
         module.to(arithmetic.adapter)
     model.requires_grad_(False)
@@ -140,61 +141,60 @@ def assembled(base: TrainingSetup, arithmetic: Arithmetic, shape: BatchShape, la
         parameter.requires_grad_(True)
     model.config.use_cache = False
     model.train()
-    if shape.checkpointing:
+    if batch.checkpointing:
         # Reentrant, as upstream's pinned transformers has it.
         model.gradient_checkpointing_enable({"use_reentrant": True})
         model.enable_input_require_grads()
-    projector = _projector(base, arithmetic)
+    projector = _projector(setup, arithmetic)
     if projector is not None:
-        projector.requires_grad_(shape.trains_projector)
-    return MetaModel(model, attachment, projector, _tower(base, arithmetic), packed)
+        projector.requires_grad_(batch.trains_projector)
+    return MetaModel(model, attachment, projector, _tower(setup, arithmetic), packed)
 
 
-def peak_of_step(base: TrainingSetup, arithmetic: Arithmetic, shape: BatchShape, whole: MetaModel) -> int:
-    """The most bytes that one step holds at a time: activations, gradients as they come, and what is made in passing.
+def peak_of_step(setup: TrainingSetup, arithmetic: Arithmetic, batch: BatchShape, meta: MetaModel) -> int:
+    """Return the most bytes that one step holds at a time: activations, gradients as they arise, and temporary tensors.
 
-    Weights and optimizer states are not in it. Models of many like layers are extrapolated from two short ones: in
+    Weights and optimizer states are not in it. Models of many equal layers are extrapolated from two short ones: in
     each phase of the step the peak grows by the same amount with every layer.
 
     Args:
-        whole: all layers, freshly assembled from the rest.
+        meta: all layers, freshly assembled from the other arguments.
     """
-    vision = _peak_of_vision(whole.tower, shape)
-    layers = len(whole.attachment.shape.layers)
-    if layers <= LONG or not _alike(whole.attachment):
-        return max(vision, *peaks(whole, arithmetic, shape).values())
-    short, long = (peaks(assembled(base, arithmetic, shape, count), arithmetic, shape) for count in (SHORT, LONG))
+    vision = _peak_of_vision(meta.tower, batch)
+    layers = len(meta.attachment.shape.layers)
+    if layers <= LONG or not _layers_are_alike(meta.attachment):
+        return max(vision, *peaks(meta, arithmetic, batch).values())
+    short, long = (peaks(assemble(setup, arithmetic, batch, count), arithmetic, batch) for count in (SHORT, LONG))
     return max(
         vision,
         *(low + (long.get(phase, low) - low) * (layers - SHORT) // (LONG - SHORT) for phase, low in short.items()),
     )
 
 
-def peaks(parts: MetaModel, arithmetic: Arithmetic, shape: BatchShape) -> dict[str, int]:
-    """Runs forward and backward of one batch; the most bytes alive in each phase."""
-    batch, sequence, visual = shape.batch, shape.sequence, shape.visual
-    masks = torch.zeros(batch, sequence, dtype=torch.bool)
-    start = (sequence - visual) // 2
-    masks[:, start : start + visual] = True
-    live = LiveBytes(parts.tensors())
-    model = parts.model
+def peaks(meta: MetaModel, arithmetic: Arithmetic, batch: BatchShape) -> dict[str, int]:
+    """Run forward and backward of one batch, and return the most bytes alive in each phase."""
+    masks = torch.zeros(batch.samples, batch.sequence, dtype=torch.bool)
+    start = (batch.sequence - batch.visual) // 2
+    masks[:, start : start + batch.visual] = True
+    live = LiveBytes(meta.tensors())
+    model = meta.model
     # Where layers add as much gradient as they free activations, the peak is at the end; two phases tell these apart.
-    middle = parts.attachment.shape.layers[len(parts.attachment.shape.layers) // 2].path
+    middle = meta.attachment.shape.layers[len(meta.attachment.shape.layers) // 2].path
 
     def below_the_middle(gradient: Tensor) -> None:
         live.phase = "backward, lower layers"
 
-    watched = next((p for name, p in parts.attachment.trained().items() if name.startswith(f"{middle}.")), None)
+    watched = next((p for name, p in meta.attachment.trained().items() if name.startswith(f"{middle}.")), None)
     if watched is not None:
         watched.register_hook(below_the_middle)  # type: ignore[no-untyped-call]
-    with live, as_on_a_gpu(arithmetic.autocast, parts.packed), token_map(visual=masks):
-        if shape.accumulates:
-            for parameter in parts.trained():
+    with live, as_on_a_gpu(arithmetic.autocast, meta.packed), token_map(visual=masks):
+        if batch.accumulates:
+            for parameter in meta.trained():
                 parameter.grad = torch.empty_like(parameter)
         live.phase = "forward"
-        pixels = None if parts.tower is None else _pixels(parts.tower, shape)
-        embeds = _spliced(parts, shape, start)
-        labels = torch.empty(batch, sequence, dtype=torch.long, device=META)
+        pixels = None if meta.tower is None else _pixels(meta.tower, batch)
+        embeds = _spliced(meta, batch, start)
+        labels = torch.empty(batch.samples, batch.sequence, dtype=torch.long, device=META)
         loss = model(inputs_embeds=embeds, labels=labels).loss
         del embeds
         live.phase = "backward, upper layers"
@@ -203,30 +203,30 @@ def peaks(parts: MetaModel, arithmetic: Arithmetic, shape: BatchShape) -> dict[s
     return live.peaks
 
 
-def _peak_of_vision(tower: Any, shape: BatchShape) -> int:
-    """What the vision tower needs, which upstream has give all its hidden states."""
+def _peak_of_vision(tower: Any, batch: BatchShape) -> int:
+    """Return the most bytes that the vision tower holds; LLaVA asks it for all its hidden states."""
     if tower is None:
         return 0
     live = LiveBytes([*tower.parameters(), *tower.buffers()])
     with live, torch.no_grad():
-        tower(_pixels(tower, shape).to(tower.dtype), output_hidden_states=True)
+        tower(_pixels(tower, batch).to(tower.dtype), output_hidden_states=True)
     return max(live.peaks.values())
 
 
-def _pixels(tower: Any, shape: BatchShape) -> Tensor:
+def _pixels(tower: Any, batch: BatchShape) -> Tensor:
     config = tower.config
-    return torch.empty(shape.batch, config.num_channels, config.image_size, config.image_size, device=META)
+    return torch.empty(batch.samples, config.num_channels, config.image_size, config.image_size, device=META)
 
 
-def _spliced(parts: MetaModel, shape: BatchShape, start: int) -> Tensor:
-    """Text embeddings with projected image features among them, [batch, sequence, width]."""
-    ids = torch.empty(shape.batch, shape.sequence - shape.visual, dtype=torch.long, device=META)
-    text = parts.model.get_input_embeddings()(ids)
-    if parts.projector is not None:
-        weight = next(parts.projector.parameters())
-        images = parts.projector(weight.new_empty(shape.batch, shape.visual, weight.shape[-1])).to(text.dtype)
+def _spliced(meta: MetaModel, batch: BatchShape, start: int) -> Tensor:
+    """Return text embeddings with projected image features among them, [batch, sequence, width]."""
+    ids = torch.empty(batch.samples, batch.sequence - batch.visual, dtype=torch.long, device=META)
+    text = meta.model.get_input_embeddings()(ids)
+    if meta.projector is not None:
+        weight = next(meta.projector.parameters())
+        images = meta.projector(weight.new_empty(batch.samples, batch.visual, weight.shape[-1])).to(text.dtype)
     else:
-        images = text.new_empty(shape.batch, shape.visual, text.shape[-1])
+        images = text.new_empty(batch.samples, batch.visual, text.shape[-1])
     rows = [torch.cat([before[:start], image, before[start:]]) for before, image in zip(text, images, strict=True)]
     return torch.stack(rows)
 
@@ -239,8 +239,8 @@ def _shorten(model: Any, layers: int) -> None:
     model.config.num_hidden_layers = len(listed)
 
 
-def _alike(attachment: Attachment) -> bool:
-    """Whether every layer carries the same modules, so that one layer speaks for all."""
+def _layers_are_alike(attachment: Attachment) -> bool:
+    """Return whether every layer carries the same modules, so that each adds the same memory."""
     hosts: dict[str, set[str]] = {layer.path: set() for layer in attachment.shape.layers}
     for path in attachment.modules:
         layer = next(layer for layer in hosts if path == layer or path.startswith(f"{layer}."))
@@ -248,30 +248,28 @@ def _alike(attachment: Attachment) -> bool:
     return len({frozenset(found) for found in hosts.values()}) == 1
 
 
-def _projector(base: TrainingSetup, arithmetic: Arithmetic) -> nn.Module | None:
-    if base.projector is None:
+def _projector(setup: TrainingSetup, arithmetic: Arithmetic) -> nn.Module | None:
+    if setup.projector is None:
         return None
-    from llava.model.multimodal_projector.builder import build_vision_projector
-
     with torch.device(META):
-        built: nn.Module = build_vision_projector(base.projector)
+        built = build_projector(setup.projector)
     return built.to(arithmetic.projector)
 
 
-def _tower(base: TrainingSetup, arithmetic: Arithmetic) -> nn.Module | None:
-    if base.tower is None:
+def _tower(setup: TrainingSetup, arithmetic: Arithmetic) -> nn.Module | None:
+    if setup.tower is None:
         return None
     from transformers import CLIPVisionConfig, CLIPVisionModel
     from transformers.modeling_utils import no_init_weights
 
     # A CLIP of both halves keeps the vision tower's settings apart.
-    config = CLIPVisionConfig.from_dict(dict(base.tower.get("vision_config") or base.tower))
+    config = CLIPVisionConfig.from_dict(dict(setup.tower.get("vision_config") or setup.tower))
     with torch.device(META), no_init_weights():
         built: nn.Module = CLIPVisionModel(config)
     built.to(arithmetic.tower).requires_grad_(False).eval()
     if arithmetic.packs:
         for name, module in built.named_modules():
-            if "norm" in name:  # upstream's rule
+            if "norm" in name:  # LLaVA's rule
                 module.to(arithmetic.norms)
     return built
 

@@ -1,4 +1,4 @@
-"""The memory of a training on each device: weights, gradients, optimizer, buffers, activations; also under ZeRO."""
+"""Count the memory of a training on each device: weights, gradients, optimizer, buffers, activations, with ZeRO too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llava_steering_plugin.planning.meta_step import MetaModel
 
-# States of the size of the parameter that an optimizer keeps, by the name it has in --optim.
+# How many states of a parameter's size an optimizer keeps, by its name in --optim.
 STATES = {
     "adamw_torch": 2,
     "adamw_torch_fused": 2,
@@ -19,7 +19,7 @@ STATES = {
     "adagrad": 1,
     "sgd": 0,
 }
-# bitsandbytes': weights that share a scale, and first-level scales that share one under double quantisation.
+# Of bitsandbytes: weights that share a scale, and scales that share one of their own under double quantisation.
 BLOCK, NESTED_BLOCK = 64, 256
 MASTER, STATE, HALF = 4, 4, 2  # bytes: DeepSpeed keeps float32 masters and states, whatever the training computes in
 
@@ -30,12 +30,12 @@ class Sharding:
 
     Attributes:
         stage: of ZeRO; None: no DeepSpeed.
-        world: ranks.
-        offload_optimizer, offload_parameters: kept in the host's memory.
+        world: how many ranks.
+        offload_optimizer, offload_parameters: whether they are kept in the host's memory.
         bucket: elements of a buffer for reducing gradients; None: the width squared, as transformers fills in.
         buckets: how many of them; 2 if communication overlaps.
-        live: parameters that ZeRO-3 keeps gathered at most.
-        persistent: parameters of at most so many elements stay whole under ZeRO-3; None: ten times the width.
+        live: the most elements that ZeRO-3 keeps gathered.
+        persistent: parameters with no more elements than this stay whole under ZeRO-3; None: ten times the width.
     """
 
     stage: int | None = None
@@ -49,6 +49,7 @@ class Sharding:
 
     @property
     def name(self) -> str:
+        """Return the name under which reports show it."""
         if self.stage is None:
             return "DDP" if self.world > 1 else "no ZeRO"
         return f"ZeRO-{self.stage}" + (" offload" if self.offload_optimizer or self.offload_parameters else "")
@@ -56,7 +57,7 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each GPU, and in the host's memory for each of them.
+    """Bytes on each GPU, and in the host's memory for each GPU.
 
     Attributes:
         weights: by part of the model.
@@ -76,15 +77,25 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Return the bytes on a GPU."""
         return sum(self.weights.values()) + self.gradients + self.optimizer + self.buffers + self.activations
 
     def as_json(self) -> dict[str, Any]:
+        """Return everything, and the total, as plain values."""
         return {**asdict(self), "total": self.total}
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One tensor of the model: its bytes as they lie there, and what its gradient and states are made of."""
+class StoredTensor:
+    """One tensor of the model.
+
+    Attributes:
+        part: of the model, as reports name it.
+        numel: elements.
+        size: bytes as it is stored, packed or not.
+        itemsize: bytes of an element of its gradient.
+        trained: it gets a gradient.
+    """
 
     part: str
     numel: int
@@ -93,17 +104,17 @@ class Stored:
     trained: bool
 
 
-def stored(parts: MetaModel, nested: bool, bits: int, newline: int) -> list[Stored]:
-    """Every parameter and buffer of a training, shared ones once.
+def stored_tensors(meta: MetaModel, nested: bool, bits: int, newline: int) -> list[StoredTensor]:
+    """Return every parameter and buffer of a training; shared ones once.
 
     Args:
         nested: first-level scales of 4 bits are quantised again.
         newline: elements of the newline embedding of anyres.
     """
-    found: list[Stored] = []
+    found: list[StoredTensor] = []
     seen: set[int] = set()
-    packed = {id(linear.weight): linear for linear in parts.packed}
-    ours = {id(parameter) for parameter in parts.attachment.parameters().values()}
+    packed = {id(linear.weight): linear for linear in meta.packed}
+    ours = {id(parameter) for parameter in meta.attachment.parameters().values()}
 
     def add(part: str, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
@@ -114,21 +125,21 @@ def stored(parts: MetaModel, nested: bool, bits: int, newline: int) -> list[Stor
             size = tensor.nbytes if linear is None else packed_bytes(linear, bits, nested)
             trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
             name = "adapter" if id(tensor) in ours else part
-            found.append(Stored(name, tensor.numel(), size, tensor.itemsize, trained))
+            found.append(StoredTensor(name, tensor.numel(), size, tensor.itemsize, trained))
 
-    named = {"language model": parts.model, "vision tower": parts.tower, "projector": parts.projector}
+    named = {"language model": meta.model, "vision tower": meta.tower, "projector": meta.projector}
     for part, module in named.items():
         if module is not None:
             add(part, module.parameters())
             add(part, module.buffers())
-    if newline and parts.projector is not None:
-        first = next(parts.projector.parameters())
-        found.append(Stored("projector", newline, newline * first.itemsize, first.itemsize, first.requires_grad))
+    if newline and meta.projector is not None:
+        first = next(meta.projector.parameters())
+        found.append(StoredTensor("projector", newline, newline * first.itemsize, first.itemsize, first.requires_grad))
     return found
 
 
 def packed_bytes(linear: nn.Linear, bits: int, nested: bool) -> int:
-    """Bytes of a linear's weight as bitsandbytes packs it, with its constants.
+    """Return the bytes of a linear's weight as bitsandbytes packs it, with its constants.
 
     8 bits: one float32 scale a row. 4 bits: one scale for 64 weights, float32 or, under double quantisation, 8 bits
     with a float32 scale for 256 of them and an offset; and the 16 values that four bits stand for.
@@ -141,8 +152,8 @@ def packed_bytes(linear: nn.Linear, bits: int, nested: bool) -> int:
     return -(-numel // 2) + scales + 16 * 4
 
 
-def memory(tensors: list[Stored], peak: int, optimizer: str, width: int, sharding: Sharding) -> Memory:
-    """Everything on one device.
+def memory_of(tensors: list[StoredTensor], peak: int, optimizer: str, width: int, sharding: Sharding) -> Memory:
+    """Return what lies on one device.
 
     Args:
         tensors: of the whole model, in the dtypes that they have under this sharding.
@@ -153,13 +164,13 @@ def memory(tensors: list[Stored], peak: int, optimizer: str, width: int, shardin
     trained = [tensor for tensor in tensors if tensor.trained]
     count = sum(tensor.numel for tensor in trained)
     gradients = sum(tensor.numel * tensor.itemsize for tensor in trained)
-    # Fused and multi-tensor optimizers hold one more copy of everything they update.
+    # Fused and multi-tensor optimizers hold one more copy of everything that they update.
     activations = max(peak - gradients, gradients)
     weights: dict[str, int] = {}
     for tensor in tensors:
         weights[tensor.part] = weights.get(tensor.part, 0) + tensor.size
     if sharding.stage is None:
-        # DDP reduces gradients in buckets that hold all of them once more.
+        # DDP reduces gradients in buckets, which hold all of them once more.
         buffers = gradients if sharding.world > 1 else 0
         return Memory(weights, gradients, STATES[optimizer] * gradients, buffers, activations)
 
@@ -171,7 +182,7 @@ def memory(tensors: list[Stored], peak: int, optimizer: str, width: int, shardin
     buffers = (sharding.bucket or width * width) * itemsize * sharding.buckets
     host = 0
     if sharding.offload_optimizer:
-        # With the states, the gradients are kept there, in float32.
+        # The gradients are kept there too, in float32.
         host += share(states) + share(4 * count)
         optimizer_bytes, gradient_bytes = 0, 0
     else:

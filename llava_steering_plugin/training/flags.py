@@ -1,36 +1,82 @@
-"""The flags: every registered mode's settings as `--<mode>_<setting>`, and one check of the whole command line."""
+"""Declare the flags of the tuning modes, and read a training's command line into one `TrainingRequest`.
+
+Each setting of a registered mode is a flag `--<mode>_<setting>`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import sys
 from argparse import Namespace
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, NoReturn, get_args, get_type_hints
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
 
 from llava_steering_plugin.adapters import folder as files
-from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError, nearest
 from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode
-from llava_steering_plugin.training.deepspeed_config import ZERO, read_deepspeed
+from llava_steering_plugin.training.conflicts import conflicts
 
 NONE = "none"
 CANNOT_START = "this training cannot start"
-DATA_PARALLEL = (
-    "{0} GPUs in one process (nn.DataParallel) lose the token map. Start one process per GPU: "
-    "torchrun --nproc_per_node {0} ... or deepspeed ..., or show one only (CUDA_VISIBLE_DEVICES=0)"
-)
-# Also with the dashes that text processors make of two hyphens; what follows a flag may be a negative number.
+# Also with the dashes that text processors make of two hyphens; a value may be a negative number.
 _FLAG = re.compile("[-–—]+[A-Za-z]")
-NO_FSDP = "FSDP flattens adapter parameters together with frozen ones; use DeepSpeed ZeRO or plain DDP"
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """A training as its command line asks for it.
+
+    Attributes:
+        mode: the tuning mode with its settings, with --adapter_path those of the adapter; None if no mode is on, or
+            if its settings cannot be read.
+        flags: all flags of LLaVA's training, with those of the tuning modes.
+        problems: what is wrong with the flags, as far as they tell without the base and the machine.
+    """
+
+    mode: Mode | None
+    flags: Namespace
+    problems: tuple[str, ...] = ()
+
+
+def read_request(
+    classes: Sequence[type], words: Sequence[str], *, usage: str | None = None, complete: bool = True
+) -> TrainingRequest:
+    """Read a command line as LLaVA's train() will, without acting on any flag.
+
+    Args:
+        classes: the dataclasses that declare the flags.
+        words: the command line.
+        usage: the usage line that argparse prints when it cannot read a value; None: all flags.
+        complete: `classes` declare every flag of LLaVA; otherwise only the modes' flags are checked for typing errors.
+
+    Raises:
+        SystemExit: argparse cannot read a value.
+        SteeringError: a registered mode cannot be loaded.
+    """
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(tuple(classes), usage=usage)
+    flags, rest = parser.parse_known_args(list(words))
+    known = [option for action in parser._actions for option in action.option_strings]
+    unknown = [word.split("=")[0] for word in rest if _FLAG.match(word)]
+    if not complete:
+        unknown = [flag for flag in unknown if flag.startswith(tuple(f"--{name}_" for name in registry.names()))]
+    return _checked(flags, [f"unknown flag {flag}{_hint(flag, known)}" for flag in unknown])
+
+
+def _hint(flag: str, known: Sequence[str]) -> str:
+    hint = nearest(flag, known, spelled=str).rstrip()
+    return f"; {hint}" if hint else ""
 
 
 def extended(original: type) -> type:
-    """Upstream's TrainingArguments with our flags, under its own name: its pickles load where we are not installed."""
+    """Return LLaVA's TrainingArguments with our flags, under its own name, so that pickles of it open without us.
+
+    Raises:
+        SteeringError: one of our flags exists in this LLaVA already, or a registered mode cannot be loaded.
+    """
     modes = registry.loadable()
     fields: list[tuple[str, Any, Any]] = [
         ("tuning_mode", str, _flag(NONE, f"parameter-efficient tuning mode: {NONE}, {', '.join(modes)}")),
@@ -64,76 +110,53 @@ def _flag(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def active(arguments: Any) -> bool:
-    """Whether a tuning mode is on."""
+def mode_is_on(arguments: Any) -> bool:
+    """Return whether flags, or the training arguments made of them, turn a tuning mode on."""
     return getattr(arguments, "tuning_mode", NONE) not in (None, NONE) or bool(getattr(arguments, "adapter_path", None))
 
 
-def given_settings(arguments: Any, mode: str) -> dict[str, Any]:
-    """The settings of `mode` that were given as flags."""
-    values = {
-        field.name: getattr(arguments, f"{mode}_{field.name}", None) for field in dataclasses.fields(registry.get(mode))
-    }
-    return {name: value for name, value in values.items() if value is not None}
-
-
 def mode_from(arguments: Any) -> Mode:
-    """The mode that the flags describe; with --adapter_path, the one that the adapter was trained with.
+    """Return the mode that flags describe; with --adapter_path, the one that the adapter was trained with.
 
     Raises:
         AdapterError: the adapter is missing or damaged.
         ArgumentsError: unknown mode, or one that is installed in a version without the adapter's settings.
     """
     if arguments.adapter_path:
-        config = _config_at(arguments.adapter_path)
+        folder = files.find(arguments.adapter_path)
+        if folder is None:
+            files.read(arguments.adapter_path)  # says what exactly is wrong with what is there
+            raise AdapterError(f"{arguments.adapter_path} is no adapter of this plugin.")
+        config = files.read_config(folder)
         return registry.configured(config.mode, config.settings)
-    return registry.get(arguments.tuning_mode)(**given_settings(arguments, arguments.tuning_mode))
+    mode = registry.get(arguments.tuning_mode)
+    return mode(**_settings(arguments, mode))
 
 
-def _config_at(path: str) -> AdapterConfig:
-    return files.read_config(files.find(path) or _none_at(path))
+def _settings(arguments: Any, mode: type[Mode]) -> dict[str, Any]:
+    """Return the settings of a mode that were given as flags."""
+    values = {field.name: getattr(arguments, f"{mode.name}_{field.name}", None) for field in dataclasses.fields(mode)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def _none_at(path: str) -> Any:
-    # Reading says what exactly is wrong with what is there.
-    files.read(path)
-    raise AdapterError(f"{path} is no adapter of this plugin.")
-
-
-def read_command_line(
-    module: ModuleType, words: Sequence[str], usage: str | None = None
-) -> tuple[Namespace, list[str]]:
-    """All flags as upstream's train() will parse them, without acting on any, and the words it will not know.
-
-    Args:
-        module: the one with upstream's three dataclasses of flags.
-        words: the command line.
-        usage: what argparse says of the usage when a value cannot be read; None: all flags.
-    """
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser((module.ModelArguments, module.DataArguments, module.TrainingArguments), usage=usage)
-    namespace, unknown = parser.parse_known_args(list(words))
-    known = [option for action in parser._actions for option in action.option_strings]
-    return namespace, [_unknown(word, known) for word in unknown if _FLAG.match(word)]
-
-
-def _unknown(word: str, known: list[str]) -> str:
-    flag = word.split("=")[0]
-    hint = nearest(flag, known, spelled=str).rstrip()
-    return f"unknown flag {flag}; {hint}" if hint else f"unknown flag {flag}"
-
-
-def problems_in(flags: Namespace, unknown: Sequence[str] = ()) -> list[str]:
-    """Everything that is wrong with a command line, as far as it can be told without a model."""
+def _checked(flags: Namespace, unknown: list[str]) -> TrainingRequest:
     problems = _base_problems(flags)
-    if active(flags):
-        return [*problems, *unknown, *_mode_problems(flags), *_conflicts(flags)]
-    return problems + [
-        f"--{name} belongs to a tuning mode and none is on; add --tuning_mode {mode}"
-        for mode in registry.loadable()
-        for name in _given(flags, mode)
-    ]
+    given = {name: _settings(flags, mode) for name, mode in registry.loadable().items()}
+    if not mode_is_on(flags):
+        problems += [
+            f"--{mode}_{name} belongs to a tuning mode and none is on; add --tuning_mode {mode}"
+            for mode, settings in given.items()
+            for name in settings
+        ]
+        return TrainingRequest(None, flags, tuple(problems))
+    mode: Mode | None = None
+    try:
+        mode = mode_from(flags)
+        of_mode = _mode_problems(flags, mode, given)
+    except SteeringError as error:
+        of_mode = [f"--adapter_path {flags.adapter_path}: {error}" if flags.adapter_path else f"--tuning_mode: {error}"]
+    of_mode = _unknown_mode(flags) or of_mode
+    return TrainingRequest(mode, flags, (*problems, *unknown, *of_mode, *conflicts(flags)))
 
 
 def _base_problems(flags: Namespace) -> list[str]:
@@ -146,103 +169,40 @@ def _base_problems(flags: Namespace) -> list[str]:
     return []
 
 
-def _given(flags: Namespace, mode: str) -> list[str]:
-    return [f"{mode}_{name}" for name in given_settings(flags, mode)]
-
-
-def _mode_problems(flags: Namespace) -> list[str]:
-    named = flags.tuning_mode if flags.tuning_mode not in (None, NONE) else None
-    if named is not None and named not in registry.names():
-        try:
-            registry.get(named)
-        except ArgumentsError as error:
-            return [f"--tuning_mode: {error}"]
-    problems = []
+def _unknown_mode(flags: Namespace) -> list[str]:
+    named = flags.tuning_mode
+    if named in (None, NONE) or named in registry.names():
+        return []
     try:
-        mode = mode_from(flags)
-    except SteeringError as error:
-        given = f"adapter_path {flags.adapter_path}" if flags.adapter_path else "tuning_mode"
-        return [f"--{given}: {error}"]
+        registry.get(named)
+    except ArgumentsError as error:
+        return [f"--tuning_mode: {error}"]
+    return []
+
+
+def _mode_problems(flags: Namespace, mode: Mode, given: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what is wrong with the mode's settings, and with flags that contradict it.
+
+    Args:
+        given: the settings that were given as flags, by mode.
+    """
+    problems = []
     if flags.adapter_path:
-        if named not in (None, mode.name):
+        if flags.tuning_mode not in (None, NONE, mode.name):
             problems.append(
-                f"--adapter_path {flags.adapter_path} is a {mode.name} adapter and --tuning_mode says {named}"
+                f"--adapter_path {flags.adapter_path} is a {mode.name} adapter and --tuning_mode says "
+                f"{flags.tuning_mode}"
             )
         problems += [
             f"--{mode.name}_{name} {value} contradicts the adapter in --adapter_path, which has {getattr(mode, name)}"
-            for name, value in given_settings(flags, mode.name).items()
+            for name, value in given.get(mode.name, {}).items()
             if value != getattr(mode, name)
         ]
     problems += [f"--{problem}" for problem in mode.problems()]
-    others = [name for other in registry.loadable() if other != mode.name for name in _given(flags, other)]
-    problems += [f"--{name} belongs to another mode than {mode.name}; remove it" for name in others]
+    problems += [
+        f"--{other}_{name} belongs to another mode than {mode.name}; remove it"
+        for other, settings in given.items()
+        if other != mode.name
+        for name in settings
+    ]
     return problems
-
-
-def _conflicts(flags: Namespace) -> list[str]:
-    """Flags of upstream's that cannot be combined with a tuning mode."""
-    reasons = {
-        "lora_enable": "LoRA is a tuning mode of its own; remove one of the two",
-        "tune_mm_mlp_adapter": "that is stage 1, the projector alone; run it first, without a mode",
-        "load_best_model_at_end": "upstream does not evaluate while it trains; evaluate the checkpoints",
-        "fsdp": NO_FSDP,
-        "mm_tunable_parts": "it unfreezes parts of the model; with a mode, the adapter and the projector are trained",
-    }
-    return [
-        f"--{name} cannot be combined with a tuning mode: {why}"
-        for name, why in reasons.items()
-        if getattr(flags, name, None)
-    ] + _deepspeed_conflicts(flags)
-
-
-def _deepspeed_conflicts(flags: Namespace) -> list[str]:
-    """What cannot be combined with this file of DeepSpeed's; a file that is missing is for transformers to report."""
-    path = getattr(flags, "deepspeed", None)
-    if not path or not os.path.isfile(path):
-        return []
-    try:
-        config = read_deepspeed(path)
-    except ArgumentsError as error:
-        return [str(error)]
-    problems = []
-    stage = config[ZERO]["stage"]
-    if stage == 0:
-        # Without ZeRO it writes no part of any rank, and `soundness` would take every checkpoint for damaged.
-        problems.append(
-            f"--deepspeed {path} has no ZeRO stage: DeepSpeed then shards nothing, and nobody can tell whether its "
-            "checkpoints are whole. Leave out --deepspeed and start with torchrun, or use stage 2"
-        )
-    if flags.bits in (4, 8) and stage == 3:
-        problems.append(
-            f"--bits {flags.bits} with ZeRO-3: transformers cannot cut quantised weights into shards; use ZeRO-2, or "
-            "torchrun without --deepspeed"
-        )
-    if flags.mm_projector_lr is not None and "optimizer" in config:
-        problems.append(
-            f"--mm_projector_lr with the optimizer of {path}: it has one learning rate for all; remove `optimizer` and "
-            "`scheduler` from that file, or the flag"
-        )
-    if cpu := cpu_flag(flags):
-        problems.append(
-            f"{cpu} with --deepspeed: transformers then starts without DeepSpeed's ranks; remove {cpu} and "
-            "train through `llava_steering_plugin.launch --cpu`"
-        )
-    return problems
-
-
-def cpu_flag(flags: Namespace) -> str | None:
-    """The flag that keeps a training on the processor, by its new or its old name, if it is given."""
-    return next((f"--{name}" for name in ("use_cpu", "no_cuda") if getattr(flags, name, False)), None)
-
-
-def fail(error: SteeringError, *, every_rank: bool) -> NoReturn:
-    """Ends the process as argparse would: the message on stderr, exit status 2, no traceback.
-
-    Args:
-        error: what is wrong.
-        every_rank: other ranks may know something else; False where all know the same, so that it is said once.
-    """
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0 or every_rank:
-        sys.stderr.write(f"error{f' (rank {rank})' if every_rank and rank else ''}: {error}\n")
-    raise SystemExit(2) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -24,15 +23,16 @@ from llava_steering_plugin.adapters.save_load import load_adapter, restore, save
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.hooks.token_map import IGNORED
 from llava_steering_plugin.training import checkpoints, deepspeed, integrity, provenance
-from llava_steering_plugin.training import flags as arguments
+from llava_steering_plugin.training.conflicts import DATA_PARALLEL, NO_FSDP
+from llava_steering_plugin.training.flags import CANNOT_START, TrainingRequest, mode_from, mode_is_on
 from llava_steering_plugin.training.gradient_check import GradientCheck
 from llava_steering_plugin.training.preemption import Preemption
 from llava_steering_plugin.training.samples import KEY, EpochSeededSampler, NumberedCollator, NumberedDataset
 
 logger = logging.getLogger(__name__)
 
-# The flags of the training that this context runs: train() passes only a part of them on to the trainer.
-COMMAND_LINE: ContextVar[Namespace | None] = ContextVar("llava_steering_command_line", default=None)
+# The training that this context runs: LLaVA's train() passes only a part of the flags on to its trainer.
+REQUEST: ContextVar[TrainingRequest | None] = ContextVar("llava_steering_training_request", default=None)
 
 
 class SteeringTrainerMixin:
@@ -50,7 +50,7 @@ class SteeringTrainerMixin:
     def __init__(self, *positional: Any, **kwargs: Any):
         given: Any = kwargs.get("args")
         model = kwargs.get("model")
-        if not arguments.active(given):
+        if not mode_is_on(given):
             super().__init__(*positional, **kwargs)
             return
         _refuse_setups(given)
@@ -228,19 +228,20 @@ class SteeringTrainerMixin:
 def _refuse_setups(given: Any) -> None:
     problems = []
     if given.n_gpu > 1:
-        problems.append(arguments.DATA_PARALLEL.format(given.n_gpu))
+        problems.append(DATA_PARALLEL.format(given.n_gpu))
     if given.fsdp:
-        problems.append(arguments.NO_FSDP)
+        problems.append(NO_FSDP)
     if problems:
-        raise ArgumentsError(listing(arguments.CANNOT_START, problems))
+        raise ArgumentsError(listing(CANNOT_START, problems))
 
 
 def _attached(model: Any, given: Any, tokenizer: Any) -> Attachment:
     """Attaches the mode, freezes everything else but the projector, and prints what is trained."""
+    request = REQUEST.get()
+    mode = mode_from(given) if request is None or request.mode is None else request.mode
     # `train()` seeds only inside the trainer; the adapter's first values must not depend on what ran before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(given.seed)
-        mode = arguments.mode_from(given)
         attachment = load_adapter(model, given.adapter_path, tokenizer) if given.adapter_path else attach(model, mode)
     model.requires_grad_(False)
     for parameter in attachment.trained().values():
@@ -252,7 +253,7 @@ def _attached(model: Any, given: Any, tokenizer: Any) -> Attachment:
         if given.fp16 and parameter.dtype == torch.float16:
             # GradScaler refuses gradients in half precision; under --bits upstream leaves the projector in it.
             parameter.data = parameter.data.float()
-    provenance.record(attachment, given, COMMAND_LINE.get(), tokenizer, trained.keys())
+    provenance.record(attachment, given, None if request is None else request.flags, tokenizer, trained.keys())
     if given.process_index == 0:
         # Parameters by what the model has, so that weights packed or cut by others count as they are.
         other = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())

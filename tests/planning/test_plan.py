@@ -1,4 +1,7 @@
-"""`llava-steering plan`: what a training would train and why it would not start, from config.json alone."""
+"""`llava-steering plan`: what a training would train and why it would not start, from config.json alone.
+
+Covers `planning/plan.py`, `planning/vision.py` and `upstream/projector.py`.
+"""
 
 from __future__ import annotations
 

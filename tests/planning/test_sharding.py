@@ -1,4 +1,7 @@
-"""The memory that `llava-steering plan` predicts: exact where it can be, else made by a step that has no values."""
+"""The memory that `llava-steering plan` predicts: exact where it can be, otherwise from a step on the meta device.
+
+Covers `planning/sharding.py`, `from_flags.py`, `meta_step.py`, `meta_memory.py`, `report.py` and `gpus.py`.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,12 @@ from llava_steering_plugin.planning.meta_step import (
     Arithmetic,
     BatchShape,
     TrainingSetup,
-    assembled,
+    assemble,
     peak_of_step,
     peaks,
 )
 from llava_steering_plugin.planning.plan import plan
-from llava_steering_plugin.planning.sharding import Memory, Sharding, Stored, memory
+from llava_steering_plugin.planning.sharding import Memory, Sharding, StoredTensor, memory_of
 
 SMALL = {
     "model_type": "llava_llama",
@@ -127,23 +130,23 @@ def test_weights_gradients_and_optimizer_are_exactly_those_of_the_real_training(
     [MoReS(rank=2, tokens="all"), pytest.param(MixLoRA(), marks=pytest.mark.slow)],
     ids=["mores", "mixlora"],
 )
-@pytest.mark.parametrize(("checkpointing", "batch"), [(True, 1), (True, 4), (False, 4)])
-def test_two_short_models_say_what_a_deep_one_needs(mode: Any, checkpointing: bool, batch: int) -> None:
-    base = TrainingSetup(SMALL, "small", mode)
-    shape = BatchShape(batch, 48, 16, checkpointing, False, False)
-    whole = assembled(base, FLOAT, shape)
+@pytest.mark.parametrize(("checkpointing", "samples"), [(True, 1), (True, 4), (False, 4)])
+def test_two_short_models_say_what_a_deep_one_needs(mode: Any, checkpointing: bool, samples: int) -> None:
+    setup = TrainingSetup(SMALL, "small", mode)
+    batch = BatchShape(samples, 48, 16, checkpointing, False, False)
+    meta = assemble(setup, FLOAT, batch)
 
-    extrapolated = peak_of_step(base, FLOAT, shape, whole)
+    extrapolated = peak_of_step(setup, FLOAT, batch, meta)
 
-    assert extrapolated == pytest.approx(max(peaks(whole, FLOAT, shape).values()), rel=0.01)
+    assert extrapolated == pytest.approx(max(peaks(meta, FLOAT, batch).values()), rel=0.01)
 
 
 def test_a_step_keeps_what_it_must_and_recomputing_saves_most_of_it() -> None:
-    base, tokens = TrainingSetup(SMALL, "small", MoReS()), 4 * 48
+    setup, tokens = TrainingSetup(SMALL, "small", MoReS()), 4 * 48
     needed = {}
     for checkpointing in (True, False):
-        shape = BatchShape(4, 48, 16, checkpointing, False, False)
-        needed[checkpointing] = peak_of_step(base, FLOAT, shape, assembled(base, FLOAT, shape))
+        batch = BatchShape(4, 48, 16, checkpointing, False, False)
+        needed[checkpointing] = peak_of_step(setup, FLOAT, batch, assemble(setup, FLOAT, batch))
 
     logits, hidden = tokens * 500 * 4, tokens * 64 * 4
     # Logits, a shifted copy and their log-softmax are there together; every layer keeps its input.
@@ -153,17 +156,17 @@ def test_a_step_keeps_what_it_must_and_recomputing_saves_most_of_it() -> None:
 
 
 def test_layers_that_differ_are_all_rehearsed() -> None:
-    base = TrainingSetup(SMALL, "small", MixLoRA(start_layer=8))
-    shape = BatchShape(1, 48, 16, True, False, False)
-    whole = assembled(base, FLOAT, shape)
-    assert peak_of_step(base, FLOAT, shape, whole) == max(peaks(whole, FLOAT, shape).values())
+    setup = TrainingSetup(SMALL, "small", MixLoRA(start_layer=8))
+    batch = BatchShape(1, 48, 16, True, False, False)
+    meta = assemble(setup, FLOAT, batch)
+    assert peak_of_step(setup, FLOAT, batch, meta) == max(peaks(meta, FLOAT, batch).values())
 
 
 def test_zero_cuts_what_it_says_and_offloading_moves_it_to_the_host() -> None:
-    tensors = [Stored("language model", 1000, 2000, 2, False), Stored("adapter", 100, 200, 2, True)]
+    tensors = [StoredTensor("language model", 1000, 2000, 2, False), StoredTensor("adapter", 100, 200, 2, True)]
 
     def under(sharding: Sharding) -> Memory:
-        return memory(tensors, 500, "adamw_torch", 3, sharding)
+        return memory_of(tensors, 500, "adamw_torch", 3, sharding)
 
     alone, ddp = under(Sharding()), under(Sharding(world=4))
     assert alone == Memory({"language model": 2000, "adapter": 200}, 200, 400, 0, 300)

@@ -1,4 +1,7 @@
-"""The check of the whole command line, on upstream's own flags and without a model."""
+"""A training's command line as one request, and what is wrong with it: on LLaVA's own flags, without a model.
+
+Covers `training/flags.py`, `training/conflicts.py` and `training/deepspeed_config.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ import pytest
 
 from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
 from llava_steering_plugin.adapters.writing import write_folder
-from llava_steering_plugin.training import flags as arguments
+from llava_steering_plugin.modes.mores import MoReS
+from llava_steering_plugin.training.flags import TrainingRequest, read_request
+from llava_steering_plugin.upstream.training import flag_classes
 
 BASE = BaseModel("/models/base", "llava_llama", 64, 4, 700)
 
@@ -18,12 +23,16 @@ def needs_llava(patched_llava: Path) -> None:
     """The flags are those of the llava under test."""
 
 
-def problems(*words: str) -> list[str]:
-    """What is wrong with a training by these flags."""
+def request(*words: str) -> TrainingRequest:
+    """Read a command line with these flags."""
     from llava.train import train
 
-    flags, unknown = arguments.read_command_line(train, ["--output_dir", "out", *words])
-    return arguments.problems_in(flags, unknown)
+    return read_request(flag_classes(train), ["--output_dir", "out", *words])
+
+
+def problems(*words: str) -> list[str]:
+    """Return what is wrong with a training by these flags."""
+    return list(request(*words).problems)
 
 
 def adapter(folder: Path, mode: str = "mores", **settings: object) -> str:
@@ -106,3 +115,26 @@ def test_a_deepspeed_file_that_is_none_or_does_not_shard_is_one_problem(
     settings.write_text(text)
     (problem,) = problems("--tuning_mode", "mores", "--deepspeed", str(settings))
     assert f"--deepspeed {settings}" in problem and expected in problem
+
+
+def test_a_request_holds_every_flag_and_the_mode_with_its_settings(tmp_path: Path) -> None:
+    made = request("--tuning_mode", "mores", "--mores_rank", "3", "--learning_rate", "0.5", "--model_name_or_path", "x")
+    assert made.mode == MoReS(rank=3)
+    assert (made.flags.learning_rate, made.flags.model_name_or_path, made.problems) == (0.5, "x", ())
+    continued = request("--adapter_path", adapter(tmp_path / "pets", rank=2))
+    assert continued.mode == MoReS(rank=2)
+
+
+def test_without_a_mode_a_request_has_none_and_a_modes_flag_is_a_problem() -> None:
+    assert request().mode is None and request().problems == ()
+    assert problems("--mores_rank", "2") == [
+        "--mores_rank belongs to a tuning mode and none is on; add --tuning_mode mores"
+    ]
+
+
+def test_where_not_all_flags_are_known_only_those_of_the_modes_are_checked() -> None:
+    from llava.train import train
+
+    words = ["--output_dir", "out", "--tuning_mode", "mores", "--mores_rnak", "2", "--learnign_rate", "1"]
+    classes = flag_classes(train)
+    assert [len(read_request(classes, words, complete=complete).problems) for complete in (True, False)] == [2, 1]

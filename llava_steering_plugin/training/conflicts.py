@@ -1,0 +1,72 @@
+"""Find flags of LLaVA that cannot be combined with a tuning mode, and say why."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+
+from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.training.deepspeed_config import ZERO, read_deepspeed
+
+DATA_PARALLEL = (
+    "{0} GPUs in one process (nn.DataParallel) lose the token map. Start one process per GPU: "
+    "torchrun --nproc_per_node {0} ... or deepspeed ..., or show the process one GPU only (CUDA_VISIBLE_DEVICES=0)"
+)
+NO_FSDP = "FSDP flattens adapter parameters together with frozen ones; use DeepSpeed ZeRO or plain DDP"
+_REASONS = {
+    "lora_enable": "LoRA is a tuning mode of its own; remove one of the two",
+    "tune_mm_mlp_adapter": "it trains the projector alone (stage 1); run that first, without a mode",
+    "load_best_model_at_end": "LLaVA does not evaluate while it trains; evaluate the checkpoints afterwards",
+    "fsdp": NO_FSDP,
+    "mm_tunable_parts": "it unfreezes parts of the model; with a mode, the adapter and the projector are trained",
+}
+
+
+def conflicts(flags: Namespace) -> list[str]:
+    """Return a line for each flag that cannot be combined with a tuning mode."""
+    found = [
+        f"--{name} cannot be combined with a tuning mode: {reason}"
+        for name, reason in _REASONS.items()
+        if getattr(flags, name, None)
+    ]
+    return found + _deepspeed_conflicts(flags)
+
+
+def _deepspeed_conflicts(flags: Namespace) -> list[str]:
+    """Return what cannot be combined with the file of --deepspeed; transformers reports a file that is missing."""
+    path = getattr(flags, "deepspeed", None)
+    if not path or not os.path.isfile(path):
+        return []
+    try:
+        config = read_deepspeed(path)
+    except ArgumentsError as error:
+        return [str(error)]
+    problems = []
+    stage = config[ZERO]["stage"]
+    if stage == 0:
+        # Without ZeRO it writes no part for any rank, so `integrity` would take every checkpoint for damaged.
+        problems.append(
+            f"--deepspeed {path} has no ZeRO stage: DeepSpeed then shards nothing, and its checkpoints cannot be "
+            "checked for completeness. Leave out --deepspeed and start with torchrun, or use stage 2"
+        )
+    if flags.bits in (4, 8) and stage == 3:
+        problems.append(
+            f"--bits {flags.bits} with ZeRO-3: transformers cannot shard quantised weights; use ZeRO-2, or torchrun "
+            "without --deepspeed"
+        )
+    if flags.mm_projector_lr is not None and "optimizer" in config:
+        problems.append(
+            f"--mm_projector_lr with the optimizer of {path}: that optimizer has one learning rate for all parameters; "
+            "remove `optimizer` and `scheduler` from the file, or the flag"
+        )
+    if cpu := cpu_flag(flags):
+        problems.append(
+            f"{cpu} with --deepspeed: transformers then starts without DeepSpeed's ranks; remove {cpu} and train "
+            "through `llava_steering_plugin.launch --cpu`"
+        )
+    return problems
+
+
+def cpu_flag(flags: Namespace) -> str | None:
+    """Return the flag that keeps a training on the processor, by its new or its old name; None if neither is given."""
+    return next((f"--{name}" for name in ("use_cpu", "no_cuda") if getattr(flags, name, False)), None)
