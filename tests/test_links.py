@@ -28,6 +28,8 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]*)\)")
 FILE = re.compile(
     r"[\w.*-]+(/[\w.*-]+)*\.(cfg|json|md|patch|png|py|sh|toml|txt)|(docs|patches|scripts|tests)/[\w./*-]+|[\w/]+/"
 )
+# The same without backticks: in blocks of code, where `./scripts` would be LLaVA's.
+IN_CODE = re.compile(r"(?<![./\w-])(?:docs|patches|scripts|tests)/[\w./*-]+")
 # Files of others that the pages name: LLaVA's, DeepSpeed's, those of an adapter or a checkpoint.
 FOREIGN = {
     "adapter_config.json",
@@ -75,15 +77,18 @@ def dead_links(page: Path) -> Iterator[str]:
             yield target
 
 
-def dead_paths(page: Path) -> Iterator[str]:
-    """Yield the files of this repository that a page names in backticks and that are not there."""
-    for span in CODE_SPAN.findall(prose(page)):
-        for word in span.split():
-            if not FILE.fullmatch(word) or word in FOREIGN or word.startswith(FOREIGN_FOLDERS):
-                continue
-            bases = (ROOT, ROOT / PACKAGE, page.parent)
-            if not any(any(base.glob(word.rstrip("/"))) for base in bases) and ("/" in word or not _somewhere(word)):
-                yield word
+def dead_paths(page: Path) -> set[str]:
+    """Return the files of this repository that a page names, in backticks or in its code, and that are not there."""
+    words = {word for span in CODE_SPAN.findall(prose(page)) for word in span.split() if FILE.fullmatch(word)}
+    words -= {word for word in words if word in FOREIGN or word.startswith(FOREIGN_FOLDERS)}
+    words |= {word.rstrip(".") for word in IN_CODE.findall(page.read_text(encoding="utf-8"))}
+    return {word for word in words if not _is_there(word.rstrip("/"), page)}
+
+
+def _is_there(name: str, page: Path) -> bool:
+    if any(any(base.glob(name)) for base in (ROOT, ROOT / PACKAGE, page.parent)):
+        return True
+    return "/" not in name and _somewhere(name)
 
 
 def _somewhere(name: str) -> bool:
@@ -111,7 +116,7 @@ class TestAPage:
         assert list(dead_links(page)) == []
 
     def test_names_no_file_that_is_not_there(self, page: Path) -> None:
-        assert list(dead_paths(page)) == []
+        assert dead_paths(page) == set()
 
     def test_names_no_module_that_is_not_there(self, page: Path) -> None:
         assert list(dead_modules(page.read_text(encoding="utf-8"))) == []
@@ -178,12 +183,13 @@ def test_what_a_dead_link_is(text: str, dead: list[str], tmp_path: Path) -> None
         ("`modes/base.py`, `llava_steering_plugin/errors.py`, `scripts/finetune_*.sh`, `hooks/`, `test_links.py`", []),
         ("`modes/none.py`, `scripts/nothing_*.sh`, `nowhere/`, `tests/none`, `none.py`", None),
         ("`llava/train/train.py`, `train_mem.py`, `w / 2`, `gain.scale`, `checkpoint-N`", []),
+        ("```\npython scripts/none.py tests/test_links.py ./scripts/zero2.json\n```", ["scripts/none.py"]),
     ],
 )
 def test_what_a_dead_path_is(text: str, dead: list[str] | None, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(text)
-    assert list(dead_paths(page)) == (CODE_SPAN.findall(text) if dead is None else dead)
+    assert dead_paths(page) == (set(CODE_SPAN.findall(text)) if dead is None else set(dead))
 
 
 def test_what_a_dead_module_is() -> None:
