@@ -24,6 +24,7 @@ from pathlib import Path
 from types import CodeType
 
 from llava_steering_plugin.errors import SteeringError, UpstreamError, nearest
+from llava_steering_plugin.lazy_imports import defer_compilation
 from llava_steering_plugin.upstream import startup
 from llava_steering_plugin.upstream.install import install
 
@@ -94,6 +95,7 @@ def run(request: Request) -> None:
         UpstreamError: no such module, or nothing in it to run.
     """
     _refuse_a_path(request.module)
+    defer_compilation()
     sys.argv = [request.module, *request.arguments]
     if startup.WORKER == request.module:
         startup.append_model_name(sys.argv)

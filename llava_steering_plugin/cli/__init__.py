@@ -21,6 +21,7 @@ from llava_steering_plugin.cli.chat import chat
 from llava_steering_plugin.cli.evaluate import evaluate
 from llava_steering_plugin.cli.serve import serve
 from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.lazy_imports import defer_compilation
 
 if TYPE_CHECKING:
     from llava_steering_plugin.checkout.doctor import Report
@@ -227,6 +228,7 @@ def _show(report: Report) -> None:
 
 def main() -> None:
     """Entry of the console script."""
+    defer_compilation()
     try:
         app()
     except SteeringError as error:

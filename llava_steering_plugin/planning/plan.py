@@ -16,6 +16,7 @@ from llava_steering_plugin.adapters.base_model import language_model, read_confi
 from llava_steering_plugin.adapters.compatibility import misfits
 from llava_steering_plugin.adapters.counts import LORA_RANKS, ParameterCounts, counted
 from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.lazy_imports import without_glue_metrics
 from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.planning.from_flags import Wanted, deepspeed_problems, memory_report
@@ -171,7 +172,7 @@ def _flag_classes() -> tuple[tuple[type, ...], str | None]:
     try:
         install()
         # Imports of LLaVA print to standard output, where a plan in JSON is to go.
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), without_glue_metrics():
             module = import_module("llava.train.train")
     except (ImportError, RuntimeError) as error:
         return (_ModelFlags, _DataFlags, extended(_TrainingFlags)), (

@@ -14,6 +14,8 @@ All flags are upstream's, but for `--log-requests`. What is different:
 
 from __future__ import annotations
 
+import argparse
+import ast
 import importlib
 import logging
 import os
@@ -21,24 +23,32 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from wrapt import register_post_import_hook, wrap_function_wrapper
 
+from llava_steering_plugin.checkout.find import find_llava
+from llava_steering_plugin.errors import SteeringError, UpstreamError
 from llava_steering_plugin.launch import Request, run
+from llava_steering_plugin.lazy_imports import defer_compilation
 from llava_steering_plugin.upstream.startup import flag_value
 
 PAGE = "llava.serve.gradio_web_server"
 LOG_REQUESTS = "--log-requests"
+DEFAULTS = {"--model-list-mode": "reload", "--host": "127.0.0.1"}
 
 
 def main(words: Sequence[str]) -> None:
     """Entry of `python -m llava_steering_plugin.serving.page`."""
+    if {"-h", "--help"} & {*words}:
+        help_parser().print_help()
+        return
+    defer_compilation()
     upstreams = [word for word in words if word != LOG_REQUESTS]
-    for flag, value in (("--model-list-mode", "reload"), ("--host", "127.0.0.1")):
+    for flag, value in DEFAULTS.items():
         if flag_value(upstreams, flag) is None:
             upstreams += [flag, value]
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -55,6 +65,40 @@ def main(words: Sequence[str]) -> None:
             keep_nothing(folder)
         register_post_import_hook(_without_missing_examples, "gradio")
         run(Request(PAGE, upstreams))
+
+
+def help_parser() -> argparse.ArgumentParser:
+    """Return a parser that knows upstream's flags from the source of the page: importing the page would take seconds.
+
+    It is for `--help` only. The flags are parsed by upstream.
+
+    Raises:
+        UpstreamError: there is no LLaVA, or it has no page.
+    """
+    source = find_llava().package / "serve" / "gradio_web_server.py"
+    if not source.is_file():
+        raise UpstreamError(f"this LLaVA has no {PAGE}: there is no {source}.")
+    parser = argparse.ArgumentParser(
+        f"python -m {__spec__.name}", description="Run the web page of LLaVA, with its flags and one more."
+    )
+    for call in ast.walk(ast.parse(source.read_bytes())):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
+            flags, settings = [ast.literal_eval(word) for word in call.args], _literals(call.keywords)
+            default = DEFAULTS.get(flags[0], settings.get("default"))
+            if default not in (None, False) and "help" not in settings:
+                settings["help"] = f"default: {default}"
+            parser.add_argument(*flags, **settings)
+    parser.add_argument(LOG_REQUESTS, action="store_true", help="log prompts and answers, and keep votes and pictures")
+    return parser
+
+
+def _literals(keywords: Sequence[ast.keyword]) -> dict[str, Any]:
+    """Return the keyword arguments of a call that are constants; types, which the help does not show, are not."""
+    found = {}
+    for keyword in keywords:
+        with suppress(ValueError):
+            found[str(keyword.arg)] = ast.literal_eval(keyword.value)
+    return found
 
 
 def keep_nothing(folder: str) -> None:
@@ -76,4 +120,8 @@ def _without_missing_examples(gradio: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except SteeringError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.exit(1)

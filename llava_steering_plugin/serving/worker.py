@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.lazy_imports import defer_compilation
 from llava_steering_plugin.serving import options as flags
 from llava_steering_plugin.serving.http.limits import Limits
 from llava_steering_plugin.serving.idle_memory import give_large_blocks_back, keep_few_operations
@@ -171,6 +172,7 @@ def _local(host: str) -> bool:
 
 def main() -> None:
     """Entry of `python -m llava_steering_plugin.serving.worker`."""
+    defer_compilation()
     try:
         app()
     except SteeringError as error:
