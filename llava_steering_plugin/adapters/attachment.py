@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.adapters.counts import ParameterCounts, counted
-from llava_steering_plugin.distributed import gathered
+from llava_steering_plugin.adapters.parameters import parameters_of
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.hooks.hosts import hang, unhang
 from llava_steering_plugin.hooks.owner import ModelOwner, owner_of
@@ -26,6 +25,9 @@ if TYPE_CHECKING:
 class Attachment(ModelOwner):
     """A mode's modules on one model, and everything that has to be undone to take them off.
 
+    Args:
+        modules: the modules, built for this model; None builds fresh ones.
+
     Attributes:
         mode: the mode and its settings.
         modules: the modules, keyed by the path of their host below the decoder stack.
@@ -34,25 +36,27 @@ class Attachment(ModelOwner):
         config: what training or loading knows of the adapter beside its mode; None for a fresh one.
     """
 
-    def __init__(self, model: PreTrainedModel, mode: Mode):
+    def __init__(self, model: PreTrainedModel, mode: Mode, modules: dict[str, nn.Module] | None = None):
         super().__init__(model)
-        if problems := mode.problems(self.shape):
-            raise ArgumentsError(listing(f"the tuning mode {mode.name!r} does not fit this model", problems))
+        if modules is None:
+            if problems := mode.problems(self.shape):
+                raise ArgumentsError(listing(f"the tuning mode {mode.name!r} does not fit this model", problems))
+            modules = mode.build(self.shape)
         self.mode = mode
-        self.modules = mode.build(self.shape)
+        self.modules = modules
         self._fixed = {name for name, parameter in self.parameters().items() if not parameter.requires_grad}
         self.extras: set[str] = set()
         self.config: AdapterConfig | None = None
         self._hung = hang(self.stack, self.modules)
-        self.take()
+        try:
+            self.take()
+        except BaseException:
+            unhang(self.stack, self.modules, self._hung)
+            raise
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters, named `<host path>.<name in the module>`."""
-        return {
-            f"{path}.{name}": parameter
-            for path, module in self.modules.items()
-            for name, parameter in module.named_parameters()
-        }
+        return parameters_of(self.modules)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Those of `parameters` that the mode wants trained: it builds the others with `requires_grad=False`."""
@@ -132,11 +136,3 @@ def _owner(model: PreTrainedModel) -> ModelOwner:
     if found is None:
         raise SteeringError(f"this {type(model).__name__} carries no adapter; attach() or load_adapter() puts one on.")
     return found
-
-
-@torch.no_grad()
-def set_parameters(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    """Copies tensors into parameters of the same names and shapes, also into ones that ZeRO-3 has cut."""
-    for name, parameter in parameters.items():
-        with gathered([parameter], modify=True):
-            parameter.copy_(tensors[name])

@@ -1,4 +1,4 @@
-"""What a tuning mode would train on a model, from its config.json alone: built on the meta device, and counted."""
+"""Says what a base is from its config.json alone: its settings, and its language model on the meta device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from torch import nn
 from llava_steering_plugin.errors import SteeringError
 
 VISION_PREFIX = "llava"
+# Entries of a LLaVA's config that say how images are cut, encoded and marked begin with one of these.
+IMAGE_SETTINGS = ("image_", "mm_use_", "mm_patch_", "mm_vision_select_")
+# LLaVA's name for the module between vision tower and decoder, and the beginning of its parameters' names.
+PROJECTOR = "mm_projector"
+PROJECTOR_PREFIX = f"model.{PROJECTOR}."
 
 
 def read_config(name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Recognises the base that an adapter was trained on, by its dimensions and some embedding rows."""
+"""Recognises the base that an adapter was trained on by its dimensions and some embedding rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FINGERPRINT_TOLERANCE = 1e-2
 
 
 def check_base(model: PreTrainedModel, stored: StoredAdapter) -> None:
-    """Compares the model with what the adapter knows of its base: dimensions, vocabulary, some embedding rows.
+    """Compare the model with what the adapter knows of its base: dimensions, vocabulary, some embedding rows.
 
     Raises:
         AdapterError: the adapter does not know its base.
@@ -45,7 +45,7 @@ def check_base(model: PreTrainedModel, stored: StoredAdapter) -> None:
     with gathered([weight]):
         if len(ids) and int(ids.max()) >= weight.shape[0]:
             problems.append(f"its base has {base.vocab_size} embedding rows; this model has {weight.shape[0]}")
-        elif not problems and not alike(weight.detach()[ids.to(weight.device), : rows.shape[1]].float().cpu(), rows):
+        elif not problems and not alike(weight.detach()[ids.to(weight.device), : rows.shape[1]].cpu(), rows):
             problems.append("the embedding rows that identify the base differ: same shape, other weights")
     if problems:
         where = getattr(config, "_name_or_path", "") or type(model).__name__
@@ -59,7 +59,9 @@ def check_base(model: PreTrainedModel, stored: StoredAdapter) -> None:
 
 
 def alike(here: Tensor, there: Tensor) -> bool:
+    """Say whether two tensors are equal but for the rounding of half precision."""
     if here.shape != there.shape:
         return False
+    here, there = here.float(), there.float()
     floor = FINGERPRINT_TOLERANCE * float(there.abs().mean())
     return torch.allclose(here, there, rtol=FINGERPRINT_TOLERANCE, atol=floor)

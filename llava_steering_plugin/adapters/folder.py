@@ -1,4 +1,4 @@
-"""The adapter folder: its files, and how it is found, read and validated. `writing` writes it.
+"""The adapter folder: its files, and how they are read and checked. `locate` finds it, `writing` writes it.
 
 adapter_model.safetensors    everything that decides: the tensors; in the header, the config and LLaVA's config
 llava_steering_config.json   a copy of the config, for people
@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llava_steering_plugin.adapters.config import AdapterConfig, is_ours
+from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.errors import AdapterError, listing
 
 WEIGHTS, CONFIG, LLAVA_CONFIG = "adapter_model.safetensors", "llava_steering_config.json", "config.json"
@@ -40,46 +41,110 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter as read: its config, its tensors by full name, and where it came from."""
+    """An adapter as read: its config, its tensors by full name, and the folder they come from."""
 
     config: AdapterConfig
     tensors: Mapping[str, Tensor]
-    path: Path
+    folder: AdapterFolder
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
 
     def section(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors under a prefix, without it."""
+        """Return the tensors under a prefix, without it."""
         return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
 
 
-def find(name_or_path: str | os.PathLike[str]) -> Path | None:
-    """The local folder of our adapter of that name: a folder, or a hub id, which is downloaded. None if it is not ours.
+class AdapterFolder(os.PathLike[str]):
+    """An adapter's folder on this machine. What it holds is read when it is asked for, the configs once.
 
-    Files decide, not names. A folder with our config is ours even if the weights are missing, so that the error which
-    follows can say so.
-
-    Raises:
-        AdapterError: the folder, or a file by which an adapter is known, is there and may not be read.
+    Attributes:
+        path: the folder.
+        source: what it was found by: the folder, or the hub id from which it was downloaded.
     """
-    path = Path(name_or_path).expanduser()
-    if os.path.isdir(path):  # unlike pathlib's, these two answer also below a folder that is closed to us
-        return path if _ours(path) else None
-    if os.path.exists(path) or str(name_or_path).count("/") != 1:
-        return None
-    return _from_hub(str(name_or_path))
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        source: str | os.PathLike[str] | None = None,
+        header: Mapping[str, str] | None = None,
+    ):
+        self.path = Path(path).expanduser()
+        self.source = str(path if source is None else source)
+        if header is not None:
+            self.header = header
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @cached_property
+    def header(self) -> Mapping[str, str]:
+        """The header of the weights; nothing where there is none."""
+        return read_header(self.path / WEIGHTS)
+
+    @cached_property
+    def config(self) -> AdapterConfig:
+        """The adapter's config, from the header of its weights; the tensors are not read.
+
+        Raises:
+            AdapterError: not ours, damaged, or of a newer format.
+        """
+        text = self.header.get(HEADER)
+        if text is None:
+            return self.read().config
+        return AdapterConfig.from_json(text, f"the header of {self.path / WEIGHTS}")
+
+    @cached_property
+    def llava_config(self) -> dict[str, Any] | None:
+        """The LLaVA config that the adapter was trained with: from the header, or from config.json if it is older.
+
+        None: it has neither.
+
+        Raises:
+            AdapterError: damaged, or not to be read.
+        """
+        where, text = f"the header of {self.path / WEIGHTS}", self.header.get(LLAVA_HEADER)
+        try:
+            if text is None:
+                where = str(self.path / LLAVA_CONFIG)
+                text = (self.path / LLAVA_CONFIG).read_text(encoding="utf-8")
+            described = json.loads(text)
+            if not isinstance(described, dict):
+                raise ValueError("it holds no settings")
+        except (FileNotFoundError, IsADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise AdapterError(f"{where} is damaged ({error}). Copy the adapter again.") from error
+        return described
+
+    def read(self) -> StoredAdapter:
+        """Read the whole adapter and check everything that can be checked without a model.
+
+        Raises:
+            AdapterError: not a folder, not ours, not to be read, damaged, of a newer format, with tensors that are not
+                finite or no floats.
+        """
+        weights = self.path / WEIGHTS
+        if not is_readable(weights):
+            refuse(self.path)
+        with _damage_of(weights), safe_open(weights, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if HEADER in header else {}
+        if HEADER not in header:
+            refuse(self.path)
+        # A folder of its own: what it says comes from the file that the tensors come from, whatever replaces that.
+        folder = AdapterFolder(self.path, self.source, header)
+        stored = StoredAdapter(folder.config, tensors, folder)
+        _check(weights, tensors)
+        return stored
 
 
-def _ours(folder: Path) -> bool:
-    for name in (CONFIG, OLD_CONFIG):
-        if _readable(folder / name):
-            with suppress(ValueError):
-                described = json.loads((folder / name).read_text(encoding="utf-8"))
-                if isinstance(described, dict) and is_ours(described.get("peft_type")):
-                    return True
-    return _readable(folder / WEIGHTS) and _header(folder / WEIGHTS) is not None
-
-
-def _readable(file: Path) -> bool:
-    """Whether there is such a file.
+def is_readable(file: Path) -> bool:
+    """Say whether there is such a file.
 
     Raises:
         AdapterError: there is one that cannot be read. safetensors would say that there is none.
@@ -96,59 +161,28 @@ def _readable(file: Path) -> bool:
     return True
 
 
-def _header(weights: Path, key: str = HEADER) -> str | None:
+def read_header(weights: Path) -> dict[str, str]:
+    """Read the header of the weights; nothing where there is none that can be read."""
     try:
         with safe_open(weights, framework="pt") as file:
-            return (file.metadata() or {}).get(key)
+            return file.metadata() or {}
     except (OSError, SafetensorError):
-        return None
+        return {}
 
 
-def _from_hub(repository: str) -> Path | None:
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-
-    for name in (CONFIG, OLD_CONFIG):
-        try:
-            described = Path(hf_hub_download(repository, name))
-        except EntryNotFoundError:
-            continue
-        except (OSError, HfHubHTTPError, HFValidationError):
-            # No such repository, or no network: the caller loads it as what it is, and reports.
-            return None
-        if _ours(described.parent):
-            return Path(snapshot_download(repository, allow_patterns=[WEIGHTS, CONFIG, OLD_CONFIG, LLAVA_CONFIG, CARD]))
-    return None
-
-
-def read(folder: str | os.PathLike[str]) -> StoredAdapter:
-    """Reads an adapter and checks everything that can be checked without a model.
-
-    Raises:
-        AdapterError: not a folder, not ours, not to be read, damaged, of a newer format, with tensors that are not
-            finite or no floats.
-    """
-    path = Path(folder).expanduser()
-    weights = path / WEIGHTS
-    if not os.path.isdir(path):
-        raise AdapterError(f"{path} is no folder. Give the adapter's folder, the one that holds {WEIGHTS}.")
-    if not _readable(weights):
-        _refuse_without_weights(path)
-    tensors: dict[str, Tensor] = {}
+@contextmanager
+def _damage_of(weights: Path) -> Iterator[None]:
+    """Make one error of what safetensors says of a file that it cannot read."""
     try:
-        with safe_open(weights, framework="pt") as file:
-            header = (file.metadata() or {}).get(HEADER)
-            if header is not None:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        yield
     except (OSError, SafetensorError) as error:
         raise AdapterError(
             f"{weights} cannot be read: {error}. The file is damaged or cut short; copy it again."
         ) from error
-    if header is None:
-        if (described := _config_file(path)) is not None:
-            AdapterConfig.from_json(_text(described), str(described))
-        raise AdapterError(f"{weights} is not an adapter of this plugin: its header has no {HEADER!r} entry.")
-    config = AdapterConfig.from_json(header, f"the header of {weights}")
+
+
+def _check(weights: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Check the names, types and values of an adapter's tensors; `weights` names the file in errors."""
     problems = []
     for name, tensor in tensors.items():
         if not name.startswith((ADAPTER, EXTRA, ADDED, FINGERPRINT)):
@@ -164,7 +198,6 @@ def read(folder: str | os.PathLike[str]) -> StoredAdapter:
             )
     if problems:
         raise AdapterError(listing(f"{weights} is damaged", problems))
-    return StoredAdapter(config, tensors, path)
 
 
 def _config_file(folder: Path) -> Path | None:
@@ -172,49 +205,22 @@ def _config_file(folder: Path) -> Path | None:
     return next((folder / name for name in (CONFIG, OLD_CONFIG) if (folder / name).is_file()), None)
 
 
-def _text(path: Path) -> str:
-    # Bytes that are no text become marks that are no JSON either; whoever parses it says so.
-    return path.read_text(encoding="utf-8", errors="replace")
-
-
-def read_config(folder: Path) -> AdapterConfig:
-    """The config of an adapter folder that `find` gave, without its tensors.
-
-    Raises:
-        AdapterError: damaged, or of a newer format.
-    """
-    header = _header(folder / WEIGHTS)
-    return (
-        read(folder).config if header is None else AdapterConfig.from_json(header, f"the header of {folder / WEIGHTS}")
-    )
-
-
-def read_llava_config(folder: Path) -> dict[str, Any] | None:
-    """Return the LLaVA config that an adapter was trained with: from its header, or from config.json if it is older.
-
-    None: it has neither.
-
-    Raises:
-        AdapterError: damaged, or not to be read.
-    """
-    where, text = f"the header of {folder / WEIGHTS}", _header(folder / WEIGHTS, LLAVA_HEADER)
-    try:
-        if text is None:
-            where = str(folder / LLAVA_CONFIG)
-            text = (folder / LLAVA_CONFIG).read_text(encoding="utf-8")
-        described = json.loads(text)
-        if not isinstance(described, dict):
-            raise ValueError("it holds no settings")
-    except (FileNotFoundError, IsADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{where} is damaged ({error}). Copy the adapter again.") from error
-    return described
-
-
-def _refuse_without_weights(path: Path) -> None:
-    if (described := _config_file(path)) is not None:
-        AdapterConfig.from_json(_text(described), str(described))
+def refuse(path: Path) -> NoReturn:
+    """Say why there is no adapter of ours at `path`."""
+    if not os.path.isdir(path):
+        raise AdapterError(f"{path} is no folder. Give the adapter's folder, the one that holds {WEIGHTS}.")
+    weights = path / WEIGHTS
+    there = is_readable(weights)
+    described = _config_file(path)
+    if there:
+        with _damage_of(weights), safe_open(weights, framework="pt"):
+            pass
+    if described is not None:
+        # Bytes that are no text become marks that are no JSON either; the parser says so.
+        AdapterConfig.from_json(described.read_text(encoding="utf-8", errors="replace"), str(described))
+    if there:
+        raise AdapterError(f"{weights} is not an adapter of this plugin: its header has no {HEADER!r} entry.")
+    if described is not None:
         raise AdapterError(
             f"{path} has {described.name} but no {WEIGHTS}. The weights are missing or were renamed; copy them again."
         )

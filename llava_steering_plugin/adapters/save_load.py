@@ -1,26 +1,29 @@
-"""From a model to an adapter folder and back. Reading checks everything before the model is touched."""
+"""Saves the adapter on a model to a folder, and puts a saved one on a model."""
 
 from __future__ import annotations
 
-import copy
 import json
 import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.adapters import folder as files
-from llava_steering_plugin.adapters.attachment import Attachment, attach, required, set_parameters
+from llava_steering_plugin.adapters.added_tokens import add_tokens, check_tokens
+from llava_steering_plugin.adapters.attachment import Attachment, required
 from llava_steering_plugin.adapters.card import model_card
-from llava_steering_plugin.adapters.compatibility import check_tensors, mode_of
+from llava_steering_plugin.adapters.compatibility import check_tensors, prepare
 from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
-from llava_steering_plugin.adapters.fingerprint import FINGERPRINT_COLUMNS, FINGERPRINT_ROWS, check_base
+from llava_steering_plugin.adapters.fingerprint import FINGERPRINT_COLUMNS, FINGERPRINT_ROWS
 from llava_steering_plugin.adapters.folder import ADAPTER, ADDED, EXTRA, FINGERPRINT, StoredAdapter
-from llava_steering_plugin.adapters.quantised import unquantise
+from llava_steering_plugin.adapters.locate import AdapterSource, read
+from llava_steering_plugin.adapters.parameters import set_parameters
+from llava_steering_plugin.adapters.quantised import put_back, unquantise
 from llava_steering_plugin.adapters.writing import write_folder
 from llava_steering_plugin.distributed import gathered, whole
-from llava_steering_plugin.errors import BaseMismatch, SteeringError, listing
+from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.hooks.decoder import find_decoder
 from llava_steering_plugin.hooks.owner import owner_of
 
 if TYPE_CHECKING:
@@ -95,12 +98,12 @@ def _llava_config(model: PreTrainedModel) -> str:
     return json.dumps(data, indent=2, sort_keys=True, default=str) + "\n"
 
 
-def load_adapter(model: PreTrainedModel, name_or_path: str | os.PathLike[str], tokenizer: Any = None) -> Attachment:
-    """Puts a saved adapter on the base it was trained on. `model` is untouched unless everything fits.
+def load_adapter(model: PreTrainedModel, name_or_path: AdapterSource, tokenizer: Any = None) -> Attachment:
+    """Put a saved adapter on the base it was trained on. Model and tokenizer are untouched unless everything fits.
 
     Args:
         model: the base, as `load_pretrained_model` or `from_pretrained` gives it.
-        name_or_path: adapter folder or hub id.
+        name_or_path: adapter folder or hub id, or the adapter as it was read.
         tokenizer: the base's tokenizer; tokens that training added are added to it too.
 
     Raises:
@@ -108,65 +111,39 @@ def load_adapter(model: PreTrainedModel, name_or_path: str | os.PathLike[str], t
         BaseMismatch: `model` is not the base that the adapter was trained on.
         SteeringError: the model carries an adapter already.
     """
-    stored = files.read(files.find(name_or_path) or name_or_path)
+    stored = read(name_or_path)
     if owner_of(model) is not None:
         raise SteeringError("this model carries an adapter already; call remove_adapter(model) first.")
-    check_base(model, stored)
-    attachment = attach(model, mode_of(stored.config))
-    try:
-        check_tensors(model, attachment.parameters(), stored)
-        _check_tokens(stored, tokenizer)
-        _add_tokens(model, stored, tokenizer)
-        restore(attachment, stored)
-    except BaseException:
-        attachment.remove()
-        raise
+    mode, modules = prepare(model, find_decoder(model)[1], stored)
+    check_tokens(stored, tokenizer)
+    with ExitStack() as undo:
+        attachment = Attachment(model, mode, modules)
+        undo.callback(attachment.remove)
+        _replace_parameters(attachment, stored, undo)
+        add_tokens(model, stored, tokenizer)
+        undo.pop_all()
     attachment.config = stored.config
     return attachment
 
 
 def restore(attachment: Attachment, stored: StoredAdapter) -> None:
-    """Copies a checked adapter's tensors into the modules and the base.
+    """Copy a saved adapter's tensors into the modules that are on the model already, and into the base.
 
     Raises:
         AdapterError: names or shapes do not fit (all listed); nothing is copied then.
     """
     check_tensors(attachment.model, attachment.parameters(), stored)
     set_parameters(attachment.parameters(), stored.section(ADAPTER))
-    extras = stored.section(EXTRA)
-    attachment.extras |= extras.keys()
-    unquantise(attachment.model, extras, attachment.model.dtype)
-    set_parameters({name: attachment.model.get_parameter(name) for name in extras}, extras)
+    with ExitStack() as undo:
+        _replace_parameters(attachment, stored, undo)
+        undo.pop_all()
 
 
-def _check_tokens(stored: StoredAdapter, tokenizer: Any) -> None:
-    """Refuses a tokenizer in which the adapter's own tokens get other ids; tried out on a copy."""
-    added = stored.config.added_tokens
-    if not added or tokenizer is None:
-        return
-    trial = copy.deepcopy(tokenizer)
-    trial.add_tokens(list(added), special_tokens=True)
-    numbers = {token: trial.convert_tokens_to_ids(token) for token in added}
-    if wrong := [
-        f"{token} has id {numbers[token]}, trained as {number}"
-        for token, number in added.items()
-        if numbers[token] != number
-    ]:
-        raise BaseMismatch(listing("the tokenizer gives the adapter's own tokens other ids than in training", wrong))
-
-
-def _add_tokens(model: PreTrainedModel, stored: StoredAdapter, tokenizer: Any) -> None:
-    """Repeats what training did to the vocabulary: the same tokens under the same ids, with the rows they had."""
-    added = stored.config.added_tokens
-    if not added:
-        return
-    if tokenizer is not None:
-        tokenizer.add_tokens(list(added), special_tokens=True)
-    rows = max(added.values()) + 1
-    if model.get_input_embeddings().weight.shape[0] < rows:
-        model.resize_token_embeddings(rows)
-    ids = torch.tensor(list(added.values()))
-    for part, layer in (("input", model.get_input_embeddings()), ("output", model.get_output_embeddings())):
-        with torch.no_grad(), gathered([layer.weight], modify=True):
-            weight = layer.weight
-            weight[ids.to(weight.device)] = stored.tensors[ADDED + part].to(weight.device, weight.dtype)
+def _replace_parameters(attachment: Attachment, stored: StoredAdapter, undo: ExitStack) -> None:
+    """Give the base the adapter's own parameters of it; what `undo` gets makes it as it was."""
+    model, tensors = attachment.model, stored.section(EXTRA)
+    undo.callback(put_back, model, unquantise(model, tensors, model.dtype))
+    parameters = {name: model.get_parameter(name) for name in tensors}
+    undo.callback(set_parameters, parameters, {name: whole(parameter) for name, parameter in parameters.items()})
+    set_parameters(parameters, tensors)
+    attachment.extras |= tensors.keys()

@@ -14,15 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llava_steering_plugin.adapters.config import AdapterConfig
-from llava_steering_plugin.adapters.folder import (
-    CARD,
-    CONFIG,
-    HEADER,
-    LLAVA_CONFIG,
-    LLAVA_HEADER,
-    OLD_CONFIG,
-    WEIGHTS,
-)
+from llava_steering_plugin.adapters.folder import CARD, CONFIG, HEADER, LLAVA_CONFIG, LLAVA_HEADER, OLD_CONFIG, WEIGHTS
 from llava_steering_plugin.errors import AdapterError
 
 

@@ -47,7 +47,7 @@ def chat(
         install()
         from llava.utils import disable_torch_init
 
-        from llava_steering_plugin.adapters import folder as files
+        from llava_steering_plugin.adapters.locate import AdapterSource, find
         from llava_steering_plugin.chat.session import open_chat
         from llava_steering_plugin.inference.images import read_image
         from llava_steering_plugin.inference.sources import read_sources, split_word
@@ -56,16 +56,21 @@ def chat(
             read_image(os.path.expanduser(image))  # said now rather than when the model has loaded
         disable_torch_init()  # as upstream's programs do: weights that are read need no random ones before
         name, source = split_word(path)
-        own = [path] if files.find(source) is not None else []
-        if name is not None and not own:
+        own = find(source)
+        if name is not None and own is None:
             raise ArgumentsError(
                 f"{path}: only adapters have names, and {source} is none. Give a base by its folder or hub id alone."
             )
-        sources = read_sources([*own, *(adapters or []), *(more or [])])
+        words = [*([path] if own is not None else []), *(adapters or []), *(more or [])]
+        sources: dict[str, AdapterSource] = {**read_sources(words)}
+        first = None
+        if own is not None:
+            first = next(iter(sources))
+            sources[first] = own
         opened = open_chat(
             source,
             sources,
-            first=next(iter(sources)) if own else None,
+            first=first,
             base=model_base,
             device=chosen,
             load_4bit=load_4bit,

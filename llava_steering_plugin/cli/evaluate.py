@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.serving import options as flags
+
+if TYPE_CHECKING:
+    from llava_steering_plugin.adapters.folder import AdapterFolder
 
 
 def evaluate(
@@ -46,7 +49,7 @@ def evaluate(
 
     from llava_steering_plugin.checkout.find import find_llava
     from llava_steering_plugin.inference.questions import Asking, BatchAnswers, check_questions, read_questions
-    from llava_steering_plugin.inference.sources import check_all, read_sources
+    from llava_steering_plugin.inference.sources import locate_all, read_sources
     from llava_steering_plugin.pool.pool import BASE
     from llava_steering_plugin.upstream.conversations import checked_template
     from llava_steering_plugin.upstream.install import install
@@ -61,14 +64,14 @@ def evaluate(
     if conv_mode is not None:
         checked_template(conv_mode)
     _check_writable(answers_file)
-    check_all(sources)
+    folders = locate_all(sources)
     generation = {
         "max_new_tokens": max_new_tokens,
         "num_beams": num_beams,
         "use_cache": True,
         **({"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}),
     }
-    pool, tokenizer, processor = _pool(base, sources, chosen, load_4bit, load_8bit, max_resident)
+    pool, tokenizer, processor = _pool(base, folders, chosen, load_4bit, load_8bit, max_resident)
     answers = BatchAnswers(pool, tokenizer, processor, image_folder, Asking(batch_size, conv_mode, generation))
     with answers_file.open("w", encoding="utf-8") as file:
         for line in answers.to(questions):
@@ -93,7 +96,12 @@ def _check_writable(answers: Path) -> None:
 
 
 def _pool(
-    base: str, sources: dict[str, str], device: str, load_4bit: bool, load_8bit: bool, max_resident: int | None
+    base: str,
+    folders: dict[str, AdapterFolder],
+    device: str,
+    load_4bit: bool,
+    load_8bit: bool,
+    max_resident: int | None,
 ) -> tuple[Any, Any, Any]:
     """The pool with all adapters, the tokenizer and the image processor."""
     from llava.model.builder import load_pretrained_model
@@ -109,5 +117,5 @@ def _pool(
     with loading(base):
         tokenizer, model, processor, _ = load_pretrained_model(base, None, name, load_8bit, load_4bit, device=device)
     pool = AdapterPool(model, tokenizer, max_resident=max_resident)
-    load_all(pool.load, sources)
+    load_all(pool.load, folders)
     return pool, tokenizer, processor

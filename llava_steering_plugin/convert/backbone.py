@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llava_steering_plugin.adapters.base_model import language_model, read_config
 from llava_steering_plugin.adapters.config import BaseModel
-from llava_steering_plugin.adapters.fingerprint import FINGERPRINT_COLUMNS, FINGERPRINT_ROWS, FINGERPRINT_TOLERANCE
+from llava_steering_plugin.adapters.fingerprint import FINGERPRINT_COLUMNS, FINGERPRINT_ROWS, alike
 from llava_steering_plugin.adapters.folder import ADDED, FINGERPRINT
 from llava_steering_plugin.convert.released import Note, Released, shortened
 from llava_steering_plugin.convert.torch_files import Weights
@@ -87,9 +87,7 @@ class Backbone:
         """The checkpoint's projector, as far as the base does not have it."""
         own: Mapping[str, Tensor] = self.weights if self.weights is not None else {}
         return {
-            name: value
-            for name, value in released.projector.items()
-            if name not in own or own[name].shape != value.shape or not alike(own[name], value)
+            name: value for name, value in released.projector.items() if name not in own or not alike(own[name], value)
         }
 
     def vocabulary(self, released: Released) -> tuple[dict[str, int], dict[str, Tensor]]:
@@ -173,11 +171,3 @@ def _local_weights(name: str, folder: Path) -> Weights | None:
     except (LocalEntryNotFoundError, HFValidationError, AdapterError):
         # The hub's cache has nothing of it or a part only; it is compared where it is whole.
         return None
-
-
-def alike(here: Tensor, there: Tensor) -> bool:
-    """Whether two tensors of one shape are equal but for the rounding of half precision."""
-    here, there = here.float(), there.float()
-    return torch.allclose(
-        here, there, rtol=FINGERPRINT_TOLERANCE, atol=FINGERPRINT_TOLERANCE * float(there.abs().mean())
-    )

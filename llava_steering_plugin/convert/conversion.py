@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.adapters import folder as files
-from llava_steering_plugin.adapters.attachment import attach
 from llava_steering_plugin.adapters.card import model_card
-from llava_steering_plugin.adapters.compatibility import mode_of
+from llava_steering_plugin.adapters.compatibility import build
 from llava_steering_plugin.adapters.config import AdapterConfig
-from llava_steering_plugin.adapters.save_load import restore
+from llava_steering_plugin.adapters.folder import ADAPTER, EXTRA, WEIGHTS, AdapterFolder
+from llava_steering_plugin.adapters.locate import find
+from llava_steering_plugin.adapters.parameters import parameters_of
 from llava_steering_plugin.adapters.writing import write_folder
 from llava_steering_plugin.convert.backbone import Backbone, find_backbone
 from llava_steering_plugin.convert.layouts import read_released
@@ -93,11 +93,11 @@ def convert(
         added_tokens=added,
         trained_on={"converted from": f"a {released.mode.name} checkpoint of the authors' code"},
     )
-    tensors = weights | {files.EXTRA + name: value for name, value in extras.items()} | rows
+    tensors = weights | {EXTRA + name: value for name, value in extras.items()} | rows
     card = model_card(config, parameters, sorted(extras))
     _write(path, config, tensors, _llava_config(released, backbone), card, backbone)
     checks.append(f"read back: {len(tensors)} tensors equal to the bit, names and shapes as the base needs them")
-    size = (path / files.WEIGHTS).stat().st_size
+    size = (path / WEIGHTS).stat().st_size
     return Conversion(path, config, parameters, size, tuple(sorted(extras)), tuple(checks), tuple(notes))
 
 
@@ -110,7 +110,7 @@ def _check_target(target: Path, force: bool) -> None:
         raise AdapterError(f"{target} cannot be looked into: {error}. Give a new folder.") from error
     if taken and not force:
         raise AdapterError(f"{target} is not empty. Give a new folder, or --force to replace the adapter in it.")
-    if taken and files.find(target) is None:
+    if taken and find(target) is None:
         raise AdapterError(f"{target} holds something else than an adapter, which --force does not replace.")
 
 
@@ -121,11 +121,7 @@ def _weights(released: Released, backbone: Backbone) -> dict[str, Tensor]:
         raise BaseMismatch(listing(f"{released.folder} does not fit the base {backbone.as_config()}", problems))
     modules = released.mode.build(shape)
     released.fill(shape, modules)
-    return {
-        f"{files.ADAPTER}{path}.{name}": parameter.detach()
-        for path, module in modules.items()
-        for name, parameter in module.named_parameters()
-    }
+    return {ADAPTER + name: parameter.detach() for name, parameter in parameters_of(modules).items()}
 
 
 def _compared(released: Released, backbone: Backbone) -> tuple[list[str], list[Note]]:
@@ -167,7 +163,7 @@ def _write(
 
 def _verify(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
     """Loads what was written onto the base's structure, as `load_adapter` will, and compares every value."""
-    stored = files.read(folder)
+    stored = AdapterFolder(folder).read()
     problems = [] if stored.config == config else ["its config"]
     problems += sorted(tensors.keys() ^ stored.tensors.keys())
     common = sorted(tensors.keys() & stored.tensors.keys())
@@ -175,10 +171,6 @@ def _verify(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], 
     if problems:
         raise AdapterError(listing("the adapter does not read back as it was written; is the disk sound?", problems))
     # The structure is the language model's alone: a projector has no place in it.
-    own = {name: value for name, value in stored.tensors.items() if not name.startswith(files.EXTRA)}
+    own = {name: value for name, value in stored.tensors.items() if not name.startswith(EXTRA)}
     with torch.device("meta"):
-        attachment = attach(backbone.model, mode_of(stored.config))
-    try:
-        restore(attachment, replace(stored, tensors=own))
-    finally:
-        attachment.remove()
+        build(backbone.model, find_decoder(backbone.model)[1], replace(stored, tensors=own))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.folder import CONFIG, WEIGHTS
 from llava_steering_plugin.convert import mixlora, mores
 from llava_steering_plugin.convert.released import Released
 from llava_steering_plugin.errors import AdapterError
@@ -34,7 +34,7 @@ def read_released(folder: Path) -> Released:
         return mores.ReleasedMoReS.read(inner)
     if routed:
         return mixlora.ReleasedMixLoRA.read(folder)
-    if (folder / files.CONFIG).is_file() or (folder / files.WEIGHTS).is_file():
+    if (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file():
         raise AdapterError(f"{folder} is an adapter already, of this plugin's or PEFT's; there is nothing to convert.")
     raise AdapterError(
         f"{folder} holds no checkpoint of the authors': neither mores/language_model with intkey_*.bin, {mores.LAYERS} "

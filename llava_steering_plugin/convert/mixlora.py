@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_steering_plugin.convert.released import PROJECTOR, Note, Released, shortened
+from llava_steering_plugin.adapters.base_model import PROJECTOR_PREFIX
+from llava_steering_plugin.convert.released import Note, Released, shortened
 from llava_steering_plugin.convert.torch_files import Weights, json_in, namespace_in
 from llava_steering_plugin.errors import AdapterError, BaseMismatch, listing
 from llava_steering_plugin.modes.base import DecoderShape
@@ -167,7 +168,7 @@ def _sorted_out(names: Mapping[str, str], notes: list[Note]) -> tuple[dict[str, 
     """The names of what is not MixLoRA's: the base's tensors, and the projector's."""
     base, projector, seen = {}, {}, 0
     for name, stored in names.items():
-        if name.startswith(PROJECTOR) or name == "model.image_newline":
+        if name.startswith(PROJECTOR_PREFIX) or name == "model.image_newline":
             projector[name] = stored
         elif ".vision_tower." in name:
             seen += 1

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_steering_plugin.convert.released import PROJECTOR, Note, Released, shortened
+from llava_steering_plugin.adapters.base_model import PROJECTOR_PREFIX
+from llava_steering_plugin.convert.released import Note, Released, shortened
 from llava_steering_plugin.convert.torch_files import Weights, json_in, tensors_in
 from llava_steering_plugin.errors import AdapterError, BaseMismatch, listing
 from llava_steering_plugin.modes.base import DecoderShape
@@ -87,7 +88,9 @@ class ReleasedMoReS(Released):
             kind = f"{whole.get('connector_type')!r} is no projector of LLaVA's: not carried over"
             self.notes.append(Note("connector/", kind))
         else:
-            self.projector = {PROJECTOR + name.removeprefix(_CONNECTOR): value for name, value in connector.items()}
+            self.projector = {
+                PROJECTOR_PREFIX + name.removeprefix(_CONNECTOR): value for name, value in connector.items()
+            }
         if (outer / "vision_tower").is_dir():
             text = "not carried over: the vision tower is loaded from its own source"
             self.notes.append(Note("vision_tower/", text))

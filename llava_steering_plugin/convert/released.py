@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 from llava_steering_plugin.modes.base import DecoderShape, Mode
 
-# Where LLaVA's parameter names put the projector.
-PROJECTOR = "model.mm_projector."
-
 
 @dataclass(frozen=True)
 class Note:

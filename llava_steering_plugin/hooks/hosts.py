@@ -19,13 +19,16 @@ CHILD = "steering"
 
 def hang(stack: nn.Module, modules: dict[str, nn.Module]) -> list[RemovableHandle]:
     """Makes each module a child of its host, on the host's device, and lets it replace the host's output."""
-    hosts = {path: stack.get_submodule(path) for path in modules}  # all of them before any is touched
+    hosts = {path: stack.get_submodule(path) for path in modules}
+    for path, module in modules.items():  # what may fail, for want of memory, comes before any host is touched
+        module.train(hosts[path].training)
+        device = device_of(hosts[path])
+        if device is not None:
+            module.to(device)
     handles = []
     for path, module in modules.items():
         host = hosts[path]
-        device = device_of(host)
-        module.train(host.training)
-        host.add_module(CHILD, module if device is None else module.to(device))
+        host.add_module(CHILD, module)
         if hasattr(module, "enter"):
             handles.append(host.register_forward_pre_hook(_replace_input))
         handles.append(host.register_forward_hook(_replace_output, with_kwargs=True))

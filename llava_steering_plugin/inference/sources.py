@@ -11,10 +11,14 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.folder import AdapterFolder
+from llava_steering_plugin.adapters.locate import AdapterSource, locate
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError, listing
 from llava_steering_plugin.upstream.names import harmless
+
+Source = TypeVar("Source")
 
 # The beginning of a name that makes the rules of gradio_web_server.py pick each conversation template.
 PREFIXES = {
@@ -91,29 +95,39 @@ def read_sources(given: Sequence[str]) -> dict[str, str]:
     return sources
 
 
-def load_all(load: Callable[[str, str], object], sources: Mapping[str, str]) -> None:
-    """Loads every adapter of `read_sources` with `load`, which takes its name and where it is.
+def locate_all(sources: Mapping[str, AdapterSource]) -> dict[str, AdapterFolder]:
+    """Find every adapter, and read its config: in a second, before a model is loaded for minutes.
+
+    Args:
+        sources: where each one is, by name, as `read_sources` gives it.
+
+    Raises:
+        AdapterError: there are places without an adapter, or with a damaged one; all of them.
+    """
+    folders = {}
+
+    def look(name: str, source: AdapterSource) -> None:
+        folders[name] = locate(source)
+        _ = folders[name].config
+
+    load_all(look, sources)
+    return folders
+
+
+def load_all(load: Callable[[str, Source], object], adapters: Mapping[str, Source]) -> None:
+    """Load every adapter with `load`, which takes its name and where it is.
 
     Raises:
         AdapterError: some cannot be loaded; all of them.
     """
     problems = []
-    for name, source in sources.items():
+    for name, source in adapters.items():
         try:
             load(name, source)
         except SteeringError as error:
             problems.append(str(error))
     if problems:
         raise AdapterError(listing("not every adapter can be loaded", problems))
-
-
-def check_all(sources: Mapping[str, str]) -> None:
-    """Looks whether there is an adapter at every place: in a second, before a model is loaded for minutes.
-
-    Raises:
-        AdapterError: there are places without one; all of them.
-    """
-    load_all(lambda name, source: files.read_config(files.find(source) or Path(source)), sources)
 
 
 def shown_name(name: str, conversation: str | None, base: str) -> str:

@@ -11,7 +11,6 @@ of the present call need; a generation looks the names up once, when it begins, 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,14 +21,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from llava_steering_plugin.adapters.base_model import PROJECTOR
+from llava_steering_plugin.adapters.locate import AdapterSource, read
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, TokenMapError, nearest
 from llava_steering_plugin.hooks.hosts import SharedHooks, dispatch
 from llava_steering_plugin.hooks.owner import ModelOwner, owner_of
 from llava_steering_plugin.hooks.scope import Scope, current, naming
 from llava_steering_plugin.modes.base import ForwardPass
 from llava_steering_plugin.pool.adapter import PooledAdapter
-from llava_steering_plugin.pool.projectors import PROJECTOR, ServedRows, project_by_row, projector_of
-from llava_steering_plugin.pool.reading import read_pooled
+from llava_steering_plugin.pool.projectors import ServedRows, project_by_row, projector_of
+from llava_steering_plugin.pool.reading import pooled
 from llava_steering_plugin.pool.residency import Residency
 
 if TYPE_CHECKING:
@@ -93,12 +94,12 @@ class AdapterPool(ModelOwner):
         self._residents = Residency(self.stack.get_submodule, self._projector, max_resident)
         self.take()
 
-    def load(self, name: str, name_or_path: str | os.PathLike[str]) -> None:
+    def load(self, name: str, name_or_path: AdapterSource) -> None:
         """Adds an adapter under `name`, or replaces the one of that name for all calls that begin from now on.
 
         Args:
             name: any text but `BASE`.
-            name_or_path: adapter folder or hub id.
+            name_or_path: adapter folder or hub id, or the adapter as it was read.
 
         Raises:
             ArgumentsError: the name cannot be used.
@@ -110,7 +111,7 @@ class AdapterPool(ModelOwner):
         """
         if not isinstance(name, str) or not name.strip() or name == BASE:
             raise ArgumentsError(f"an adapter cannot be called {name!r}: {BASE} is the plain model, the rest any text")
-        entry = read_pooled(self.model, self.shape, self._tokenizer, name, name_or_path)
+        entry = pooled(name, read(name_or_path), self.model, self.shape, self._tokenizer)
         with self._lock:
             if owner_of(self.model) is not self:
                 raise SteeringError("this pool has given its model back; make a new one with AdapterPool(model).")

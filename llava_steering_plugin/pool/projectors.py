@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llava_steering_plugin.adapters.attachment import set_parameters
+from llava_steering_plugin.adapters.base_model import PROJECTOR
+from llava_steering_plugin.adapters.parameters import set_parameters
 from llava_steering_plugin.adapters.quantised import unquantise
 from llava_steering_plugin.errors import UpstreamError
 from llava_steering_plugin.hooks.row_groups import Rows
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llava_steering_plugin.pool.adapter import PooledAdapter
-
-PROJECTOR = "mm_projector"
 
 
 def projector_of(model: PreTrainedModel) -> tuple[str, nn.Module] | None:

@@ -7,10 +7,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.folder import StoredAdapter
+from llava_steering_plugin.adapters.locate import AdapterSource, read
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
 from llava_steering_plugin.inference.sources import checked_label, shown_name
 from llava_steering_plugin.pool.pool import BASE, AdapterPool
@@ -60,7 +60,7 @@ class AdapterCatalog:
             return BASE
         return next((adapter.name for adapter in self._adapters.values() if adapter.shown == shown), None)
 
-    def put(self, name: str, source: str) -> ServedAdapter:
+    def put(self, name: str, source: AdapterSource) -> ServedAdapter:
         """Adds the adapter at `source`, a folder or a hub id, or replaces the one of that name.
 
         Raises:
@@ -70,8 +70,9 @@ class AdapterCatalog:
         checked_label(name)
         with self._change():
             try:
-                adapter = self._checked(name, source)
-                self.pool.load(name, source)
+                stored = read(source)
+                adapter = self._checked(name, stored)
+                self.pool.load(name, stored)
             except SteeringError as error:
                 self.reject(name, str(error))
                 raise
@@ -143,12 +144,9 @@ class AdapterCatalog:
         except SteeringError:
             return None  # removed since the list was made
 
-    def _checked(self, name: str, source: str) -> ServedAdapter:
-        folder = files.find(source)
-        if folder is None:
-            files.read(Path(source))  # says why
-            raise AdapterError(f"{source} is no adapter: no such folder, and no such model on the hub.")
-        shown = shown_name(name, files.read_config(folder).conversation, self.base)
+    def _checked(self, name: str, stored: StoredAdapter) -> ServedAdapter:
+        source = stored.folder.source
+        shown = shown_name(name, stored.config.conversation, self.base)
         others = {adapter.shown: adapter.name for adapter in self._adapters.values() if adapter.name != name}
         taken = others | {self.base: BASE}
         if shown in taken:

@@ -22,8 +22,8 @@ from typing import Any
 from llava import utils as upstream_utils
 from transformers import StoppingCriteria
 
-from llava_steering_plugin.adapters import folder as files
 from llava_steering_plugin.adapters.base_model import read_config
+from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, UpstreamError
 from llava_steering_plugin.inference.base_model import loading_name
 from llava_steering_plugin.pool.pool import AdapterPool
@@ -141,7 +141,7 @@ class AdapterWorker(upstream.ModelWorker):
         load_4bit: bool = False,
         max_resident: int | None = None,
     ):
-        if files.find(model_path) is not None:
+        if find(model_path) is not None:
             raise ArgumentsError(
                 f"{model_path} is an adapter. Give its base as the base (--model-path; `serve`'s first word) and the "
                 "adapter with --adapters."

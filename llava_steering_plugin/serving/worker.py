@@ -76,14 +76,13 @@ def run(
 
     import uvicorn
 
-    from llava_steering_plugin.inference.sources import check_all, load_all, read_sources
+    from llava_steering_plugin.inference.sources import load_all, locate_all, read_sources
     from llava_steering_plugin.serving.folder_watch import WatchedFolder, checked_folder
     from llava_steering_plugin.serving.http.admin import Admin, checked_token
     from llava_steering_plugin.serving.http.app import build, give_up_stalled
 
     # What flags and files can tell is found before a model is loaded.
-    sources = read_sources(given)
-    check_all(sources)
+    folders = locate_all(read_sources(given))
     if admin_token is not None:
         checked_token(admin_token)
     if adapter_dir is not None:
@@ -111,7 +110,7 @@ def run(
             max_resident=max_resident,
         )
     controller_link = ControllerLink(worker)
-    load_all(worker.catalog.put, sources)
+    load_all(worker.catalog.put, folders)
     if adapter_dir is not None:
         watched = WatchedFolder(adapter_dir.absolute(), worker.catalog, controller_link.changed, watch_every)
         watched.look(settled=True)

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
-from llava_steering_plugin.adapters import folder as files
-from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError, nearest
+from llava_steering_plugin.adapters.locate import find, locate
+from llava_steering_plugin.errors import ArgumentsError, SteeringError, nearest
 from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.training.conflicts import conflicts
@@ -123,11 +123,7 @@ def mode_from(arguments: Any) -> Mode:
         ArgumentsError: unknown mode, or one that is installed in a version without the adapter's settings.
     """
     if arguments.adapter_path:
-        folder = files.find(arguments.adapter_path)
-        if folder is None:
-            files.read(arguments.adapter_path)  # says what exactly is wrong with what is there
-            raise AdapterError(f"{arguments.adapter_path} is no adapter of this plugin.")
-        config = files.read_config(folder)
+        config = locate(arguments.adapter_path).config
         return registry.configured(config.mode, config.settings)
     mode = registry.get(arguments.tuning_mode)
     return mode(**_settings(arguments, mode))
@@ -161,7 +157,7 @@ def _checked(flags: Namespace, unknown: list[str]) -> TrainingRequest:
 
 def _base_problems(flags: Namespace) -> list[str]:
     base = flags.model_name_or_path
-    if base and files.find(base) is not None:
+    if base and find(base) is not None:
         return [
             f"--model_name_or_path {base} is an adapter. Give its base there, and --adapter_path {base} "
             "to go on training it"

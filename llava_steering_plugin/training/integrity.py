@@ -8,7 +8,7 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.folder import AdapterFolder
 from llava_steering_plugin.errors import AdapterError
 
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -27,10 +27,8 @@ def problems_in(folder: Path, *, without_states: bool = False, deep: bool = True
     """
     problems = []
     try:
-        if deep:
-            files.read(folder)
-        else:
-            files.read_config(folder)
+        adapter = AdapterFolder(folder)
+        _ = adapter.read() if deep else adapter.config
     except AdapterError as error:
         problems.append(str(error))
     match = NAME.fullmatch(folder.name)

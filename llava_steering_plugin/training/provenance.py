@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from llava_steering_plugin.adapters import folder as files
 from llava_steering_plugin.adapters.attachment import Attachment
+from llava_steering_plugin.adapters.base_model import read_config
 from llava_steering_plugin.adapters.compatibility import mode_of
 from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
 from llava_steering_plugin.adapters.fingerprint import check_base
+from llava_steering_plugin.adapters.folder import AdapterFolder
 from llava_steering_plugin.errors import BaseMismatch, CheckpointError, listing
 
 
@@ -40,7 +41,7 @@ def record(attachment: Attachment, given: Any, flags: Namespace | None, tokenize
     """
     model: Any = attachment.model
     name = flags.model_name_or_path if flags is not None else model.config._name_or_path
-    described = _config_of(name)
+    described = read_config(name)
     attachment.extras |= set(trained)
     brought = flags is None or getattr(flags, "pretrain_mm_mlp_adapter", None) is not None
     if brought or "mm_vision_tower" not in described:
@@ -69,7 +70,7 @@ def refuse_another_training(attachment: Attachment, checkpoint: Path) -> None:
         CheckpointError: with all that differs.
         AdapterError: the checkpoint's adapter is damaged.
     """
-    stored = files.read(checkpoint)
+    stored = AdapterFolder(checkpoint).read()
     here, there = (_as_flags(each.name, each.settings()) for each in (attachment.mode, mode_of(stored.config)))
     problems = [
         f"--{name} is {here.get(name)} and was {there.get(name)}"
@@ -92,13 +93,6 @@ def refuse_another_training(attachment: Attachment, checkpoint: Path) -> None:
 
 def _as_flags(mode: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"tuning_mode": mode, **{f"{mode}_{name}": value for name, value in settings.items()}}
-
-
-def _config_of(name: str) -> dict[str, Any]:
-    from transformers import PretrainedConfig
-
-    config: dict[str, Any] = PretrainedConfig.get_config_dict(name)[0]
-    return config
 
 
 def _conversation() -> str | None:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from llava_steering_plugin.adapters import folder as files
 from llava_steering_plugin.adapters.attachment import Attachment, attach
 from llava_steering_plugin.adapters.counts import counted, parameter_table
+from llava_steering_plugin.adapters.folder import AdapterFolder
 from llava_steering_plugin.adapters.save_load import load_adapter, restore, save_adapter
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.hooks.token_map import IGNORED
@@ -205,7 +205,7 @@ class SteeringTrainerMixin:
         if self._attachment is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
             return
-        restore(self._attachment, files.read(resume_from_checkpoint))
+        restore(self._attachment, AdapterFolder(resume_from_checkpoint).read())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._attachment is None:
@@ -257,7 +257,9 @@ def _attached(model: Any, given: Any, tokenizer: Any) -> Attachment:
     if given.process_index == 0:
         # Parameters by what the model has, so that weights packed or cut by others count as they are.
         other = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())
-        Console().print(parameter_table(mode.name, counted(model, attachment.modules, attachment.shape, other)))
+        Console().print(
+            parameter_table(attachment.mode.name, counted(model, attachment.modules, attachment.shape, other))
+        )
     return attachment
 
 

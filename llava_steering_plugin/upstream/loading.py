@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from wrapt import wrap_function_wrapper
 
-from llava_steering_plugin.adapters import folder as files
-from llava_steering_plugin.adapters.base_model import read_config
+from llava_steering_plugin.adapters.base_model import IMAGE_SETTINGS, read_config
+from llava_steering_plugin.adapters.folder import LLAVA_CONFIG, AdapterFolder, StoredAdapter
+from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.adapters.save_load import load_adapter
 from llava_steering_plugin.errors import AdapterError, BaseMismatch, SteeringError
 from llava_steering_plugin.upstream.names import display_name
@@ -42,32 +44,32 @@ def on_builder_import(module: ModuleType) -> None:
         except TypeError:
             # Upstream's own complaint is the one that callers know how to handle (lmms-eval catches it).
             return original(*args, **kwargs)
-        path = call.arguments["model_path"]
-        folder = files.find(path) if isinstance(path, str) else None
+        given = call.arguments["model_path"]
+        folder = find(given) if isinstance(given, str | StoredAdapter) else None
         if folder is None:
             return original(*args, **kwargs)
-        return _load(original, call, folder)
+        return _load(original, call, given if isinstance(given, StoredAdapter) else folder.read())
 
     wrap_function_wrapper(module, "load_pretrained_model", load)
 
 
-def _load(original: Callable[..., Any], call: inspect.BoundArguments, folder: Path) -> Any:
-    config = files.read(folder).config
-    base = call.arguments.get("model_base") or config.base.name_or_path
-    if Path(base).is_dir() and files.find(base) is not None:
+def _load(original: Callable[..., Any], call: inspect.BoundArguments, stored: StoredAdapter) -> Any:
+    folder, trained_on = stored.folder, stored.config.base.name_or_path
+    base = call.arguments.get("model_base") or trained_on
+    if os.path.isdir(base) and find(base) is not None:
         raise BaseMismatch(
             f"{base}, given as the base of the adapter in {folder}, is an adapter itself. Give a model with "
-            f"--model-base; this adapter was trained on {config.base.name_or_path}."
+            f"--model-base; this adapter was trained on {trained_on}."
         )
-    described = _config_of(base, folder)
-    trained = files.read_llava_config(folder)
+    described = _base_config(base, folder)
+    trained = folder.llava_config
     with tempfile.TemporaryDirectory(prefix="llava-steering-") as staging:
         if "mm_vision_tower" in described:
             call.arguments |= {"model_path": base, "model_base": None, "model_name": name_for(described["model_type"])}
         else:
             if trained is None:
                 raise AdapterError(
-                    f"{folder / files.LLAVA_CONFIG} is missing; an adapter over a plain language model needs it to "
+                    f"{folder.path / LLAVA_CONFIG} is missing; an adapter over a plain language model needs it to "
                     "rebuild LLaVA. Copy the adapter again."
                 )
             _stage_plain_base(Path(staging), trained, described)
@@ -77,7 +79,7 @@ def _load(original: Callable[..., Any], call: inspect.BoundArguments, folder: Pa
     tokenizer, model = loaded[0], loaded[1]
     if trained is not None:
         _prepare_inputs_as_trained(model, trained)
-    load_adapter(model, folder, tokenizer)
+    load_adapter(model, stored, tokenizer)
     return loaded
 
 
@@ -106,7 +108,7 @@ def _leave_projector_unpacked(call: inspect.BoundArguments) -> None:
 def _prepare_inputs_as_trained(model: Any, trained: dict[str, Any]) -> None:
     """Takes over how training cut, encoded and marked images, where it did so unlike the base's own config."""
     for key, value in trained.items():
-        if key.startswith(_INPUT_SETTINGS):
+        if key.startswith((*IMAGE_SETTINGS, "tokenizer_")):
             setattr(model.config, key, value)
     tower = model.get_vision_tower()
     for attribute in ("select_layer", "select_feature"):
@@ -115,7 +117,6 @@ def _prepare_inputs_as_trained(model: Any, trained: dict[str, Any]) -> None:
             setattr(tower, attribute, value)
 
 
-_INPUT_SETTINGS = ("image_", "mm_use_", "mm_patch_", "mm_vision_select_", "tokenizer_")
 _VOCABULARY_FLAGS = ("mm_use_im_patch_token", "mm_use_im_start_end")
 
 
@@ -127,11 +128,11 @@ def _stage_plain_base(staging: Path, trained: dict[str, Any], described: dict[st
     """
     config = trained | {"vocab_size": described["vocab_size"]}
     config |= dict.fromkeys(_VOCABULARY_FLAGS, False)
-    (staging / files.LLAVA_CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    (staging / LLAVA_CONFIG).write_text(json.dumps(config), encoding="utf-8")
     torch.save({}, staging / "mm_projector.bin")
 
 
-def _config_of(base: str, folder: Path) -> dict[str, Any]:
+def _base_config(base: str, folder: AdapterFolder) -> dict[str, Any]:
     try:
         return read_config(base)
     except SteeringError as error:

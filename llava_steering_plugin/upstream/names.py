@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.locate import AdapterSource, find
 from llava_steering_plugin.errors import UpstreamError
 
 # The prefix that makes the rules of upstream's command line and scripts pick each conversation template.
@@ -35,17 +35,17 @@ _LOOKED_FOR = re.compile(
 )
 
 
-def display_name(name_or_path: str | os.PathLike[str]) -> str | None:
-    """The name under which upstream handles the adapter at `name_or_path`; None if there is no adapter of ours.
+def display_name(source: AdapterSource) -> str | None:
+    """Return the name under which upstream handles the adapter of that name; None if there is no adapter of ours.
 
     Raises:
         AdapterError: the adapter is damaged.
         UpstreamError: upstream has no name that leads to the adapter's conversation template.
     """
-    folder = files.find(name_or_path)
+    folder = find(source)
     if folder is None:
         return None
-    conversation = files.read_config(folder).conversation
+    conversation = folder.config.conversation
     prefix = PREFIXES.get(conversation or "v0")
     if prefix is None:
         if not any(argument.split("=")[0] in ("--conv-mode", "--conv_mode") for argument in sys.argv):
@@ -55,7 +55,7 @@ def display_name(name_or_path: str | os.PathLike[str]) -> str | None:
                 "which has no such flag, give any --model-name."
             )
         prefix = "llava"
-    return f"{prefix}-{harmless(_stem(str(name_or_path)))}"
+    return f"{prefix}-{harmless(_stem(folder.source))}"
 
 
 def _stem(name_or_path: str) -> str:

@@ -10,8 +10,8 @@ from disks import file_system, largest_file, mount
 from steered import contents, strengthen
 
 from llava_steering_plugin import load_adapter, remove, save_adapter
-from llava_steering_plugin.adapters import folder as files
 from llava_steering_plugin.adapters.attachment import Attachment
+from llava_steering_plugin.adapters.folder import CARD, WEIGHTS
 from llava_steering_plugin.errors import AdapterError, SteeringError
 
 pytest_plugins = ["steered_fixtures"]
@@ -76,13 +76,13 @@ def test_a_target_that_cannot_be_a_folder_is_one_clear_error(model: Any, steered
 
 
 def test_a_file_that_cannot_be_replaced_leaves_the_previous_weights(model: Any, saved: Path, steered: Steered) -> None:
-    (saved / files.CARD).unlink()
-    (saved / files.CARD).mkdir()
-    weights = (saved / files.WEIGHTS).read_bytes()
+    (saved / CARD).unlink()
+    (saved / CARD).mkdir()
+    weights = (saved / WEIGHTS).read_bytes()
     steered(rank=4)
     with pytest.raises(AdapterError, match="could not be written"):
         save_adapter(model, saved)
-    assert (saved / files.WEIGHTS).read_bytes() == weights
+    assert (saved / WEIGHTS).read_bytes() == weights
     assert not list(saved.glob(".*")), "no partial files"
 
 

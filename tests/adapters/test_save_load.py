@@ -1,3 +1,7 @@
+"""An adapter comes back from its folder to the bit, with its tokens (`adapters/added_tokens.py`) and parameters
+(`adapters/parameters.py`).
+"""
+
 from __future__ import annotations
 
 import copy
@@ -15,9 +19,10 @@ from tiny_llava import HIDDEN, LAYERS, TinyLlava
 from torch import Tensor
 
 from llava_steering_plugin import attach, load_adapter, remove, save_adapter
-from llava_steering_plugin.adapters import folder as files
 from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.adapters.config import AdapterConfig
+from llava_steering_plugin.adapters.folder import WEIGHTS
+from llava_steering_plugin.adapters.locate import read
 from llava_steering_plugin.adapters.save_load import describe
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
 from llava_steering_plugin.modes.mores import MoReS
@@ -60,14 +65,14 @@ def test_an_adapter_comes_back_to_the_bit(
     assert {name: value.dtype for name, value in again.parameters().items()} == dict.fromkeys(tensors, torch.float32)
     assert all(torch.equal(value, tensors[name]) for name, value in again.parameters().items())
     assert torch.equal(answer(model), steers)
-    first, stored = contents(tmp_path), files.read(tmp_path)
+    first, stored = contents(tmp_path), read(tmp_path)
     save_adapter(model, tmp_path)
-    second, again_stored = contents(tmp_path), files.read(tmp_path)
+    second, again_stored = contents(tmp_path), read(tmp_path)
     assert again_stored.config == stored.config
     assert again_stored.tensors.keys() == stored.tensors.keys()
     assert all(torch.equal(value, stored.tensors[name]) for name, value in again_stored.tensors.items())
     # safetensors writes its metadata in any order.
-    del first[files.WEIGHTS], second[files.WEIGHTS]
+    del first[WEIGHTS], second[WEIGHTS]
     assert first == second
 
 

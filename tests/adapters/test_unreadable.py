@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_steering_plugin.adapters import folder as files
 from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
+from llava_steering_plugin.adapters.folder import CONFIG, WEIGHTS
+from llava_steering_plugin.adapters.locate import find, read
 from llava_steering_plugin.adapters.writing import write_folder
 from llava_steering_plugin.errors import AdapterError
 
@@ -41,32 +42,32 @@ def adapter() -> Iterator[Path]:
             file.chmod(0o644)
         path.chmod(0o755)
         with without_privileges():
-            assert files.find(path) == path
-            assert files.read(path).config.mode == "mores"
+            assert getattr(find(path), "path", None) == path
+            assert read(path).config.mode == "mores"
         yield path
         path.chmod(0o755)
 
 
 def test_a_closed_config_is_no_reason_to_take_the_folder_for_a_model(adapter: Path) -> None:
-    (adapter / files.CONFIG).chmod(0)
+    (adapter / CONFIG).chmod(0)
     with without_privileges(), pytest.raises(AdapterError, match=r"steering_config\.json .*Permission denied.*allowed"):
-        files.find(adapter)
+        find(adapter)
 
 
 @pytest.mark.parametrize("beside", [True, False], ids=["with a config beside", "alone"])
 def test_closed_weights_are_not_called_missing_or_damaged(adapter: Path, beside: bool) -> None:
-    (adapter / files.WEIGHTS).chmod(0)
+    (adapter / WEIGHTS).chmod(0)
     if not beside:
-        (adapter / files.CONFIG).unlink()
+        (adapter / CONFIG).unlink()
     with without_privileges(), pytest.raises(AdapterError, match=r"Permission denied.*allowed to read") as error:
-        files.read(files.find(adapter) or adapter)
-    assert str(adapter / files.WEIGHTS) in str(error.value)
+        read(find(adapter) or adapter)
+    assert str(adapter / WEIGHTS) in str(error.value)
     assert "damaged" not in str(error.value)
 
 
 def test_a_closed_folder_is_one_clear_error(adapter: Path) -> None:
     adapter.chmod(0)
-    for call in (files.find, files.read):
+    for call in (find, read):
         with without_privileges(), pytest.raises(AdapterError, match=r"pets/\w+\.\w+ .*Permission denied"):
             call(adapter)
 
@@ -82,5 +83,5 @@ def test_below_a_closed_folder_there_is_no_adapter_and_what_upstream_says_stays_
 
 
 def test_a_config_that_says_nothing_does_not_hide_weights_that_do(adapter: Path) -> None:
-    (adapter / files.CONFIG).write_text('{"peft_type": null}')
-    assert files.find(adapter) == adapter
+    (adapter / CONFIG).write_text('{"peft_type": null}')
+    assert getattr(find(adapter), "path", None) == adapter

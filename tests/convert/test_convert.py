@@ -29,8 +29,9 @@ from tiny_llava import TinyLlava
 from transformers import LlamaForCausalLM
 
 from llava_steering_plugin import load_adapter, remove, token_map
-from llava_steering_plugin.adapters import folder as files
 from llava_steering_plugin.adapters.config import AdapterConfig
+from llava_steering_plugin.adapters.folder import ADAPTER, CARD, CONFIG, EXTRA, LLAVA_CONFIG, WEIGHTS
+from llava_steering_plugin.adapters.locate import read
 from llava_steering_plugin.convert import conversion
 from llava_steering_plugin.convert.conversion import Conversion, convert
 from llava_steering_plugin.errors import AdapterError
@@ -64,14 +65,12 @@ def test_the_folder_is_an_adapter_of_its_own_size_without_any_pickle(
     converted: dict[str, Conversion], method: str
 ) -> None:
     done = converted[method]
-    stored = files.read(done.folder)
+    stored = read(done.folder)
     assert stored.config == done.config and stored.config.mode == method
-    assert sorted(path.name for path in done.folder.iterdir()) == sorted(
-        [files.WEIGHTS, files.CONFIG, files.LLAVA_CONFIG, files.CARD]
-    )
-    assert sum(value.numel() for value in stored.section(files.ADAPTER).values()) == done.parameters
-    assert not stored.section(files.EXTRA)
-    assert done.size == (done.folder / files.WEIGHTS).stat().st_size < 4 * done.parameters + 20_000
+    assert sorted(path.name for path in done.folder.iterdir()) == sorted([WEIGHTS, CONFIG, LLAVA_CONFIG, CARD])
+    assert sum(value.numel() for value in stored.section(ADAPTER).values()) == done.parameters
+    assert not stored.section(EXTRA)
+    assert done.size == (done.folder / WEIGHTS).stat().st_size < 4 * done.parameters + 20_000
     assert LlamaForCausalLM.config_class.from_pretrained(done.folder).num_hidden_layers > 1
 
 
@@ -216,7 +215,7 @@ def test_an_adapter_on_some_layers_stays_on_these(
     done = convert(folder, tmp_path / "done", golden_base("mores"))
     assert done.config.settings["layers"] == "0,2"
     assert "layers: 2 of the base's 3 are steered" in said(done) and "are steered" not in said(converted["mores"])
-    assert {name.split(".")[2] for name in files.read(done.folder).tensors if name.startswith(files.ADAPTER)} == {
+    assert {name.split(".")[2] for name in read(done.folder).tensors if name.startswith(ADAPTER)} == {
         "0",
         "2",
     }

@@ -27,7 +27,8 @@ from training_runs import train_flags, train_in_process
 from transformers import LlamaForCausalLM
 
 from llava_steering_plugin import load_adapter
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.folder import ADAPTER
+from llava_steering_plugin.adapters.locate import read
 from llava_steering_plugin.convert.conversion import Conversion, convert
 from llava_steering_plugin.errors import ArgumentsError, BaseMismatch, SteeringError
 
@@ -156,13 +157,13 @@ def test_a_converted_checkpoint_trains_on_and_its_routers_stay_as_the_authors_le
     patched_llava: Path, tiny: TinyLlava, tmp_path: Path
 ) -> None:
     mixlora_over(tiny.llava, tmp_path / "whole", {})
-    before = files.read(convert(tmp_path / "whole", tmp_path / "adapter").folder).section(files.ADAPTER)
+    before = read(convert(tmp_path / "whole", tmp_path / "adapter").folder).section(ADAPTER)
     flags = {"adapter_path": tmp_path / "adapter", "freeze_mm_mlp_adapter": True}
     train_in_process(train_flags(tiny, tmp_path / "further", flags))
-    after = files.read(tmp_path / "further")
+    after = read(tmp_path / "further")
     assert after.config.settings["variant"] == "released"
-    assert after.section(files.ADAPTER).keys() == before.keys()
-    for name, value in after.section(files.ADAPTER).items():
+    assert after.section(ADAPTER).keys() == before.keys()
+    for name, value in after.section(ADAPTER).items():
         assert torch.equal(value, before[name]) == (".router_" in name), name
 
 

@@ -12,7 +12,7 @@ import pytest
 from released_checkpoints import golden, golden_base
 from typer.testing import CliRunner
 
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.locate import read
 from llava_steering_plugin.cli import app
 from llava_steering_plugin.errors import AdapterError, ArgumentsError
 
@@ -30,7 +30,7 @@ def test_the_command_shows_what_it_made_and_what_it_lost(tmp_path: Path) -> None
     ):
         assert text in done.output
     assert "conversation template" not in done.output
-    assert files.read(tmp_path / "done").config.conversation == "vicuna_v1"
+    assert read(tmp_path / "done").config.conversation == "vicuna_v1"
     again = CliRunner().invoke(app, command)
     assert isinstance(again.exception, AdapterError) and "--force" in str(again.exception)
 
@@ -54,7 +54,7 @@ def test_a_llava_that_does_not_import_keeps_nobody_from_naming_a_template(
     command = ["convert", str(golden("mores")), str(tmp_path / "done"), "--base", golden_base("mores")]
     done = CliRunner().invoke(app, [*command, "--conversation", "vicuna_v1"])
     assert done.exit_code == 0, done.output
-    assert files.read(tmp_path / "done").config.conversation == "vicuna_v1"
+    assert read(tmp_path / "done").config.conversation == "vicuna_v1"
 
 
 def test_a_base_in_the_hubs_cache_is_found_by_its_name(tmp_path: Path) -> None:
@@ -69,4 +69,4 @@ def test_a_base_in_the_hubs_cache_is_found_by_its_name(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert "21 tensors of the base in the checkpoint have the values of somebody/tiny" in run.stdout
-    assert files.read(tmp_path / "done").config.base.name_or_path == "somebody/tiny"
+    assert read(tmp_path / "done").config.base.name_or_path == "somebody/tiny"

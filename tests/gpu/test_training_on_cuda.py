@@ -12,7 +12,8 @@ import torch
 from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.folder import ADAPTER, EXTRA, StoredAdapter
+from llava_steering_plugin.adapters.locate import read
 
 pytestmark = pytest.mark.gpu
 
@@ -30,9 +31,9 @@ def one_gpu(patched_llava: Path) -> None:
         pytest.skip("one process trains on one GPU; show one only: CUDA_VISIBLE_DEVICES=0")
 
 
-def train(tiny: TinyLlava, output: Path, overrides: Mapping[str, object]) -> files.StoredAdapter:
+def train(tiny: TinyLlava, output: Path, overrides: Mapping[str, object]) -> StoredAdapter:
     train_in_process(train_flags(tiny, output, {"use_cpu": None, "max_steps": STEPS, **overrides}))
-    stored = files.read(output)
+    stored = read(output)
     assert all(bool(value.isfinite().all()) for value in stored.tensors.values())
     return stored
 
@@ -46,12 +47,10 @@ def test_every_mode_trains_with_its_projector_in_every_precision_and_quantisatio
     chosen = {"bf16": precision == "bf16", "fp16": precision == "fp16", "bits": bits}
     stored = train(tiny, tmp_path / "run", {**MODES[mode], **chosen})
     assert stored.config.trained_on["bits"] == bits
-    assert {value.dtype for value in stored.section(files.ADAPTER).values()} == {torch.float32}
+    assert {value.dtype for value in stored.section(ADAPTER).values()} == {torch.float32}
     before = torch.load(tiny.projector, weights_only=True)
     # GradScaler skips the first steps while it looks for its scale, so some change is all that can be promised.
-    assert any(
-        not torch.equal(value.float(), before[name].float()) for name, value in stored.section(files.EXTRA).items()
-    )
+    assert any(not torch.equal(value.float(), before[name].float()) for name, value in stored.section(EXTRA).items())
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -84,7 +83,7 @@ def test_what_was_trained_on_four_bits_answers_on_any(tiny: TinyLlava, tmp_path:
     train(tiny, tmp_path / "pets", {**MODES["mores"], "bits": 4})
     path = str(tmp_path / "pets")
     tokenizer, model, processor, _ = load_pretrained_model(path, None, get_model_name_from_path(path), **how)
-    for name, value in files.read(path).section(files.EXTRA).items():
+    for name, value in read(path).section(EXTRA).items():
         assert torch.equal(model.get_parameter(name).cpu(), value.to(model.dtype))
     picture = Image.open(sorted(tiny.images.iterdir())[0]).convert("RGB")
     pixels = process_images([picture], processor, model.config).to(model.device, torch.float16)

@@ -13,7 +13,8 @@ from quick_runs import SCRIPTS
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.folder import EXTRA
+from llava_steering_plugin.adapters.locate import read
 from llava_steering_plugin.planning.from_flags import Wanted
 from llava_steering_plugin.planning.plan import plan
 
@@ -199,7 +200,7 @@ def test_the_script_trains_the_tiny_model_to_an_adapter(
     done = run(name, patched_llava, checkout, *flags, **asked)
 
     assert done.returncode == 0, done.stderr[-3000:]
-    stored = files.read(checkout / "out")
+    stored = read(checkout / "out")
     assert stored.config.mode == ("mixlora" if name == "mixlora" else "mores")
     assert stored.config.trained_on["bits"] == (4 if name == "mores_4bit" else 16)
-    assert bool(stored.section(files.EXTRA)) == (name != "task_mores")
+    assert bool(stored.section(EXTRA)) == (name != "task_mores")

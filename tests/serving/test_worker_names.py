@@ -16,7 +16,7 @@ from ports import free_port
 from tiny_llava import TinyLlava, without_half_of_its_weights
 
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
-from llava_steering_plugin.inference.sources import PREFIXES, check_all, label_of, read_sources, shown_name
+from llava_steering_plugin.inference.sources import PREFIXES, label_of, locate_all, read_sources, shown_name
 
 MISLEADING = ("cats", "llava-v1.6-34b-mistral", "my-mpt", "mixlora-llama-2", "plain", "mmtag-orca-hermes", "2cats")
 
@@ -130,7 +130,7 @@ def test_two_adapters_of_one_name_are_refused_together_with_everything_else_that
 @pytest.mark.parametrize("word", ["x" * 300, "pets=" + "x" * 300, "y/" * 2100 + "pets"])
 def test_a_path_that_no_file_system_takes_is_a_message_and_no_traceback(word: str) -> None:
     with pytest.raises(SteeringError, match=r"is no folder|cannot be the name"):
-        check_all(read_sources([word]))
+        locate_all(read_sources([word]))
 
 
 def test_the_base_of_serve_may_be_a_path_that_no_file_system_takes() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tiny_llava import TinyLlava
 
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.locate import read
 
 MORES: dict[str, object] = {"tuning_mode": "mores", "mores_rank": 2, "mores_tokens": "all"}
 MIXLORA: dict[str, object] = {"tuning_mode": "mixlora"}
@@ -57,7 +57,7 @@ def resumed_from(whole: Path, step: int, output: Path) -> Path:
 
 
 def assert_close(one: Path, other: Path, rtol: float = 1e-4) -> None:
-    first, second = files.read(one), files.read(other)
+    first, second = read(one), read(other)
     assert first.tensors.keys() == second.tensors.keys()
     for name, value in first.tensors.items():
         torch.testing.assert_close(
@@ -66,7 +66,7 @@ def assert_close(one: Path, other: Path, rtol: float = 1e-4) -> None:
 
 
 def assert_equal(one: Path, other: Path) -> None:
-    first, second = files.read(one), files.read(other)
+    first, second = read(one), read(other)
     assert first.tensors.keys() == second.tensors.keys()
     assert not [name for name, value in first.tensors.items() if not torch.equal(value, second.tensors[name])]
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.locate import read
 from llava_steering_plugin.convert.conversion import Conversion, convert
 from llava_steering_plugin.errors import AdapterError, SteeringError
 
@@ -127,5 +127,5 @@ def said(notes: Conversion) -> str:
 
 
 def same_adapter(one: Path, other: Path) -> bool:
-    here, there = files.read(one).tensors, files.read(other).tensors
+    here, there = read(one).tensors, read(other).tensors
     return here.keys() == there.keys() and all(torch.equal(value, there[name]) for name, value in here.items())

@@ -19,7 +19,7 @@ from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 from transformers import TrainingArguments
 
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.folder import WEIGHTS
 from llava_steering_plugin.errors import CheckpointError
 from llava_steering_plugin.training import checkpoints, integrity
 
@@ -74,7 +74,7 @@ def flip(path: Path) -> None:
 
 DAMAGE = [
     (name, damage)
-    for name in (files.WEIGHTS, integrity.STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth")
+    for name in (WEIGHTS, integrity.STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth")
     for damage in (Path.unlink, cut, empty)
 ] + [("optimizer.pt", flip), ("rng_state.pth", flip)]
 
@@ -121,11 +121,11 @@ def test_without_any_whole_checkpoint_the_training_starts_from_the_beginning(
     gone.wait()
     shutil.copytree(whole / "checkpoint-2", run / "tmp-checkpoint-2")
     for process in (gone.pid, os.getppid()):
-        (run / f".{files.WEIGHTS}.{process}.partial").write_bytes(b"half")
+        (run / f".{WEIGHTS}.{process}.partial").write_bytes(b"half")
     again(tiny, run)
     assert_equal(whole, run)
     assert not list(run.glob("tmp-*"))
-    assert [path.name for path in run.glob(".*")] == [f".{files.WEIGHTS}.{os.getppid()}.partial"], "it still runs"
+    assert [path.name for path in run.glob(".*")] == [f".{WEIGHTS}.{os.getppid()}.partial"], "it still runs"
 
 
 @pytest.mark.parametrize("length", [{}, {"max_steps": None, "num_train_epochs": 0.66}], ids=["steps", "epochs"])

@@ -26,7 +26,7 @@ from tiny_llava import TinyLlava
 from torch.utils import cpp_extension
 from training_runs import subprocess_environment, train_flags
 
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.folder import WEIGHTS
 from llava_steering_plugin.training import checkpoints, integrity
 
 pytestmark = pytest.mark.slow
@@ -199,7 +199,7 @@ def test_a_sigterm_to_one_rank_and_its_data_loaders_workers_saves_the_same_step_
     newest = output / f"checkpoint-{max(checkpoints.by_step(output))}"
     assert not integrity.problems_in(newest)
     assert integrity.ranks_of(newest) == ranks
-    assert not (output / files.WEIGHTS).exists(), "an unfinished training looks finished"
+    assert not (output / WEIGHTS).exists(), "an unfinished training looks finished"
 
 
 def wait_for(folder: Path, job: Job, seconds: float = 120) -> None:

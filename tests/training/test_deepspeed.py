@@ -29,8 +29,9 @@ from rank_runs import (
 from tiny_llava import HIDDEN, LAYERS, TinyLlava
 from training_runs import subprocess_environment, train_flags, train_in_process
 
-from llava_steering_plugin.adapters import folder as files
 from llava_steering_plugin.adapters.attachment import required
+from llava_steering_plugin.adapters.folder import ADAPTER
+from llava_steering_plugin.adapters.locate import read
 
 OFFLOADED: dict[str, object] = {**RESUMABLE, "bf16": True}
 
@@ -101,7 +102,7 @@ def test_a_training_whose_last_checkpoint_is_its_end_saves_its_result_and_trains
 def test_sharded_parameters_are_saved_whole_whether_or_not_deepspeed_gathers_on_its_own(runs: Path, run: str) -> None:
     checkpoint = max((runs / run).glob("checkpoint-*"))
     for folder in (runs / run, checkpoint):
-        stored = files.read(folder).section(files.ADAPTER)
+        stored = read(folder).section(ADAPTER)
         shapes = sorted(tuple(value.shape) for value in stored.values())
         assert shapes == sorted([(2,), (2, HIDDEN), (2, HIDDEN)] * LAYERS)
         assert all(value.any() for name, value in stored.items() if not name.startswith(f"layers.{LAYERS - 1}."))
@@ -114,7 +115,7 @@ def test_no_adapter_of_any_run_holds_an_empty_tensor(runs: Path) -> None:
     trained = [folder for folder in runs.iterdir() if folder.is_dir()]
     assert len(trained) == 19
     for folder in trained:
-        assert not [name for name, value in files.read(folder).tensors.items() if not value.numel()], folder
+        assert not [name for name, value in read(folder).tensors.items() if not value.numel()], folder
 
 
 @pytest.mark.slow
@@ -130,7 +131,7 @@ def test_in_bfloat16_the_adapter_is_saved_as_the_engine_holds_it_and_steers_in_f
     from llava.model.builder import load_pretrained_model
 
     path = str(runs / f"bf16-{stage}")
-    assert {value.dtype for value in files.read(path).section(files.ADAPTER).values()} == {torch.bfloat16}
+    assert {value.dtype for value in read(path).section(ADAPTER).values()} == {torch.bfloat16}
     model = load_pretrained_model(path, None, get_model_name_from_path(path), device="cpu", device_map="cpu")[1]
     attachment = required(model)
     assert {parameter.dtype for parameter in attachment.parameters().values()} == {torch.float32}

@@ -14,7 +14,8 @@ from tiny_llava import HIDDEN, LAYERS, TinyLlava
 from training_runs import train_flags, train_in_process
 
 from llava_steering_plugin import disabled
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.folder import ADAPTER, EXTRA, StoredAdapter
+from llava_steering_plugin.adapters.locate import read
 
 MIXLORA = {
     "tuning_mode": "mixlora",
@@ -30,11 +31,9 @@ ROUTERS = sum(2 * 8 * wide + 2 * 8 * wide for wide, _ in TARGETS)
 RESUMABLE = {"mixlora_dropout": 0.1, "mixlora_noise": 0.1, "mixlora_balance": 0.01, "max_steps": 10}
 
 
-def train(
-    tiny: TinyLlava, output: Path, overrides: Mapping[str, object]
-) -> tuple[files.StoredAdapter, list[dict[str, Any]]]:
+def train(tiny: TinyLlava, output: Path, overrides: Mapping[str, object]) -> tuple[StoredAdapter, list[dict[str, Any]]]:
     history = train_in_process(train_flags(tiny, output, {**MIXLORA, **overrides}))
-    return files.read(output), history
+    return read(output), history
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +45,9 @@ def whole_run(tiny: TinyLlava, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_pools_and_routers_are_saved_and_nothing_else(whole_run: Path) -> None:
-    stored = files.read(whole_run)
-    assert sum(value.numel() for value in stored.section(files.ADAPTER).values()) == LAYERS * (POOLS + ROUTERS)
-    assert not stored.section(files.EXTRA)
+    stored = read(whole_run)
+    assert sum(value.numel() for value in stored.section(ADAPTER).values()) == LAYERS * (POOLS + ROUTERS)
+    assert not stored.section(EXTRA)
     assert stored.config.mode == "mixlora"
     assert all(bool(value.any()) for name, value in stored.tensors.items() if name.endswith("routed_b"))
 
@@ -71,7 +70,7 @@ def test_a_resumed_run_ends_bit_equal_to_the_uninterrupted_one(
     torch.manual_seed(1234)
     flags = {**RESUMABLE, "save_strategy": "steps", "save_steps": 4, "learning_rate": 5e-3}
     resumed, _ = train(tiny, tmp_path / "run", flags)
-    whole = files.read(whole_run)
+    whole = read(whole_run)
     assert resumed.tensors.keys() == whole.tensors.keys()
     assert not [name for name, value in whole.tensors.items() if not torch.equal(value, resumed.tensors[name])]
 
@@ -80,8 +79,8 @@ def test_frozen_routers_train_are_saved_as_they_were_drawn_and_load(tiny: TinyLl
     flags = {"mixlora_router_grad": "none", "mixlora_routing": "sequence", "max_steps": 2}
     short, _ = train(tiny, tmp_path / "short", flags)
     longer, _ = train(tiny, tmp_path / "longer", {**flags, "max_steps": 3})
-    for name, value in longer.section(files.ADAPTER).items():
-        same = torch.equal(value, short.section(files.ADAPTER)[name])
+    for name, value in longer.section(ADAPTER).items():
+        same = torch.equal(value, short.section(ADAPTER)[name])
         assert same == (".router_" in name), name
 
 

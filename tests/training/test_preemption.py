@@ -13,7 +13,8 @@ from rank_runs import assert_equal
 from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.folder import WEIGHTS
+from llava_steering_plugin.adapters.locate import read
 from llava_steering_plugin.training.gradient_check import GradientCheck
 
 FLAGS: dict[str, object] = {
@@ -49,7 +50,7 @@ def test_after_sigterm_the_step_is_saved_and_the_same_command_ends_bit_equal_to_
         assert stopped.value.code == 128 + signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) == before
         assert (tmp_path / "run" / f"checkpoint-{step + 1}").is_dir()
-        assert not (tmp_path / "run" / files.WEIGHTS).exists(), "an unfinished training looks finished"
+        assert not (tmp_path / "run" / WEIGHTS).exists(), "an unfinished training looks finished"
 
     train_in_process(train_flags(tiny, tmp_path / "run", flags))
     train_in_process(train_flags(tiny, tmp_path / "whole", flags))
@@ -61,4 +62,4 @@ def test_a_sigterm_after_the_last_step_lets_the_training_save_its_result(
 ) -> None:
     train_with_a_signal_after(3, train_flags(tiny, tmp_path / "run", FLAGS))
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 3
-    assert files.read(tmp_path / "run").tensors
+    assert read(tmp_path / "run").tensors

@@ -16,8 +16,9 @@ from tiny_llava import HIDDEN, TinyLlava
 from torch import Tensor, nn
 from training_runs import train_flags, train_in_process
 
-from llava_steering_plugin.adapters import folder as files
 from llava_steering_plugin.adapters.attachment import required
+from llava_steering_plugin.adapters.folder import ADAPTER, CARD, EXTRA
+from llava_steering_plugin.adapters.locate import read
 from llava_steering_plugin.training import trainer
 
 MORES: dict[str, object] = {"tuning_mode": "mores", "mores_rank": 2, "mores_tokens": "all"}
@@ -91,9 +92,9 @@ def test_with_four_bits_only_the_backbone_is_quantised_and_the_adapter_trains_in
     assert packed.quant_state.quant_type == "nf4" and packed.quant_state.nested
     assert {type(part) for part in model.get_model().mm_projector} == {nn.Linear, nn.GELU}
     assert {parameter.dtype for parameter in required(model).parameters().values()} == {torch.float32}
-    stored = files.read(output)
-    assert {value.dtype for value in stored.section(files.ADAPTER).values()} == {torch.float32}
-    shifts = [value for name, value in stored.section(files.ADAPTER).items() if name.endswith("steer_shift")]
+    stored = read(output)
+    assert {value.dtype for value in stored.section(ADAPTER).values()} == {torch.float32}
+    shifts = [value for name, value in stored.section(ADAPTER).items() if name.endswith("steer_shift")]
     assert all(bool(shift.abs().max() > 0) for shift in shifts[:-1])
 
 
@@ -105,8 +106,8 @@ def test_the_mark_for_transformers_refusal_is_gone_once_the_trainer_stands(four_
 def test_the_card_says_what_it_was_trained_on(four_bit: tuple[Path, Any]) -> None:
     output, _ = four_bit
     expected = {"bits": 4, "compute dtype": "bfloat16", "quantisation": "nf4, double"}
-    assert files.read(output).config.trained_on == expected
-    card = (output / files.CARD).read_text()
+    assert read(output).config.trained_on == expected
+    card = (output / CARD).read_text()
     assert all(f"| {key} | `{value}` |" in card for key, value in expected.items())
 
 
@@ -123,7 +124,7 @@ def test_a_resumed_four_bit_run_ends_bit_equal(four_bit: tuple[Path, Any], tiny:
     output, _ = four_bit
     shutil.copytree(output / "checkpoint-6", tmp_path / "run" / "checkpoint-6")
     train(tiny, tmp_path / "run", {"bits": 4, **WATCHED, "save_strategy": "steps", "save_steps": 6})
-    whole, resumed = files.read(output), files.read(tmp_path / "run")
+    whole, resumed = read(output), read(tmp_path / "run")
     assert not [name for name, value in whole.tensors.items() if not torch.equal(value, resumed.tensors[name])]
 
 
@@ -144,7 +145,7 @@ def test_other_quantisations_precisions_and_modes_train(
     model = train(tiny, tmp_path / "run", flags)
     expected = bitsandbytes.nn.Linear4bit if flags["bits"] == 4 else bitsandbytes.nn.Linear8bitLt
     assert linear_kinds(model) <= {expected, nn.Linear} and expected in linear_kinds(model)
-    stored = files.read(tmp_path / "run")
+    stored = read(tmp_path / "run")
     assert stored.config.trained_on["bits"] == flags["bits"]
     assert all(bool(value.isfinite().all()) for value in stored.tensors.values())
     # Zero at first, in MixLoRA.
@@ -175,7 +176,7 @@ def test_over_four_bits_gradient_checkpointing_changes_nothing(tiny: TinyLlava, 
     common = {"bits": 4, "bf16": False}
     train(tiny, tmp_path / "plain", {**common, "gradient_checkpointing": False})
     train(tiny, tmp_path / "recomputed", {**common, "gradient_checkpointing": True})
-    plain, recomputed = files.read(tmp_path / "plain"), files.read(tmp_path / "recomputed")
+    plain, recomputed = read(tmp_path / "plain"), read(tmp_path / "recomputed")
     for name, value in plain.tensors.items():
         torch.testing.assert_close(recomputed.tensors[name], value)
 
@@ -195,7 +196,7 @@ def test_an_adapter_trained_on_four_bits_loads_on_any_with_its_trained_projector
     loaded = load(four_bit[0], **how)
     model = loaded[1]
     assert linear_kinds(model) == {kind}
-    for name, value in files.read(four_bit[0]).section(files.EXTRA).items():
+    for name, value in read(four_bit[0]).section(EXTRA).items():
         torch.testing.assert_close(model.get_parameter(name), value.to(model.dtype), rtol=0, atol=0)
     assert bool(answer(loaded, tiny).isfinite().all())
 

@@ -11,7 +11,8 @@ from rank_runs import MIXLORA, MORES, assert_equal, losses, resumed_from
 from tiny_llava import TinyLlava
 from training_runs import train_flags
 
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.folder import EXTRA
+from llava_steering_plugin.adapters.locate import read
 
 # More than the ten steps after which a parameter without a gradient would have stopped the training.
 COMMON = {"use_cpu": None, "max_steps": 11, "per_device_train_batch_size": 2}
@@ -41,9 +42,9 @@ def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize("name", RUNS)
 def test_a_quantised_backbone_trains_under_zero_2_and_its_adapter_is_saved(runs: Path, name: str) -> None:
     assert len(losses(runs / name)) == COMMON["max_steps"]
-    stored = files.read(runs / name)
+    stored = read(runs / name)
     assert stored.config.trained_on["bits"] == RUNS[name]["bits"]
-    assert stored.section(files.EXTRA), "the projector is trained too"
+    assert stored.section(EXTRA), "the projector is trained too"
     assert all(bool(value.isfinite().all()) for value in stored.tensors.values())
     # Zero at first, in either mode.
     moved = [value for key, value in stored.tensors.items() if key.endswith(("routed_b", "steer_shift"))]

@@ -14,19 +14,20 @@ import torch
 from tiny_llava import HIDDEN, LAYERS, TinyLlava
 from training_runs import plain_llm_overrides, train_flags, train_in_process
 
-from llava_steering_plugin.adapters import folder as files
+from llava_steering_plugin.adapters.folder import ADAPTER, EXTRA, WEIGHTS, StoredAdapter
+from llava_steering_plugin.adapters.locate import find, read
 
 MORES = {"tuning_mode": "mores", "mores_rank": 2, "mores_tokens": "all"}
 FROZEN = {"freeze_mm_mlp_adapter": True}
 PARAMETERS = LAYERS * (2 * HIDDEN * 2 + 2)
 
 
-def train(tiny: TinyLlava, output: Path, overrides: Mapping[str, object]) -> files.StoredAdapter:
+def train(tiny: TinyLlava, output: Path, overrides: Mapping[str, object]) -> StoredAdapter:
     train_in_process(train_flags(tiny, output, {**MORES, **overrides}))
-    return files.read(output)
+    return read(output)
 
 
-def assert_same_tensors(one: files.StoredAdapter, other: files.StoredAdapter) -> None:
+def assert_same_tensors(one: StoredAdapter, other: StoredAdapter) -> None:
     assert one.tensors.keys() == other.tensors.keys()
     different = [name for name, value in one.tensors.items() if not torch.equal(value, other.tensors[name])]
     assert not different
@@ -54,11 +55,11 @@ RESUMABLE = {**FROZEN, "mores_dropout": 0.1, "max_steps": 10, "save_strategy": "
 
 
 def test_a_frozen_projector_leaves_an_adapter_of_kilobytes_that_changed(whole_run: Path) -> None:
-    stored = files.read(whole_run)
-    assert sum(value.numel() for value in stored.section(files.ADAPTER).values()) == PARAMETERS
-    assert not stored.section(files.EXTRA)
-    assert (whole_run / files.WEIGHTS).stat().st_size < 16_384
-    shifts = [value for name, value in stored.section(files.ADAPTER).items() if name.endswith("steer_shift")]
+    stored = read(whole_run)
+    assert sum(value.numel() for value in stored.section(ADAPTER).values()) == PARAMETERS
+    assert not stored.section(EXTRA)
+    assert (whole_run / WEIGHTS).stat().st_size < 16_384
+    shifts = [value for name, value in stored.section(ADAPTER).items() if name.endswith("steer_shift")]
     # The last layer's visual tokens reach no target; all others must have learned.
     assert all(bool(shift.abs().max() > 0) for shift in shifts[:-1])
     assert not [path for path in whole_run.rglob("*") if path.suffix == ".bin" and "optimizer" not in path.name]
@@ -66,7 +67,7 @@ def test_a_frozen_projector_leaves_an_adapter_of_kilobytes_that_changed(whole_ru
 
 def test_every_checkpoint_is_a_complete_adapter(whole_run: Path) -> None:
     for name in ("checkpoint-4", "checkpoint-8"):
-        assert files.read(whole_run / name).config == files.read(whole_run).config
+        assert read(whole_run / name).config == read(whole_run).config
         assert (whole_run / name / "trainer_state.json").is_file()
 
 
@@ -78,7 +79,7 @@ def test_a_resumed_run_ends_bit_equal_to_the_uninterrupted_one(
     shutil.copytree(whole_run / f"checkpoint-{step}", tmp_path / "run" / f"checkpoint-{step}")
     torch.manual_seed(1234)
     resumed = train(tiny, tmp_path / "run", RESUMABLE)
-    assert_same_tensors(resumed, files.read(whole_run))
+    assert_same_tensors(resumed, read(whole_run))
 
 
 def test_a_plain_llm_with_a_pretrained_projector_gives_the_adapter_that_the_whole_llava_gives(
@@ -87,10 +88,10 @@ def test_a_plain_llm_with_a_pretrained_projector_gives_the_adapter_that_the_whol
     # Both bases have the same weights, so everything learned must be the same; only one must carry the projector.
     whole = train(tiny, tmp_path / "whole", {**FROZEN, "bf16": False})
     plain = train(tiny, tmp_path / "plain", {**FROZEN, "bf16": False, **plain_llm_overrides(tiny)})
-    assert whole.section(files.ADAPTER).keys() == plain.section(files.ADAPTER).keys()
-    for name, value in whole.section(files.ADAPTER).items():
-        torch.testing.assert_close(plain.section(files.ADAPTER)[name], value)
-    assert sorted(plain.section(files.EXTRA)) == [
+    assert whole.section(ADAPTER).keys() == plain.section(ADAPTER).keys()
+    for name, value in whole.section(ADAPTER).items():
+        torch.testing.assert_close(plain.section(ADAPTER)[name], value)
+    assert sorted(plain.section(EXTRA)) == [
         f"model.mm_projector.{layer}.{kind}" for layer in (0, 2) for kind in ("bias", "weight")
     ]
     assert plain.config.base.name_or_path == str(tiny.llm)
@@ -102,17 +103,17 @@ def test_a_trained_projector_is_in_the_adapter_and_follows_its_own_learning_rate
     still = train(tiny, tmp_path / "still", {"mm_projector_lr": 0.0, "bf16": False})
     moved = train(tiny, tmp_path / "moved", {"mm_projector_lr": 1e-2, "bf16": False})
     original = torch.load(tiny.projector, weights_only=True)
-    for name, value in still.section(files.EXTRA).items():
+    for name, value in still.section(EXTRA).items():
         torch.testing.assert_close(value, original[name].to(value.dtype), msg=name)
-        assert not torch.equal(moved.section(files.EXTRA)[name], value)
+        assert not torch.equal(moved.section(EXTRA)[name], value)
 
 
 def test_training_continues_from_an_adapter(tiny: TinyLlava, whole_run: Path, tmp_path: Path) -> None:
     flags = {"tuning_mode": None, "mores_rank": None, "mores_tokens": None, "adapter_path": whole_run}
     unchanged = train(tiny, tmp_path / "unchanged", {**FROZEN, **flags, "learning_rate": 0.0})
-    assert_same_tensors(unchanged, files.read(whole_run))
+    assert_same_tensors(unchanged, read(whole_run))
     continued = train(tiny, tmp_path / "continued", {**FROZEN, **flags})
-    assert continued.config.settings == files.read(whole_run).config.settings
+    assert continued.config.settings == read(whole_run).config.settings
     assert any(not torch.equal(value, unchanged.tensors[name]) for name, value in continued.tensors.items())
 
 
@@ -272,7 +273,7 @@ def test_a_training_that_is_kept_on_the_processor_starts_whatever_gpus_there_are
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     overrides = {**MORES, "use_cpu": None, flag: True, "max_steps": 1}
     train_in_process(train_flags(tiny, tmp_path / "run", overrides))
-    assert files.find(tmp_path / "run") is not None
+    assert find(tmp_path / "run") is not None
 
 
 def test_several_gpus_in_one_process_are_refused_with_the_launcher_to_use(
