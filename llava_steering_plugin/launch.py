@@ -1,18 +1,19 @@
-"""Runs one of upstream's programs with the plugin active, without editing LLaVA: for installs that are read-only.
+"""Run one of LLaVA's programs with the plugin active, without editing LLaVA: for installs that are read-only.
 
     python -m llava_steering_plugin.launch [--cpu] [--seed N] MODULE [ARGUMENTS of MODULE]
     deepspeed --module llava_steering_plugin.launch llava.train.train_mem --tuning_mode mores ...
     torchrun --nproc_per_node 2 -m llava_steering_plugin.launch llava.train.train_mem --tuning_mode mores ...
 
-Running a module as `__main__` (what `python -m` does) would leave hooks on that module without effect, and train.py is
-one that needs them. So the module is imported under its own name, and then the body of its `if __name__ == "__main__":`
-block is executed in its namespace. That is what upstream's authors wrote for this program, whichever it is: `train()`,
+Hooks have no effect on a module that runs as `__main__`, as with `python -m`, and train.py needs them. So the module is
+imported under its own name, and then the body of its `if __name__ == "__main__":` block is executed in its namespace.
+That block is what LLaVA's authors wrote for the program, whichever it is: `train()`,
 `train(attn_implementation="flash_attention_2")`, or an argument parser whose `args` the module's functions read as a
 global.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import importlib.util
@@ -22,23 +23,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType
+from typing import NoReturn
 
 from llava_steering_plugin.errors import SteeringError, UpstreamError, nearest
 from llava_steering_plugin.lazy_imports import defer_compilation
 from llava_steering_plugin.upstream import startup
 from llava_steering_plugin.upstream.install import install
+from llava_steering_plugin.upstream.source import is_main_test
 
-USAGE = """\
-usage: python -m llava_steering_plugin.launch [--cpu] [--seed N] MODULE [ARGUMENTS of MODULE]
+DESCRIPTION = """\
+Run one of LLaVA's programs with the plugin active, without editing LLaVA. For example:
 
-Runs one of LLaVA's programs with the plugin active, without editing LLaVA. For example
   python -m llava_steering_plugin.launch llava.train.train --tuning_mode mores ...
   deepspeed --module llava_steering_plugin.launch llava.train.train_mem --tuning_mode mores ...
   python -m llava_steering_plugin.launch --cpu llava.eval.model_vqa_loader --model-path ADAPTER ...
 
-  --cpu       run on the processor, also what asks for CUDA in so many words (upstream's evaluation scripts)
-  --seed N    seed torch first: LLaVA draws a new projector before its own --seed counts, another one in every run
-  -h, --help  this text; after MODULE, the help of MODULE
+Options of launch come before MODULE. Everything after MODULE is passed to the module.
 """
 
 
@@ -47,8 +47,15 @@ class UsageError(SteeringError):
 
 
 @dataclass
-class Request:
-    """What the command line asks for."""
+class LaunchRequest:
+    """What the command line asks for.
+
+    Attributes:
+        module: dotted name of the module to run.
+        arguments: its own command line.
+        cpu: run on the CPU, also what asks for CUDA.
+        seed: of torch, set before the program starts; None: not set.
+    """
 
     module: str
     arguments: list[str] = field(default_factory=list)
@@ -56,43 +63,76 @@ class Request:
     seed: int | None = None
 
 
-def read_request(words: Sequence[str]) -> Request | None:
-    """Split the command line at MODULE; None asks for help.
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
 
-    What comes after MODULE is its own business. deepspeed puts its `--local_rank=N` before MODULE; it is handed on.
+
+def command_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options that come before MODULE."""
+    parser = _Parser(
+        prog="python -m llava_steering_plugin.launch",
+        usage="python -m llava_steering_plugin.launch [--cpu] [--seed N] MODULE [ARGUMENTS of MODULE]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "program",
+        metavar="MODULE",
+        nargs=argparse.REMAINDER,
+        help="the program, such as llava.train.train; its arguments",
+    )
+    parser.add_argument(
+        "--cpu",
+        action="store_true",
+        help="run on the CPU, including programs that ask for CUDA by name (LLaVA's evaluation scripts)",
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=_seed,
+        help="set torch's seed first: LLaVA initialises a new projector before its own --seed takes effect",
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this text; after MODULE, the help of MODULE")
+    # deepspeed and old versions of torchrun put it before MODULE, with `=`.
+    for name in ("--local_rank", "--local-rank"):
+        parser.add_argument(name, dest=name, help=argparse.SUPPRESS)
+    return parser
+
+
+def read_request(words: Sequence[str]) -> LaunchRequest | None:
+    """Split the command line at MODULE; return None if it asks for help.
+
+    Everything after MODULE belongs to the module. `--local_rank=N` before MODULE is handed on to it.
 
     Raises:
         UsageError: an unknown option before MODULE, a seed that is no number, or no MODULE.
     """
-    cpu, seed, handed_on = False, None, []
-    left = iter(words)
-    for word in left:
-        if word in ("-h", "--help"):
-            return None
-        if word == "--cpu":
-            cpu = True
-        elif word == "--seed" or word.startswith("--seed="):
-            seed = _seed(word.partition("=")[2] if "=" in word else next(left, ""))
-        elif word.startswith(("--local_rank=", "--local-rank=")):
-            handed_on.append(word)
-        elif word.startswith("-"):
-            raise UsageError(f"unknown option {word} before MODULE; options of the module come after its name")
-        else:
-            return Request(word, [*handed_on, *left], cpu, seed)
-    raise UsageError("no MODULE given, for example llava.train.train")
+    options, unknown = command_parser().parse_known_args(words)
+    if options.help:
+        return None
+    if unknown:
+        raise UsageError(f"unknown option {unknown[0]} before MODULE; the options of MODULE come after its name")
+    if not options.program:
+        raise UsageError("no MODULE given, for example llava.train.train")
+    module, *arguments = options.program
+    ranks = [f"{name}={rank}" for name, rank in vars(options).items() if name.startswith("--local") and rank]
+    return LaunchRequest(module, [*ranks, *arguments], options.cpu, options.seed)
 
 
 def _seed(word: str) -> int:
     if not word.isascii() or not word.isdigit() or int(word) >= 2**64:
-        raise UsageError(f"--seed takes a whole number from 0 to 2**64 - 1, not {word!r}")
+        raise argparse.ArgumentTypeError(f"takes a whole number from 0 to 2**64 - 1, not {word!r}")
     return int(word)
 
 
-def run(request: Request) -> None:
+def run(request: LaunchRequest) -> None:
     """Run the module's program in this process.
 
     Raises:
-        UpstreamError: no such module, or nothing in it to run.
+        UpstreamError: there is no such module, or it is no program.
     """
     _refuse_a_path(request.module)
     defer_compilation()
@@ -127,12 +167,12 @@ def run(request: Request) -> None:
 
 
 def main_block(source: Path) -> CodeType | None:
-    """The code below `if __name__ == "__main__":` in the file, with its line numbers; None without such a block."""
+    """Return the code below `if __name__ == "__main__":` in the file, with its line numbers; None if there is none."""
     tree = ast.parse(source.read_bytes(), filename=str(source))
     body = [
         statement
         for node in tree.body
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "'__main__' == __name__")
+        if isinstance(node, ast.If) and is_main_test(node.test)
         for statement in node.body
     ]
     return compile(ast.Module(body, type_ignores=[]), str(source), "exec") if body else None
@@ -148,7 +188,7 @@ def _refuse_a_path(module: str) -> None:
 
 
 def _find_source(name: str) -> Path:
-    """The source file of a module; imports its parent packages only."""
+    """Return the source file of a module; only its parent packages are imported."""
     parent, _, last = name.rpartition(".")
     try:
         spec = importlib.util.find_spec(name)
@@ -158,8 +198,8 @@ def _find_source(name: str) -> Path:
             raise
         if error.name == "llava":
             raise UpstreamError(
-                "there is no llava to run: start in a LLaVA checkout, or install it with `pip install -e .` there. "
-                "`llava-steering doctor` shows what Python finds."
+                "there is no llava to run: start in a LLaVA checkout, or install LLaVA with `pip install -e .` there. "
+                "`llava-steering doctor` shows which LLaVA Python finds."
             ) from None
         spec = None
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
@@ -183,15 +223,15 @@ def _where(name: str) -> str:
 
 
 def main() -> None:
-    """Entry of `python -m llava_steering_plugin.launch`."""
+    """Run `python -m llava_steering_plugin.launch`."""
     try:
         request = read_request(sys.argv[1:])
         if request is None:
-            sys.stdout.write(USAGE)
+            sys.stdout.write(command_parser().format_help())
             return
         run(request)
     except UsageError as error:
-        sys.stderr.write(f"launch: {error}\n{USAGE}")
+        sys.stderr.write(f"{command_parser().format_usage()}launch: {error}\n")
         sys.exit(2)
     except SteeringError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")

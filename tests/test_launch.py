@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import launch
 
-from llava_steering_plugin.launch import Request, UsageError, main_block, read_request
+from llava_steering_plugin.launch import LaunchRequest, UsageError, main_block, read_request
 
 PROGRAMS = (
     "train/train train/train_mem eval/model_vqa eval/model_vqa_loader eval/model_vqa_science eval/model_vqa_mmbench "
@@ -22,15 +22,17 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("words", "request_"),
         [
-            (["a.b"], Request("a.b", [])),
-            (["a.b", "--x", "1", "--cpu"], Request("a.b", ["--x", "1", "--cpu"])),
-            (["--cpu", "a.b", "--x"], Request("a.b", ["--x"], cpu=True)),
-            (["--local_rank=1", "a.b", "--x"], Request("a.b", ["--local_rank=1", "--x"])),
-            (["--local-rank=1", "--cpu", "a.b"], Request("a.b", ["--local-rank=1"], cpu=True)),
-            (["--seed", "7", "a.b", "--seed", "8"], Request("a.b", ["--seed", "8"], seed=7)),
-            (["--cpu", "--seed=0", "a.b"], Request("a.b", [], cpu=True, seed=0)),
-            (["a.b", "--help"], Request("a.b", ["--help"])),
+            (["a.b"], LaunchRequest("a.b", [])),
+            (["a.b", "--x", "1", "--cpu"], LaunchRequest("a.b", ["--x", "1", "--cpu"])),
+            (["--cpu", "a.b", "--x"], LaunchRequest("a.b", ["--x"], cpu=True)),
+            (["--local_rank=1", "a.b", "--x"], LaunchRequest("a.b", ["--local_rank=1", "--x"])),
+            (["--local-rank=1", "--cpu", "a.b"], LaunchRequest("a.b", ["--local-rank=1"], cpu=True)),
+            (["--seed", "7", "a.b", "--seed", "8"], LaunchRequest("a.b", ["--seed", "8"], seed=7)),
+            (["--cpu", "--seed=0", "a.b"], LaunchRequest("a.b", [], cpu=True, seed=0)),
+            (["a.b", "--help"], LaunchRequest("a.b", ["--help"])),
+            (["a.b", "--", "-x", "--local_rank=1"], LaunchRequest("a.b", ["--", "-x", "--local_rank=1"])),
             (["--help", "a.b"], None),
+            (["-h"], None),
         ],
     )
     def test_what_comes_after_the_module_is_the_modules_own_business(self, words: list[str], request_) -> None:
@@ -40,7 +42,9 @@ class TestCommandLine:
         ("words", "message"),
         [
             ([], "no MODULE"),
-            (["--gpu", "a.b"], "--gpu"),
+            (["--gpu", "a.b"], "unknown option --gpu before MODULE"),
+            (["--se", "1", "a.b"], "unknown option --se before MODULE"),
+            (["-x", "a.b"], "unknown option -x before MODULE"),
             (["--cpu"], "no MODULE"),
             (["--seed"], "--seed"),
             (["--seed=x", "a"], "'x'"),
@@ -55,7 +59,8 @@ class TestCommandLine:
         done = launch(llava=tmp_path, cwd=tmp_path)
         assert done.returncode == 2
         assert "no MODULE given" in done.stderr and "usage:" in done.stderr and "Traceback" not in done.stderr
-        assert launch("--help", llava=tmp_path, cwd=tmp_path).stdout.startswith("usage:")
+        helped = launch("--help", llava=tmp_path, cwd=tmp_path)
+        assert helped.returncode == 0 and helped.stdout.startswith("usage:") and "--seed" in helped.stdout
 
 
 class TestModules:

@@ -32,7 +32,7 @@ from wrapt import register_post_import_hook, wrap_function_wrapper
 
 from llava_steering_plugin.checkout.find import find_llava
 from llava_steering_plugin.errors import SteeringError, UpstreamError
-from llava_steering_plugin.launch import Request, run
+from llava_steering_plugin.launch import LaunchRequest, run
 from llava_steering_plugin.lazy_imports import defer_compilation
 from llava_steering_plugin.upstream.startup import flag_value
 
@@ -64,7 +64,7 @@ def main(words: Sequence[str]) -> None:
             os.environ.setdefault("GRADIO_TEMP_DIR", folder)
             keep_nothing(folder)
         register_post_import_hook(_without_missing_examples, "gradio")
-        run(Request(PAGE, upstreams))
+        run(LaunchRequest(PAGE, upstreams))
 
 
 def help_parser() -> argparse.ArgumentParser:
