@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -23,8 +22,8 @@ def write_folder(
 ) -> None:
     """Write an adapter: its weights, whose header holds both configs, and after them the copies of what they say.
 
-    Everything is written beside the old files and flushed. Then the weights are renamed, which replaces the adapter,
-    and the copies follow. Loaders go by the weights alone, so copies that a crash has left behind mislead none of them.
+    Everything is written to a folder below this one and flushed. Then the weights are renamed, which replaces the
+    adapter, and the copies follow. Loaders go by the weights alone, so old copies that a crash left mislead none.
 
     Args:
         folder: created if it is missing. Other files in it stay, but for the config under its old name.
@@ -38,38 +37,32 @@ def write_folder(
     path = Path(folder)
     described = config.to_json()
     copies = {CONFIG: described + "\n", LLAVA_CONFIG: llava, CARD: card}
-    staged = {name: _partial(path, name) for name in (WEIGHTS, *copies)}
+    staging = path / f".adapter.{os.getpid()}.partial"
     replaced = False
     try:
         path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
-        _refuse_folders(path, staged)
-        _write_weights(staged[WEIGHTS], tensors, {"format": "pt", HEADER: described, LLAVA_HEADER: llava})
+        _refuse_folders(path, (WEIGHTS, *copies))
+        staging.mkdir()
+        _write_weights(staging / WEIGHTS, tensors, {"format": "pt", HEADER: described, LLAVA_HEADER: llava})
         for name, text in copies.items():
-            staged[name].write_text(text, encoding="utf-8", errors="replace")  # a path may be no text
+            (staging / name).write_text(text, encoding="utf-8", errors="replace")  # a path may be no text
         # safetensors makes files that only their owner may read; all files of an adapter get the same permissions.
-        shutil.copymode(staged[CONFIG], staged[WEIGHTS])
-        for partial in staged.values():
-            _flush(partial)
-        os.replace(staged[WEIGHTS], path / WEIGHTS)
+        shutil.copymode(staging / CONFIG, staging / WEIGHTS)
+        for name in (WEIGHTS, *copies):
+            _flush(staging / name)
+        os.replace(staging / WEIGHTS, path / WEIGHTS)
         replaced = True
         _flush(path)  # the copies must not reach the disk before the weights
         for name in copies:
-            os.replace(staged[name], path / name)
+            os.replace(staging / name, path / name)
         if (path / OLD_CONFIG).is_file():
             (path / OLD_CONFIG).unlink()
         _flush(path)
     except (OSError, SafetensorError) as error:
         raise AdapterError(_failure(path, error, replaced)) from error
     finally:
-        for partial in staged.values():
-            with suppress(OSError):
-                partial.unlink()
-
-
-def _partial(folder: Path, name: str) -> Path:
-    """Return where this process writes the new file `name` until it is renamed."""
-    return folder / f".{name}.{os.getpid()}.partial"
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_weights(target: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
@@ -77,7 +70,7 @@ def _write_weights(target: Path, tensors: Mapping[str, Tensor], header: dict[str
     save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, target, header)
 
 
-def _refuse_folders(path: Path, names: Mapping[str, object]) -> None:
+def _refuse_folders(path: Path, names: Iterable[str]) -> None:
     """Raise the error of a rename onto a folder before anything is replaced."""
     for name in names:
         if (path / name).is_dir():
@@ -97,16 +90,21 @@ def _failure(path: Path, error: Exception, replaced: bool) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the partial files of processes that were killed while they wrote an adapter to `folder`.
+    """Delete what processes that were killed while they wrote an adapter to `folder` have left there.
 
     Raises:
         OSError: the folder cannot be written.
     """
     for path in folder.glob(".*.partial"):
+        # Version 0.1 staged each file by itself.
         name, _, process = path.name.removeprefix(".").removesuffix(".partial").rpartition(".")
-        known = name in (WEIGHTS, CONFIG, OLD_CONFIG, LLAVA_CONFIG, CARD)
-        if known and process.isdigit() and not _runs(int(process)):
-            path.unlink(missing_ok=True)
+        known = name in ("adapter", WEIGHTS, OLD_CONFIG, LLAVA_CONFIG, CARD)
+        # In a container, the process before may have had the number of this one.
+        if known and process.isdigit() and (int(process) == os.getpid() or not _runs(int(process))):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _runs(process: int) -> bool:
