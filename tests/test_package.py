@@ -79,28 +79,3 @@ def test_the_wheel_holds_the_typed_package_its_licence_and_entry_points_and_noth
     assert "llava_steering_plugin/py.typed" in names
     for ending in ("LICENSE", "entry_points.txt"):
         assert any(name.endswith(ending) for name in names)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
-        (["--help"], 0, "patch"),
-        (["no-such-command"], 2, "no-such-command"),
-        (["patch", "--llava"], 2, "--llava"),
-        (["patch", "--llava", "no/such/folder"], 1, "UpstreamError: no LLaVA in no/such/folder"),
-    ],
-)
-def test_the_command_line_answers_with_one_message_and_a_status(
-    arguments: list[str], status: int, message: str, tmp_path: Path
-) -> None:
-    command = [str(Path(sys.executable).with_name("llava-steering")), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
-    assert done.returncode == status
-    assert message in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "llava_steering_plugin", "--debug", "patch", "--llava", "no/such/folder"]
-    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
-    assert done.returncode == 1 and "Traceback" in done.stderr

@@ -14,10 +14,11 @@ from llava.conversation import SeparatorStyle, conv_templates
 from llava.mm_utils import tokenizer_image_token
 from PIL import Image
 
-from llava_steering_plugin.chat.streaming import AnswerStreamer, Ended, Speed, first_interrupt
+from llava_steering_plugin.chat.streaming import AnswerStop, AnswerStreamer, Speed, first_interrupt
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.inference.base_model import LoadedBase
 from llava_steering_plugin.inference.images import image_arguments, read_image
-from llava_steering_plugin.pool.pool import BASE, AdapterPool
+from llava_steering_plugin.pool.pool import BASE
 from llava_steering_plugin.upstream.conversations import about_an_image, checked_template
 from llava_steering_plugin.upstream.names import PREFIXES
 
@@ -32,12 +33,12 @@ _RULES = {
 
 
 class ChatError(SteeringError):
-    """Something that was asked for cannot be done; the conversation goes on without it."""
+    """Raised when a question or command cannot be carried out; the conversation goes on."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a question; `stopped` if the user ended it."""
+    """The answer to a question; `stopped` if the user interrupted it."""
 
     text: str
     speed: Speed
@@ -45,44 +46,42 @@ class Answer:
 
 
 def template_by_name(model_name: str) -> str:
-    """The template that upstream's chat takes for a model of that name."""
+    """Return the template that upstream's chat uses for a model of that name."""
     return next((template for part, template in _RULES.items() if part in model_name.lower()), "llava_v0")
 
 
 def template_of_adapter(conversation: str | None) -> str:
-    """The template that upstream's chat takes for an adapter trained with `conversation`.
+    """Return the template that upstream's chat uses for an adapter trained with `conversation`.
 
-    Where upstream's rules lead to none, it is the one that the adapter was trained with.
+    Where upstream's rules lead to none, return the one that the adapter was trained with.
     """
     prefix = PREFIXES.get(conversation or "v0")
     return template_by_name(prefix) if prefix is not None else checked_template(str(conversation))
 
 
 class Chat:
-    """One conversation about at most one image, its answers greedy or sampled.
+    """Keeps one conversation about at most one image; answers are greedy or sampled.
 
     Args:
-        pool: on the model that answers.
-        processor: prepares images; None if the model takes none.
-        templates: the conversation template of each of the pool's names.
-        adapter: who answers first.
+        loaded: the model that answers, with its adapters.
+        templates: the conversation template of each name in the pool.
+        adapter: the adapter that answers first.
+        temperature: 0 decodes greedily.
     """
 
     def __init__(
         self,
-        pool: AdapterPool,
-        tokenizer: Any,
-        processor: Any,
+        loaded: LoadedBase,
         templates: Mapping[str, str],
         *,
         adapter: str = BASE,
         temperature: float = 0.2,
         max_new_tokens: int = 512,
     ):
-        self.pool = pool
-        self.model: Any = pool.model
-        self.tokenizer = tokenizer
-        self.processor = processor
+        self.pool = loaded.pool
+        self.model: Any = loaded.pool.model
+        self.tokenizer = loaded.tokenizer
+        self.processor = loaded.processor
         self.templates = templates
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
@@ -93,18 +92,18 @@ class Chat:
 
     @property
     def turns(self) -> int:
-        """Questions that have been answered."""
+        """The number of questions that have been answered."""
         return int(len(self._conversation.messages) - self._conversation.offset) // 2
 
     def reset(self) -> None:
-        """Forgets what was said; adapter and image stay."""
+        """Forget the conversation; adapter and image stay."""
         self._conversation = conv_templates[self.templates[self.adapter]].copy()
 
     def use(self, adapter: str) -> bool:
-        """Has `adapter` answer from now on. True if that begins a new conversation, in another template.
+        """Let `adapter` answer from now on; return whether its template differs, which begins a new conversation.
 
         Raises:
-            ArgumentsError: unknown; the message says which are known.
+            ArgumentsError: there is no such adapter; the message lists those there are.
         """
         self.pool.check(adapter)
         changed = self.templates[adapter] != self.templates[self.adapter]
@@ -114,60 +113,62 @@ class Chat:
         return changed
 
     def look_at(self, file: str) -> None:
-        """Begins a new conversation about the image in `file`.
+        """Begin a new conversation about the image in `file`.
 
         Raises:
-            ChatError: no such file, or no image; the conversation stays as it is.
+            ChatError: there is no such file, or it holds no image; the conversation stays as it is.
         """
         if self.processor is None:
-            raise ChatError("this model takes no images: it is a plain language model, no LLaVA.")
+            raise ChatError("this model takes no images: it is a plain language model, not a LLaVA.")
         path = Path(os.path.expanduser(file))
         try:
             self._image = read_image(path)
         except ArgumentsError as error:
-            hint = "" if os.path.exists(path) else " The name goes up to the end of the line."
+            hint = "" if os.path.exists(path) else " The file name extends to the end of the line."
             raise ChatError(f"{error}{hint}") from error
         self.image_file = path
         self.reset()
 
     def drop_image(self) -> None:
-        """Begins a new conversation, about no image."""
+        """Begin a new conversation without an image."""
         self.image_file = self._image = None
         self.reset()
 
     def ask(self, question: str, show: Callable[[str], None]) -> Answer:
-        """Asks the present adapter, handing its answer to `show` piece by piece. Ctrl-C ends the answer, no more.
+        """Ask the current adapter, and pass its answer to `show` piece by piece. Ctrl-C ends the answer only.
 
         Raises:
-            ChatError: nothing was asked, it does not fit, or the memory does not do; the conversation stays as it was.
+            ChatError: the question is empty or too long, or memory has run out; the conversation stays as it was.
         """
         if not question.strip():
-            raise ChatError("nothing was asked.")
+            raise ChatError("the question is empty.")
         if DEFAULT_IMAGE_TOKEN in question:
-            raise ChatError(f"{DEFAULT_IMAGE_TOKEN} in a question stands for an image; use /image FILE instead.")
+            raise ChatError(
+                f"a question cannot contain {DEFAULT_IMAGE_TOKEN}, which stands for an image; use /image FILE."
+            )
         attempt = self._conversation.copy()
         attempt.append_message(attempt.roles[0], self._with_image(question) if self.turns == 0 else question)
         attempt.append_message(attempt.roles[1], None)
         by_first = attempt.sep_style in (SeparatorStyle.SINGLE, SeparatorStyle.MPT)
         streamer = AnswerStreamer(self.tokenizer, (attempt.sep if by_first else attempt.sep2) or "", show)
-        ended = Ended(streamer)
+        stop = AnswerStop(streamer)
         try:
-            with first_interrupt(ended.interrupt), streamer.watching(self.pool.stack):
-                self._generate(attempt.get_prompt(), streamer, ended)
+            with first_interrupt(stop.interrupt), streamer.watching(self.pool.stack):
+                self._generate(attempt.get_prompt(), streamer, stop)
         except KeyboardInterrupt:  # the second Ctrl-C, in the middle of a pass
-            ended.interrupt()
+            stop.interrupt()
             streamer.end()
         except torch.cuda.OutOfMemoryError as error:
-            raise ChatError(f"the device's memory does not do for this: {error}. /reset begins anew.") from error
-        if streamer.text or not ended.interrupted:  # what was stopped before its first word was not said
+            raise ChatError(f"the device is out of memory: {error}. /reset begins a new conversation.") from error
+        if streamer.text or not stop.interrupted:  # an answer stopped before its first word leaves no turn
             attempt.messages[-1][-1] = streamer.text.strip()
             self._conversation = attempt
-        return Answer(streamer.text.strip(), streamer.speed(), ended.interrupted)
+        return Answer(streamer.text.strip(), streamer.speed(), stop.interrupted)
 
     def _with_image(self, question: str) -> str:
         return question if self._image is None else about_an_image(question, self.model.config)
 
-    def _generate(self, prompt: str, streamer: AnswerStreamer, ended: Ended) -> None:
+    def _generate(self, prompt: str, streamer: AnswerStreamer, stop: AnswerStop) -> None:
         ids = tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
         room = self._room(ids)
         options: dict[str, Any] = {"temperature": self.temperature} if self.temperature > 0 else {}
@@ -179,21 +180,21 @@ class Chat:
                 do_sample=self.temperature > 0,
                 max_new_tokens=min(self.max_new_tokens, room),
                 streamer=streamer,
-                stopping_criteria=[ended],
+                stopping_criteria=[stop],
                 use_cache=True,
                 adapter_names=self.adapter,
                 **options,
             )
 
     def _room(self, ids: torch.Tensor) -> int:
-        """How many tokens the context still holds after the prompt; counted as upstream's worker counts."""
+        """Return how many tokens the context holds after the prompt, counted as upstream's worker counts them."""
         context = int(getattr(self.model.config, "max_position_embeddings", 2048))
         length = ids.shape[1]
         if self._image is not None:
             length += self.model.get_vision_tower().num_patches
         if length >= context:
             raise ChatError(
-                f"that is too long: {length:,} tokens with what was said before, where the model takes {context:,}. "
-                "/reset begins anew."
+                f"the conversation is too long: {length:,} tokens with this question; the model takes {context:,}. "
+                "/reset begins a new one."
             )
         return context - length

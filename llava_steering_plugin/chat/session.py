@@ -8,21 +8,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import load_pretrained_model
 
 from llava_steering_plugin.adapters.attachment import remove_adapter
 from llava_steering_plugin.adapters.folder import StoredAdapter
 from llava_steering_plugin.adapters.locate import AdapterSource
 from llava_steering_plugin.chat.conversation import Chat, template_by_name, template_of_adapter
 from llava_steering_plugin.errors import AdapterError, BaseMismatch
-from llava_steering_plugin.inference.base_model import described, is_llava, loading, loading_name
+from llava_steering_plugin.inference.base_model import (
+    LoadedBase,
+    is_llava,
+    load_base,
+    load_with_upstream,
+    read_base_config,
+)
 from llava_steering_plugin.inference.sources import load_all, locate_all
 from llava_steering_plugin.pool.pool import BASE, AdapterPool
 from llava_steering_plugin.upstream.conversations import checked_template
 
 logger = logging.getLogger(__name__)
-
-_Loaded = tuple[AdapterPool, Any, Any]  # the pool, the tokenizer, the image processor
 
 
 def open_chat(
@@ -38,36 +41,35 @@ def open_chat(
     temperature: float = 0.2,
     max_new_tokens: int = 512,
 ) -> Chat:
-    """Loads everything that a chat needs.
+    """Load everything that a chat needs.
 
     Args:
-        path: a model, folder or hub id; or the adapter `first`, which is loaded on the base that it knows.
+        path: a model, folder or hub id; or the adapter `first`, which is loaded on the base that it names.
         adapters: folders or hub ids of adapters by name, `first` among them.
-        first: the adapter that `path` is; None if it is none.
-        base: where the base of `first` is, if not where the adapter knows it to be.
-        conversation: the template for everybody; None: each adapter's own, by the rules of upstream's chat.
+        first: the name of the adapter at `path`; None if `path` is a model.
+        base: where the base of `first` is, if it has moved.
+        conversation: the template for all of them; None: each adapter's own, by the rules of upstream's chat.
 
     Raises:
-        SteeringError: something cannot be loaded; all adapters' problems at once.
+        SteeringError: something cannot be loaded; the message lists the problems of all adapters.
     """
     if conversation is not None:
         checked_template(conversation)
     folders = locate_all(adapters)
-    how = {"load_4bit": load_4bit, "load_8bit": load_8bit, "device": device}
+    how: dict[str, Any] = {"load_4bit": load_4bit, "load_8bit": load_8bit, "device": device}
     if first is None:
-        pool, tokenizer, processor = _load_base(path, how)
+        loaded = load_base(path, **how)
         shown = get_model_name_from_path(path)
     else:
         stored = folders.pop(first).read()
-        pool, tokenizer, processor = _load_adapter(first, stored, base, how)
+        loaded = _load_adapter(first, stored, base, how)
         shown = get_model_name_from_path(base or stored.config.base.name_or_path)
+    pool = loaded.pool
     load_all(pool.load, folders)
     templates = {BASE: template_by_name(shown)}
     templates |= {name: template_of_adapter(pool.details(name).conversation) for name in adapters}
     return Chat(
-        pool,
-        tokenizer,
-        processor,
+        loaded,
         templates if conversation is None else dict.fromkeys(templates, conversation),
         adapter=first or BASE,
         temperature=temperature,
@@ -75,32 +77,25 @@ def open_chat(
     )
 
 
-def _load_adapter(name: str, stored: StoredAdapter, base: str | None, how: dict[str, Any]) -> _Loaded:
-    """Load the base of an adapter, with a pool that holds the adapter."""
+def _load_adapter(name: str, stored: StoredAdapter, base: str | None, how: dict[str, Any]) -> LoadedBase:
+    """Load the base of an adapter, and the adapter into a pool on it."""
     folder, where = stored.folder, base or stored.config.base.name_or_path
-    hint = f" It is the base that the adapter in {folder} knows; if it has moved, say where it is with --model-base."
-    if is_llava(described(where, "" if base else hint)):
-        loaded = _load_base(where, how)
+    hint = f" The adapter in {folder} names it as its base; if it has moved, say where it is with --model-base."
+    if is_llava(read_base_config(where, "" if base else hint)):
+        loaded = load_base(where, **how)
         try:
-            loaded[0].load(name, stored)
+            loaded.pool.load(name, stored)
             return loaded
         except BaseMismatch:
             raise
         except AdapterError as error:
             logger.info("loading %s together with its base: %s", folder, error)
             del loaded
-            gc.collect()  # the model goes in circles with its pool; two would not fit
-    # It needs more of its base than modules and a projector: loaded as one, the base is left with all of that.
-    with loading(str(folder)):
-        tokenizer, model, processor, _ = load_pretrained_model(stored, base, "llava", **how)
+            gc.collect()  # the model and its pool refer to each other; a second model would not fit beside them
+    # This adapter needs more of its base than modules and a projector. Upstream's loader prepares the base for it, and
+    # the base stays so when the adapter's modules move to the pool.
+    tokenizer, model, processor = load_with_upstream(stored, base, "llava", how)
     remove_adapter(model)
     pool = AdapterPool(model, tokenizer)
     pool.load(name, stored)
-    return pool, tokenizer, processor
-
-
-def _load_base(path: str, how: dict[str, Any]) -> _Loaded:
-    name = loading_name(path, described(path))
-    with loading(path):
-        tokenizer, model, processor, _ = load_pretrained_model(path, None, name, **how)
-    return AdapterPool(model, tokenizer), tokenizer, processor
+    return LoadedBase(pool, tokenizer, processor)

@@ -1,4 +1,4 @@
-"""An answer while it is made: its text word by word, where it ends, and how fast it came."""
+"""Streams an answer: its text word by word, where it ends, and how long it took."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from transformers import StoppingCriteria, TextStreamer
 
 @dataclass(frozen=True)
 class Speed:
-    """What an answer took.
+    """The time that an answer took.
 
     Attributes:
-        prompt_tokens: positions of the prefill, image positions among them.
-        prefill_seconds: until the first token was there, the vision tower's time included; None if none came.
-        tokens: that were made.
-        decode_seconds: from the first token to the last.
+        prompt_tokens: length of the prefill, with the image's tokens.
+        prefill_seconds: time to the first token, with the vision tower's; None if no token was generated.
+        tokens: number of generated tokens.
+        decode_seconds: time from the first token to the last.
     """
 
     prompt_tokens: int
@@ -33,7 +33,7 @@ class Speed:
 
     def __str__(self) -> str:
         if self.prefill_seconds is None:
-            return "no token was made"
+            return "no token was generated"
         shown = f"prefill {self.prompt_tokens:,} tokens in {self.prefill_seconds * 1000:,.0f} ms"
         if self.tokens > 1 and self.decode_seconds > 0:
             shown += f" · decode {self.tokens:,} tokens, {(self.tokens - 1) / self.decode_seconds:,.1f} tokens/s"
@@ -41,11 +41,11 @@ class Speed:
 
 
 class AnswerStreamer(TextStreamer):
-    """Hands on the text of an answer in whole words, up to the template's stop text, and keeps the time.
+    """Passes on the text of an answer in whole words, up to the template's stop text, and takes the time.
 
     Args:
-        stop: the text at which the answer ends where the model goes on; "" for none. Holds no space.
-        show: takes each new piece of text.
+        stop: the text at which the answer ends even if the model goes on; "" for none. Contains no space.
+        show: called with each new piece of text.
     """
 
     def __init__(self, tokenizer: Any, stop: str, show: Callable[[str], None]):
@@ -59,7 +59,7 @@ class AnswerStreamer(TextStreamer):
         self.started = self.first = self.last = time.perf_counter()
 
     def put(self, value: Tensor) -> None:
-        """Takes the prompt's ids, which are passed over, and then one token at a time."""
+        """Take the prompt's ids first, which are skipped, then one token at a time."""
         if not self.next_tokens_are_prompt:
             self.last = time.perf_counter()
             self.first = self.last if not self.tokens else self.first
@@ -67,6 +67,7 @@ class AnswerStreamer(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Show a piece of text, up to the stop text."""
         if self.ended:
             return
         if self.stop and self.stop in text:
@@ -77,15 +78,16 @@ class AnswerStreamer(TextStreamer):
             self.show(text)
 
     def speed(self) -> Speed:
+        """Return the time that the answer has taken so far."""
         seconds = self.first - self.started if self.tokens else None
         return Speed(self.prompt_tokens, seconds, self.tokens, self.last - self.first)
 
     @contextmanager
     def watching(self, stack: Any) -> Iterator[None]:
-        """Inside the block, counts the positions of the first pass through the decoder `stack`."""
+        """Count the positions of the first pass through the decoder `stack` inside the block."""
 
         def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # Ids or embeddings; transformers gives the other one as None.
+            # Either ids or embeddings; transformers passes the other one as None.
             given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
             lengths = [tensor.shape[1] for tensor in given if tensor is not None]
             self.prompt_tokens = self.prompt_tokens or lengths[0]
@@ -97,14 +99,15 @@ class AnswerStreamer(TextStreamer):
             handle.remove()
 
 
-class Ended(StoppingCriteria):
-    """Ends a generation whose streamer has seen the stop text, or that somebody interrupted."""
+class AnswerStop(StoppingCriteria):
+    """Ends a generation when its streamer has seen the stop text, or after `interrupt`."""
 
     def __init__(self, streamer: AnswerStreamer):
         self.streamer = streamer
         self.interrupted = False
 
     def interrupt(self) -> None:
+        """End the generation after the present token."""
         self.interrupted = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> bool:
@@ -113,11 +116,11 @@ class Ended(StoppingCriteria):
 
 @contextmanager
 def first_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """Inside the block, the first Ctrl-C calls `stop`; the next one raises KeyboardInterrupt as usual.
+    """Call `stop` at the first Ctrl-C inside the block; the next one raises KeyboardInterrupt as usual.
 
-    Between two tokens nothing is half done; only the second Ctrl-C can fall into a pass through the model.
+    So the first Ctrl-C ends the answer between two tokens; only the second can interrupt a pass through the model.
     """
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to no other
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield
         return
 

@@ -1,4 +1,4 @@
-"""The chat in a terminal, or at the end of a pipe: answers on standard output, everything else on standard error."""
+"""Runs the chat in a terminal or a pipe: answers go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from llava_steering_plugin.errors import SteeringError, nearest
 from llava_steering_plugin.pool.pool import BASE
 
 COMMANDS = {
-    "/adapter": ("/adapter NAME", "have this adapter answer; without NAME: which there are"),
-    "/image": ("/image FILE", "begin anew about this image; without FILE: which it is; with none: about no image"),
-    "/reset": ("/reset", "begin anew, with the same adapter and image"),
-    "/help": ("/help", "this list"),
-    "/exit": ("/exit", "end the chat, as Ctrl-D does; Ctrl-C ends the present answer only"),
+    "/adapter": ("/adapter NAME", "let this adapter answer; without NAME, list the adapters"),
+    "/image": ("/image FILE", "start over with this image; `/image none`: without one; without FILE, show its name"),
+    "/reset": ("/reset", "start over with the same adapter and image"),
+    "/help": ("/help", "show this list"),
+    "/exit": ("/exit", "end the chat, as Ctrl-D does; Ctrl-C ends the current answer only"),
 }
 NO_IMAGE = "none"
 
 
 @dataclass
 class Terminal:
-    """Reads lines, until there are no more, and does what they say."""
+    """Reads questions and commands line by line and carries them out."""
 
     chat: Chat
     lines: TextIO = field(default_factory=lambda: sys.stdin)
@@ -38,11 +38,11 @@ class Terminal:
     notes: Console = field(default_factory=lambda: _console(sys.stderr))
 
     def run(self) -> None:
-        """The whole chat. Returns at /exit or at the end of the input."""
+        """Run the chat until /exit or the end of the input."""
         if isinstance(self.lines, io.TextIOWrapper):
-            self.lines.reconfigure(errors="replace")  # one byte that is no UTF-8 must not end the chat
+            self.lines.reconfigure(errors="replace")  # a byte that is not UTF-8 must not end the chat
         names = len(self.chat.pool.names()) - 1
-        self._note(f"{self.chat.adapter} answers; {names} adapter(s) here; /help lists the commands.")
+        self._note(f"{self.chat.adapter} answers; {names} adapter(s) loaded; /help lists the commands.")
         going_on = True
         with self._completion():
             while going_on:
@@ -55,7 +55,7 @@ class Terminal:
                     self._note(str(error), "red")
 
     def _read(self) -> str | None:
-        """The next line, None after the last one."""
+        """Return the next line, None after the last one."""
         if not self.lines.isatty():
             return self.lines.readline() or None
         prompt = f"{self.chat.adapter}> "
@@ -70,7 +70,7 @@ class Terminal:
             return None
 
     def _handle(self, line: str) -> bool:
-        """False if the chat is to end."""
+        """Carry out one line; return False at /exit."""
         if not line.startswith("/"):
             self._ask(line)
             return True
@@ -122,26 +122,30 @@ class Terminal:
         before = self.chat.turns
         begins_anew = self.chat.use(name)
         if begins_anew and before:
-            self._note(f"{name} answers, in its own template: the conversation begins anew.")
+            self._note(f"{name} answers, with its own template: the conversation starts over.")
         elif before:
-            self._note(f"{name} goes on with the conversation; /reset begins anew.")
+            self._note(f"{name} continues the conversation; /reset starts over.")
         else:
             self._note(f"{name} answers.")
 
     def _image(self, file: str) -> None:
         if not file:
-            self._note(f"about {self.chat.image_file}" if self.chat.image_file else "about no image; /image FILE")
+            self._note(
+                f"the image is {self.chat.image_file}"
+                if self.chat.image_file
+                else "there is no image; /image FILE sets one"
+            )
         elif file == NO_IMAGE:
             self.chat.drop_image()
-            self._note("the conversation begins anew, about no image.")
+            self._note("the conversation starts over, without an image.")
         else:
             quoted = len(file) > 1 and file[0] == file[-1] and file[0] in "'\""  # as terminals paste dropped files
             self.chat.look_at(file[1:-1] if quoted else file)
-            self._note(f"the conversation begins anew, about {self.chat.image_file}.")
+            self._note(f"the conversation starts over, about {self.chat.image_file}.")
 
     def _reset(self, rest: str) -> None:
         self.chat.reset()
-        self._note("the conversation begins anew.")
+        self._note("the conversation starts over.")
 
     def _help(self, rest: str) -> None:
         table = Table(box=None, show_header=False, pad_edge=False)
@@ -155,13 +159,13 @@ class Terminal:
 
     @contextlib.contextmanager
     def _completion(self) -> Iterator[None]:
-        """Inside the block, Tab completes commands, adapters' names and files, and the arrow keys bring lines back."""
+        """Let Tab complete commands, adapters' names and files inside the block, and the arrow keys recall lines."""
         if not self.lines.isatty():
             yield
             return
         try:
             import readline
-        except ImportError:  # not on every system; typing works without it
+        except ImportError:  # some systems have none; typing works without it
             yield
             return
 
@@ -171,7 +175,7 @@ class Terminal:
 
         before, delimiters = readline.get_completer(), readline.get_completer_delims()
         readline.set_completer(complete)
-        readline.set_completer_delims("")  # the whole line is completed: names may hold anything
+        readline.set_completer_delims("")  # complete the whole line: names may contain anything
         readline.parse_and_bind("tab: complete")
         try:
             yield
@@ -185,7 +189,7 @@ def _console(file: TextIO) -> Console:
 
 
 def completions(line: str, adapters: list[str]) -> list[str]:
-    """The lines that `line` can be the beginning of; none for a question."""
+    """Return the lines that begin with `line`; none for a question."""
     command, space, rest = line.partition(" ")
     if not space:
         return [known for known in COMMANDS if line.startswith("/") and known.startswith(line)]

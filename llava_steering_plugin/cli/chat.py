@@ -1,4 +1,4 @@
-"""The sub-command `llava-steering chat`: from its flags to a chat that has loaded."""
+"""The sub-command `chat`: from its options to a chat that has loaded."""
 
 from __future__ import annotations
 
@@ -11,55 +11,60 @@ from typing import Annotated
 
 import typer
 
-from llava_steering_plugin.checkout.find import find_llava
 from llava_steering_plugin.errors import ArgumentsError
-from llava_steering_plugin.serving import options as flags
-from llava_steering_plugin.upstream.install import install
+from llava_steering_plugin.inference import options
 
 
 def chat(
-    path: Annotated[str, typer.Argument(metavar="BASE_OR_ADAPTER", help="A model, or an adapter: folder or hub id.")],
+    path: Annotated[str, typer.Argument(metavar="BASE_OR_ADAPTER", help="A model or an adapter: folder or hub id.")],
     more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="[NAME=]ADAPTER")] = None,
     adapters: Annotated[
         list[str] | None,
-        typer.Option(metavar="[NAME=]ADAPTER", help="Further adapters for the same base; several after one flag."),
+        typer.Option(metavar="[NAME=]ADAPTER", help="Further adapters for the same base, one or more after the flag."),
     ] = None,
-    image: Annotated[str | None, typer.Option(metavar="FILE", help="Talk about this image.")] = None,
-    model_base: Annotated[str | None, typer.Option(help="Where the adapter's base is, if it has moved.")] = None,
-    device: flags.Device = "auto",
-    load_4bit: flags.Load4bit = False,
-    load_8bit: flags.Load8bit = False,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the most likely answer.")] = 0.2,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the longest answer.")] = 512,
+    image: Annotated[str | None, typer.Option(metavar="FILE", help="Chat about this image.")] = None,
+    model_base: Annotated[
+        str | None, typer.Option(help="Where the adapter's base is, if it has moved: folder or hub id.")
+    ] = None,
+    device: options.Device = "auto",
+    load_4bit: options.Load4bit = False,
+    load_8bit: options.Load8bit = False,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sampling temperature; 0 always takes the most likely token.")
+    ] = 0.2,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     conv_mode: Annotated[
-        str | None, typer.Option(help="LLaVA's conversation template; default: as LLaVA's own chat picks it.")
+        str | None, typer.Option(help="LLaVA's conversation template; default: the one that LLaVA's own chat picks.")
     ] = None,
 ) -> None:
-    """Talk to a model and its adapters in the terminal; /help there lists the commands.
+    """Chat with a model and its adapters in the terminal; /help there lists the commands.
 
-    Answers go to standard output, everything else to standard error, and questions may come through a pipe.
+    Answers go to standard output, everything else to standard error. Questions may come through a pipe.
     """
-    find_llava()  # says what to do where there is none
-    _quieten()
-    # Standard output is for answers; DeepSpeed, which the loader imports, logs there.
-    with contextlib.redirect_stdout(sys.stderr):
-        chosen = flags.chosen_device(device)
-        install()
-        from llava.utils import disable_torch_init
+    from llava_steering_plugin.checkout.find import find_llava
+    from llava_steering_plugin.upstream.install import install
 
+    find_llava()  # its error says what to do if there is none
+    quieten_libraries()
+    # Standard output is for answers, but DeepSpeed, which the loader imports, logs there.
+    with contextlib.redirect_stdout(sys.stderr):
+        chosen = options.choose_device(device)
+        install()
         from llava_steering_plugin.adapters.locate import AdapterSource, find
         from llava_steering_plugin.chat.session import open_chat
+        from llava_steering_plugin.inference.base_model import skip_random_weights
         from llava_steering_plugin.inference.images import read_image
         from llava_steering_plugin.inference.sources import read_sources, split_word
 
         if image is not None:
-            read_image(os.path.expanduser(image))  # said now rather than when the model has loaded
-        disable_torch_init()  # as upstream's programs do: weights that are read need no random ones before
+            read_image(os.path.expanduser(image))  # refuse it now, not after the model has loaded
+        skip_random_weights()
         name, source = split_word(path)
         own = find(source)
         if name is not None and own is None:
             raise ArgumentsError(
-                f"{path}: only adapters have names, and {source} is none. Give a base by its folder or hub id alone."
+                f"{path}: only adapters can be given a name, and {source} is no adapter. Give a base by its folder or "
+                "hub id alone."
             )
         words = [*([path] if own is not None else []), *(adapters or []), *(more or [])]
         sources: dict[str, AdapterSource] = {**read_sources(words)}
@@ -86,8 +91,8 @@ def chat(
     Terminal(opened).run()
 
 
-def _quieten() -> None:
-    """Keeps what LLaVA's libraries say at every load and at every answer out of the conversation."""
+def quieten_libraries() -> None:
+    """Keep what LLaVA's libraries log at every load and every answer out of the conversation."""
     import transformers
 
     if not logging.getLogger().isEnabledFor(logging.DEBUG):

@@ -1,4 +1,4 @@
-"""Images that are asked about: read from files, and as upstream's programs hand them to a model."""
+"""Reads images from files and prepares them for a model as upstream's programs do."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from llava_steering_plugin.errors import ArgumentsError
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The image in a file, in RGB.
+    """Return the image in a file, in RGB.
 
     Raises:
-        ArgumentsError: no such file, or none that can be read as an image.
+        ArgumentsError: there is no such file, or it cannot be read as an image.
     """
     try:
         with Image.open(path) as file:
@@ -24,19 +24,19 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
             return image
     except FileNotFoundError as error:
         raise ArgumentsError(f"there is no file {path}.") from error
-    except Exception as error:  # decoders raise what they like on a damaged file
+    except Exception as error:  # decoders raise all kinds of errors on a damaged file
         reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
-        raise ArgumentsError(f"{path} is no image that can be read, or damaged{reason}.") from error
+        raise ArgumentsError(f"{path} cannot be read as an image, or is damaged{reason}.") from error
 
 
 def image_arguments(pictures: Sequence[Image.Image], processor: Any, model: Any) -> dict[str, Any]:
-    """The arguments of `generate` that bring pictures to a LLaVA of `load_pretrained_model`.
+    """Return the arguments of `generate` that pass pictures to a LLaVA of `load_pretrained_model`.
 
-    In half precision, as all of upstream's programs send them: the projector is in it, and the vision tower answers in
-    the precision of its images. Its own differs, by where it was loaded.
+    They are in half precision, as all of upstream's programs send them: the projector is in half precision, and the
+    vision tower answers in the precision of its images, whatever its own.
 
     Args:
-        processor: the image processor that `load_pretrained_model` gave with the model.
+        processor: the image processor that `load_pretrained_model` returned with the model.
     """
     from llava.mm_utils import process_images
 

@@ -1,8 +1,8 @@
-"""BatchAnswers to files of questions, many at once: batches in which every question may ask another adapter.
+"""Answers files of questions in batches in which every question may ask a different adapter.
 
 Questions and answers are upstream's `question.jsonl` and `answer.jsonl`. Upstream's own eval scripts ask one question
-at a time; the answers here are the same, because every row of a batch gets what it gets alone. Only where two tokens
-are as likely in half precision may a batch of unequal lengths round to the other one.
+at a time; the answers here are the same, because every row of a batch is computed as it is alone. Only where two tokens
+are equally likely in half precision may a batch of unequal lengths round to the other one.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from llava_steering_plugin.errors import ArgumentsError, listing
+from llava_steering_plugin.inference.base_model import LoadedBase
 from llava_steering_plugin.inference.images import image_arguments, read_image
-from llava_steering_plugin.pool.pool import BASE, AdapterPool
+from llava_steering_plugin.pool.pool import BASE
 from llava_steering_plugin.upstream.conversations import about_an_image, checked_template
 
-# The template that upstream's eval scripts take where none is given.
+# The default template of upstream's eval scripts.
 CONVERSATION = "llava_v1"
 IMAGE_MARK = "<image>"
 
@@ -35,23 +36,23 @@ class Question:
     """One line of a question file.
 
     Attributes:
-        number: its `question_id`, whatever type that has.
-        image: name of a file in the folder of images; None asks about no image.
-        adapter: who is to answer.
+        id: its `question_id`, of any type.
+        image: name of a file in the folder of images; None: the question is about no image.
+        adapter: the adapter that is asked.
     """
 
-    number: Any
+    id: Any
     text: str
     image: str | None
     adapter: str
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How questions are asked.
+class AnswerOptions:
+    """How questions are answered.
 
     Attributes:
-        batch_size: questions that are answered at once.
+        batch_size: questions answered at the same time.
         conversation: LLaVA's template for all of them; None: each adapter's own, `CONVERSATION` for the base.
         generation: further arguments of `generate`.
     """
@@ -62,13 +63,13 @@ class Asking:
 
 
 def read_questions(path: Path, adapter: str = BASE) -> list[Question]:
-    """The questions of a file, one JSON object a line.
+    """Read a file of questions, one JSON object a line.
 
     Args:
-        adapter: who answers lines that have no `adapter`.
+        adapter: the adapter for lines that name none.
 
     Raises:
-        ArgumentsError: the file cannot be read, or lines are no questions; all of them.
+        ArgumentsError: the file cannot be read, or lines in it are no questions; the message lists them all.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -81,33 +82,33 @@ def read_questions(path: Path, adapter: str = BASE) -> list[Question]:
         try:
             given = json.loads(line)
         except ValueError as error:
-            problems.append(f"line {number} is no JSON: {error}")
+            problems.append(f"line {number} is not valid JSON: {error}")
             continue
         if not isinstance(given, dict) or "question_id" not in given or not isinstance(given.get("text"), str):
             problems.append(f"line {number} lacks question_id or text")
             continue
-        asked = given.get("adapter", adapter), given.get("image")
-        if not isinstance(asked[0], str) or not isinstance(asked[1], str | None):
-            problems.append(f"line {number}: adapter and image must be names")
+        named, image = given.get("adapter", adapter), given.get("image")
+        if not isinstance(named, str) or not isinstance(image, str | None):
+            problems.append(f"line {number}: adapter and image must be strings")
             continue
         if IMAGE_MARK in given["text"]:
-            problems.append(f"line {number} has {IMAGE_MARK} in its text; the image goes before it by itself")
+            problems.append(f"line {number} has {IMAGE_MARK} in its text; leave it out, it is added")
             continue
-        questions.append(Question(given["question_id"], given["text"], asked[1], asked[0]))
+        questions.append(Question(given["question_id"], given["text"], image, named))
     if problems:
-        raise ArgumentsError(listing(f"{path} is no file of questions", problems))
+        raise ArgumentsError(listing(f"{path} is not a file of questions", problems))
     return questions
 
 
 def check_questions(questions: Sequence[Question], adapters: Collection[str], images: Path) -> None:
-    """Looks whether every question has its image and its adapter.
+    """Check that the image and the adapter of every question exist.
 
     Args:
-        adapters: the names that can be asked.
-        images: the folder that questions name their images in.
+        adapters: the names of all adapters.
+        images: the folder of the images.
 
     Raises:
-        ArgumentsError: some are not there; all of them.
+        ArgumentsError: some do not; the message lists them all.
     """
     problems = [
         f"there is no adapter {name!r}: give it with --adapter {name}=PATH; known: {', '.join(adapters)}"
@@ -119,66 +120,65 @@ def check_questions(questions: Sequence[Question], adapters: Collection[str], im
         if not os.path.isfile(images / name)
     ]
     if problems:
-        raise ArgumentsError(listing(f"not every question can be asked (images from {images})", problems))
+        raise ArgumentsError(listing(f"some questions cannot be asked (images from {images})", problems))
 
 
 class BatchAnswers:
-    """Asks the adapters of a pool on a LLaVA.
+    """Answers questions with the adapters on a LLaVA.
 
     Args:
-        processor: the image processor that `load_pretrained_model` gave with the model.
-        images: the folder that questions name their images in.
+        images: the folder of the images that questions name.
 
     Raises:
-        ArgumentsError: the pool's model takes no images.
+        ArgumentsError: the model takes no images.
     """
 
-    def __init__(self, pool: AdapterPool, tokenizer: Any, processor: Any, images: Path, asking: Asking):
+    def __init__(self, loaded: LoadedBase, images: Path, options: AnswerOptions):
         from llava.conversation import conv_templates
 
-        self.pool, self.tokenizer, self.processor = pool, tokenizer, processor
-        self.model: Any = pool.model
-        self.images, self.asking, self.templates = images, asking, conv_templates
+        self.pool, self.tokenizer, self.processor = loaded.pool, loaded.tokenizer, loaded.processor
+        self.model: Any = loaded.pool.model
+        self.images, self.options, self.templates = images, options, conv_templates
         if not hasattr(self.model, "prepare_inputs_labels_for_multimodal"):
             raise ArgumentsError(f"{type(self.model).__name__} is no LLaVA; questions about images need one.")
 
-    def to(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
-        """The lines of the answer file, in the order of the questions, a batch at a time.
+    def lines(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
+        """Yield the lines of the answer file in the order of the questions, a batch at a time.
 
         Raises:
-            ArgumentsError: an image cannot be read; the batches before are answered.
+            ArgumentsError: an image cannot be read; the batches before it have been answered.
         """
-        for start in range(0, len(questions), self.asking.batch_size):
-            batch = questions[start : start + self.asking.batch_size]
-            for question, text in zip(batch, self._answered(batch), strict=True):
+        for start in range(0, len(questions), self.options.batch_size):
+            batch = questions[start : start + self.options.batch_size]
+            for question, text in zip(batch, self._answers(batch), strict=True):
                 yield _line(question, text)
 
     def prompt(self, question: Question) -> str:
-        """The question in its conversation template, as upstream's eval scripts write it."""
+        """Return the question in its conversation template, as upstream's eval scripts write it."""
         text = question.text if question.image is None else about_an_image(question.text, self.model.config)
-        name = self.asking.conversation or self.pool.details(question.adapter).conversation or CONVERSATION
+        name = self.options.conversation or self.pool.details(question.adapter).conversation or CONVERSATION
         conversation = self.templates[checked_template(name)].copy()
         conversation.append_message(conversation.roles[0], text)
         conversation.append_message(conversation.roles[1], None)
         return str(conversation.get_prompt())
 
-    def _answered(self, batch: Sequence[Question]) -> list[str]:
+    def _answers(self, batch: Sequence[Question]) -> list[str]:
         ids, attention = self._tokens(batch)
         padding = self.tokenizer.pad_token_id
-        options = {"pad_token_id": self.tokenizer.eos_token_id if padding is None else padding}
+        pad_token = {"pad_token_id": self.tokenizer.eos_token_id if padding is None else padding}
         with torch.inference_mode(), self._padding_left():
             output = self.model.generate(
                 ids,
                 attention_mask=attention,
                 adapter_names=[question.adapter for question in batch],
                 **self._pixels(batch),
-                **options,
-                **self.asking.generation,
+                **pad_token,
+                **self.options.generation,
             )
         return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
 
     def _tokens(self, batch: Sequence[Question]) -> tuple[Tensor, Tensor]:
-        """Token ids [questions, longest prompt], padded on the left, and their attention mask."""
+        """Return token ids [questions, longest prompt], padded on the left, and their attention mask."""
         from llava.constants import IMAGE_TOKEN_INDEX
         from llava.mm_utils import tokenizer_image_token
 
@@ -189,27 +189,27 @@ class BatchAnswers:
         return ids.to(self.model.device), present.to(self.model.device)
 
     def _pixels(self, batch: Sequence[Question]) -> dict[str, Any]:
-        """The arguments of `generate` that bring the images."""
+        """Return the arguments of `generate` that pass the images."""
         if all(question.image is None for question in batch):
             return {}
         return image_arguments([self._picture(question) for question in batch], self.processor, self.model)
 
     def _picture(self, question: Question) -> Image.Image:
         if question.image is None:
-            # LLaVA takes an image for a row without a placeholder, too, and uses nothing of it.
+            # LLaVA wants an image for every row; it ignores the one of a row without a placeholder.
             side = self.processor.crop_size["height"]
             return Image.new("RGB", (side, side))
         try:
             return read_image(self.images / question.image)
         except ArgumentsError as error:
             raise ArgumentsError(
-                f"question {question.number!r} cannot be asked: {error} Mend the file, or leave the question out; the "
-                "batches before its own are answered."
+                f"question {question.id!r} cannot be asked: {error} Repair the file or remove the question; "
+                "the batches before it have been answered."
             ) from error
 
     @contextmanager
     def _padding_left(self) -> Iterator[None]:
-        """What is generated must follow the prompt, not the padding."""
+        """Pad on the left inside the block: generated tokens must follow the prompt, not the padding."""
         config = self.model.config
         before = getattr(config, "tokenizer_padding_side", "right")
         config.tokenizer_padding_side = "left"
@@ -220,9 +220,9 @@ class BatchAnswers:
 
 
 def _line(question: Question, text: str) -> dict[str, Any]:
-    """A line of upstream's answer file."""
+    """Return a line of upstream's answer file."""
     return {
-        "question_id": question.number,
+        "question_id": question.id,
         "prompt": question.text,
         "text": text,
         "answer_id": uuid.uuid4().hex,

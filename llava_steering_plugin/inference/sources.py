@@ -1,8 +1,8 @@
-"""Names of adapters: how a command line gives them, and what the web page shows, which picks templates from them.
+"""Names of adapters: how a command line gives them, and how the web page shows them, which picks templates by name.
 
 Upstream's page decides by substrings, like its chat, but with rules of its own: a name without 'llava' means
 `vicuna_v1`, which is what LLaVA-1.5's `--version v1` trains with, and one with 'llava' never does. So the prefixes here
-are not those of `upstream.naming`, which serve the chat. Upstream main and its wheel have the same rules.
+differ from those of `upstream.names`, which are for the chat. Upstream main and its wheel have the same rules.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llava_steering_plugin.upstream.names import harmless
 Source = TypeVar("Source")
 
 # The beginning of a name that makes the rules of gradio_web_server.py pick each conversation template.
-PREFIXES = {
+PAGE_PREFIXES = {
     "v1": "",
     "vicuna_v1": "",
     "llava_v1": "llava-v1-",
@@ -35,15 +35,15 @@ PREFIXES = {
     "v1_mmtag": "llava-v1-mmtag-",
     "v0_mmtag": "llava-mmtag-",
 }
-# What an adapter may be called. Names travel in JSON, in logs and in URLs, and are never made into paths.
+# Allowed names of adapters. Names travel in JSON, logs and URLs, and never become paths.
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def checked_label(name: str) -> str:
-    """The name, if it may be one.
+    """Return the name of an adapter if it is allowed.
 
     Raises:
-        ArgumentsError: it may not.
+        ArgumentsError: it is not.
     """
     if not _LABEL.fullmatch(name):
         raise ArgumentsError(
@@ -54,10 +54,10 @@ def checked_label(name: str) -> str:
 
 
 def label_of(name_or_path: str) -> str:
-    """The name that an adapter gets from where it is: its folder's, with the parent's for a checkpoint.
+    """Return the name that an adapter gets from its place: its folder's, with the parent's for a checkpoint.
 
     Raises:
-        ArgumentsError: that cannot be a name.
+        ArgumentsError: that is not allowed as a name.
     """
     folder = os.path.expanduser(name_or_path)
     parts = (Path(folder).resolve() if os.path.isdir(folder) else Path(name_or_path)).parts
@@ -66,16 +66,16 @@ def label_of(name_or_path: str) -> str:
 
 
 def split_word(word: str) -> tuple[str | None, str]:
-    """NAME=PATH as name and path; no name where there is none, or where all of it is the path of something."""
+    """Split NAME=PATH into name and path; the name is None if there is none, or if the whole word is a path."""
     name, equals, source = word.partition("=")
     return (name, source) if equals and not os.path.exists(os.path.expanduser(word)) else (None, word)
 
 
 def read_sources(given: Sequence[str]) -> dict[str, str]:
-    """Where each adapter is, by name, of the words [NAME=]ADAPTER of a command line.
+    """Return the place of each adapter by name, from the words [NAME=]ADAPTER of a command line.
 
     Raises:
-        ArgumentsError: names that cannot be used, or that several adapters have; all of them.
+        ArgumentsError: names are not allowed, or shared by several adapters; the message lists them all.
     """
     sources: dict[str, str] = {}
     problems = []
@@ -91,18 +91,18 @@ def read_sources(given: Sequence[str]) -> dict[str, str]:
         except ArgumentsError as error:
             problems.append(str(error))
     if problems:
-        raise ArgumentsError(listing("not every adapter can be called by a name of its own", problems))
+        raise ArgumentsError(listing("some adapters have no name of their own", problems))
     return sources
 
 
 def locate_all(sources: Mapping[str, AdapterSource]) -> dict[str, AdapterFolder]:
-    """Find every adapter, and read its config: in a second, before a model is loaded for minutes.
+    """Find every adapter and read its config: this takes a second, loading a model takes minutes.
 
     Args:
-        sources: where each one is, by name, as `read_sources` gives it.
+        sources: the place of each adapter by name, as `read_sources` returns it.
 
     Raises:
-        AdapterError: there are places without an adapter, or with a damaged one; all of them.
+        AdapterError: some places hold no adapter, or a damaged one; the message lists them all.
     """
     folders = {}
 
@@ -115,10 +115,10 @@ def locate_all(sources: Mapping[str, AdapterSource]) -> dict[str, AdapterFolder]
 
 
 def load_all(load: Callable[[str, Source], object], adapters: Mapping[str, Source]) -> None:
-    """Load every adapter with `load`, which takes its name and where it is.
+    """Load every adapter with `load`, which takes its name and its place.
 
     Raises:
-        AdapterError: some cannot be loaded; all of them.
+        AdapterError: some cannot be loaded; the message lists them all.
     """
     problems = []
     for name, source in adapters.items():
@@ -127,26 +127,27 @@ def load_all(load: Callable[[str, Source], object], adapters: Mapping[str, Sourc
         except SteeringError as error:
             problems.append(str(error))
     if problems:
-        raise AdapterError(listing("not every adapter can be loaded", problems))
+        raise AdapterError(listing("some adapters cannot be loaded", problems))
 
 
 def shown_name(name: str, conversation: str | None, base: str) -> str:
-    """The name under which the adapter `name` is registered, so that the page prompts it as it was trained.
+    """Return the name under which to register the adapter `name`, so that the page prompts it as it was trained.
 
     Args:
-        conversation: its conversation template; None if unknown: then it is prompted like the base.
+        conversation: its conversation template; None if unknown: the page then prompts it like the base.
         base: the name under which the base is registered.
 
     Raises:
-        AdapterError: the page has no name for this template.
+        AdapterError: no name makes the page pick this template.
     """
     if conversation is None:
-        # All that the rules find in the base's name, they find in this one.
+        # This name contains the base's, so the page's rules find the same in it.
         return f"{base}_{harmless(name)}"
-    prefix = PREFIXES.get(conversation)
+    prefix = PAGE_PREFIXES.get(conversation)
     if prefix is None:
         raise AdapterError(
             f"the adapter {name!r} was trained with the conversation template {conversation!r}, which LLaVA's web "
-            f"page cannot pick from a model's name; it would prompt it wrongly. The page knows {', '.join(PREFIXES)}."
+            f"page cannot pick from a model's name; it would prompt it wrongly. The page knows "
+            f"{', '.join(PAGE_PREFIXES)}."
         )
     return prefix + harmless(name)

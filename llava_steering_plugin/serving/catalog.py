@@ -1,4 +1,4 @@
-"""Who can be asked for: the adapters of a pool and the plain base, by the names that the web page shows."""
+"""Lists the models that can be requested: the plain base and the adapters of a pool, by their names on the web page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEPT_REFUSALS = 100
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """One adapter that is served: its name, the name that the page shows, and where it came from."""
+    """An adapter that is served: its name, its name on the page, and where it came from."""
 
     name: str
     shown: str
@@ -30,11 +30,11 @@ class ServedAdapter:
 
 
 class AdapterCatalog:
-    """Adds, replaces and removes adapters, one at a time; whoever is being answered keeps the adapter it began with.
+    """Adds, replaces and removes adapters, one at a time. An answer keeps the adapter with which it began.
 
     Attributes:
         base: the name under which the plain base is registered.
-        rejected: why adapters were not taken, by name, until one of that name is; the newest.
+        rejected: the newest reasons why adapters were refused, by name; kept until an adapter of that name is loaded.
         followers: called after every attempt to change something, in the thread that made it.
     """
 
@@ -48,24 +48,25 @@ class AdapterCatalog:
         self._rejecting = threading.Lock()
 
     def names(self) -> list[str]:
-        """What the page lists: the base, then the adapters in the order in which they came."""
+        """Return the names that the page lists: the base, then the adapters in the order in which they were added."""
         return [self.base, *(adapter.shown for adapter in self._adapters.values())]
 
     def adapters(self) -> list[ServedAdapter]:
+        """Return the adapters in the order in which they were added."""
         return list(self._adapters.values())
 
     def find(self, shown: str) -> str | None:
-        """The pool's name of what the page calls `shown`; None if there is no such thing."""
+        """Return the pool's name of the model that the page calls `shown`; None if there is none."""
         if shown == self.base:
             return BASE
         return next((adapter.name for adapter in self._adapters.values() if adapter.shown == shown), None)
 
     def put(self, name: str, source: AdapterSource) -> ServedAdapter:
-        """Adds the adapter at `source`, a folder or a hub id, or replaces the one of that name.
+        """Add the adapter at `source`, a folder or a hub id, or replace the one of that name.
 
         Raises:
-            SteeringError: it cannot be served; the reason is kept in `rejected` under any name that an adapter may
-                have, and nothing has changed.
+            SteeringError: it cannot be served, and nothing has changed; if the name is allowed, `rejected` keeps the
+                reason.
         """
         checked_label(name)
         with self._change():
@@ -76,7 +77,7 @@ class AdapterCatalog:
             except SteeringError as error:
                 self.reject(name, str(error))
                 raise
-            except Exception as error:  # a disk that fails, memory that is full, or what nobody has thought of
+            except Exception as error:  # a failing disk, full memory, or anything unexpected
                 reason = f"{source} could not be loaded: {type(error).__name__}: {error}"
                 self.reject(name, reason)
                 raise AdapterError(reason) from error
@@ -86,7 +87,7 @@ class AdapterCatalog:
         return adapter
 
     def drop(self, name: str) -> None:
-        """Takes an adapter away.
+        """Remove an adapter.
 
         Raises:
             ArgumentsError: there is none of that name.
@@ -94,25 +95,27 @@ class AdapterCatalog:
         with self._change():
             if name not in self._adapters:
                 raise ArgumentsError(f"there is no adapter {name!r} to remove; there are: {', '.join(self._adapters)}.")
-            # First the name, then the weights: nobody finds a name that leads nowhere.
+            # The name before the weights: no request finds a name without an adapter.
             self._adapters = {other: adapter for other, adapter in self._adapters.items() if other != name}
             self.pool.unload(name)
         logger.info("no longer serving %s", name)
 
     def reject(self, name: str, reason: str) -> None:
-        """Keeps the reason why an adapter is not served."""
+        """Keep the reason why an adapter is not served."""
         name, reason = printable(name), printable(reason)
         with self._rejecting:
             others = [item for item in self.rejected.items() if item[0] != name]
-            self.rejected = dict([*others, (name, reason)][-KEPT_REFUSALS:])  # another one: somebody may be reading it
+            self.rejected = dict(
+                [*others, (name, reason)][-KEPT_REFUSALS:]
+            )  # a new dict: another thread may be reading the old one
 
     def accept(self, name: str) -> None:
-        """Forgets why an adapter was not served."""
+        """Forget why an adapter was not served."""
         with self._rejecting:
             self.rejected = {other: reason for other, reason in self.rejected.items() if other != printable(name)}
 
     def table(self) -> list[dict[str, Any]]:
-        """What is known of each adapter, for whoever administers the server."""
+        """Return a description of each adapter for the server's administrator."""
         return [
             {
                 "name": adapter.name,
@@ -142,7 +145,7 @@ class AdapterCatalog:
         try:
             return self.pool.details(name)
         except SteeringError:
-            return None  # removed since the list was made
+            return None  # removed in the meantime
 
     def _checked(self, name: str, stored: StoredAdapter) -> ServedAdapter:
         source = stored.folder.source
@@ -152,12 +155,12 @@ class AdapterCatalog:
         if shown in taken:
             holder = "the base" if taken[shown] == BASE else f"the adapter {taken[shown]!r}"
             raise ArgumentsError(
-                f"the adapter {name!r} ({source}) would be shown as {shown!r}, as {holder} is already. "
+                f"the adapter {name!r} ({source}) would be shown as {shown!r}, the name of {holder}. "
                 "Give it another name (rename the folder; on a command line NAME=PATH)."
             )
         return ServedAdapter(name, shown, source)
 
 
 def printable(text: str) -> str:
-    """Names of files may hold bytes that are no text."""
+    """Return the text with escapes for bytes that are no text, which names of files may hold."""
     return text.encode(errors="backslashreplace").decode()

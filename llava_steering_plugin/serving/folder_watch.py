@@ -1,8 +1,8 @@
-"""A folder of adapter folders, watched: what is put there is served, what is replaced is loaded again.
+"""Watches a folder of adapter folders: serves new ones, loads changed ones again, and drops removed ones.
 
-Looked at every few seconds rather than by the kernel's notices, which network file systems do not send. An adapter's
-weights are replaced by one rename (`adapters.writing`), so their time, size and number on disk tell of every change.
-What copies a file in place is met by waiting until two looks see the same.
+It polls every few seconds, because network file systems send no notices of the kernel. An adapter's weights are
+replaced by one rename (`adapters.writing`), so their time, size and inode number show every change. A file that is
+being copied in place is loaded when two looks see the same.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ Signature = tuple[int, int, int]
 
 
 def checked_folder(folder: Path) -> Path:
-    """The folder, if there is one; ArgumentsError otherwise."""
+    """Return the folder if it exists.
+
+    Raises:
+        ArgumentsError: it does not.
+    """
     if not folder.is_dir():
         raise ArgumentsError(f"--adapter-dir {folder} is no folder. Create it; it may be empty.")
     return folder
 
 
 class WatchedFolder(threading.Thread):
-    """Keeps a catalog in step with a folder; a broken adapter is reported once and the one before it goes on serving.
+    """Keeps a catalog in step with a folder. It reports a broken adapter once and goes on serving the one before it.
 
     Args:
         changed: called after the catalog has changed.
@@ -53,17 +57,19 @@ class WatchedFolder(threading.Thread):
         self._stopped = threading.Event()
 
     def run(self) -> None:
+        """Look at the folder every few seconds, until `stop`."""
         while not self._stopped.wait(self._every):
             self.look()
 
     def stop(self) -> None:
+        """End the thread."""
         self._stopped.set()
 
     def look(self, settled: bool = False) -> bool:
-        """Compares the folder with what was taken from it, and says whether the catalog has changed.
+        """Bring the catalog in step with the folder; return whether the catalog has changed.
 
         Args:
-            settled: nothing is being copied: take what is there without a second look.
+            settled: nothing is being copied, so one look is enough.
         """
         try:
             found, unread = self._found()
@@ -80,10 +86,10 @@ class WatchedFolder(threading.Thread):
             if self._taken.get(name) == signature or not (settled or self._seen.get(name) == signature):
                 continue
             if (other := self._source(name)) is not None and not self._is_mine(name, other):
-                # Tried again in every look: the other one may go.
+                # Try again at every look: the other one may be removed.
                 self._refuse(name, signature, f"{name!r} is {other} already. Rename the folder.")
                 continue
-            self._taken[name] = signature  # whatever comes of it: it is not tried again before it changes
+            self._taken[name] = signature  # even if it cannot be loaded: try again only after a change
             changed |= self._put(name, signature)
         self._seen = found
         if changed:
@@ -91,7 +97,7 @@ class WatchedFolder(threading.Thread):
         return changed
 
     def _found(self) -> tuple[dict[str, Signature], dict[str, OSError]]:
-        """The adapters that are there, and what keeps others from being looked at, which may be there all the same."""
+        """Return the adapters in the folder, and the errors of those that cannot be looked at but may be there."""
         found, unread = {}, {}
         for entry in sorted(self.folder.iterdir()):
             if entry.name.startswith("."):
@@ -100,17 +106,17 @@ class WatchedFolder(threading.Thread):
                 status = (entry / WEIGHTS).stat()
             except (FileNotFoundError, NotADirectoryError):
                 continue  # no adapter, not yet or not any more
-            except OSError as error:  # a server of files that is away, a folder that is closed to us
+            except OSError as error:  # a file server that is away, a folder without permission
                 unread[entry.name] = error
                 continue
             found[entry.name] = (status.st_mtime_ns, status.st_size, status.st_ino)
         return found, unread
 
     def _complain(self, errors: list[OSError]) -> None:
-        """Says what cannot be read, once while it is the same."""
+        """Log what cannot be read, once for the same errors."""
         trouble = "; ".join(map(str, errors))
         if trouble and trouble != self._trouble:
-            text = f"{self.folder} cannot be read: {trouble}; what was taken from there goes on serving"
+            text = f"{self.folder} cannot be read: {trouble}; adapters loaded from it are still served"
             logger.warning("%s", printable(text))
         self._trouble = trouble
 
@@ -124,7 +130,7 @@ class WatchedFolder(threading.Thread):
         return True
 
     def _refuse(self, name: str, signature: Signature, reason: str) -> None:
-        """Says why, once for what is there now."""
+        """Log and keep the reason why an adapter is not served, once for its present state."""
         if self._refused.get(name) != signature:
             self._refused[name] = signature
             logger.warning("%s is not served: %s", printable(str(self.folder / name)), printable(reason))
@@ -137,13 +143,13 @@ class WatchedFolder(threading.Thread):
         try:
             self._catalog.drop(name)
         except SteeringError:
-            return False  # an administrator was faster
+            return False  # an administrator has removed it in the meantime
         return True
 
     def _is_mine(self, name: str, source: str | None) -> bool:
-        """Whether that is the folder's own adapter, by whatever links its path leads there."""
+        """Return whether `source` is the folder's own adapter, links followed."""
         return source is not None and os.path.realpath(source) == os.path.realpath(self.folder / name)
 
     def _source(self, name: str) -> str | None:
-        """Where the adapter of that name came from, which may be a flag or an administrator."""
+        """Return where the adapter of that name came from: this folder, a flag or an administrator."""
         return next((adapter.source for adapter in self._catalog.adapters() if adapter.name == name), None)

@@ -1,15 +1,14 @@
-"""Upstream's web page, unchanged, without what it lacks and without what it keeps.
+"""Runs upstream's web page, unchanged, without the examples that it lacks and the records that it keeps.
 
     python -m llava_steering_plugin.serving.page --controller-url http://localhost:21001 --port 7860
 
-All flags are upstream's, but for `--log-requests`. What is different:
+All options are upstream's, except `--log-requests`. The differences:
 
-- The wheel comes without the two example pictures, and gradio then refuses to start: examples that are missing are left
-  out.
-- The page listens on localhost, and lists models anew whenever it is loaded, unless told otherwise. Upstream's default
-  for the second (`once`) does not run with the gradio that upstream pins.
-- Upstream logs every prompt and answer, keeps them in a file beside every vote, and stores every picture. Without
-  `--log-requests` the log has none of it and the files go to a folder that is removed at the end.
+- The wheel lacks the two example pictures, and gradio then refuses to start: missing examples are left out.
+- By default the page listens on localhost, and lists the models anew whenever it is loaded. Upstream's default for the
+  list (`once`) does not run with the gradio that upstream pins.
+- Upstream logs every prompt and answer, keeps them in a file with every vote, and stores every picture. Without
+  `--log-requests` the log holds none of this and the files go to a folder that is removed at the end.
 """
 
 from __future__ import annotations
@@ -38,25 +37,26 @@ from llava_steering_plugin.upstream.startup import flag_value
 
 PAGE = "llava.serve.gradio_web_server"
 LOG_REQUESTS = "--log-requests"
+# Where the defaults differ from upstream's.
 DEFAULTS = {"--model-list-mode": "reload", "--host": "127.0.0.1"}
 
 
 def main(words: Sequence[str]) -> None:
-    """Entry of `python -m llava_steering_plugin.serving.page`."""
+    """Run `python -m llava_steering_plugin.serving.page`."""
     if {"-h", "--help"} & {*words}:
         help_parser().print_help()
         return
     defer_compilation()
-    upstreams = [word for word in words if word != LOG_REQUESTS]
+    upstream_words = [word for word in words if word != LOG_REQUESTS]
     for flag, value in DEFAULTS.items():
-        if flag_value(upstreams, flag) is None:
-            upstreams += [flag, value]
+        if flag_value(upstream_words, flag) is None:
+            upstream_words += [flag, value]
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     with ExitStack() as until_the_end:
 
         def end(number: int, frame: FrameType | None) -> None:
             until_the_end.close()
-            os._exit(0)  # at once: gradio's threads would take seconds to end, and hold nothing
+            os._exit(0)  # at once: gradio's threads would take seconds to end
 
         signal.signal(signal.SIGTERM, end)
         if LOG_REQUESTS not in words:
@@ -64,7 +64,7 @@ def main(words: Sequence[str]) -> None:
             os.environ.setdefault("GRADIO_TEMP_DIR", folder)
             keep_nothing(folder)
         register_post_import_hook(_without_missing_examples, "gradio")
-        run(LaunchRequest(PAGE, upstreams))
+        run(LaunchRequest(PAGE, upstream_words))
 
 
 def help_parser() -> argparse.ArgumentParser:
@@ -102,10 +102,10 @@ def _literals(keywords: Sequence[ast.keyword]) -> dict[str, Any]:
 
 
 def keep_nothing(folder: str) -> None:
-    """Sends upstream's files to `folder`, and keeps prompts and answers out of the log."""
+    """Make the page write its files to `folder`, and keep prompts and answers out of its log."""
     import llava.constants
 
-    llava.constants.LOGDIR = folder  # before anything of llava.serve takes it from there
+    llava.constants.LOGDIR = folder  # before modules of llava.serve read it
     page = importlib.import_module(PAGE)
     page.logger.setLevel(logging.WARNING)
 

@@ -1,4 +1,4 @@
-"""Programs that are started together, watched, and stopped together."""
+"""Starts several programs, watches them, and stops them together."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ GRACE_SECONDS = 20.0
 
 
 class ProgramDied(SteeringError):
-    """A program that was to run for as long as the others has ended."""
+    """Raised when one of the programs has ended while the others run."""
 
 
 @dataclass
 class Program:
-    """One program.
+    """A Python program to start.
 
     Attributes:
-        name: before each of its lines.
-        command: without the interpreter: what follows `python`.
-        up: says whether it answers; asked again until it does.
-        environment: what it is given beside this program's own variables.
-        colour: of its name.
-        unshown: lines with this in them are not shown: they come every few seconds and push everything else away.
+        name: printed before each of its lines.
+        command: the command line after `python`.
+        is_up: says whether it answers; called until it does.
+        environment: variables in addition to this program's own.
+        colour: colour of its name.
+        hidden: lines that contain this are not printed: they come every few seconds and would crowd out the others.
     """
 
     name: str
     command: Sequence[str]
-    up: Callable[[], bool]
+    is_up: Callable[[], bool]
     environment: dict[str, str] = field(default_factory=dict)
     colour: str = "cyan"
-    unshown: str | None = None
+    hidden: str | None = None
 
 
 class Programs:
-    """Starts programs one after the other, shows what they say, and ends them all when one ends or the block is left.
+    """Starts programs, prints their output, and stops them all when one ends or the block is left.
 
-    They get sessions of their own: a Ctrl-C in the terminal reaches only this program, which then ends them in order.
+    Each gets a session of its own: a Ctrl-C in the terminal reaches only this program, which then stops them in order.
 
     Args:
         folder: their working directory.
-        temporary: where they put temporary files.
+        temporary: the folder of their temporary files.
     """
 
     def __init__(self, console: Console, folder: Path, temporary: Path):
@@ -69,13 +69,13 @@ class Programs:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def start(self, part: Program) -> None:
-        """Starts a part."""
-        self.say(f"starting the {part.name}")
+    def start(self, program: Program) -> None:
+        """Start a program."""
+        self.say(f"starting the {program.name}")
         process = subprocess.Popen(
-            [sys.executable, *part.command],
+            [sys.executable, *program.command],
             cwd=self._folder,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(self._temporary), **part.environment},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(self._temporary), **program.environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -84,63 +84,67 @@ class Programs:
             start_new_session=True,
         )
         lines: deque[str] = deque(maxlen=LAST_LINES)
-        reader = threading.Thread(target=self._show, args=(part, process, lines), daemon=True)
+        reader = threading.Thread(target=self._show, args=(program, process, lines), daemon=True)
         reader.start()
-        self._running.append((part, process, lines, reader))
+        self._running.append((program, process, lines, reader))
 
-    def wait(self, part: Program, seconds: float, stop: Callable[[], object]) -> None:
-        """Waits until a part is up, or until `stop` says so.
+    def wait(self, program: Program, seconds: float, stop: Callable[[], object]) -> None:
+        """Wait until a program is up or `stop` returns true.
 
         Raises:
-            ProgramDied: one of those that were started has ended.
-            SteeringError: it is not up after so many seconds.
+            ProgramDied: one of the programs has ended.
+            SteeringError: the program is not up after so many seconds.
         """
         end = time.monotonic() + seconds
-        while not stop() and not part.up():
+        while not stop() and not program.is_up():
             self.check()
             if time.monotonic() > end:
                 raise SteeringError(
-                    f"the {part.name} was started and does not answer after {seconds:g} seconds; all is stopped. "
-                    f"Its lines above, after `{part.name} |`, say how far it has come."
+                    f"the {program.name} does not answer {seconds:g} seconds after its start; all is stopped. "
+                    f"Its output above, after `{program.name} |`, shows how far it got."
                 )
             time.sleep(0.2)
 
     def check(self) -> None:
-        """Raises ProgramDied, with the last lines, if a part has ended."""
-        for part, process, lines, reader in self._running:
+        """Check that all programs run.
+
+        Raises:
+            ProgramDied: one has ended; the message shows its last lines.
+        """
+        for program, process, lines, reader in self._running:
             if process.poll() is not None:
                 reader.join(2)
-                how = f"status {process.returncode}" if process.returncode >= 0 else f"signal {-process.returncode}"
-                said = "\n".join(f"  {line}" for line in lines) or "  (nothing)"
+                status = f"status {process.returncode}" if process.returncode >= 0 else f"signal {-process.returncode}"
+                output = "\n".join(f"  {line}" for line in lines) or "  (nothing)"
                 raise ProgramDied(
-                    f"the {part.name} has ended with {how}; the others are stopped. Its last lines:\n{said}"
+                    f"the {program.name} has ended with {status}; the others are stopped. Its last lines:\n{output}"
                 )
 
     def stop(self) -> None:
-        """Ends all parts, the last first: politely, and after a while otherwise."""
+        """Stop all programs, the last one first; kill those that have not ended after a while."""
         for _, process, _, _ in reversed(self._running):
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
         end = time.monotonic() + GRACE_SECONDS
-        for part, process, _, reader in reversed(self._running):
+        for program, process, _, reader in reversed(self._running):
             try:
                 process.wait(max(0.1, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                self.say(f"the {part.name} does not stop by itself and is ended", "yellow")
+                self.say(f"the {program.name} does not stop and is killed", "yellow")
                 process.kill()
                 process.wait()
             reader.join(2)
         self._running.clear()
 
     def say(self, text: str, style: str = "bold") -> None:
-        """A line of this program's own."""
+        """Print a line of this program's own."""
         self._console.print(Text(text, style))
 
-    def _show(self, part: Program, process: subprocess.Popen[str], lines: deque[str]) -> None:
+    def _show(self, program: Program, process: subprocess.Popen[str], lines: deque[str]) -> None:
         for line in process.stdout or ():
-            if part.unshown is not None and part.unshown in line:
+            if program.hidden is not None and program.hidden in line:
                 continue
             line = line.rstrip("\n")
             lines.append(line)
-            # Text, not markup: what programs print may hold brackets.
-            self._console.print(Text.assemble((f"{part.name:>10} | ", part.colour), line), soft_wrap=True)
+            # Text, not markup: the output of programs may contain brackets.
+            self._console.print(Text.assemble((f"{program.name:>10} | ", program.colour), line), soft_wrap=True)

@@ -2,8 +2,8 @@
 
     python -m llava_steering_plugin.serving.worker --model-path BASE --adapters cats=./cats ./pets --adapter-dir ./more
 
-It speaks upstream's protocol, so upstream's controller and web page take it for one of theirs, with a model for each
-adapter and one for the plain base. Flags that upstream's worker has too are called the same.
+It speaks upstream's protocol: upstream's controller and web page see a model for each adapter and one for the plain
+base. Options that upstream's worker also has keep their names.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import ipaddress
 import logging
 import socket
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.inference import options as inference_options
 from llava_steering_plugin.lazy_imports import defer_compilation
-from llava_steering_plugin.serving import options as flags
-from llava_steering_plugin.serving.http.limits import Limits
-from llava_steering_plugin.serving.idle_memory import give_large_blocks_back, keep_few_operations
+from llava_steering_plugin.serving.idle_memory import keep_few_operations, return_large_blocks
+from llava_steering_plugin.serving.options import WorkerOptions, command
 
 if TYPE_CHECKING:
     from starlette.routing import Route
@@ -30,49 +30,13 @@ logger = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.command()
-def run(
-    model_path: flags.BasePath,
-    adapters: flags.Adapters = None,
-    more_adapters: flags.MoreAdapters = None,
-    adapter_dir: flags.AdapterFolder = None,
-    watch_every: flags.WatchEvery = 2.0,
-    model_name: flags.ModelName = None,
-    device: flags.Device = "auto",
-    load_4bit: flags.Load4bit = False,
-    load_8bit: flags.Load8bit = False,
-    max_resident: flags.MaxResident = None,
-    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 21002,
-    worker_address: Annotated[
-        str | None, typer.Option(help="This worker's URL as controller and page reach it; default: from host and port.")
-    ] = None,
-    controller_address: Annotated[str, typer.Option(help="The controller's URL.")] = "http://localhost:21001",
-    no_register: Annotated[bool, typer.Option("--no-register", help="Run without a controller.")] = False,
-    limit_model_concurrency: flags.Running = flags.DEFAULTS.running,
-    limit_queue: flags.Waiting = flags.DEFAULTS.waiting,
-    limit_body_mb: flags.BodyLimit = flags.BODY_MB,
-    limit_prompt: flags.PromptLimit = flags.DEFAULTS.prompt_characters,
-    limit_pixels: flags.PixelLimit = flags.DEFAULTS.image_pixels,
-    stall_seconds: flags.Stall = flags.DEFAULTS.stall_seconds,
-    admin_token: flags.AdminToken = None,
-    admin_any_path: flags.AnyPath = False,
-    log_requests: flags.LogRequests = False,
-) -> None:
+def run(options: WorkerOptions) -> None:
     """Serve a base and its adapters to LLaVA's controller and web page."""
     logging.basicConfig(level=logging.INFO)
-    given = [*(adapters or []), *(more_adapters or [])]
-    limits = Limits(
-        running=limit_model_concurrency,
-        waiting=limit_queue,
-        body_bytes=int(limit_body_mb * (1 << 20)),
-        prompt_characters=limit_prompt,
-        image_pixels=limit_pixels,
-        stall_seconds=stall_seconds,
-    )
-    give_large_blocks_back()
+    limits = options.limits()
+    return_large_blocks()
     keep_few_operations()
-    chosen = flags.chosen_device(device)
+    device = inference_options.choose_device(options.device)
 
     import uvicorn
 
@@ -81,53 +45,60 @@ def run(
     from llava_steering_plugin.serving.http.admin import Admin, checked_token
     from llava_steering_plugin.serving.http.app import build, give_up_stalled
 
-    # What flags and files can tell is found before a model is loaded.
-    folders = locate_all(read_sources(given))
-    if admin_token is not None:
-        checked_token(admin_token)
-    if adapter_dir is not None:
-        checked_folder(adapter_dir)
-    address = worker_address or _address(host, port)
-    # The port before the model: one that is taken is found out in a second, not in minutes.
-    listener = _bound(host, port)
-    give_up_stalled(listener, limits.stall_seconds)  # now: connections that are made from here on take it over
-    if not _local(host):
-        logger.warning("listening on %s: whoever reaches this machine can ask; no password is needed", host)
+    # Check everything that options and files tell before the model is loaded.
+    folders = locate_all(read_sources(options.adapter_words))
+    if options.admin_token is not None:
+        checked_token(options.admin_token)
+    if options.adapter_dir is not None:
+        checked_folder(options.adapter_dir)
+    address = options.worker_address or _address(options.host, options.port)
+    # Bind the port before loading the model: that it is taken shows in a second, not in minutes.
+    listener = bind(options.host, options.port)
+    give_up_stalled(listener, limits.stall_seconds)  # connections made from here on inherit it
+    if not _is_local(options.host):
+        logger.warning("listening on %s: anyone who reaches this machine can send requests", options.host)
 
-    from llava_steering_plugin.inference.base_model import loading
+    from llava_steering_plugin.inference.base_model import explained_failures
     from llava_steering_plugin.serving.controller_link import ControllerLink
     from llava_steering_plugin.serving.model_worker import AdapterWorker
 
-    with loading(model_path):
+    with explained_failures(options.model_path):
         worker = AdapterWorker(
-            model_path,
-            controller=controller_address.rstrip("/"),
+            options.model_path,
+            controller=options.controller_address.rstrip("/"),
             address=address.rstrip("/"),
-            model_name=model_name,
-            device=chosen,
-            load_8bit=load_8bit,
-            load_4bit=load_4bit,
-            max_resident=max_resident,
+            model_name=options.model_name,
+            device=device,
+            load_8bit=options.load_8bit,
+            load_4bit=options.load_4bit,
+            max_resident=options.max_resident,
         )
     controller_link = ControllerLink(worker)
     load_all(worker.catalog.put, folders)
-    if adapter_dir is not None:
-        watched = WatchedFolder(adapter_dir.absolute(), worker.catalog, controller_link.changed, watch_every)
+    if options.adapter_dir is not None:
+        watched = WatchedFolder(
+            options.adapter_dir.absolute(), worker.catalog, controller_link.changed, options.watch_every
+        )
         watched.look(settled=True)
         watched.start()
     admin: list[Route] = []
-    if admin_token is not None:
+    if options.admin_token is not None:
         admin = Admin(
-            admin_token, worker.catalog, controller_link.changed, limits, folder=adapter_dir, any_path=admin_any_path
+            options.admin_token,
+            worker.catalog,
+            controller_link.changed,
+            limits,
+            folder=options.adapter_dir,
+            any_path=options.admin_any_path,
         ).routes()
-    application = build(worker, limits, log_requests=log_requests, admin=admin)
-    if not no_register:
+    application = build(worker, limits, log_requests=options.log_requests, admin=admin)
+    if not options.no_register:
         controller_link.start()
     logger.info("serving %s", ", ".join(worker.catalog.names()))
     config = uvicorn.Config(
         application,
-        host,
-        port,
+        options.host,
+        options.port,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=5,
@@ -136,23 +107,29 @@ def run(
     uvicorn.Server(config).run([listener])
 
 
+app.command()(command(run, WorkerOptions))
+
+
 def _address(host: str, port: int) -> str:
     if host in ("0.0.0.0", "::"):
-        raise ArgumentsError(f"--host {host} is no address that others can call: say theirs with --worker-address.")
+        raise ArgumentsError(
+            f"--host {host} is no address that others can connect to: give this machine's with --worker-address."
+        )
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """A socket that listens: with SO_REUSEADDR others could bind the port until it does.
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on the port: with SO_REUSEADDR, binding alone would not keep others from it.
 
-    Whoever connects now waits in its backlog until the model is loaded.
+    Clients that connect now wait in its backlog until the model is loaded.
 
     Raises:
         ArgumentsError: the port is taken, or there is no such address.
     """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # connections take it over: vanished clients go
+    # Connections inherit it: those of clients that have vanished get closed.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     try:
         listener.bind((host, port))
         listener.listen()
@@ -162,7 +139,7 @@ def _bound(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _local(host: str) -> bool:
+def _is_local(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -170,7 +147,7 @@ def _local(host: str) -> bool:
 
 
 def main() -> None:
-    """Entry of `python -m llava_steering_plugin.serving.worker`."""
+    """Run `python -m llava_steering_plugin.serving.worker`."""
     defer_compilation()
     try:
         app()

@@ -1,4 +1,4 @@
-"""`llava-steering chat`: the answers of upstream's chat, from any adapter, and wrong input that cannot end it."""
+"""`llava-steering chat` (`cli/chat.py`, `chat/conversation.py`): upstream's answers, and input that cannot end it."""
 
 from __future__ import annotations
 
@@ -164,15 +164,15 @@ def test_wrong_input_gets_a_line_that_says_what_to_do_and_the_chat_goes_on(
 ) -> None:
     notes = programs["script"].result().stderr
     for line in (
-        "nothing was asked.",
+        "the question is empty.",
         "unknown adapter 'pest': did you mean 'pets'? Known: __base__, cats, pets, bots",
         "unknown adapter '../pets': did you mean 'pets'?",
         "there is no file nowhere.png",
-        "notes.txt is no image that can be read, or damaged.",
-        ". is no image that can be read, or damaged: Is a directory.",
+        "notes.txt cannot be read as an image, or is damaged.",
+        ". cannot be read as an image, or is damaged: Is a directory.",
         "unknown command /reste: did you mean /reset?",
-        "<image> in a question stands for an image; use /image FILE instead.",
-        "tokens with what was said before, where the model takes 2,048. /reset begins anew.",
+        "a question cannot contain <image>, which stands for an image; use /image FILE.",
+        "tokens with this question; the model takes 2,048. /reset begins a new one.",
     ):
         assert line in notes
     assert "Traceback" not in notes
@@ -181,11 +181,11 @@ def test_wrong_input_gets_a_line_that_says_what_to_do_and_the_chat_goes_on(
 def test_commands_say_what_they_did(programs: dict[str, Future[Ended]], tiny: TinyLlava) -> None:
     notes = programs["script"].result().stderr
     for line in (
-        "__base__ answers; 3 adapter(s) here; /help lists the commands.",
-        "pets goes on with the conversation; /reset begins anew.",
-        "bots answers, in its own template: the conversation begins anew.",
-        f"the conversation begins anew, about {tiny.images / '01.png'}.",
-        "the conversation begins anew, about no image.",
+        "__base__ answers; 3 adapter(s) loaded; /help lists the commands.",
+        "pets continues the conversation; /reset starts over.",
+        "bots answers, with its own template: the conversation starts over.",
+        f"the conversation starts over, about {tiny.images / '01.png'}.",
+        "the conversation starts over, without an image.",
         "/image FILE",
     ):
         assert line in notes

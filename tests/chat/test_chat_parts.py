@@ -28,7 +28,7 @@ SHORT = 12  # tokens of an answer
 def chat(patched_llava: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs `llava-steering chat` in this process, without what it changes for all of its process."""
     monkeypatch.setattr("llava.utils.disable_torch_init", lambda: None)
-    monkeypatch.setattr("llava_steering_plugin.cli.chat._quieten", lambda: None)
+    monkeypatch.setattr("llava_steering_plugin.cli.chat.quieten_libraries", lambda: None)
 
     def run(*words: str) -> None:
         result = CliRunner().invoke(app, ["chat", *words, "--device", "cpu"])
@@ -105,7 +105,7 @@ def test_the_adapter_that_a_chat_is_begun_with_may_be_given_a_name(
     chat(f"pets={tmp_path}/my adapter")
     [begun] = opened
     assert begun.adapter == "pets" and begun.pool.names() == ["__base__", "pets"]
-    with pytest.raises(SteeringError, match=r"only adapters have names, and .* is none"):
+    with pytest.raises(SteeringError, match=r"only adapters can be given a name, and .* is no adapter"):
         chat(f"pets={tiny.llava}")
 
 
@@ -113,7 +113,7 @@ def test_an_image_that_cannot_be_read_is_said_before_a_model_is_looked_for(
     chat: Callable[..., None], tmp_path: Path
 ) -> None:
     (tmp_path / "notes.txt").write_text("no image")
-    for file, said in (("nowhere.png", "there is no file .*nowhere.png"), ("notes.txt", "is no image that can be")):
+    for file, said in (("nowhere.png", "there is no file .*nowhere.png"), ("notes.txt", "cannot be read as an image")):
         with pytest.raises(SteeringError, match=said):
             chat(str(tmp_path / "no-model"), "--image", str(tmp_path / file))
 
@@ -122,7 +122,7 @@ def test_a_base_that_is_damaged_is_a_message_and_no_traceback(tiny: TinyLlava, t
     from llava_steering_plugin.chat.session import open_chat
 
     broken = without_half_of_its_weights(tiny.llava, tmp_path / "broken")
-    with pytest.raises(SteeringError, match=r"broken cannot be loaded: .*all of its files are there and whole"):
+    with pytest.raises(SteeringError, match=r"broken cannot be loaded: .*all of its files are there and complete"):
         open_chat(str(broken), {})
 
 
@@ -130,17 +130,17 @@ def test_an_answer_ends_at_the_stop_text_of_its_template_where_the_model_goes_on
     import torch
     from transformers import AutoTokenizer
 
-    from llava_steering_plugin.chat.streaming import AnswerStreamer, Ended
+    from llava_steering_plugin.chat.streaming import AnswerStop, AnswerStreamer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny.llm, use_fast=False)
     pieces: list[str] = []
     streamer = AnswerStreamer(tokenizer, "###", pieces.append)
-    ended = Ended(streamer)
+    stop = AnswerStop(streamer)
     streamer.put(torch.empty(1, 0, dtype=torch.long))
     until = []
     for token in tokenizer("It is red.###Human: and what is this? ", add_special_tokens=False).input_ids:
         streamer.put(torch.tensor([token]))
-        until.append(ended(torch.empty(1, 0), torch.empty(1, 0)))
+        until.append(stop(torch.empty(1, 0), torch.empty(1, 0)))
     streamer.end()
     assert "".join(pieces) == streamer.text == "It is red."
     assert until[0] is False and until[-1] is True

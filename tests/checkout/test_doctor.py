@@ -1,4 +1,4 @@
-"""`llava-steering doctor`: what it finds, which commands it says a missing name stops, and that it imports no llava."""
+"""`llava-steering doctor` (`cli/checkout.py`): what it finds, and which commands a missing name stops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`llava-steering convert`, the command: what it shows, and how it ends."""
+"""`llava-steering convert`, the command (`cli/convert.py`, `cli/tables.py`): what it shows, and how it ends."""
 
 from __future__ import annotations
 

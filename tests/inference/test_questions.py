@@ -1,4 +1,4 @@
-"""The batched eval: the answers that each adapter gives alone, in upstream's formats, whatever shares its batch."""
+"""The batched eval (`cli/evaluate.py`): the answers of each adapter alone, in upstream's formats, in any batch."""
 
 from __future__ import annotations
 
@@ -157,7 +157,8 @@ def test_a_damaged_image_is_named_with_its_question_after_the_answers_before_it_
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
     number = questions[1]["question_id"]
     with pytest.raises(
-        SteeringError, match=rf"question {number!r} cannot be asked: {damaged} is no image.* or damaged"
+        SteeringError,
+        match=rf"question {number!r} cannot be asked: {damaged} cannot be read as an image, or is damaged",
     ):
         evaluate(questions[:2], "--batch-size", "1", images=images)
     [line] = (tmp_path / "made" / "answer.jsonl").read_text().splitlines()

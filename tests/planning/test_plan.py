@@ -1,4 +1,4 @@
-"""`llava-steering plan`: what a training would train and why it would not start, from config.json alone.
+"""`llava-steering plan` (`cli/plan.py`): what a training would train, or why it would not start.
 
 Covers `planning/plan.py`, `planning/vision.py` and `upstream/projector.py`.
 """

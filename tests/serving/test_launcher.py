@@ -24,7 +24,8 @@ from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
-from llava_steering_plugin.serving.launcher import ServeOptions, _ports
+from llava_steering_plugin.serving.launcher import find_ports
+from llava_steering_plugin.serving.options import ServeOptions
 from llava_steering_plugin.serving.processes import Program, ProgramDied, Programs
 
 pytest_plugins = ["serving_fixtures"]
@@ -155,10 +156,10 @@ def test_a_port_that_is_taken_is_said_before_anything_is_started(
 
 def test_a_host_that_is_not_this_machines_is_said_with_the_flag_that_names_it() -> None:
     with pytest.raises(ArgumentsError) as refused:
-        _ports(ServeOptions([], host="192.0.2.1"))
+        find_ports(ServeOptions(base="no/model", host="192.0.2.1"))
     assert re.search(r"the page cannot listen on 192\.0\.2\.1: .*\. Give another --host\.$", str(refused.value))
     with pytest.raises(ArgumentsError, match=r"192\.0\.2\.1:7861: .*\. Give another --host or --page-port\.$"):
-        _ports(ServeOptions([], host="192.0.2.1", page_port=7861))
+        find_ports(ServeOptions(base="no/model", host="192.0.2.1", page_port=7861))
 
 
 @pytest.mark.parametrize("host", ["::1", "[::1]", "::"])
@@ -169,15 +170,15 @@ def test_the_page_may_be_on_an_ipv6_address(host: str) -> None:
     except OSError as error:
         pytest.skip(f"this machine has no IPv6: {error}")
     port = free_port()
-    assert _ports(ServeOptions([], host=host, page_port=port))["page"] == port
-    assert len(set(_ports(ServeOptions([], host=host)).values())) == 3
+    assert find_ports(ServeOptions(base="no/model", host=host, page_port=port))["page"] == port
+    assert len(set(find_ports(ServeOptions(base="no/model", host=host)).values())) == 3
 
 
 def test_a_part_that_does_not_answer_is_said_with_the_place_that_tells_why(tmp_path: Path) -> None:
     with Programs(Console(file=io.StringIO()), tmp_path, tmp_path) as parts:
         part = Program("page", ["-c", "import time; time.sleep(60)"], lambda: False)
         parts.start(part)
-        with pytest.raises(SteeringError, match=r"the page .* after 0\.1 seconds.* lines above"):
+        with pytest.raises(SteeringError, match=r"the page .* 0\.1 seconds after.* output above"):
             parts.wait(part, 0.1, lambda: False)
 
 
@@ -185,7 +186,7 @@ def test_lines_that_come_every_few_seconds_are_not_shown_and_all_others_are(tmp_
     said = io.StringIO()
     program = "print('Receive heart beat. http://here'); print('register a new worker [http://here]')"
     with Programs(Console(file=said, width=200), tmp_path, tmp_path) as parts:
-        parts.start(Program("controller", ["-c", program], lambda: False, unshown="Receive heart beat"))
+        parts.start(Program("controller", ["-c", program], lambda: False, hidden="Receive heart beat"))
         with pytest.raises(ProgramDied, match="register a new worker"):
             parts.wait(Program("controller", [], lambda: False), PATIENCE, lambda: False)
     assert "controller | register a new worker [http://here]" in said.getvalue()

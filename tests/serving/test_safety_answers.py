@@ -1,4 +1,4 @@
-"""How answers are made and fail: in threads that stay, with an error that the page shows, and memory given back."""
+"""How answers are generated and fail (`upstream/worker_seam.py`): in pooled threads, with an error for the page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from serving_fixtures import STRICT, Alone, Client, Question, listening, wait_un
 
 from llava_steering_plugin.serving.http.app import build
 from llava_steering_plugin.serving.http.protocol import FAILED, GONE, NO_ANSWER, chunk
-from llava_steering_plugin.serving.model_worker import Generating, _AskedModel
+from llava_steering_plugin.serving.model_worker import RequestModel
+from llava_steering_plugin.upstream.worker_seam import PooledThread
 
 pytest_plugins = ["serving_fixtures"]
 pytestmark = pytest.mark.usefixtures("unharmed")
@@ -37,7 +38,7 @@ def test_an_answer_that_cannot_be_begun_is_an_error_that_the_page_shows_and_no_e
 def test_an_adapter_that_is_removed_while_a_request_waits_is_said_to_have_gone_and_no_bug(
     worker: Any, shelf: Any, asked: list[Question], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(Generating, "threads", Generating.threads)  # put back for the others
+    monkeypatch.setattr(PooledThread, "threads", PooledThread.threads)  # put back for the others
     worker.catalog.put("passing-by", str(shelf / "cats"))
     held = threading.Event()
     handle = worker.model.lm_head.register_forward_hook(lambda *_: held.wait(60) and None)
@@ -78,7 +79,7 @@ def test_an_answer_for_which_there_is_no_thread_is_an_error_and_gives_one_slot_b
 ) -> None:
     """Where no thread can be started the pool has queued the work already, and does it with the next request's."""
     passes: list[None] = []
-    monkeypatch.setattr(Generating, "threads", ThreadPoolExecutor(4, "generating"))
+    monkeypatch.setattr(PooledThread, "threads", ThreadPoolExecutor(4, "generating"))
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
@@ -117,14 +118,14 @@ def test_no_more_threads_generate_than_there_are_slots_although_a_slot_is_free_b
 ) -> None:
     used: set[int] = set()
     held = threading.Event()
-    generate = _AskedModel.generate
+    generate = RequestModel.generate
 
-    def linger(model: _AskedModel, *args: Any, **kwargs: Any) -> None:
+    def linger(model: RequestModel, *args: Any, **kwargs: Any) -> None:
         used.add(threading.get_native_id())
         generate(model, *args, **kwargs)
         held.wait(60)  # the stream has been ended
 
-    monkeypatch.setattr(_AskedModel, "generate", linger)
+    monkeypatch.setattr(RequestModel, "generate", linger)
     question = Question(asked[-1].prompt, tokens=2)
     with ThreadPoolExecutor(1) as user, listening(build(worker, STRICT), free_port()) as client:
         try:
@@ -142,10 +143,8 @@ def test_no_more_threads_generate_than_there_are_slots_although_a_slot_is_free_b
 def rests(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """Grows whenever memory is given back, which happens soon."""
     given_back: list[None] = []
-    monkeypatch.setattr("llava_steering_plugin.serving.idle_trimmer.REST_SECONDS", 0.05)
-    monkeypatch.setattr(
-        "llava_steering_plugin.serving.idle_trimmer.give_free_pages_back", lambda: given_back.append(None)
-    )
+    monkeypatch.setattr("llava_steering_plugin.serving.idle_memory.IDLE_SECONDS", 0.05)
+    monkeypatch.setattr("llava_steering_plugin.serving.idle_memory.return_free_memory", lambda: given_back.append(None))
     return given_back
 
 

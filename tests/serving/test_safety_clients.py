@@ -22,7 +22,7 @@ from serving_fixtures import BASE_NAME, STRICT, Alone, Client, Question, listeni
 
 from llava_steering_plugin.serving.http.app import build
 from llava_steering_plugin.serving.http.validation import CheckedRequest, checked
-from llava_steering_plugin.serving.worker import _bound
+from llava_steering_plugin.serving.worker import bind
 
 pytest_plugins = ["serving_fixtures"]
 pytestmark = pytest.mark.usefixtures("unharmed")
@@ -87,13 +87,13 @@ def test_while_too_many_connections_are_open_every_request_is_a_503_also_if_the_
 
 
 def test_the_workers_own_socket_finds_out_about_clients_that_have_vanished() -> None:
-    with _bound("127.0.0.1", free_port()) as listener:
+    with bind("127.0.0.1", free_port()) as listener:
         assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
 def test_a_client_that_connects_before_the_application_serves_waits_and_is_answered(worker: Any) -> None:
     port = free_port()
-    listener = _bound("127.0.0.1", port)  # as while the model is loaded
+    listener = bind("127.0.0.1", port)  # as while the model is loaded
     with ExitStack() as opened:
         early = [opened.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30)) for _ in range(3)]
         for connection in early:

@@ -58,11 +58,11 @@ def test_64_threads_over_8_adapters_on_one_worker_give_the_texts_of_each_adapter
     import json
 
     from llava_steering_plugin.serving.http.validation import CheckedRequest
-    from llava_steering_plugin.serving.model_worker import Generating
+    from llava_steering_plugin.upstream.worker_seam import PooledThread
 
     jobs = [(name, question) for name in NAMES for question in asked]
     random.Random(1).shuffle(jobs)
-    monkeypatch.setattr(Generating, "threads", ThreadPoolExecutor(len(jobs), "generating"))
+    monkeypatch.setattr(PooledThread, "threads", ThreadPoolExecutor(len(jobs), "generating"))
 
     def ask(job: tuple[str, Question]) -> str:
         name, question = job

@@ -82,7 +82,7 @@ def test_a_broken_adapter_is_rejected_with_the_reason_and_disturbs_nobody(
     assert put(admin, "pets", "nothing-here").status_code == 409
     # Shown like one that is there: two entries of one name could not be told apart.
     shutil.copytree(shelf / "dogs", folder / "good")
-    assert "'mixlora-x' is already" in put(admin, "mixl.ora-x", "good").text
+    assert "the name of the adapter 'mixlora-x'" in put(admin, "mixl.ora-x", "good").text
     assert put(admin, "cats", shelf / "cats").status_code == 403, "not below the folder"
 
 

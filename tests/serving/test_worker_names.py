@@ -16,7 +16,7 @@ from ports import free_port
 from tiny_llava import TinyLlava, without_half_of_its_weights
 
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
-from llava_steering_plugin.inference.sources import PREFIXES, label_of, locate_all, read_sources, shown_name
+from llava_steering_plugin.inference.sources import PAGE_PREFIXES, label_of, locate_all, read_sources, shown_name
 
 MISLEADING = ("cats", "llava-v1.6-34b-mistral", "my-mpt", "mixlora-llama-2", "plain", "mmtag-orca-hermes", "2cats")
 
@@ -79,7 +79,7 @@ def test_the_page_picks_each_adapters_own_template_whatever_the_adapter_is_calle
 
     picked = {
         (conversation, name): pages_template(shown_name(name, conversation, "llava-v1.5-7b"))
-        for conversation in PREFIXES
+        for conversation in PAGE_PREFIXES
         for name in MISLEADING
     }
     assert picked == {(conversation, name): _template(conv_templates[conversation]) for conversation, name in picked}
@@ -134,9 +134,9 @@ def test_a_path_that_no_file_system_takes_is_a_message_and_no_traceback(word: st
 
 
 def test_the_base_of_serve_may_be_a_path_that_no_file_system_takes() -> None:
-    from llava_steering_plugin.cli.serve import _absolute
+    from llava_steering_plugin.cli.serve import absolute_path
 
-    assert _absolute("x" * 300) == "x" * 300
+    assert absolute_path("x" * 300) == "x" * 300
 
 
 @pytest.mark.parametrize(
@@ -178,15 +178,14 @@ def test_a_base_that_cannot_be_loaded_is_a_message_and_no_traceback(tiny: TinyLl
 @pytest.mark.usefixtures("patched_llava")
 def test_a_second_worker_on_a_port_is_refused_before_its_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both bind with SO_REUSEADDR, which one that does not listen yet does not keep others from."""
-    from llava_steering_plugin.serving import model_worker as answering
-    from llava_steering_plugin.serving import worker
+    from llava_steering_plugin.serving import model_worker, worker
 
     class Loading(Exception):
         """The first has come as far as to its model."""
 
     listeners: list[socket.socket] = []
-    bound = worker._bound
-    monkeypatch.setattr(worker, "_bound", lambda *where: listeners.append(bound(*where)) or listeners[-1])
+    bound = worker.bind
+    monkeypatch.setattr(worker, "bind", lambda *where: listeners.append(bound(*where)) or listeners[-1])
     words = ["--model-path", "no/such-model", "--port", str(free_port()), "--stall-seconds", "7"]
 
     def load(*_: Any, **__: Any) -> None:
@@ -196,7 +195,7 @@ def test_a_second_worker_on_a_port_is_refused_before_its_model_is_loaded(monkeyp
             worker.app(words, standalone_mode=False)
         raise Loading
 
-    monkeypatch.setattr(answering, "AdapterWorker", load)
+    monkeypatch.setattr(model_worker, "AdapterWorker", load)
     with pytest.raises(Loading):
         worker.app(words, standalone_mode=False)
     [listener] = listeners

@@ -182,9 +182,9 @@ def listening(
     import uvicorn
 
     from llava_steering_plugin.serving.http.app import give_up_stalled
-    from llava_steering_plugin.serving.worker import _bound
+    from llava_steering_plugin.serving.worker import bind
 
-    listener = listener or _bound("127.0.0.1", port)
+    listener = listener or bind("127.0.0.1", port)
     if send_buffer is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     give_up_stalled(listener, app.state.endpoint.limits.stall_seconds)

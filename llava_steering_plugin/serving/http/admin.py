@@ -1,4 +1,4 @@
-"""/admin/adapters: adds, replaces and removes adapters while the worker serves. Off unless there is a token."""
+"""Serves /admin/adapters: adds, replaces and removes adapters while the worker runs. Off unless there is a token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOKEN_CHARACTERS = 16
 
 
 def checked_token(token: str) -> str:
-    """The token, if it is long enough to be a secret.
+    """Return the token if it is long enough to be a secret.
 
     Raises:
         ArgumentsError: it is not.
@@ -38,19 +38,19 @@ def checked_token(token: str) -> str:
     if len(token) < TOKEN_CHARACTERS:
         raise ArgumentsError(
             f"the admin token has {len(token)} characters; it needs {TOKEN_CHARACTERS} at least. Make one with "
-            "`openssl rand -hex 16`, or leave it out: /admin is then off."
+            "`openssl rand -hex 16`, or leave it out to turn /admin off."
         )
     return token
 
 
 class Admin:
-    """What an administrator may do, and from where adapters may come.
+    """Carries out an administrator's requests.
 
     Args:
-        token: what requests have to bring as `Authorization: Bearer TOKEN`.
+        token: requests have to carry it as `Authorization: Bearer TOKEN`.
         changed: called after the catalog has changed.
-        folder: adapters may be named by paths below it; None: only by hub ids.
-        any_path: they may be anywhere.
+        folder: adapters may be given by paths below it; None: only by hub ids.
+        any_path: adapters may be anywhere.
 
     Raises:
         ArgumentsError: the token is too short.
@@ -66,18 +66,18 @@ class Admin:
         folder: Path | None = None,
         any_path: bool = False,
     ):
-        self._token = checked_token(token).encode(errors="surrogateescape")  # the bytes that the environment had
+        self._token = checked_token(token).encode(errors="surrogateescape")  # the bytes of the environment variable
         self._catalog = catalog
         self._changed = changed
         self._limits = limits
         self._folder = folder
         self._any_path = any_path
-        # Of its own: what loads for minutes would take the threads in which requests are checked. One: the catalog
-        # changes one adapter at a time.
+        # A thread of its own: loading for minutes would occupy the threads in which requests are checked. One is
+        # enough: the catalog changes one adapter at a time.
         self._thread = ThreadPoolExecutor(1, "administering")
 
     def routes(self) -> list[Route]:
-        """For the worker's application."""
+        """Return the routes for the worker's application."""
         return [
             Route("/admin/adapters", self._guarded(self._list), methods=["GET"]),
             Route("/admin/adapters", self._guarded(self._put), methods=["POST"]),
@@ -88,8 +88,8 @@ class Admin:
         async def guarded(request: Request) -> Response:
             try:
                 kind, _, given = request.headers.get("authorization", "").partition(" ")
-                # Both in every case, and in constant time: how long a refusal takes tells nothing of the token.
-                # Latin-1 gives back the bytes that were sent.
+                # Compare both in every case, and in constant time: the time of a refusal must reveal nothing of the
+                # token. Latin-1 restores the bytes that were sent.
                 right = hmac.compare_digest(given.encode("latin-1"), self._token)
                 if not (right & (kind.lower() == "bearer")):
                     raise Refused(401, "This needs the admin token: Authorization: Bearer TOKEN.")
@@ -128,12 +128,12 @@ class Admin:
         return done
 
     def _allowed(self, path: str) -> str:
-        """The path, if adapters may come from there: links are followed first. A folder goes before a hub id.
+        """Return the path if adapters may come from there, links followed. A folder takes precedence over a hub id.
 
-        Where any path may be named, one in the watched folder means the same as where none may.
+        Also with `any_path`, a relative path means the watched folder first.
 
         Raises:
-            Refused: they may not.
+            Refused: adapters may not come from there.
         """
         if self._any_path:
             below = os.path.join(os.path.realpath(self._folder), path) if self._folder is not None else ""
@@ -145,8 +145,10 @@ class Admin:
             inside = wanted != below and Path(wanted).is_relative_to(below)
             if inside and (os.path.exists(wanted) or not hub_id):
                 return wanted
-        # Where the worker was started may be a folder of that name: loading would take that one.
+        # The current folder may hold a folder of that name, which loading would take instead.
         if hub_id and not os.path.exists(path):
             return path
         where = f"paths below {self._folder} and hub ids" if self._folder is not None else "hub ids"
-        raise Refused(403, f"Adapters are only taken from {where}; --admin-any-path lifts this.")
+        raise Refused(
+            403, f"Adapters may only come from {where}; start the worker with --admin-any-path to allow others."
+        )

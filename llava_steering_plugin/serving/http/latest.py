@@ -1,4 +1,4 @@
-"""Hands the newest of a thread's results to a coroutine."""
+"""Passes the newest of a thread's results to a coroutine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import suppress
 
 
 class LatestState:
-    """Holds one state: a newer one takes the place of one that nobody has fetched.
+    """Holds the newest state of an answer; it replaces an older one that has not been fetched.
 
-    Each state of an answer holds the ones before it, so nothing is lost, and a client that reads slowly costs the
-    memory of one state. Made in the coroutine's event loop.
+    Each state of an answer contains the ones before it, so nothing is lost, and a client that reads slowly costs the
+    memory of one state. Create it in the coroutine's event loop.
     """
 
     def __init__(self) -> None:
@@ -23,25 +23,25 @@ class LatestState:
         self._closed = False
 
     def put(self, state: bytes) -> None:
-        """From the thread; never waits."""
+        """Set the newest state, from the thread; never waits."""
         with self._guard:
             self._state = state
-        self._tell(self._filled.set)
+        self._call_in_loop(self._filled.set)
 
     def close(self, then: Callable[[], None]) -> None:
-        """From the thread: no state follows; `then` is called in the event loop, whether anyone still reads or not.
+        """Say, from the thread, that no state follows, and have `then` called in the event loop.
 
-        Only the first time: what is given back there is given back once.
+        Only the first call has an effect, so that `then` releases once what it releases.
         """
         with self._guard:
             if self._closed:
                 return
             self._closed = True
-        self._tell(then)
-        self._tell(self._filled.set)
+        self._call_in_loop(then)
+        self._call_in_loop(self._filled.set)
 
     async def get(self) -> bytes | None:
-        """The newest state not yet fetched, None when none will come."""
+        """Return the newest state not yet fetched, None when no more will come."""
         while True:
             await self._filled.wait()
             self._filled.clear()
@@ -49,10 +49,10 @@ class LatestState:
                 state, self._state = self._state, None
                 if self._closed:
                     self._filled.set()
-                # Neither: two states came at once, and the newer has been fetched.
+                # Otherwise two states came at once, and the newer one has been fetched.
                 if state is not None or self._closed:
                     return state
 
-    def _tell(self, what: Callable[[], None]) -> None:
+    def _call_in_loop(self, what: Callable[[], None]) -> None:
         with suppress(RuntimeError):  # the loop has been closed: the server has stopped
             self._loop.call_soon_threadsafe(what)

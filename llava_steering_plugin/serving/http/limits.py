@@ -1,4 +1,4 @@
-"""What one worker takes on."""
+"""The limits within which one worker accepts requests."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ SPARE_CONNECTIONS = 64
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that is answered, waits and is read.
+    """How much a worker accepts.
 
     Attributes:
-        running: requests that are answered at a time; as upstream's --limit-model-concurrency.
-        waiting: requests that may wait for one of these; more are told to come back (503).
-        body_bytes: of a request; images arrive in it as base64.
-        prompt_characters: the tokenizer is not given more than this, whatever the context would hold.
-        images, image_pixels: of a request, and of each image once it is unpacked.
-        receive_seconds: in which a request has to be there.
-        stall_seconds: after which a client that takes nothing more of its answer is given up.
+        running: answers generated at the same time; upstream's --limit-model-concurrency.
+        waiting: requests that may wait for their turn; further ones get status 503.
+        body_bytes: largest request; images arrive in it as base64.
+        prompt_characters: longest prompt that the tokenizer is given.
+        images, image_pixels: images of a request, and pixels of each when decoded.
+        receive_seconds: time in which a request has to arrive.
+        stall_seconds: time after which a client that reads nothing more of its answer is disconnected.
     """
 
     running: int = 5
@@ -32,5 +32,5 @@ class Limits:
 
     @property
     def connections(self) -> int:
-        """How many may be open before uvicorn answers 503: those of all requests, and some for health and the like."""
+        """Open connections above which uvicorn answers 503: those of all requests, and some spare ones for /health."""
         return self.running + self.waiting + SPARE_CONNECTIONS

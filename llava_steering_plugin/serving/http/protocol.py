@@ -1,4 +1,4 @@
-"""Upstream's wire: how a request is read, and how one that may not be answered is refused."""
+"""Upstream's protocol: reads requests, and refuses those that cannot be answered in upstream's form."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from starlette.responses import Response
 
 from llava_steering_plugin.serving.http.limits import Limits
 
-# Upstream's page shows the text of any chunk whose code is not 0, and the code. Upstream itself uses 1 to 3, for
-# failures; 4 is ours.
+# Upstream's page shows the text and the code of any chunk whose code is not 0. Upstream uses 1 to 3 for failures; 4 is
+# ours.
 FAILED, REFUSED = 1, 4
 NO_ANSWER = "The worker could not finish this answer; its log says why. Please try again."
-GONE = "This model is not served any more. Reload the page for the list."
-# An oversized body is read on for so long and so far, and thrown away: a client that is still sending would not see the
-# answer.
+TOO_BUSY = "The worker is too busy. Please try again in a moment."
+GONE = "This model is no longer served. Reload the page for the list."
+# For how long, and up to how many times the limit, an oversized body is read and discarded: a client that is still
+# sending would not see the answer.
 DRAINED_SECONDS, DRAINED_TIMES = 5.0, 8
-LONG = 1 << 16  # bytes of JSON that are not parsed in passing
-# Lists, objects and their parts in a request, beside those that its prompt has in writing. Each costs many times the
+LONG = 1 << 16  # bytes of JSON above which parsing would block the event loop too long
+# Lists, objects and their parts in a request, besides the commas and brackets of its prompt. Each costs many times the
 # two bytes that it takes in JSON.
 PARTS = 1024
 
 
 class Refused(Exception):
-    """A request that gets an error for an answer; the text goes to the client and holds nothing of the request."""
+    """A request that is answered with an error; the text goes to the client and contains nothing of the request."""
 
     def __init__(self, status: int, text: str):
         super().__init__(text)
@@ -36,11 +37,12 @@ class Refused(Exception):
         self.text = text
 
     def response(self) -> Response:
-        """The answer in the form that upstream's page and controller read."""
+        """Return the answer in the form that upstream's page and controller read."""
         return refusal(self.status, self.text)
 
 
 def refusal(status: int, text: str) -> Response:
+    """Return an error in the form that upstream's page and controller read."""
     headers = {"Retry-After": "5"} if status == 503 else {}
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -48,15 +50,15 @@ def refusal(status: int, text: str) -> Response:
 
 
 def chunk(text: str, code: int) -> bytes:
-    """One state of an answer on upstream's wire: JSON and a zero byte."""
+    """Return one state of an answer in upstream's protocol: JSON and a zero byte."""
     return json.dumps({"text": text, "error_code": code}).encode() + b"\0"
 
 
 async def read_object(request: Request, limits: Limits) -> dict[str, Any]:
-    """The JSON object in the body of a request.
+    """Return the JSON object in the body of a request.
 
     Raises:
-        Refused: too long or of too many parts (413), too slow (408), no JSON (400), no object (422).
+        Refused: it is too long or has too many parts (413), is too slow (408), no JSON (400) or no object (422).
         ClientDisconnect: the client has gone.
     """
     parts = request.stream()
@@ -69,7 +71,7 @@ async def read_object(request: Request, limits: Limits) -> dict[str, Any]:
             await asyncio.wait_for(_drain(parts, DRAINED_TIMES * limits.body_bytes), DRAINED_SECONDS)
         raise Refused(413, f"The request is longer than {limits.body_bytes:,} bytes.")
     try:
-        # Text with images takes a while to read, and others are served meanwhile.
+        # Images take a while to parse; the event loop serves others meanwhile.
         most = limits.prompt_characters + PARTS
         data = await asyncio.to_thread(_parsed, body, most) if len(body) > LONG else _parsed(body, most)
     except (ValueError, RecursionError) as error:
@@ -80,11 +82,11 @@ async def read_object(request: Request, limits: Limits) -> dict[str, Any]:
 
 
 def _parsed(body: bytes, most: int) -> Any:
-    """What the JSON says.
+    """Return the value of the JSON.
 
     Raises:
         Refused: it has more than `most` parts.
-        ValueError, RecursionError: it is none.
+        ValueError, RecursionError: it is no valid JSON.
     """
     if sum(map(body.count, (b",", b"[", b"{"))) > most:
         raise Refused(413, f"The request has more than {most:,} parts.")
@@ -92,7 +94,7 @@ def _parsed(body: bytes, most: int) -> Any:
 
 
 async def _collect(request: Request, parts: AsyncGenerator[bytes, None], most: int) -> bytes | None:
-    """The body; None if it is longer than `most`, and then the rest of `parts` is still to come."""
+    """Return the body; None if it is longer than `most`: then the rest of `parts` is still to come."""
     announced = request.headers.get("content-length", "")
     if announced.isascii() and announced.isdigit() and int(announced) > most:
         return None
@@ -105,7 +107,7 @@ async def _collect(request: Request, parts: AsyncGenerator[bytes, None], most: i
 
 
 async def _drain(parts: AsyncGenerator[bytes, None], most: int) -> None:
-    """Throws away what comes, but not more than `most` of it."""
+    """Discard what arrives, up to `most` bytes."""
     async for part in parts:
         most -= len(part)
         if most < 0:

@@ -1,4 +1,4 @@
-"""A request for an answer, checked whole before a model sees it: upstream's worker trusts what it gets."""
+"""Checks all of a request before a model sees it: upstream's worker trusts what it gets."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from llava_steering_plugin.serving.http.limits import Limits
 from llava_steering_plugin.serving.http.protocol import Refused
 
 IMAGE_TOKEN = "<image>"  # upstream's DEFAULT_IMAGE_TOKEN
-# What PIL may take an upload for. Not all that PIL knows: some of its formats start other programs.
+# Formats that PIL may recognise in an upload. Not all that it knows: some of them start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 STOP_CHARACTERS = 256
-# How many times as large as the largest image its square may be, and how many times as long as wide an image: panoramas
-# are within both, and a file of a few bytes that is one pixel wide is not.
+# How many times the pixels of the largest image its square may have, and how many times as long as wide an image may
+# be. This admits panoramas, but no file of a few bytes that is one pixel wide.
 SQUARE, LONGEST = 4, 100
 
 
 @dataclass(frozen=True)
 class CheckedRequest:
-    """A checked request.
+    """A request that has passed all checks.
 
     Attributes:
-        shown: the model's name as the page shows it.
-        adapter: the pool's name of it.
-        parameters: what upstream's `generate_stream` reads.
+        shown: the model's name on the page.
+        adapter: the model's name in the pool.
+        parameters: the fields that upstream's `generate_stream` reads.
     """
 
     shown: str
@@ -39,7 +39,7 @@ class CheckedRequest:
     parameters: dict[str, Any]
 
     def __str__(self) -> str:
-        """For the log: nothing of what was asked but how much."""
+        """Return a line for the log: the size of the request, nothing of its content."""
         images, prompt = len(self.parameters["images"]), len(self.parameters["prompt"])
         return f"{self.shown}: {prompt} characters, {images} image(s)"
 
@@ -47,16 +47,16 @@ class CheckedRequest:
 def checked(
     data: dict[str, Any], limits: Limits, find: Callable[[str], str | None], multimodal: bool
 ) -> CheckedRequest:
-    """Checks every field, and every image by unpacking it. Takes a while for large images: not for an event loop.
+    """Check every field, and every image by decoding it. Large images take a while: do not call it in an event loop.
 
     Args:
         data: the request.
-        find: the pool's name of a model that the page shows, None for an unknown one.
+        find: returns the pool's name of a model on the page, None for an unknown one.
         multimodal: whether the model takes images.
 
     Raises:
-        Refused: missing or mistyped fields (422, all listed), an unknown model (404), too long a prompt (413), images
-            that are none, are cut off, too many or too large, or do not match the prompt (400).
+        Refused: missing or mistyped fields (422, all listed), an unknown model (404), a prompt that is too long (413),
+            images that are damaged, too many or too large, or do not match the prompt (400).
     """
     problems = [problem for key, check in _CHECKS.items() if (problem := check(key, data.get(key)))]
     if problems:
@@ -82,20 +82,20 @@ def checked(
 
 
 def unpacked(text: str) -> Image.Image:
-    """An image of a checked request, in place of upstream's `load_image_from_base64`.
+    """Decode an image of a checked request, in place of upstream's `load_image_from_base64`.
 
-    In RGB: upstream pads with a colour of three values, which other modes cannot hold.
+    The image is in RGB: upstream pads with a colour of three values, which other modes cannot hold.
     """
     image: Image.Image = Image.open(io.BytesIO(base64.b64decode(text)), formats=FORMATS)
-    image.load()  # before its mode is looked at: decoders may change it
+    image.load()  # before looking at its mode, which decoders may change
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _check_image(text: str, number: int, limits: Limits) -> None:
-    """Refuses an image that is damaged or too large. What was unpacked is dropped: it waits its turn as it came.
+    """Check that an image is whole and not too large. Its pixels are dropped: it waits for its turn encoded.
 
     Raises:
-        Refused: 400.
+        Refused: it is not (400).
     """
     try:
         data = base64.b64decode(text, validate=True)
@@ -103,24 +103,24 @@ def _check_image(text: str, number: int, limits: Limits) -> None:
         raise Refused(400, f"Image {number} is not valid base64.") from error
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            # Before the pixels are unpacked: a few bytes can stand for gigabytes.
+            # Before decoding the pixels: a few bytes can stand for gigabytes.
             _check_size(image, number, limits)
             image.load()
     except Refused:
         raise
-    except Image.DecompressionBombError as error:  # PIL's own limit, before ours can be looked at
+    except Image.DecompressionBombError as error:  # PIL's own limit, which comes before ours
         most = min(limits.image_pixels, 2 * (Image.MAX_IMAGE_PIXELS or limits.image_pixels))
         raise Refused(400, f"Image {number} has more than {most:,} pixels.") from error
-    except Exception as error:  # decoders raise what they like on a damaged file
+    except Exception as error:  # decoders raise all kinds of errors on a damaged file
         known = ", ".join(FORMATS)
         raise Refused(400, f"Image {number} is damaged, cut off, or none of {known}.") from error
 
 
 def _check_size(image: Image.Image, number: int, limits: Limits) -> None:
-    """Refuses what is too large, as it is or as upstream makes it: padded to a square, or with its short side enlarged.
+    """Check the size of an image as it is and as upstream makes it: padded to a square, or its short side enlarged.
 
     Raises:
-        Refused: 400.
+        Refused: it is too large (400).
     """
     short, long = sorted(image.size)
     if short * long > limits.image_pixels:

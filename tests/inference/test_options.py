@@ -11,20 +11,21 @@ import pytest
 from training_runs import subprocess_environment
 
 from llava_steering_plugin.errors import ArgumentsError
-from llava_steering_plugin.serving.options import chosen_device
+from llava_steering_plugin.inference.options import choose_device
 
 PROGRAMS = """
 import sys
 from typer.testing import CliRunner
 from llava_steering_plugin.cli import app
-from llava_steering_plugin.serving import options as flags, worker
+from llava_steering_plugin.inference import options
+from llava_steering_plugin.serving import worker
 
 class Chosen(Exception): ...
 
 def stop(asked):
     raise Chosen(asked)
 
-flags.chosen_device = stop
+options.choose_device = stop
 files = ["--question-file", "q.jsonl", "--image-folder", ".", "--answers-file", "a.jsonl"]
 for program, words in (
     (app, ["chat", "base"]),
@@ -41,7 +42,7 @@ assert not started, started
 @pytest.mark.parametrize(("gpus", "chosen"), [(True, "cuda"), (False, "cpu")])
 def test_auto_is_a_gpu_where_there_is_one(gpus: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus)
-    assert chosen_device("auto") == chosen
+    assert choose_device("auto") == chosen
 
 
 @pytest.mark.parametrize("asked", ["cpu", "cpu:0"])
@@ -49,20 +50,20 @@ def test_the_processor_is_chosen_by_hiding_the_gpus_where_the_vision_tower_would
     asked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert chosen_device(asked) == asked
+    assert choose_device(asked) == asked
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_a_gpu_stays_visible_and_one_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert chosen_device("cuda:1") == "cuda:1"
+    assert choose_device("cuda:1") == "cuda:1"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ArgumentsError, match="--device cuda: torch finds no GPU"):
-        chosen_device("cuda")
-    with pytest.raises(ArgumentsError, match="--device nonsense is none that torch knows"):
-        chosen_device("nonsense")
+        choose_device("cuda")
+    with pytest.raises(ArgumentsError, match="--device nonsense: torch knows no such device"):
+        choose_device("nonsense")
 
 
 def test_every_program_chooses_its_device_before_it_imports_what_may_start_cuda(patched_llava: Path) -> None:

@@ -1,0 +1,81 @@
+"""Tables of the command line: what `doctor` and `convert` print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from llava_steering_plugin.checkout.doctor import Report
+    from llava_steering_plugin.convert.conversion import Conversion
+
+WIDTH_OF_A_FILE = 160
+
+
+def console(*, plain: bool = False) -> Console:
+    """Return a console on standard output, wide enough for tables where that is no terminal.
+
+    Args:
+        plain: print text as it is: no colours for numbers and paths, brackets are no markup.
+    """
+    return Console(highlight=not plain, markup=not plain, width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE)
+
+
+def doctor_table(report: Report) -> Table:
+    """Return the report of `doctor` as a table."""
+    table = _key_value_table()
+    table.add_row("python", f"{report.python}, {report.executable}")
+    if report.llava is not None:
+        found = report.llava
+        table.add_row("llava", f"{found.path} ({found.found_by})")
+        table.add_row("", f"{found.distribution} {found.version}" if found.distribution else "not an installed package")
+        if found.commit:
+            table.add_row("", f"git commit {found.commit}")
+        table.add_row("", found.state)
+        for other in found.others:
+            table.add_row("", f"another one: {other}")
+    table.add_row("entry point", report.entry_point or "not visible")
+    _add_rows(table, "seams", [f"{'found  ' if seam.found else 'MISSING'} {seam.name}" for seam in report.seams])
+    if report.stopped:
+        table.add_row("do not work", ", ".join(report.stopped))
+    _add_rows(table, "packages", [f"{name} {version or '-'}" for name, version in report.packages.items()])
+    _add_rows(table, "devices", report.devices)
+    _add_rows(table, "PROBLEMS", report.problems)
+    _add_rows(table, "next", report.next_steps)
+    return table
+
+
+def conversion_tables(done: Conversion) -> list[Table]:
+    """Return the tables of a conversion: the new adapter, and what it does not carry over, if anything."""
+    table = _key_value_table()
+    table.add_row("adapter", str(done.folder))
+    table.add_row("mode", f"{done.config.mode}, {done.parameters:,} parameters, {done.size:,} bytes")
+    table.add_row("settings", ", ".join(f"{key} {value}" for key, value in done.config.settings.items()))
+    table.add_row("base", str(done.config.base))
+    _add_rows(table, "carries too", done.extras)
+    _add_rows(table, "checked", done.checks)
+    if not done.notes:
+        return [table]
+    lost = Table(title="Not carried over, or different here", title_justify="left")
+    lost.add_column("in the checkpoint", no_wrap=True)
+    lost.add_column("what becomes of it", overflow="fold")
+    for note in done.notes:
+        lost.add_row(note.entry, note.what)
+    return [table, lost]
+
+
+def _key_value_table() -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # users copy paths: break them, never shorten them
+    return table
+
+
+def _add_rows(table: Table, title: str, lines: Sequence[str]) -> None:
+    """Add one row a line, with the title before the first."""
+    for index, line in enumerate(lines):
+        table.add_row("" if index else title, line)

@@ -1,0 +1,46 @@
+"""Options that chat, eval and the server share, and the choice of the device that `--device` names.
+
+Importing it imports no torch: `--help` needs none.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from llava_steering_plugin.errors import ArgumentsError
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes the GPU if there is one.")]
+Load4bit = Annotated[bool, typer.Option("--load-4bit", help="Quantise the base to 4 bits.")]
+Load8bit = Annotated[bool, typer.Option("--load-8bit", help="Quantise the base to 8 bits.")]
+MaxResident = Annotated[
+    int | None, typer.Option(min=1, help="Keep at most N adapters on the device, the others in CPU memory.")
+]
+
+
+def choose_device(requested: str) -> str:
+    """Return the device that `--device` requests; for the CPU, hide all GPUs from this process.
+
+    Upstream's loader lets accelerate place the vision tower, and accelerate takes a GPU wherever it sees one. CUDA
+    reads the list of visible GPUs once: call this before importing anything that initialises CUDA.
+
+    Raises:
+        ArgumentsError: torch knows no such device, or finds no GPU.
+    """
+    import torch
+
+    if requested == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(requested).type
+    except RuntimeError as error:
+        raise ArgumentsError(
+            f"--device {requested}: torch knows no such device. Use auto, cpu, cuda or cuda:1."
+        ) from error
+    if kind == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif kind == "cuda" and not torch.cuda.is_available():
+        raise ArgumentsError(f"--device {requested}: torch finds no GPU. Use --device cpu, or --device auto.")
+    return requested

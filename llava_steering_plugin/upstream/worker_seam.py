@@ -1,0 +1,86 @@
+"""Replaces in LLaVA's model worker the names by which it generates: its streamer, its threads, its reader of images.
+
+Upstream's `ModelWorker.generate_stream` looks these names up in its module. Nothing else of the module changes, and its
+functions read two globals, `args` and `model_semaphore`, which upstream's own program would have set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+import threading
+from argparse import Namespace
+from asyncio import Semaphore
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from llava import utils as llava_utils
+from transformers import StoppingCriteria
+
+# Importing upstream's worker would turn standard output and error into log records and open a log file in the current
+# folder. Keep both as they are.
+llava_utils.handler = llava_utils.handler or logging.NullHandler()
+with contextlib.redirect_stdout(sys.stdout), contextlib.redirect_stderr(sys.stderr):
+    from llava.serve import model_worker as model_worker
+model_worker.logger.setLevel(logging.WARNING)  # otherwise it logs a line for each heart beat
+
+
+class PatientStreamer(model_worker.TextIteratorStreamer):
+    """Waits for text for as long as generating takes; upstream's streamer gives up after 15 seconds without text.
+
+    A long prefill or a busy machine can take longer. Whoever generates must end the stream in every case.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **(kwargs | {"timeout": None}))
+
+
+class ClientGone(StoppingCriteria):
+    """Ends a generation before its next token once the client has gone."""
+
+    def __init__(self, gone: threading.Event):
+        self.gone = gone
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> bool:
+        return self.gone.is_set()
+
+
+class PooledThread:
+    """Runs in a pool of threads what upstream starts as a new thread for every generation.
+
+    Each new thread would leave memory of its own behind in the libraries that compute.
+
+    Attributes:
+        threads: the pool, as large as the server has slots once `set_globals` was called. A slot is free a moment
+            before its thread, when that has ended the stream: the next generation waits for that moment.
+    """
+
+    threads = ThreadPoolExecutor(thread_name_prefix="generating")
+
+    def __init__(self, *, target: Callable[..., Any], kwargs: dict[str, Any]):
+        self._work = functools.partial(target, **kwargs)
+
+    def start(self) -> None:
+        """Hand the work to the pool.
+
+        Raises:
+            RuntimeError: the system has no more threads; one of the pool's may do the work all the same, later.
+        """
+        self.threads.submit(self._work)
+
+
+def replace_parts(load_image: Callable[[str], Any]) -> None:
+    """Make upstream's worker generate in pooled threads, wait for text patiently, and read images with `load_image`."""
+    model_worker.TextIteratorStreamer = PatientStreamer
+    model_worker.Thread = PooledThread
+    model_worker.load_image_from_base64 = load_image
+
+
+def set_globals(slots: Semaphore, limit: int) -> None:
+    """Let upstream's worker report how many of `limit` slots are taken, and run as many generations at a time."""
+    model_worker.model_semaphore = slots
+    model_worker.args = Namespace(limit_model_concurrency=limit)
+    PooledThread.threads = ThreadPoolExecutor(limit, "generating")
