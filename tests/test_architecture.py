@@ -39,8 +39,6 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 MAY_IMPORT_LLAVA = {"upstream", "inference", "chat", "serving"}
 # The constant that stands for an image in a prompt: below `upstream`, which therefore cannot hand it down.
 LLAVA_CONSTANTS = {"pool/projectors.py"}
-STILL_IMPORTING: set[str] = set()  # empty: keep it so
-STILL_TOO_LONG = {"llava_steering_plugin/modes/mixlora.py"}  # to be emptied
 
 LONGEST_FILE = 300
 
@@ -118,11 +116,8 @@ STILL_TO_REPHRASE: set[str] = {
     "chat",
     "checkout",
     "convert",
-    "distributed",
-    "hooks",
     "inference",
     "launch",
-    "modes",
     "planning",
     "pool",
     "serving",
@@ -261,7 +256,7 @@ def test_only_the_rooms_that_run_llava_import_it() -> None:
     }
     assert {
         path for path in importers if path.split("/")[0] not in MAY_IMPORT_LLAVA
-    } == LLAVA_CONSTANTS | STILL_IMPORTING
+    } == LLAVA_CONSTANTS
 
 
 def test_modes_are_plain_torch_and_two_files_name_deepspeed() -> None:
@@ -276,8 +271,7 @@ def test_modes_are_plain_torch_and_two_files_name_deepspeed() -> None:
 @pytest.mark.parametrize("folder", [PACKAGE, "scripts"])
 def test_no_file_is_longer_than_can_be_surveyed(folder: str) -> None:
     lengths = {file.relative_to(ROOT): len(file.read_text().splitlines()) for file in (ROOT / folder).rglob("*.py")}
-    too_long = {str(file): length for file, length in lengths.items() if length > LONGEST_FILE}
-    assert {file: length for file, length in too_long.items() if file not in STILL_TOO_LONG} == {}
+    assert {str(file): length for file, length in lengths.items() if length > LONGEST_FILE} == {}
 
 
 def has_code(file: Path) -> bool:

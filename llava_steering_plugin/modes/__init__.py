@@ -1,1 +1,1 @@
-"""The tuning modes: one file per paper, plain torch, no models and no files."""
+"""The tuning modes: papers as plain torch modules, which know no model and read no file."""

@@ -1,4 +1,4 @@
-"""MixLoRA: low-rank factors that are chosen for every instance (arXiv 2402.15896).
+"""MixLoRA: low-rank factors that are chosen for every instance (arXiv 2402.15896, sec. 3).
 
     y = base(x) + (alpha/r) (x A^T) B,   A = r of E factors a_e in R^in,   B = r of E factors b_e in R^out
 
@@ -6,7 +6,8 @@ Independent selection (IFS): A by the scores  W_A mean(x),  B by  W_B mean(x). C
 
     softmax(W_B mean(x)) + w softmax( sum_i softmax(a_i . W_AB[i]) ),   a_1 ... a_r the chosen A factors.
 
-The k-th A goes with the k-th B, in order of score. Chosen once for each row; never a [rows, in, out] tensor.
+The k-th A goes with the k-th B, in order of score. The choice is made once for each row of a batch, and no tensor of
+shape [rows, in, out] is ever made.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_steering_plugin.errors import TokenMapError
-from llava_steering_plugin.modes.base import DecoderShape, ForwardPass, Mode, no_autocast, setting
+from llava_steering_plugin.modes.base import DecoderShape, ForwardPass, no_autocast
 from llava_steering_plugin.modes.mixlora_factors import entrance, take, updated
 from llava_steering_plugin.modes.mixlora_routing import (
     Choice,
@@ -33,18 +34,16 @@ from llava_steering_plugin.modes.mixlora_routing import (
     mean_summary,
     mean_weights,
 )
-from llava_steering_plugin.modes.mixlora_targets import ALL, find_targets, parse_targets
+from llava_steering_plugin.modes.mixlora_settings import PROMPT, RELEASED, MixLoRASettings
+from llava_steering_plugin.modes.mixlora_targets import find_targets
 
-PROMPT, SEQUENCE = "prompt", "sequence"
-STRAIGHT_THROUGH, NO_GRADIENT = "straight_through", "none"
-PAPER, RELEASED = "paper", "released"
-BALANCE = 0.05
+__all__ = ["RELEASED", "MixLoRA", "RoutedLinear"]
 
 
 class RoutedLinear(nn.Module):
-    """The update of one linear: pools of factors on both sides, and the routers that choose from them.
+    """Adds the low-rank update to one linear: holds the pools of factors and the routers that choose from them.
 
-    Parameters, float32 (in brackets, what the authors' checkpoints call them below the linear's name):
+    Parameters, float32 (in brackets, their names in the authors' checkpoints, below the linear's name):
         routed_a [E, in]: the A factors (lora_A.default.0 ... E-1, [1, in] each).
         routed_b [E, out]: the B factors, zero at first (lora_B.default.0 ... E-1, [1, out] each).
         router_a [E, in]: W_A (cmoa_selector.loraA_selector.weight).
@@ -54,14 +53,14 @@ class RoutedLinear(nn.Module):
             loraA_param2loraB_selector.weight [E, r * in] = router_ab.transpose(0, 1).reshape(E, r * in)).
 
     Args:
-        in_features, out_features: of the linear.
+        in_features, out_features: widths of the linear.
         mode: the settings.
         balance: weight of this linear's load-balance loss, on each side.
 
     Shapes:
-        output: [rows, positions, out] in any float dtype, which the update is computed in; the routers in float32. It
-            is written into.
-        inputs: [rows, positions, in], or both with rows and positions flattened into one.
+        output: [rows, positions, out] in any float dtype, in which the update is computed (the routers compute in
+            float32). The update is written into it.
+        inputs: [rows, positions, in]; rows and positions of both tensors may be flattened into one.
     """
 
     def __init__(self, in_features: int, out_features: int, mode: MixLoRA, balance: float = 0.0):
@@ -83,10 +82,15 @@ class RoutedLinear(nn.Module):
         self.observed = (Observed.nothing(), Observed.nothing())
 
     def enter(self, inputs: Tensor) -> Tensor:
-        """What the linear is to be called on in place of `inputs`, the same numbers."""
+        """Return the same numbers as `inputs`, to call the linear on: their backward pass takes less memory."""
         return entrance(inputs)
 
     def forward(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass) -> Tensor:
+        """Return `output` plus the update of every row with the factors chosen for it.
+
+        Raises:
+            TokenMapError: the linear sees other positions than the pass has, or a decode step has no prefill.
+        """
         rows, positions = this_pass.prompt.shape
         if inputs.shape[:-1] not in ((rows, positions), (rows * positions,)):
             raise TokenMapError(
@@ -100,14 +104,14 @@ class RoutedLinear(nn.Module):
         return self._updated(output, inputs, this_pass)
 
     def _updated(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass) -> Tensor:
-        # No views here: autograd adds the base's gradient into the one that `updated` gives if nothing else refers to
-        # it, and else takes a third tensor of the input's size for the sum.
+        # No views here: autograd adds the base's gradient into the one that `updated` returns if nothing else refers
+        # to that, and otherwise allocates a third tensor of the input's size for the sum.
         with no_autocast(output.device):
             a, b = self.factors_for(inputs, this_pass, output.dtype)
             return updated(output, self.dropout(inputs.to(output.dtype)), a, b)
 
     def factors_for(self, hidden: Tensor, this_pass: ForwardPass, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A [rows, r, in] and B [rows, r, out] of `dtype` for `hidden` [rows, positions, in], B times alpha / r."""
+        """Return A [rows, r, in] and alpha / r B [rows, r, out], of `dtype`, for `hidden` [rows, positions, in]."""
         if this_pass.decode and self.mode.pooling == PROMPT:
             return self._kept_factors(this_pass, len(hidden), dtype)
         routing = self.route(hidden, this_pass)
@@ -115,9 +119,9 @@ class RoutedLinear(nn.Module):
         return self._factors(routing, dtype)
 
     def route(self, hidden: Tensor, this_pass: ForwardPass) -> Routing:
-        """Chooses factors for every row from its `hidden` [rows, positions, in]."""
+        """Choose r factors on each side for every row, from its `hidden` [rows, positions, in]."""
         with torch.no_grad():
-            # Routers learn from where the hidden states are; these do not learn to be routed.
+            # The routers learn from the hidden states; the hidden states get no gradient from the routers.
             pooled = masked_mean(hidden, self._pooling_weights(hidden, this_pass))
         learning = self.learns and torch.is_grad_enabled()
         watched = learning or self.training
@@ -155,7 +159,7 @@ class RoutedLinear(nn.Module):
         return logits
 
     def _factors(self, routing: Routing, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        # The scale goes with B, which is small: half precision ends soon.
+        # B carries the scale because its values are small: A's could leave the range of half precision.
         gated = self.learns and torch.is_grad_enabled()
         a = take(self.routed_a, routing.a, dtype, gated=gated)
         return a, take(self.routed_b, routing.b, dtype, scale=self.mode.scale, gated=gated)
@@ -164,8 +168,9 @@ class RoutedLinear(nn.Module):
         kept: _Kept | None = this_pass.kept.get(self)
         if kept is None:
             raise TokenMapError(
-                "a decode step came without its prefill: MixLoRA chooses its factors from the prompt, and nobody kept "
-                "the choice. Use model.generate(), which does, or an adapter trained with --mixlora_routing sequence."
+                "a decode step came without its prefill: MixLoRA chooses its factors from the prompt, and the choice "
+                "was not kept. Use model.generate(), which keeps it, or an adapter trained with --mixlora_routing "
+                "sequence."
             )
         if kept.factors is None or kept.factors[0].shape[0] != rows:
             kept.factors = self._factors(kept.repeated(rows), dtype)
@@ -174,14 +179,14 @@ class RoutedLinear(nn.Module):
 
 @dataclass
 class _Kept:
-    """What a prefill leaves for the decode steps: the choice, and from the first step on the factors themselves."""
+    """The choice that a prefill leaves for its decode steps: int64 [rows, r] each; the first step adds the factors."""
 
     a: Tensor
     b: Tensor
     factors: tuple[Tensor, Tensor] | None = None
 
     def repeated(self, rows: int) -> Routing:
-        """The routing for a generation that repeats every row (contrastive search), as often as `rows` needs."""
+        """Return the routing of `rows` rows, each row of the prefill repeated alike (contrastive search does so)."""
         times, rest = divmod(rows, len(self.a))
         if rest:
             raise TokenMapError(
@@ -192,106 +197,10 @@ class _Kept:
 
 
 @dataclass(frozen=True)
-class MixLoRA(Mode):
-    """Settings of MixLoRA, and its modules: one `RoutedLinear` on every chosen linear of the decoder.
-
-    `variant` fixes three things together: `paper` contracts a_i with W_AB[i] as the paper writes, pools over the prompt
-    and trains the routers; `released` does all three as the authors' released code, for their checkpoints. Pooling and
-    router gradient can be set apart with `paper`.
-    """
+class MixLoRA(MixLoRASettings):
+    """Puts one `RoutedLinear` on every chosen linear of the decoder; `MixLoRASettings` has the settings."""
 
     name: ClassVar[str] = "mixlora"
-
-    factors: int = setting(16, "E, factors in the pools of every linear, on each side")
-    rank: int = setting(4, "r, how many of them are chosen for an instance")
-    alpha: float | None = setting(None, "the update is scaled by alpha / rank; twice the factors if not given")
-    dropout: float = setting(0.0, "dropout on the adapter's input")
-    conditional: bool = setting(True, "choose B also by the chosen A (CFS); else on their own (IFS)")
-    ifs_weight: float = setting(1.0, "w, weight of the conditional scores beside the independent ones")
-    start_layer: int = setting(0, "first decoder layer with an adapter, counted from 0")
-    targets: str = setting(ALL, "which linears of the decoder: all, or names such as q_proj,v_proj")
-    routing: str | None = setting(
-        None, "what a choice is made from: prompt (once) or sequence (every forward); prompt with variant paper"
-    )
-    router_grad: str | None = setting(
-        None, "how routers learn: straight_through, or none (frozen); straight_through with variant paper"
-    )
-    balance: float | None = setting(
-        None, f"coefficient of the load-balance loss, mean over all routers; {BALANCE} where they learn, 0: none"
-    )
-    noise: float = setting(0.0, "standard deviation of noise on the routers' logits while training")
-    variant: str = setting(PAPER, "paper, or released: as the authors' code computes, for their checkpoints")
-
-    @property
-    def scale(self) -> float:
-        """alpha / r."""
-        return (2 * self.factors if self.alpha is None else self.alpha) / self.rank
-
-    @property
-    def pooling(self) -> str:
-        """`routing`, with its default."""
-        return self.routing or (SEQUENCE if self.variant == RELEASED else PROMPT)
-
-    @property
-    def router_learns(self) -> bool:
-        """`router_grad`, with its default."""
-        return (self.router_grad or (NO_GRADIENT if self.variant == RELEASED else STRAIGHT_THROUGH)) != NO_GRADIENT
-
-    @property
-    def balance_weight(self) -> float:
-        """`balance`, with its default: routers that learn without it settle on few factors (docs/multitask.md)."""
-        return (BALANCE if self.router_learns else 0.0) if self.balance is None else self.balance
-
-    def problems(self, decoder: DecoderShape | None = None) -> list[str]:
-        found = []
-        if self.factors < 1:
-            found.append(f"mixlora_factors is {self.factors}; it must be at least 1")
-        if self.rank < 1 or self.rank > self.factors >= 1:
-            found.append(f"mixlora_rank is {self.rank}; it must be from 1 to mixlora_factors, {self.factors}")
-        if self.alpha is not None and not (self.alpha > 0 and math.isfinite(self.alpha)):
-            found.append(f"mixlora_alpha is {self.alpha}; it must be above 0")
-        if not 0 <= self.dropout < 1:
-            found.append(f"mixlora_dropout is {self.dropout}; it must be at least 0 and below 1")
-        for name in ("ifs_weight", "balance", "noise"):
-            value = self.balance_weight if name == "balance" else getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                found.append(f"mixlora_{name} is {value}; it must be 0 or above")
-        choices = {
-            "routing": (PROMPT, SEQUENCE),
-            "router_grad": (STRAIGHT_THROUGH, NO_GRADIENT),
-            "variant": (PAPER, RELEASED),
-        }
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known and not (value is None and name != "variant"):
-                found.append(f"mixlora_{name} is {value!r}; choose one of {', '.join(known)}")
-        return found + self._contradictions() + self._misses(decoder)
-
-    def _contradictions(self) -> list[str]:
-        found = []
-        if self.variant == RELEASED and self.routing == PROMPT:
-            found.append("mixlora_routing prompt contradicts mixlora_variant released, which pools the sequence")
-        if self.variant == RELEASED and self.router_grad == STRAIGHT_THROUGH:
-            found.append("mixlora_router_grad straight_through contradicts mixlora_variant released, which has none")
-        if self.balance_weight > 0 and not self.router_learns:
-            found.append(f"mixlora_balance is {self.balance} and the routers are frozen; it would change nothing")
-        return found
-
-    def _misses(self, decoder: DecoderShape | None) -> list[str]:
-        """What is wrong with the choice of layers and linears."""
-        if self.start_layer < 0:
-            return [f"mixlora_start_layer is {self.start_layer}; it must be 0 or above"]
-        if decoder is not None and self.start_layer >= len(decoder.layers):
-            last = len(decoder.layers) - 1
-            return [f"mixlora_start_layer is {self.start_layer}; the last of the model's layers is {last}"]
-        try:
-            if decoder is None:
-                parse_targets(self.targets)
-            else:
-                find_targets(self.targets, decoder.layers[self.start_layer :])
-        except ValueError as error:
-            return [f"mixlora_targets: {error}"]
-        return []
 
     def build(self, decoder: DecoderShape) -> dict[str, nn.Module]:
         hosts = find_targets(self.targets, decoder.layers[self.start_layer :])

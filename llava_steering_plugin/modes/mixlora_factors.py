@@ -1,4 +1,7 @@
-"""Factors: taken out of a pool for every row, and the low-rank update that is made of them. Never [rows, in, out]."""
+"""Take factors out of MixLoRA's pools for every row, and compute the low-rank update (arXiv 2402.15896, sec. 3).
+
+No tensor of shape [rows, in, out] is made.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from llava_steering_plugin.modes.mixlora_routing import Choice
 
 
 class _Take(torch.autograd.Function):
-    """Takes factors out of a pool, with a straight-through gate of 1 + p - stopgrad(p) on each.
+    """Take factors out of a pool, with a straight-through gate of 1 + p - stopgrad(p) on each.
 
-    The forward value is the factor to the bit; the gate shows in the backward pass only, where p gets the gradient
-    that a factor's weight would have.
+    The forward value is the factor, bit for bit; the gate acts in the backward pass only, where p gets the gradient
+    that a weight on the factor would have.
     """
 
     @staticmethod
@@ -35,7 +38,7 @@ class _Take(torch.autograd.Function):
         gradient = gradient.float()
         for_pool = for_probability = None
         if ctx.needs_input_grad[0]:
-            # A product with ones and zeros: CUDA leaves the order of scattered sums open, and two runs must agree.
+            # A product with ones and zeros: scattered sums on CUDA have no fixed order, and two runs must agree.
             places = gradient.new_zeros(index.numel(), ctx.factors).scatter_(1, index.reshape(-1, 1), ctx.scale)
             for_pool = (places.T @ gradient.flatten(0, 1)).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
@@ -45,10 +48,14 @@ class _Take(torch.autograd.Function):
 
 
 def take(pool: Tensor, choice: Choice, dtype: torch.dtype, *, scale: float = 1.0, gated: bool = False) -> Tensor:
-    """The chosen factors times `scale`, [rows, r, features] of `dtype`, from `pool` [E, features].
+    """Return the chosen factors times `scale`, [rows, r, features].
 
     Args:
-        gated: the choice's probabilities get a gradient through a straight-through gate.
+        pool: float32 [E, features].
+        choice: the factors of every row, [rows, r].
+        dtype: of the result.
+        scale: is multiplied in float32, before the cast to `dtype`.
+        gated: give the choice's probabilities a gradient through a straight-through gate.
     """
     probability = choice.probability if gated else None
     taken: Tensor = _Take.apply(pool, probability, choice.factors, scale, dtype)  # type: ignore[no-untyped-call]
@@ -56,10 +63,10 @@ def take(pool: Tensor, choice: Choice, dtype: torch.dtype, *, scale: float = 1.0
 
 
 class _Entrance(torch.autograd.Function):
-    """The input of a linear, whose gradient gets the update's part written into it.
+    """Pass the input of a linear on; add the update's part to its gradient in place.
 
-    Autograd would take one more tensor of the input's size for that part, and pass over three of them for the sum. A
-    linear's gradient is a product of its own making, which nobody else holds, so it may be written into.
+    Autograd would allocate one more tensor of the input's size for that part, and read and write three of them for the
+    sum. The gradient that a linear returns is a fresh tensor with no other holder, so it may be written into.
     """
 
     @staticmethod
@@ -77,15 +84,15 @@ class _Entrance(torch.autograd.Function):
 
 
 def entrance(hidden: Tensor) -> Tensor:
-    """`hidden`, [rows, positions, in], to call a linear and then `updated` on: cheaper in the backward pass."""
+    """Return `hidden`, [rows, positions, in], to call a linear and then `updated` on: its backward pass is cheaper."""
     result: Tensor = _Entrance.apply(hidden)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Updated(torch.autograd.Function):
-    """The low-rank update, its backward written out: the narrow tensors lie as [rows, r, positions].
+    """Compute the low-rank update, with a backward of its own: the narrow tensors have shape [rows, r, positions].
 
-    Left to autograd, half of the backward's products get a transposed narrow operand, and take three times as long.
+    With autograd's backward, half of the products have a transposed narrow operand and take three times as long.
     """
 
     @staticmethod
@@ -103,7 +110,7 @@ class _Updated(torch.autograd.Function):
         for_narrow = torch.bmm(b, gradient.transpose(1, 2))
         for_hidden = None
         if ctx.way_in is not None:
-            # By the call: of several backward passes over one graph, not all need to come to the entrance.
+            # Keyed by this call: of several backward passes over one graph, not all need to reach the entrance.
             ctx.way_in.updates[id(ctx)] = for_narrow, a
         elif ctx.needs_input_grad[1]:
             for_hidden = torch.bmm(for_narrow.transpose(1, 2), a)
@@ -113,15 +120,21 @@ class _Updated(torch.autograd.Function):
 
 
 def updated(output: Tensor, hidden: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`output` plus (hidden a^T) b, [rows, positions, out], with factors a [rows, r, in] and b [rows, r, out].
+    """Add (hidden a^T) b to `output` in place and return it, [rows, positions, out].
 
-    Written into `output`, which its linear has just made and needs no more: a copy takes longer than the update.
+    In place because a copy of `output`, which its linear has just made and needs no more, takes longer than the update.
+
+    Args:
+        output: [rows, positions, out] in any float dtype.
+        hidden: [rows, positions, in] in the same dtype.
+        a: chosen factors, [rows, r, in] in the same dtype.
+        b: chosen factors times alpha / r, [rows, r, out] in the same dtype.
     """
     if torch.is_grad_enabled() and output._is_view():
-        # Autograd lets nobody write into a view that another function's forward has made, as that of bitsandbytes'
-        # 8-bit linears. Nothing tells it from an ordinary one, as that of a linear with a bias, which is copied too.
+        # Autograd forbids writing into a view that another function's forward has made, such as the output of
+        # bitsandbytes' 8-bit linears. It looks like an ordinary view, such as that of a linear with a bias: copy both.
         output = output.clone()
-    # Only where `hidden` is what came of `entrance`, and not a cast, a view or a dropout of it.
+    # Only where `hidden` is the result of `entrance` itself, and not a cast, a view or a dropout of it.
     way_in = hidden.grad_fn if type(hidden.grad_fn) is _Entrance._backward_cls else None
     result: Tensor = _Updated.apply(output, hidden, a, b, way_in)  # type: ignore[no-untyped-call]
     return result

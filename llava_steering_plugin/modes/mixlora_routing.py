@@ -1,6 +1,6 @@
-"""Choosing r of E factors for every row of a batch, and how routers learn from it (MixLoRA, arXiv 2402.15896, sec. 3).
+"""Choose r of E factors for every row of a batch, and let routers learn from it (MixLoRA, arXiv 2402.15896, sec. 3).
 
-All in float32 and without waiting for a device. A row is an instance: a prompt with its answer.
+All in float32 and without waiting for the device. A row is an instance: a prompt with its answer.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from llava_steering_plugin.modes.base import ForwardPass
 
-# Half-precision hidden states are pooled in float32 by as many positions at a time: a whole copy would cost memory.
+# Half-precision hidden states are pooled in float32, this many positions at a time: a whole copy would cost memory.
 POOLED_AT_ONCE = 256
-# Passes whose choices are kept for the log, per linear.
+# How many of the last training passes are kept for the log, for each linear.
 REMEMBERED = 64
 
 
@@ -27,8 +27,8 @@ class Choice(NamedTuple):
     """The factors chosen on one side (A or B) for every row.
 
     Attributes:
-        factors: int64 [rows, r], their numbers, best first.
-        probability: float32 [rows, E], what the router gives each factor; None where nobody asked for it.
+        factors: int64 [rows, r], numbers of the factors, best first.
+        probability: float32 [rows, E], the router's probability of each factor; None where it is not needed.
     """
 
     factors: Tensor
@@ -43,11 +43,11 @@ class Routing(NamedTuple):
 
 
 def masked_mean(hidden: Tensor, weights: Tensor) -> Tensor:
-    """Float32 [rows, features]: the sum over positions of `hidden` [rows, positions, features] times `weights`.
+    """Return the weighted sum of hidden states over positions, float32 [rows, features].
 
     Args:
-        hidden: any float dtype.
-        weights: float32 [rows, positions], as `mean_weights` gives them.
+        hidden: [rows, positions, features] in any float dtype.
+        weights: float32 [rows, positions], as `mean_weights` returns them.
     """
     if hidden.dtype == torch.float32:
         return torch.bmm(weights.unsqueeze(1), hidden).squeeze(1)
@@ -59,39 +59,46 @@ def masked_mean(hidden: Tensor, weights: Tensor) -> Tensor:
 
 
 def mean_weights(mask: Tensor) -> Tensor:
-    """Float32 weights that make a mean over the True positions of each row; a row without any gets zeros."""
+    """Return the weights of a mean over the True positions of each row, float32 [rows, positions]; zeros without any.
+
+    Args:
+        mask: bool [rows, positions].
+    """
     weights = mask.float()
     return weights / weights.sum(1, keepdim=True).clamp(min=1)
 
 
 def best(scores: Tensor, rank: int) -> Tensor:
-    """int64 [rows, rank]: the highest scores of each row, best first; of equal ones, the lowest index.
+    """Return the numbers of the `rank` highest scores of each row, best first, int64 [rows, rank].
 
-    `topk` leaves the order of equal scores to the device; a stable sort does not.
+    Of equal scores the lowest index wins, by a stable sort: the order that `topk` gives them depends on the device.
+
+    Args:
+        scores: float32 [rows, E].
     """
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :rank]
 
 
 def conditional_scores(chosen: Tensor, router: Tensor, *, released: bool) -> Tensor:
-    """float32 [rows, E], rows sum to 1: what the chosen A factors say about which B factors to take.
+    """Return the scores of the B factors given the chosen A factors, float32 [rows, E]; rows sum to 1.
 
     softmax( sum_i softmax(a_i . W_AB[i]) )
 
     Args:
         chosen: float32 [rows, r, in], the A factors in order of their score.
         router: W_AB, float32 [r, E, in].
-        released: as the authors' code, which sums `in` out on both sides apart: (sum_d a_i[d]) (sum_f W_AB[i, :, f]).
+        released: compute as the authors' code, which sums over `in` on each side: (sum_d a_i[d]) (sum_f W_AB[i, :, f]).
     """
     if released:
         logits = chosen.sum(2, keepdim=True) * router.sum(2)
     else:
-        # The router first: its gradient then comes in the router's own layout, and no transposed copy is made of it.
+        # The router first: its gradient then has the router's own layout, and needs no transposed copy.
         logits = torch.bmm(router, chosen.permute(1, 2, 0)).permute(2, 0, 1)
     return logits.softmax(-1).sum(1).softmax(-1)
 
 
 class _Balanced(torch.autograd.Function):
-    """The identity on probabilities; adds a gradient of its own in the backward pass.
+    """Pass probabilities on unchanged; add a gradient of its own in the backward pass.
 
     A loss made inside a layer, but outside its output, has no gradient under reentrant checkpointing.
     """
@@ -110,10 +117,11 @@ class _Balanced(torch.autograd.Function):
 
 
 def balanced(choice: Choice, coefficient: float, this_pass: ForwardPass) -> Choice:
-    """The same choice; adds the load-balance loss  coefficient * E * sum_e f_e P_e  to the backward pass.
+    """Return the same choice; add the gradient of  coefficient * E * sum_e f_e P_e  to its backward pass.
 
-    f_e is the share of the batch's choices that fell on factor e, P_e its mean probability (Switch Transformers, arXiv
-    2101.03961, eq. 4). It is 1 times the coefficient where all factors are chosen alike.
+    f_e is the share of the batch's choices that fell on factor e, P_e its mean probability: the load-balance loss of
+    Switch Transformers (arXiv 2101.03961, eq. 4), which is 1 times the coefficient where all factors are chosen alike.
+    The gradient is scaled as the loss is (`ForwardPass.loss_scale`).
     """
     chosen, probability = choice
     if probability is None:
@@ -125,30 +133,36 @@ def balanced(choice: Choice, coefficient: float, this_pass: ForwardPass) -> Choi
 
 
 def _frequency(chosen: Tensor, factors: int) -> Tensor:
-    """float32 [factors]: the share of `chosen`, int64 [choices], that each factor has."""
+    """Return the share that each factor has of `chosen`, int64 [choices]; float32 [factors]."""
     ones = torch.ones(chosen.shape, device=chosen.device)
     return ones.new_zeros(factors).index_add_(0, chosen, ones) / len(ones)
 
 
 @dataclass
 class Observed:
-    """What one side's router did in the last training passes, for the log."""
+    """The choices of one side's router in the last training passes, for the log.
+
+    Attributes:
+        choices: for each pass the chosen factors, int64 [rows, r], and their probabilities, float32 [rows, E].
+    """
 
     choices: deque[tuple[Tensor, Tensor]]
 
     @classmethod
     def nothing(cls) -> Observed:
+        """Return a record without any pass."""
         return cls(deque(maxlen=REMEMBERED))
 
     def add(self, choice: Choice) -> None:
+        """Note the choices of one more pass; those without probabilities are left out."""
         if choice.probability is not None:
             self.choices.append((choice.factors, choice.probability.detach()))
 
     def summary(self) -> Tensor | None:
-        """float32 [2]: mean entropy of a row's probabilities, over log E; how many factors are in use, of E.
+        """Return the rows' mean entropy over log E, and the number of factors in use, float32 [2]; start anew.
 
-        Factors in use: exp of the entropy of how often each was chosen, so that E means all alike. Forgets what it
-        summed up. None without training passes.
+        The number in use is exp of the entropy of the frequencies, so E means that all are chosen alike. None without
+        a training pass.
         """
         if not self.choices:
             return None
@@ -162,6 +176,6 @@ class Observed:
 
 
 def mean_summary(observed: Iterable[Observed]) -> Tensor | None:
-    """The mean of the summaries that there are, on the CPU."""
+    """Return the mean of all summaries, float32 [2] on the CPU; None where no router has one."""
     found = [summary.cpu() for one in observed if (summary := one.summary()) is not None]
     return torch.stack(found).mean(0) if found else None

@@ -1,4 +1,4 @@
-"""Which linears of the decoder carry an adapter: a flag that says `all`, or names such as `q_proj,v_proj`."""
+"""Read the flag that names the linears with an adapter: `all`, or names such as `q_proj,v_proj` (MixLoRA)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ ALL = "all"
 
 
 def parse_targets(spec: str) -> list[str]:
-    """The names in `spec`. Raises ValueError if there are none."""
+    """Return the names in `spec`.
+
+    Raises:
+        ValueError: there are none.
+    """
     names = [name.strip() for name in spec.split(",") if name.strip()]
     if not names:
         raise ValueError(f"it is empty; write {ALL}, or names such as q_proj,v_proj")
@@ -18,7 +22,7 @@ def parse_targets(spec: str) -> list[str]:
 
 
 def find_targets(spec: str, layers: Sequence[LayerShape]) -> dict[str, tuple[int, int]]:
-    """The (in, out) features of the linears of `layers` that `spec` names, by path.
+    """Return the (in, out) features of the linears of `layers` that `spec` names, by path.
 
     A name is the last part of a linear's path. Vision tower, projector and language-model head are in no decoder layer.
 

@@ -21,7 +21,7 @@ MODALITIES = {"vis": ("vis",), "text": ("text",), "vis+text": ("vis", "text")}
 
 
 class Steering(nn.Module):
-    """Gives the update of hidden states inside a learned `rank`-dimensional subspace.
+    """Computes the update R^T (M h + b) of hidden states h (eq. 3-4), inside a learned `rank`-dimensional subspace.
 
     Args:
         hidden_size: D, width of the residual stream.
@@ -29,7 +29,7 @@ class Steering(nn.Module):
         dropout: probability of dropping an element of the update while training.
 
     Shapes:
-        hidden: [tokens, D] in any float dtype; computed in float32, the update returned in the input's dtype.
+        hidden: [tokens, D] in any float dtype. Computed in float32; the update, without h, has the input's dtype.
     """
 
     def __init__(self, hidden_size: int, rank: int, dropout: float = 0.0):
@@ -41,10 +41,10 @@ class Steering(nn.Module):
         nn.init.orthogonal_(self.steer_basis)
 
     def basis(self) -> Tensor:
-        """R, float32 [rank, D] with orthonormal rows, from the unconstrained parameter.
+        """Return R, float32 [rank, D] with orthonormal rows, made from the unconstrained parameter `raw`.
 
         R = L^-1 raw with L L^T = raw raw^T: only the d x d Gram matrix is factored, and R does not depend on the
-        length or the mixing of raw's rows, so weight decay and the optimizer's steps cannot take it off its frame.
+        length of raw's rows, so weight decay cannot shrink it and no optimizer step can make it less orthonormal.
         Float64 because float32 loses 1e-5 of orthonormality at a condition number of 100; `cholesky_ex` because the
         plain call waits for the device to report success.
         """
@@ -61,18 +61,18 @@ class Steering(nn.Module):
 
     @torch.no_grad()
     def set_paper_weights(self, rotation: Tensor, weight: Tensor, offset: Tensor) -> None:
-        """Takes R [rank, D] with orthonormal rows, W [rank, D] and b [rank] as the paper writes them."""
+        """Set the parameters from the paper's R [rank, D] with orthonormal rows, W [rank, D] and b [rank]."""
         self.steer_basis.copy_(rotation)
-        # R as `basis()` will give it, so that M + R is the given W to the last bit that float32 holds.
+        # R as `basis()` returns it, so that M + R is the given W to the last bit that float32 holds.
         self.steer_shift.copy_(weight - self.basis())
         self.steer_offset.copy_(offset)
 
 
 class _Pick(torch.autograd.Function):
-    """Hidden states, and those of them that are to be updated.
+    """Return the hidden states, and a copy of those that are to be updated.
 
-    `index_select` alone does the same, but its gradient is as large as all hidden states, zero but for a few rows, and
-    autograd adds it to theirs: more memory traffic than everything else in a backward pass of MoReS.
+    `index_select` alone does the same, but its gradient is as large as all hidden states and zero except for a few
+    rows, and autograd adds it to theirs: more memory traffic than all the rest of MoReS' backward pass.
     """
 
     @staticmethod
@@ -88,10 +88,17 @@ class _Pick(torch.autograd.Function):
 
 
 class SteeredLayer(nn.Module):
-    """Steers the selected tokens of a decoder layer's output; one `Steering` for each modality.
+    """Steers the selected tokens of a decoder layer's output, with one `Steering` for each modality.
 
-    Samples without an image are never steered, and nothing is at decode steps. The modules run on zero rows too, so
-    that every parameter has a gradient in every training pass.
+    Samples without an image are not steered, and decode steps change nothing. The modules run on zero rows too, so that
+    every parameter has a gradient in every training pass.
+
+    Args:
+        selection: which tokens of a modality are steered.
+        steerings: by modality, "vis" or "text".
+
+    Shapes:
+        output: [rows, positions, D] in any float dtype.
     """
 
     def __init__(self, selection: TokenSelection, steerings: dict[str, Steering]):
@@ -111,7 +118,7 @@ class SteeredLayer(nn.Module):
         return hidden.view_as(output)
 
     def _chosen(self, this_pass: ForwardPass, modality: str, device: torch.device) -> Tensor:
-        """int64 [tokens]: the selected positions of the flattened [rows * positions]."""
+        """Return the numbers of the selected positions among the flattened [rows * positions]; int64 [tokens]."""
 
         def choose() -> Tensor:
             if modality == "vis":
@@ -128,7 +135,7 @@ class SteeredLayer(nn.Module):
 
 @dataclass(frozen=True)
 class MoReS(Mode):
-    """Settings of MoReS, and its modules: one `SteeredLayer` on every chosen decoder layer."""
+    """Holds the settings of MoReS, and puts one `SteeredLayer` on every chosen decoder layer."""
 
     name: ClassVar[str] = "mores"
     idle_at_decode: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Which of an image's tokens are steered, and which decoder layers: the small languages of two flags.
+"""Read the two flags that choose what MoReS steers: which of an image's tokens, and which decoder layers.
 
 Tokens (per image): `all`, `f4` (first 4), `l5` (last 5), `f4+l5`, `uniform9` (9 evenly spaced, both ends included),
 `1%` (1 % of the image's tokens, at least one, evenly spaced). Layers: `all`, `7`, `0-15`, `every:2`, joined by commas.
@@ -17,14 +17,23 @@ _TERM = re.compile(r"(?P<all>all)|f(?P<first>\d+)|l(?P<last>\d+)|uniform(?P<unif
 
 @dataclass(frozen=True)
 class TokenSelection:
-    """A parsed token spec; `terms` are (kind, amount) pairs whose union is selected."""
+    """Selects tokens of images, as a parsed flag says.
+
+    Attributes:
+        spec: the flag as written.
+        terms: (kind, amount) pairs; a token that one of them selects is selected.
+    """
 
     spec: str
     terms: tuple[tuple[str, float], ...]
 
     @classmethod
     def parse(cls, spec: str) -> TokenSelection:
-        """Raises ValueError with the accepted forms."""
+        """Return the selection that the text of a flag stands for.
+
+        Raises:
+            ValueError: the text is none of the accepted forms, which the message lists.
+        """
         terms = []
         for part in spec.split("+"):
             match = _TERM.fullmatch(part.strip())
@@ -38,10 +47,14 @@ class TokenSelection:
         return cls(spec, tuple(terms))
 
     def mask(self, candidates: Tensor, *, per_row: bool = False) -> Tensor:
-        """Selects among `candidates`, bool [rows, positions]; returns the same shape.
+        """Select among the True positions of `candidates`; return bool [rows, positions].
 
         Every run of adjacent candidates is one image; with `per_row`, all candidates of a row are one run.
         Adjacent images with no text between them cannot be told apart and count as one.
+
+        Args:
+            candidates: bool [rows, positions].
+            per_row: count all candidates of a row as one run.
         """
         place, length = _places(candidates, per_row)
         chosen = torch.zeros_like(candidates)
@@ -56,7 +69,7 @@ class TokenSelection:
                 # No more than there are positions: an absurd number must not overflow the tensor.
                 chosen |= _evenly(place, length, torch.full_like(length, min(int(amount), candidates.shape[1])))
             else:
-                # Half rounds up, in integers: the count must not depend on a device's rounding.
+                # Halves are rounded up, in integers: the count must not depend on a device's rounding.
                 thousandths = round(amount * 1000)
                 count = ((length * thousandths + 50_000) // 100_000).clamp(min=1)
                 chosen |= _evenly(place, length, count)
@@ -64,7 +77,7 @@ class TokenSelection:
 
 
 def _places(candidates: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
-    """For each candidate its place in its run, from 0, and the run's length; int64 [rows, positions] each."""
+    """Return the place of each candidate in its run, from 0, and the run's length; int64 [rows, positions] each."""
     ones = candidates.long()
     if per_row:
         return ones.cumsum(1) - 1, ones.sum(1, keepdim=True).expand_as(ones)
@@ -80,7 +93,7 @@ def _places(candidates: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
 
 
 def _evenly(place: Tensor, length: Tensor, count: Tensor) -> Tensor:
-    """True where `place` is one of `count` evenly spaced places of `length`; a single one sits in the middle.
+    """Return True where `place` is one of `count` evenly spaced places of `length`; a single one is in the middle.
 
     Place j of N is round(j (length - 1) / (N - 1)): the first and the last token are always among N >= 2.
     """
@@ -92,10 +105,14 @@ def _evenly(place: Tensor, length: Tensor, count: Tensor) -> Tensor:
 
 
 def parse_layers(spec: str, total: int | None = None) -> list[int]:
-    """The layer numbers that `spec` names out of `total` (None: only the spelling is checked), in order.
+    """Return the layer numbers that `spec` names, in order.
+
+    Args:
+        spec: `all`, `7`, `0-15` or `every:2`, joined by commas.
+        total: how many layers the model has; None: check the spelling only.
 
     Raises:
-        ValueError: with what is wrong and the accepted forms.
+        ValueError: a part is none of the accepted forms, which the message lists, or goes beyond the last layer.
     """
     chosen: set[int] = set()
     count = total if total is not None else 0

@@ -1,4 +1,4 @@
-"""The tuning modes that are installed: a read-only view of the entry-point group `llava_steering.modes`."""
+"""Look up the installed tuning modes: a read-only view of the entry-point group `llava_steering.modes`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 def names() -> list[str]:
-    """The names of all registered modes, sorted. Loads none of them."""
+    """Return the names of all registered modes, sorted. No mode is imported."""
     return sorted(_found())
 
 
 def loadable() -> dict[str, type[Mode]]:
-    """All modes that can be loaded, by name. A broken one is left out with a warning: nobody may have asked for it."""
+    """Return all modes that can be loaded, by name. A broken one is left out with a warning: it may not be wanted."""
     modes = {}
     for name in names():
         try:
@@ -33,11 +33,11 @@ def loadable() -> dict[str, type[Mode]]:
 
 
 def get(name: str) -> type[Mode]:
-    """The mode registered as `name`.
+    """Import and return the mode registered as `name`.
 
     Raises:
         ArgumentsError: nothing is registered under that name.
-        SteeringError: what is registered cannot be loaded, or is no mode.
+        SteeringError: the registered object cannot be imported, is no mode, or several packages register the name.
     """
     found = _found()
     if name not in found:
@@ -65,11 +65,15 @@ def get(name: str) -> type[Mode]:
 
 
 def configured(name: str, settings: Mapping[str, Any]) -> Mode:
-    """The mode registered as `name`, with these settings. Whether their values make sense, `Mode.problems` says.
+    """Return the mode registered as `name` with these settings. `Mode.problems` says what is wrong with their values.
+
+    Args:
+        name: of a registered mode.
+        settings: by the names of the mode's fields; fields left out keep their defaults.
 
     Raises:
         ArgumentsError: an unknown mode, or settings that it does not have or that are of another type (all listed).
-        SteeringError: as `get`.
+        SteeringError: as for `get`.
     """
     kind = get(name)
     types = get_type_hints(kind)
