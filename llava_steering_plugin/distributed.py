@@ -1,4 +1,4 @@
-"""Reads and writes parameters that ZeRO-3 has cut into shards; without it a parameter is just a parameter."""
+"""Read and write parameters that DeepSpeed's ZeRO-3 has cut into shards, and ordinary ones in the same way."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from llava_steering_plugin.errors import SteeringError
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 has cut `parameter` into shards, so that its data here is empty outside `gathered`."""
+    """Say whether ZeRO-3 has cut `parameter` into shards, so that its data is empty on this rank outside `gathered`."""
     return hasattr(parameter, "ds_id")
 
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter], *, modify: bool = False) -> Iterator[None]:
-    """Makes the parameters whole inside the block, on every rank; with `modify`, rank 0's changes reach all.
+    """Gather the parameters whole on every rank for the block. Without ZeRO-3 it does nothing.
 
-    All ranks must enter, also those that need no values. Without ZeRO-3 it does nothing.
+    All ranks must enter the block, also those that need no values.
+
+    Args:
+        parameters: any of a model's; those that are not cut stay as they are.
+        modify: hand the changes that rank 0 makes inside the block on to all ranks.
     """
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not partitioned:
@@ -33,10 +37,14 @@ def gathered(parameters: Iterable[nn.Parameter], *, modify: bool = False) -> Ite
 
 
 def whole(parameter: nn.Parameter, keep: bool = True) -> Tensor:
-    """A copy of the parameter on the processor; empty on the ranks that do not `keep` it. All ranks must call it.
+    """Return a copy of the whole parameter on the CPU, in its dtype. All ranks must call it.
+
+    Args:
+        parameter: cut into shards or not.
+        keep: False on ranks that need no copy; they get an empty tensor.
 
     Raises:
-        SteeringError: other ranks did not take part, so that only a shard is here.
+        SteeringError: other ranks did not take part, so that this rank has its shard alone.
     """
     with gathered([parameter]):
         if not keep:
@@ -44,7 +52,7 @@ def whole(parameter: nn.Parameter, keep: bool = True) -> Tensor:
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         if parameter.shape != shape:
             raise SteeringError(
-                f"a parameter of shape {list(shape)} is here as {list(parameter.shape)}, so it cannot be saved. Have "
-                "every rank save, not the first alone."
+                f"a parameter of shape {list(shape)} has shape {list(parameter.shape)} on this rank, so it cannot be "
+                "saved. Call the saving function on every rank, not on the first alone."
             )
         return parameter.detach().cpu().clone()

@@ -1,1 +1,1 @@
-"""Where the maths of a mode meets a model: token maps, the scope they live in, and hooks on layers and linears."""
+"""Connect a mode to a model: token maps, the scope that holds them, and hooks on decoder layers and linears."""

@@ -14,8 +14,8 @@ from llava_steering_plugin.modes.base import DecoderShape
 def bound_to_scope(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a gradient-checkpointing function so that the recomputation sees the scope of its forward.
 
-    The recomputation runs in the backward pass, after the scope has closed and, on CUDA, in autograd's own thread:
-    unbound, the layers would be recomputed without the adapter, silently.
+    The recomputation runs in the backward pass, after the scope has closed and, on CUDA, in autograd's own thread.
+    Without the wrapper the layers would be recomputed without the adapter, and no error would say so.
     """
     if hasattr(checkpoint, "_bound_to_scope"):
         return checkpoint

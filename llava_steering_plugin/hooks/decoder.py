@@ -1,4 +1,4 @@
-"""Finds a model's decoder stack by its structure, never by the model's name."""
+"""Find a model's decoder stack by its structure, never by the model's name."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, DecoderShape]:
-    """The decoder stack of a Hugging Face causal model, and its shape.
+    """Return the decoder stack of a Hugging Face causal model, and its shape.
 
-    The stack is what `model.base_model` names; its layers are the shallowest list of `num_hidden_layers` modules in it.
+    The stack is `model.base_model`; its layers are the shallowest list of `num_hidden_layers` modules in it.
 
     Raises:
-        SteeringError: no such list, or several equally shallow ones.
+        SteeringError: there is no such list, or there are several at the same depth.
     """
     config = model.config
     stack: nn.Module = model.base_model
@@ -43,7 +43,8 @@ def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, DecoderShape]:
 
 
 def _linears(prefix: str, layer: nn.Module) -> dict[str, tuple[int, int]]:
-    # bitsandbytes' quantised linears are subclasses too; features rather than weight shapes, which packing changes.
+    # bitsandbytes' quantised linears are subclasses of nn.Linear. Their weights are packed, so the widths come from
+    # the features and not from the weights' shapes.
     return {
         f"{prefix}.{path}": (module.in_features, module.out_features)
         for path, module in layer.named_modules()

@@ -1,4 +1,8 @@
-"""Finds a model's decoder stack and hangs modules on its layers and linears. Structure decides, never model names."""
+"""Let a mode's modules change the output of decoder layers and linears, which are called their hosts.
+
+There are two ways: as children of their hosts, for one adapter that may be trained (`hang`), and through a hook that
+finds each row's module, for pools of adapters (`SharedHooks`, `dispatch`).
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,26 @@ from torch.utils.hooks import RemovableHandle
 from llava_steering_plugin.hooks.scope import current
 from llava_steering_plugin.modes.base import ForwardPass
 
-# The name under which a mode's module becomes a child of its host: part of the names in checkpoints of a training run.
+# The name of a mode's module as a child of its host: part of the parameters' names in the checkpoints of a training.
 CHILD = "steering"
 
 
 def hang(stack: nn.Module, modules: dict[str, nn.Module]) -> list[RemovableHandle]:
-    """Makes each module a child of its host, on the host's device, and lets it replace the host's output."""
+    """Make each module a child of its host, on the host's device, and let it replace the host's output.
+
+    Args:
+        stack: the decoder stack.
+        modules: by the path of their host below the stack.
+
+    Returns:
+        The handles of the hooks, for `unhang`.
+
+    Raises:
+        AttributeError: a path leads to no module; the stack is unchanged then.
+        RuntimeError: a device has no memory for a module; the stack is unchanged then, too.
+    """
     hosts = {path: stack.get_submodule(path) for path in modules}
-    for path, module in modules.items():  # what may fail, for want of memory, comes before any host is touched
+    for path, module in modules.items():  # this may run out of memory, so it comes before any host is touched
         module.train(hosts[path].training)
         device = device_of(hosts[path])
         if device is not None:
@@ -36,7 +52,10 @@ def hang(stack: nn.Module, modules: dict[str, nn.Module]) -> list[RemovableHandl
 
 
 def device_of(host: nn.Module) -> torch.device | None:
-    """Where `host` computes: not always where its parameters are, which accelerate may have offloaded."""
+    """Return the device that `host` computes on: its parameters may be elsewhere, offloaded by accelerate.
+
+    None if it has no parameters.
+    """
     for part in host.modules():
         computes_on = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if computes_on is not None:
@@ -46,7 +65,7 @@ def device_of(host: nn.Module) -> torch.device | None:
 
 
 def unhang(stack: nn.Module, modules: dict[str, nn.Module], handles: list[RemovableHandle]) -> None:
-    """Undoes `hang`."""
+    """Undo `hang`."""
     for handle in handles:
         handle.remove()
     for path in modules:
@@ -71,32 +90,32 @@ def _replace_output(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _this_pass() -> ForwardPass | None:
-    """The pass that the hosts' modules work in; None where they are kept out."""
+    """Return the pass that the hosts' modules work in; None where the adapter is switched off."""
     scope = current()
     return scope.this_pass if scope is not None else None
 
 
 def inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a layer or linear was called on, from the arguments of its call."""
+    """Return the tensor that a layer or linear was called on, from the arguments of its call."""
     return args[0] if args else kwargs.get("hidden_states", kwargs.get("input"))
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states in what a layer or linear gave."""
+    """Return the hidden states in the output of a layer (which may be a tuple) or linear."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
 def replaced(output: Any, hidden: Tensor) -> Any:
-    """What a layer or linear gave, with other hidden states."""
+    """Return the output of a layer or linear with other hidden states in it."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 class SharedHooks:
-    """One hook for every host that some adapter works on, for as long as one does.
+    """Keeps one hook on every host that at least one adapter works on.
 
     Args:
-        register: puts the hook on the host at a path.
+        register: puts the hook on the host at a path, and returns its handle.
     """
 
     def __init__(self, register: Callable[[str], RemovableHandle]):
@@ -105,14 +124,14 @@ class SharedHooks:
         self._needed: Counter[str] = Counter()
 
     def need(self, paths: Iterable[str]) -> None:
-        """One adapter more works on the hosts at these paths."""
+        """Count one more adapter on the hosts at these paths, and hook those that had none."""
         for path in paths:
             if path not in self._handles:
                 self._handles[path] = self._register(path)
             self._needed[path] += 1
 
     def release(self, paths: Iterable[str]) -> None:
-        """One adapter less works on them."""
+        """Count one adapter less on the hosts at these paths, and unhook those that have none left."""
         for path in paths:
             self._needed[path] -= 1
             if not self._needed[path]:
@@ -120,7 +139,7 @@ class SharedHooks:
 
 
 def dispatch(path: str) -> Callable[..., Any]:
-    """A forward hook (with kwargs) for the host at `path`: sends each row of its output through its own module."""
+    """Return a forward hook (with kwargs) for the host at `path`: it updates each row with its own adapter's module."""
 
     def hook(host: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         scope = current()
@@ -128,8 +147,8 @@ def dispatch(path: str) -> Callable[..., Any]:
             return None
         mine = [(group, group.modules[path]) for group in scope.groups if path in group.modules]
         if not mine:
-            # Also where torch leaves out the keyword arguments: while another thread is registering or removing this
-            # very hook. A generation whose adapters need it began after the one and ends before the other.
+            # Return before `rest` is unpacked: torch calls the hook without the keyword arguments while another thread
+            # registers or removes it. Generations that need the hook run after its registration and before its removal.
             return None
         kwargs, output = rest
         hidden, inputs = hidden_of(output), inputs_of(args, kwargs)

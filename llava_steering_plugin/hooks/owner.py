@@ -1,4 +1,4 @@
-"""A model whose calls open and close scopes, and that can be given back as it was."""
+"""Own a model: open a scope for each of its calls, describe its passes, and give it back as it was."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from llava_steering_plugin.modes.base import ForwardPass, LossGradient
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Plain attribute of the model that carries its owner. Not a child module: the modules hang on the layers.
+# The attribute of the model that holds its owner. A plain attribute and no child module: an adapter's modules are
+# children of the layers.
 ATTRIBUTE = "llava_steering"
 
 
@@ -74,7 +75,8 @@ class ModelOwner:
             self._pass_hook.remove()
             change_checkpointing(self._checkpointing, unbound)
         for name, (shadow, before) in self._overridden.items():
-            # Whoever wrapped our method since then (mixed precision does) keeps it; it only passes calls on from now.
+            # If other code has wrapped our method since then (mixed precision does), that wrapper stays; our method
+            # only passes calls on from now.
             if self.model.__dict__.get(name) is shadow:
                 del self.model.__dict__[name]
                 if before is not None:
@@ -110,7 +112,7 @@ class ModelOwner:
         scope = current()
         if scope is None:
             raise TokenMapError(
-                f"{type(stack).__name__} was called on its own, so nobody knows which positions are visual. Call the "
+                f"{type(stack).__name__} was called on its own, so it is unknown which positions are visual. Call the "
                 "whole model, or wrap the call in `with token_map(visual=mask):`."
             )
         scope.this_pass, scope.groups = None, ()
@@ -122,7 +124,7 @@ class ModelOwner:
         self._enter_pass(scope, describe_pass(scope, call))
 
     def _enter_pass(self, scope: Scope, this_pass: ForwardPass) -> None:
-        """Let the modules in the stack work in `this_pass`. Owners of several adapters divide it among them."""
+        """Let the modules in the stack work in `this_pass`. An owner of several adapters divides it among them."""
         scope.this_pass = this_pass
 
     @contextmanager

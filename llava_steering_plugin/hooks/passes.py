@@ -31,7 +31,7 @@ class StackCall:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> StackCall:
-        """Read the call from its arguments by name, as transformers' decoders call them."""
+        """Read the call from its arguments, by the names that transformers' decoders give them."""
         hidden = arguments.get("inputs_embeds")
         return cls(
             arguments["input_ids"] if hidden is None else hidden,
@@ -46,7 +46,7 @@ class StackCall:
         return rows, positions
 
     def as_text(self) -> TokenMap:
-        """Return the token map of the call if it brings no images. A mask of another shape says nothing of padding."""
+        """Return the token map of the call as one without images; a mask of another shape counts as no padding."""
         attention = self.attention
         if attention is None or attention.shape != self.shape:
             attention = self.hidden.new_ones(self.shape, dtype=torch.bool)
@@ -54,10 +54,11 @@ class StackCall:
 
 
 def describe_pass(scope: Scope, call: StackCall) -> ForwardPass:
-    """Return what the modules in the stack need to know of the pass that `call` begins; change nothing.
+    """Return the description of the pass that `call` begins, for the modules in the stack. Changes nothing.
 
     Raises:
-        TokenMapError: the call is no decode step, and the scope has no token map or one of another shape.
+        TokenMapError: the call is no decode step, and the scope has no token map or one of another shape; or several
+            positions follow a cache.
     """
     rows, positions = call.shape
     if call.cached and positions == 1:
@@ -70,7 +71,7 @@ def describe_pass(scope: Scope, call: StackCall) -> ForwardPass:
         )
     if scope.tokens is None:
         raise TokenMapError(
-            "the model was called with inputs_embeds (or is no LLaVA), and nobody said which positions are visual. "
+            "the model was called with inputs_embeds (or is no LLaVA), and it is unknown which positions are visual. "
             "Pass input_ids and images, or wrap the call in `with token_map(visual=mask, attention=mask):`."
         )
     tokens = scope.tokens.expanded(rows) if scope.generating else scope.tokens

@@ -1,4 +1,4 @@
-"""A batch whose rows have different adapters: each row goes through its own adapter's modules, and no other's."""
+"""Divide the rows of a batch among adapters: each row goes through its own adapter's modules, and no others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava_steering_plugin.modes.base import ForwardPass
 
 
 class Adapter(Protocol):
-    """Modules that work on a model without being part of it.
+    """An adapter whose modules work on a model without being part of it.
 
     Attributes:
         modules: by the path of their host below the decoder stack.
@@ -34,9 +34,9 @@ class Group:
 
     Attributes:
         modules: of the adapter, by the path of their host.
-        this_pass: the pass of these rows alone.
-        rows: int64 [rows of the group], their numbers; None if they are all rows of the pass.
-        of: rows and positions of the whole pass.
+        this_pass: describes the pass for these rows alone.
+        rows: int64 [rows of the group], their numbers in the batch; None if they are all rows of the pass.
+        of: the numbers of rows and positions of the whole pass.
     """
 
     modules: Mapping[str, nn.Module]
@@ -45,42 +45,51 @@ class Group:
     of: tuple[int, int]
 
     def updated(self, module: nn.Module, output: Tensor, inputs: Any) -> Tensor:
-        """`output` of the whole batch after `module` has seen the rows of this group; it may be written into."""
+        """Return `output` of the whole batch with the rows of this group updated by `module`; may write into it.
+
+        Args:
+            module: of the group's adapter, for the present host.
+            output: [rows, positions, features] of the host, or [rows * positions, features].
+            inputs: of the host, in the same form; anything else than a tensor counts as none.
+
+        Raises:
+            TokenMapError: the host's output has other rows and positions than the pass.
+        """
         if self.rows is None:
             result: Tensor = module(output, inputs, self.this_pass)
             return result
         rows = self.this_pass.once(("rows", output.device), lambda: _on(self.rows, output.device))
         part: Tensor = module(self._by_rows(output)[rows], self._by_rows(inputs)[rows], self.this_pass)
-        # Written into the host's own output, which nobody else has seen yet: a copy of it would cost more than the
-        # update. Not where autograd may want the output as it was.
+        # In place, as the host's output has no other reader yet and a copy would cost more than the update. Autograd,
+        # however, may need the output unchanged.
         whole = output.clone() if output.requires_grad else output
         self._by_rows(whole).index_copy_(0, rows, part)
         return whole
 
     def _by_rows(self, hidden: Any) -> Any:
-        """The view [rows, positions, features] of hidden states whose rows and positions may be flattened into one."""
+        """View hidden states, whose rows and positions may be flattened into one, as [rows, positions, features]."""
         if not isinstance(hidden, Tensor):
             return _Nothing()
         if hidden.shape[:-1] == self.of:
             return hidden
         if hidden.shape[:-1] != (self.of[0] * self.of[1],):
             raise TokenMapError(
-                f"a part of the decoder gave {list(hidden.shape)} where the pass has {list(self.of)} rows and "
-                "positions, so nobody can tell whose tokens these are (experts of a mixture get them so). Give all "
-                "rows of a batch the same adapter, one batch for each adapter."
+                f"a part of the decoder returned {list(hidden.shape)} where the pass has {list(self.of)} rows and "
+                "positions, so the rows of its tokens are unknown (as in the experts of a mixture). Give all rows of a "
+                "batch the same adapter, one batch for each adapter."
             )
         return hidden.view(*self.of, -1)
 
 
 class _Nothing:
-    """Rows of inputs that a host was called without."""
+    """Stands for the inputs of a host that was called without any: each selection of rows is None."""
 
     def __getitem__(self, rows: Tensor) -> None:
         return None
 
 
 class Rows:
-    """Which adapter each row of a call has, and what the rows of its passes are.
+    """The adapters of the rows of one call; divides the passes of the call among them.
 
     Args:
         adapters: one for each row of the call's batch, or one for them all; None is the plain base.
@@ -94,7 +103,7 @@ class Rows:
         self._numbers: dict[tuple[int, torch.device], dict[Adapter, Tensor | None]] = {}
 
     def groups(self, this_pass: ForwardPass) -> tuple[Group, ...]:
-        """The rows of a pass by adapter, leaving out whoever has nothing to do in it.
+        """Return the rows of a pass by adapter, without the adapters that have nothing to do in it.
 
         Raises:
             TokenMapError: the rows of the pass are no multiple of those of the call.
@@ -114,7 +123,10 @@ class Rows:
         return Group(adapter.modules, part, rows, of)
 
     def _numbers_of(self, rows: int, device: torch.device) -> dict[Adapter, Tensor | None]:
-        """The row numbers of every adapter in a pass of `rows` rows, in which each row of the call may be repeated."""
+        """Return every adapter's row numbers in a pass of `rows` rows, in which the call's rows may be repeated.
+
+        None if all rows have the same adapter.
+        """
         if (rows, device) not in self._numbers:
             times, rest = divmod(rows, len(self.adapters))
             if rest:

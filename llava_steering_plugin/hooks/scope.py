@@ -1,8 +1,8 @@
-"""For how long a token map holds: one scope per forward or generation, in a context variable.
+"""Keep what is known of one forward or generation, above all its token map, in a scope that ends with it.
 
-A context variable rather than an attribute of the model, because threads that share a model must not see each other's
-images. It starts empty in a new thread, so `generate` and `forward` open their scope themselves, in whichever thread
-they run.
+The scope is in a context variable and not in an attribute of the model, because threads that share a model must not see
+each other's images. The variable is empty in a new thread, so `generate` and `forward` open their scope themselves, in
+the thread that they run in.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class Scope:
-    """What one forward or one generation knows.
+    """The state of one forward or one generation.
 
     Attributes:
-        owner: the attachment that opened it; None for a user's `token_map` or `disabled` block.
-        tokens: the token map, None while unknown.
-        generating: opened by `generate`: the forwards inside share it, and a missing map means text only.
-        disabled: ids of the owners that a surrounding `disabled(model)` block switched off.
-        names: what a surrounding `using(model, ...)` block chose, by the id of the model's pool.
+        owner: the owner of the model that opened it; None for a user's `token_map` or `disabled` block.
+        tokens: the token map; None while unknown.
+        generating: True if `generate` opened it: its forwards share the scope, and a missing map means text only.
+        disabled: ids of the owners that are switched off, by a surrounding `disable_adapter(model)` block or because
+            no row has an adapter.
+        names: adapters chosen by a surrounding `use_adapter(model, ...)` block, by the id of the model's pool.
         kept: what a prefill leaves for the decode steps of the same generation.
-        loss_gradient: the gradient of the loss of this forward, known from its backward pass on.
-        this_pass: the pass that the decoder stack is in, None where the adapter must stay out.
-        rows: which adapter each row has, where the owner is a pool of several.
-        groups: the rows of the present pass that an adapter has something to do for; empty where there are none.
+        loss_gradient: the gradient with which the backward pass of this forward's loss begins.
+        this_pass: the pass that the decoder stack is in; None where the adapter is switched off, and in pools.
+        rows: the adapters of the rows, where the owner is a pool.
+        groups: the rows of the present pass by adapter, where the owner is a pool; only adapters with something to do.
     """
 
     owner: object | None = None
@@ -57,13 +58,13 @@ _current: ContextVar[Scope | None] = ContextVar("llava_steering_scope", default=
 
 
 def current() -> Scope | None:
-    """The scope that this thread is in."""
+    """Return the scope that this thread is in; None outside all of them."""
     return _current.get()
 
 
 @contextmanager
 def entered(scope: Scope) -> Iterator[Scope]:
-    """Makes `scope` the current one for the block, whatever leaves the block."""
+    """Make `scope` the current one for the block, however the block ends."""
     token = _current.set(scope)
     try:
         yield scope
@@ -72,23 +73,23 @@ def entered(scope: Scope) -> Iterator[Scope]:
 
 
 def opened(owner: object, *, generating: bool = False, tokens: TokenMap | None = None) -> Scope:
-    """A new scope for `owner` that inherits what a surrounding `token_map` or `disabled` block says."""
+    """Return a new scope for `owner`, which inherits from surrounding `token_map` and `disable_adapter` blocks."""
     inherited = _handed_on()
     return replace(inherited, owner=owner, generating=generating, tokens=tokens or inherited.tokens)
 
 
 def _handed_on() -> Scope:
-    """A new scope with what the present one hands on to scopes inside it."""
+    """Return a new scope with what the present one hands on to scopes inside it."""
     around = current()
     if around is None:
         return Scope()
-    # A map belongs to the batch it was made for: only a user's own block hands it on, never another model's forward.
+    # A map belongs to one batch: a user's own block hands it on, another model's forward does not.
     return Scope(tokens=around.tokens if around.owner is None else None, disabled=around.disabled, names=around.names)
 
 
 @contextmanager
 def without(owner: object) -> Iterator[None]:
-    """Inside the block, and in this thread, `owner` stays out of its model."""
+    """Switch off, for the block and in this thread, all that `owner` does to its model."""
     inherited = _handed_on()
     with entered(replace(inherited, disabled=inherited.disabled | {id(owner)})):
         yield
@@ -96,7 +97,7 @@ def without(owner: object) -> Iterator[None]:
 
 @contextmanager
 def naming(owner: object, names: str | Sequence[str]) -> Iterator[None]:
-    """Inside the block, and in this thread, the pool `owner` runs the adapters `names` where a call names none."""
+    """Choose the adapters of the pool `owner` for calls in the block, and in this thread, that name none."""
     inherited = _handed_on()
     with entered(replace(inherited, names={**inherited.names, id(owner): names})):
         yield
@@ -104,7 +105,7 @@ def naming(owner: object, names: str | Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def token_map(visual: Tensor, attention: Tensor | None = None, prompt: Tensor | None = None) -> Iterator[None]:
-    """Says which positions are visual, for models that are called with ready-made `inputs_embeds`.
+    """Declare which positions are visual, for calls in the block with ready-made `inputs_embeds`.
 
         with token_map(visual=mask, attention=mask):
             model(inputs_embeds=embeds)

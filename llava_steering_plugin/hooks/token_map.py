@@ -1,9 +1,9 @@
-"""Which tokens are visual: learned from LLaVA's own splice, whatever its layout.
+"""Find out which tokens are visual from LLaVA's own splice, whatever its layout.
 
 LLaVA puts image features between text embeddings in `prepare_inputs_labels_for_multimodal`, in layouts that differ
 (square, anyres, several images, truncation, padding on either side, forks). It moves the labels along, so labels that
-are the positions 0, 1, 2, ... come back telling where every text token went; what has no label and is no padding is
-an image feature. The real labels follow by a gather.
+are the positions 0, 1, 2, ... come back telling where every text token went; a position without a label that is no
+padding holds an image feature. A gather then moves the real labels to their new positions.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ from llava_steering_plugin.errors import TokenMapError, UpstreamError
 
 IGNORED = -100
 Splice = Callable[..., tuple[Any, ...]]
-# By function, for as long as there is one.
+# Signatures of functions, for as long as the functions exist.
 _signatures: WeakKeyDictionary[Callable[..., Any], inspect.Signature] = WeakKeyDictionary()
 
 
 def spliced(splice: Splice, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], TokenMap | None]:
-    """Calls LLaVA's splice with these arguments; returns what it returns, and the token map it implies.
+    """Call LLaVA's splice with these arguments; return its result and the token map that follows from it.
 
-    The map is None where the call is a decode step: there is nothing to splice then.
+    The map is None in a decode step, which has nothing to splice.
+
+    Args:
+        splice: the model's `prepare_inputs_labels_for_multimodal`.
 
     Raises:
-        UpstreamError: the splice has other arguments or results than any LLaVA known.
+        UpstreamError: the splice lacks arguments, or returns another number of values, than all known versions have.
     """
     if missing := {"input_ids", "attention_mask", "past_key_values", "labels"} - signature_of(splice).parameters.keys():
         raise UpstreamError(
@@ -66,14 +69,14 @@ def spliced(splice: Splice, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...],
 
 
 def nothing_to_splice(splice: Splice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the call is a decode step, or brings embeddings: asked for every token, so without binding arguments."""
+    """Say whether the call is a decode step or brings embeddings. Cheap, because it runs for every token."""
     given = {**dict(zip(signature_of(splice).parameters, args, strict=False)), **kwargs}
     ids = given.get("input_ids")
     return ids is None or (ids.shape[1] == 1 and given.get("past_key_values") is not None)
 
 
 def signature_of(splice: Splice) -> inspect.Signature:
-    """The signature, looked up once for each function: of methods only what all instances share is kept."""
+    """Return the signature of a function or method, inspected once for each function."""
     function = getattr(splice, "__func__", splice)
     if function not in _signatures:
         _signatures[function] = inspect.signature(splice)
@@ -81,13 +84,18 @@ def signature_of(splice: Splice) -> inspect.Signature:
 
 
 def of_unspliced(attention: Tensor, labels: Tensor | None) -> TokenMap:
-    """The map of a text-only batch that went past the splice unchanged."""
+    """Return the map of a text-only batch, which the splice has left unchanged.
+
+    Args:
+        attention: bool or 0/1 [rows, positions], 1 where there is no padding.
+        labels: int64 [rows, positions], `IGNORED` where nothing is supervised; None at inference.
+    """
     present = attention.bool()
     return TokenMap(torch.zeros_like(present), present, _prompt(present, labels))
 
 
 def _prompt(present: Tensor, labels: Tensor | None) -> Tensor:
-    """The positions before the first supervised one of each row; all where no label is supervised."""
+    """Return the positions before the first supervised one of each row; all of a row without any."""
     if labels is None:
         return present
     return present & ((labels != IGNORED).cumsum(1) == 0)
@@ -95,7 +103,7 @@ def _prompt(present: Tensor, labels: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenMap:
-    """Which positions of a spliced sequence are what. All bool [rows, positions].
+    """The kinds of the positions of a spliced batch; all masks are bool [rows, positions].
 
     Attributes:
         visual: positions that hold an image feature.
@@ -109,12 +117,16 @@ class TokenMap:
 
     @classmethod
     def of_text(cls, attention: Tensor) -> TokenMap:
-        """The map of a batch without images."""
+        """Return the map of a batch without images, from its attention mask, bool or 0/1 [rows, positions]."""
         attention = attention.bool()
         return cls(torch.zeros_like(attention), attention, attention)
 
     def expanded(self, rows: int) -> TokenMap:
-        """The map after `generate` repeated every row for beams or return sequences."""
+        """Return the map for `rows` rows: `generate` repeats every row for beams or return sequences.
+
+        Raises:
+            TokenMapError: `rows` is no multiple of the map's rows.
+        """
         times, rest = divmod(rows, self.visual.shape[0])
         if rest:
             raise TokenMapError(

@@ -289,7 +289,7 @@ def test_two_models_do_not_see_each_others_images(model: Any, frozen: Any, steer
         """Calls the other model in the middle of a generation, with hidden states as long as the prompt."""
 
         def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> bool:
-            with pytest.raises(TokenMapError, match="nobody said which positions are visual"):
+            with pytest.raises(TokenMapError, match="it is unknown which positions are visual"):
                 text_only(inputs_embeds=embeds)
             return False
 
