@@ -254,9 +254,7 @@ def test_only_the_rooms_that_run_llava_import_it() -> None:
     importers = {
         str(file.relative_to(ROOT / PACKAGE)) for file in module_files(ROOT).values() if "llava" in top_packages(file)
     }
-    assert {
-        path for path in importers if path.split("/")[0] not in MAY_IMPORT_LLAVA
-    } == LLAVA_CONSTANTS
+    assert {path for path in importers if path.split("/")[0] not in MAY_IMPORT_LLAVA} == LLAVA_CONSTANTS
 
 
 def test_modes_are_plain_torch_and_two_files_name_deepspeed() -> None:
