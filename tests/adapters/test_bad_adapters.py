@@ -15,7 +15,7 @@ from tiny_llava import HIDDEN
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llava_steering_plugin import attach, load_adapter, save_adapter
+from llava_steering_plugin import attach, load_adapter, remove, save_adapter
 from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.errors import AdapterError, BaseMismatch, SteeringError
 from llava_steering_plugin.modes.mores import MoReS
@@ -76,6 +76,21 @@ def refused(model: Any, frozen: Any, folder: Path | str, *expected: str, kind: t
     return message
 
 
+def logits(model: Any) -> Tensor:
+    with torch.inference_mode():
+        return model(input_ids=PROMPT, images=pictures(1)).logits
+
+
+def answer_with(model: Any, folder: Path) -> Tensor:
+    """The logits with the adapter, which change something, and then the model without it again."""
+    plain = logits(model)
+    load_adapter(model, folder)
+    steered = logits(model)
+    remove(model)
+    assert not torch.equal(steered, plain) and torch.equal(logits(model), plain)
+    return steered
+
+
 def test_the_adapter_that_the_others_are_made_from_is_good(model: Any, adapter: Path) -> None:
     spoil(adapter, lambda tensors, header: None)
     assert isinstance(load_adapter(model, adapter), Attachment)
@@ -103,14 +118,17 @@ def test_renamed_weights(model: Any, frozen: Any, adapter: Path) -> None:
 
 
 def test_weights_alone_are_enough_because_they_hold_the_config(model: Any, adapter: Path) -> None:
+    expected = answer_with(model, adapter)
     for file in adapter.iterdir():
         if file.name != WEIGHTS:
             file.unlink()
-    load_adapter(model, adapter)
+    assert torch.equal(answer_with(model, adapter), expected)
 
 
 def test_a_renamed_folder_is_no_matter(model: Any, adapter: Path) -> None:
-    load_adapter(model, adapter.rename(adapter.parent / "llava-lora-mpt-v1.6-plain"))
+    expected = answer_with(model, adapter)
+    renamed = adapter.rename(adapter.parent / "llava-lora-mpt-v1.6-plain")
+    assert torch.equal(answer_with(model, renamed), expected)
 
 
 def test_a_folder_without_an_adapter(model: Any, frozen: Any, adapter: Path, tmp_path: Path) -> None:
@@ -296,6 +314,6 @@ def test_the_same_base_in_another_precision_is_the_same_base(model: Any, good: P
     with torch.no_grad():
         weight.copy_(exact.to(dtype))
         try:
-            load_adapter(model, good)
+            answer_with(model, good)
         finally:
             weight.copy_(exact)

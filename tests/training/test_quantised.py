@@ -179,6 +179,7 @@ def test_over_four_bits_gradient_checkpointing_changes_nothing(tiny: TinyLlava, 
     plain, recomputed = read(tmp_path / "plain"), read(tmp_path / "recomputed")
     for name, value in plain.tensors.items():
         torch.testing.assert_close(recomputed.tensors[name], value)
+    assert max(value.abs().max() for name, value in plain.tensors.items() if name.endswith("steer_shift")) > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,11 @@ def assert_same_tensors(one: StoredAdapter, other: StoredAdapter) -> None:
     assert not different
 
 
+def assert_trained(one: StoredAdapter) -> None:
+    """The shifts, zero before training, have moved further than runs that are called equal may differ."""
+    assert max(value.abs().max() for name, value in one.tensors.items() if name.endswith("steer_shift")) > 1e-4
+
+
 def refusal(
     tiny: TinyLlava, tmp_path: Path, overrides: Mapping[str, object], capsys: pytest.CaptureFixture[str]
 ) -> str:
@@ -129,6 +134,7 @@ def test_accumulated_steps_equal_one_large_batch(tiny: TinyLlava, tmp_path: Path
     )
     for name, value in large.tensors.items():
         torch.testing.assert_close(small.tensors[name], value, rtol=1e-3, atol=1e-5)
+    assert_trained(large)
 
 
 def test_without_gradient_checkpointing_the_result_is_the_same(tiny: TinyLlava, tmp_path: Path) -> None:
@@ -137,6 +143,7 @@ def test_without_gradient_checkpointing_the_result_is_the_same(tiny: TinyLlava, 
     recomputed = train(tiny, tmp_path / "recomputed", {**common, "gradient_checkpointing": True})
     for name, value in plain.tensors.items():
         torch.testing.assert_close(recomputed.tensors[name], value)
+    assert_trained(plain)
 
 
 def test_tensorboard_sees_the_losses(tiny: TinyLlava, tmp_path: Path) -> None:
