@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tiny_llava import TinyLlava
 
+from llava_steering_plugin.adapters.folder import StoredAdapter
 from llava_steering_plugin.adapters.locate import read
 
 MORES: dict[str, object] = {"tuning_mode": "mores", "mores_rank": 2, "mores_tokens": "all"}
@@ -56,9 +57,16 @@ def resumed_from(whole: Path, step: int, output: Path) -> Path:
     return output
 
 
+def assert_trained(adapter: StoredAdapter) -> None:
+    """What is zero before training has moved further than runs that count as equal may differ."""
+    moved = [value for name, value in adapter.tensors.items() if name.endswith(("steer_shift", "routed_b"))]
+    assert max(float(value.abs().max()) for value in moved) > 1e-4
+
+
 def assert_close(one: Path, other: Path, rtol: float = 1e-4) -> None:
     first, second = read(one), read(other)
     assert first.tensors.keys() == second.tensors.keys()
+    assert_trained(first)
     for name, value in first.tensors.items():
         torch.testing.assert_close(
             second.tensors[name], value, rtol=rtol, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}"
@@ -68,6 +76,7 @@ def assert_close(one: Path, other: Path, rtol: float = 1e-4) -> None:
 def assert_equal(one: Path, other: Path) -> None:
     first, second = read(one), read(other)
     assert first.tensors.keys() == second.tensors.keys()
+    assert_trained(first)
     assert not [name for name, value in first.tensors.items() if not torch.equal(value, second.tensors[name])]
 
 
