@@ -9,4 +9,4 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-$here/../.venv/bin/python}
 [ -x "$(command -v "$python")" ] || { echo "gpu_check: no $python; run scripts/setup.sh, or name one with PYTHON" >&2; exit 2; }
-exec "$python" "$here/gpu_check" "$@"
+exec "$python" "$here/benchmarks" gpu "$@"

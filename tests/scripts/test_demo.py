@@ -13,11 +13,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-DEMO = Path(__file__).parents[2] / "scripts" / "demo"
-
 
 def test_the_shifted_camera_moves_red_to_green_green_to_blue_and_blue_to_red() -> None:
-    import world
+    from experiments import world
 
     pixels = np.array([[[200, 20, 10], [10, 200, 20], [10, 20, 200], [90, 90, 90]]], dtype=np.uint8)
     seen = np.asarray(world.permuted(Image.fromarray(pixels)))
@@ -26,7 +24,7 @@ def test_the_shifted_camera_moves_red_to_green_green_to_blue_and_blue_to_red() -
 
 
 def test_the_sample_has_a_third_of_each_kind_and_one_question_of_a_kind_per_picture() -> None:
-    import world
+    from experiments import world
 
     questions = world.Split.load("test").questions
     sample = world.test_sample(questions, 90)
@@ -37,7 +35,7 @@ def test_the_sample_has_a_third_of_each_kind_and_one_question_of_a_kind_per_pict
 
 
 def test_what_is_seen_in_a_picture_comes_from_answers_and_questions() -> None:
-    import world
+    from experiments import world
 
     asked = [
         world.Question(0, "what color is the triangle?", "red"),
@@ -48,7 +46,7 @@ def test_what_is_seen_in_a_picture_comes_from_answers_and_questions() -> None:
 
 
 def test_conversations_hold_every_question_once_three_about_one_picture_and_the_picture_first() -> None:
-    import world
+    from experiments import world
 
     questions = world.Split.load("test").questions[:200]
     made = world.conversations(questions)
@@ -61,7 +59,7 @@ def test_conversations_hold_every_question_once_three_about_one_picture_and_the_
 
 
 def test_a_finished_stage_runs_again_only_if_something_it_depends_on_changed(tmp_path: Path) -> None:
-    import stages
+    from experiments import stages
 
     ran: list[str] = []
 
@@ -86,7 +84,7 @@ def test_a_finished_stage_runs_again_only_if_something_it_depends_on_changed(tmp
 
 
 def test_a_failing_command_shows_the_end_of_its_log_and_is_not_taken_for_done(tmp_path: Path) -> None:
-    import stages
+    from experiments import stages
 
     command = [sys.executable, "-c", "import sys; sys.exit('the disk is on fire')"]
     runner = stages.Runner(tmp_path, Console(quiet=True))
@@ -97,7 +95,8 @@ def test_a_failing_command_shows_the_end_of_its_log_and_is_not_taken_for_done(tm
 
 
 def test_accuracy_counts_exact_answers_by_kind_and_refuses_another_set_of_questions(tmp_path: Path) -> None:
-    import report
+    from experiments.scoring import accuracy
+    from experiments.world import KINDS
 
     expected, answers = tmp_path / "expected.json", tmp_path / "answers.jsonl"
     wanted = [("red", "colour"), ("blue", "colour"), ("circle", "shape"), ("yes", "yes/no")]
@@ -106,14 +105,14 @@ def test_accuracy_counts_exact_answers_by_kind_and_refuses_another_set_of_questi
         json.dumps({"question_id": place, "text": text}) for place, text in enumerate(("Red", "red", "circle", "no"))
     ]
     answers.write_text("\n".join(lines))
-    assert report.accuracy(answers, expected) == {"all": 0.5, "colour": 0.5, "shape": 1.0, "yes/no": 0.0}
+    assert accuracy(answers, expected, KINDS) == {"all": 0.5, "colour": 0.5, "shape": 1.0, "yes/no": 0.0}
     answers.write_text("\n".join(lines[:3]))
     with pytest.raises(ValueError, match="3 answers"):
-        report.accuracy(answers, expected)
+        accuracy(answers, expected, KINDS)
 
 
 def test_the_table_and_the_plot_show_every_row(tmp_path: Path) -> None:
-    import report
+    from experiments.demo import report
 
     kinds = {"all": 0.5, "colour": 0.25, "shape": 0.5, "yes/no": 0.75}
     rows = [

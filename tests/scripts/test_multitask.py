@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from quick_runs import SCRIPTS
 from rich.console import Console
 
-FOLDERS = (SCRIPTS / "demo", SCRIPTS / "multitask")
 SAMPLES, QUESTIONS, FIRST = 40, 20, 1300
-
-
-@pytest.fixture(autouse=True, scope="module")
-def scripts_on_the_path() -> Iterator[None]:
-    for folder in FOLDERS:
-        sys.path.insert(0, str(folder))
-    yield
-    for folder in FOLDERS:
-        sys.path.remove(str(folder))
-        for module in folder.glob("*.py"):
-            sys.modules.pop(module.stem, None) if module.stem != "__main__" else None
 
 
 @pytest.fixture(scope="module")
@@ -38,27 +23,27 @@ def digits() -> list[int]:
 
 
 def test_every_task_has_as_many_questions_and_all_cameras_see_the_same_test_pictures(digits: list[int]) -> None:
-    import tasks
-    import world
+    from experiments import world
+    from experiments.multitask import tasks
 
     trained = tasks.training(world.Split.load("train").questions, digits[:FIRST], SAMPLES)
     tested = tasks.testing(world.Split.load("test").questions, digits[FIRST:], FIRST, QUESTIONS)
-    assert Counter(asked.task for asked in trained) == dict.fromkeys(tasks.TASKS, SAMPLES)
-    assert Counter(asked.task for asked in tested) == dict.fromkeys(tasks.TASKS, QUESTIONS)
+    assert Counter(asked.kind for asked in trained) == dict.fromkeys(tasks.TASKS, SAMPLES)
+    assert Counter(asked.kind for asked in tested) == dict.fromkeys(tasks.TASKS, QUESTIONS)
     seen = defaultdict(list)
     for asked in tested:
-        if asked.task in tasks.COLOUR_TASKS:
-            seen[asked.task].append((Path(asked.image).name, asked.text.partition(": ")[2], asked.answer))
+        if asked.kind in tasks.COLOUR_TASKS:
+            seen[asked.kind].append((Path(asked.image).name, asked.text.partition(": ")[2], asked.answer))
     assert all(questions == seen["colour a"] for questions in seen.values())
-    assert {asked.text.partition(":")[0] for asked in tested if asked.task == "colour c"} == {"camera c"}
+    assert {asked.text.partition(":")[0] for asked in tested if asked.kind == "colour c"} == {"camera c"}
 
 
 def test_no_test_digit_is_trained_on_and_answers_are_the_digits_in_the_pictures(digits: list[int]) -> None:
-    import tasks
-    import world
+    from experiments import world
+    from experiments.multitask import tasks
 
     def numbers(asked: list[tasks.Asked]) -> dict[int, str]:
-        return {int(Path(one.image).stem): one.answer for one in asked if one.task == "digit"}
+        return {int(Path(one.image).stem): one.answer for one in asked if one.kind == "digit"}
 
     trained = numbers(tasks.training(world.Split.load("train").questions, digits[:FIRST], 2 * FIRST))
     tested = numbers(tasks.testing(world.Split.load("test").questions, digits[FIRST:], FIRST, QUESTIONS))
@@ -68,7 +53,7 @@ def test_no_test_digit_is_trained_on_and_answers_are_the_digits_in_the_pictures(
 
 
 def test_cameras_are_different_orders_of_the_channels_and_the_first_is_clean() -> None:
-    import tasks
+    from experiments.multitask import tasks
 
     orders = list(tasks.CAMERAS.values())
     assert orders[0] == (0, 1, 2)
@@ -78,8 +63,8 @@ def test_cameras_are_different_orders_of_the_channels_and_the_first_is_clean() -
 
 def test_the_same_pixels_have_different_answers_under_different_cameras() -> None:
     """What makes the tasks pull: a red that camera b shows is a colour that camera a shows from another shape."""
-    import tasks
-    import world
+    from experiments import world
+    from experiments.multitask import tasks
 
     pure = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
     answers = defaultdict(set)
@@ -91,7 +76,7 @@ def test_the_same_pixels_have_different_answers_under_different_cameras() -> Non
 
 
 def test_a_digit_becomes_a_grey_picture_of_the_size_of_the_tower_with_full_contrast() -> None:
-    import tasks
+    from experiments.multitask import tasks
 
     values = np.zeros((8, 8))
     values[2:6, 2:6] = 16
@@ -102,7 +87,7 @@ def test_a_digit_becomes_a_grey_picture_of_the_size_of_the_tower_with_full_contr
 
 
 def test_mutual_information_is_that_of_constructed_cases() -> None:
-    from information import entropy, mutual_information
+    from experiments.multitask.information import entropy, mutual_information
 
     labels = [0, 0, 1, 1]
     assert entropy(labels) == pytest.approx(math.log(2))
@@ -115,7 +100,7 @@ def test_mutual_information_is_that_of_constructed_cases() -> None:
 
 
 def test_a_set_that_tells_the_task_tells_all_of_it_and_one_that_does_not_tells_no_more_than_chance() -> None:
-    from information import of_linears
+    from experiments.multitask.information import of_linears
 
     rng = np.random.default_rng(0)
     tasks = [("left", "right")[place % 2] for place in range(2000)]
@@ -133,8 +118,15 @@ def test_a_set_that_tells_the_task_tells_all_of_it_and_one_that_does_not_tells_n
 
 
 def test_the_rank_of_the_larger_lora_trains_as_many_parameters_as_learned_routing() -> None:
-    from methods import ACTIVE, FACTORS, compared, linears, lora_parameters, matching_rank, mixlora_parameters
-
+    from experiments.multitask.methods import (
+        ACTIVE,
+        FACTORS,
+        compared,
+        linears,
+        lora_parameters,
+        matching_rank,
+        mixlora_parameters,
+    )
     from llava_steering_plugin.modes.base import DecoderShape, LayerShape
     from llava_steering_plugin.modes.mixlora import MixLoRA
 
@@ -154,7 +146,7 @@ def test_the_rank_of_the_larger_lora_trains_as_many_parameters_as_learned_routin
 
 
 def _row(method: str, seed: int, right: float, told: float | None = None) -> dict[str, Any]:
-    import tasks
+    from experiments.multitask import tasks
 
     row: dict[str, Any] = {"method": method, "seed": seed, "parameters": 1000, "train_seconds": 10.0 * seed}
     row["accuracy"] = dict.fromkeys(("all", *tasks.TASKS), right)
@@ -165,7 +157,7 @@ def _row(method: str, seed: int, right: float, told: float | None = None) -> dic
 
 
 def test_means_spreads_and_differences_are_over_seeds() -> None:
-    from summary import by_method, differences
+    from experiments.multitask.report import by_method, differences
 
     rows = [_row("LoRA", 1, 0.5), _row("MixLoRA", 1, 0.6, 0.25), _row("LoRA", 2, 0.7), _row("MixLoRA", 2, 0.8, 0.35)]
     lora, mixlora = by_method(rows)
@@ -178,8 +170,8 @@ def test_means_spreads_and_differences_are_over_seeds() -> None:
 
 
 def test_the_tables_and_the_plot_show_every_method(tmp_path: Path) -> None:
-    from summary import by_method, differences, markdown, plot, table
-    from tasks import TASKS
+    from experiments.multitask.report import by_method, differences, markdown, plot, table
+    from experiments.multitask.tasks import TASKS
 
     rows = [_row("LoRA r=2", 1, 0.5), _row("MixLoRA 2 of 8, learned routers", 1, 0.6, 0.25)]
     results = {"questions": 4, "steps": 4, "base": rows[0]["accuracy"], "rows": rows, "methods": by_method(rows)}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
@@ -18,9 +16,12 @@ from serving_fixtures import TOKEN, Client, wait_until
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 
+from benchmarks.soak import Rest, problems_of
+from benchmarks.soak_clients import Clients
+
 pytest_plugins = ["serving_fixtures"]
 
-SOAK = Path(__file__).parents[2] / "scripts" / "soak_serving.py"
+BENCHMARKS = Path(__file__).parents[2] / "scripts" / "benchmarks"
 MINUTES = 1.5
 
 
@@ -51,36 +52,23 @@ def _up(client: Client) -> bool:
         return False
 
 
-@pytest.fixture
-def soak_serving(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script as a module."""
-    described = importlib.util.spec_from_file_location("soak_serving", SOAK)
-    assert described is not None and described.loader is not None
-    module = importlib.util.module_from_spec(described)
-    monkeypatch.setitem(sys.modules, "soak_serving", module)  # where its dataclasses look themselves up
-    described.loader.exec_module(module)
-    return module
-
-
-def test_a_run_in_which_nothing_was_answered_is_wrong(
-    soak_serving: Any, client: Client, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    soak, rest = soak_serving.Soak(client.address, None), soak_serving.Rest(1.0, 1.0, 1, 1, {})
+def test_a_run_in_which_nothing_was_answered_is_wrong(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    clients, rest = Clients(client.address), Rest(1.0, 1.0, 1, 1, {})
     with monkeypatch.context() as busy:
         response = requests.Response()
         response.status_code = 503
-        busy.setattr(soak, "_post", lambda **_: response)
-        assert soak._answer(random.Random(0)) is None
-        [problem] = soak_serving.problems_of(soak, rest, rest, 0)
+        busy.setattr(clients, "_post", lambda **_: response)
+        assert clients._answer(random.Random(0)) is None
+        [problem] = problems_of(clients, rest, rest, 0)
         assert "no request was answered" in problem
-    assert soak._answer(random.Random(0)) is None
-    assert soak_serving.problems_of(soak, rest, rest, 0) == []
+    assert clients._answer(random.Random(0)) is None
+    assert problems_of(clients, rest, rest, 0) == []
 
 
 @pytest.mark.slow
 def test_minutes_of_answers_hang_ups_nonsense_and_reloads_leave_nothing_behind(alone_in_a_process: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(SOAK), alone_in_a_process, "--minutes", str(MINUTES)],
+        [sys.executable, str(BENCHMARKS), "soak", alone_in_a_process, "--minutes", str(MINUTES)],
         env={**os.environ, "LLAVA_STEERING_ADMIN_TOKEN": TOKEN},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""The benchmarks' quick runs, as somebody starts them."""
+"""Run the benchmarks with --quick, as a user does."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from training_runs import subprocess_environment
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
-def quick_run(script: str, folder: Path) -> dict[str, Any]:
-    """What a benchmark writes with --quick. Whether its times pass depends on what else this machine does."""
+def quick_run(command: str, folder: Path) -> dict[str, Any]:
+    """Return what a benchmark writes with --quick. Its times may pass or fail: that depends on the machine's load."""
     file = folder / "bench.json"
     result = subprocess.run(
-        [sys.executable, str(SCRIPTS / script), "--quick", "--json", str(file)],
+        [sys.executable, str(SCRIPTS / "benchmarks"), command, "--quick", "--json", str(file)],
         env=subprocess_environment(folder),
         capture_output=True,
         text=True,

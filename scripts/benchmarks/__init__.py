@@ -1,0 +1,1 @@
+"""Measure what the plugin costs: `python scripts/benchmarks COMMAND`. `commands` lists the benchmarks."""

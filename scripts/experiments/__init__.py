@@ -1,0 +1,1 @@
+"""Experiments on a small LLaVA that is made here: `demo` and `multitask`, and the parts that both use."""

@@ -1,0 +1,103 @@
+"""The methods that are compared, and the sizes of the measurement: the full one, and the quick one for CI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from experiments.settings import FULL_BASE, QUICK_BASE, BaseSettings
+from experiments.tuning import Tuning
+
+# MixLoRA has FACTORS in each pool of every linear of the decoder, and uses ACTIVE of them for a question.
+FACTORS, ACTIVE = 8, 2
+# The update is multiplied by this, for every method and rank.
+SCALE = 2.0
+# Weight of the load-balance loss: the best one on the problem of docs/multitask.md.
+BALANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes and lengths of the measurement.
+
+    Attributes:
+        base: of the demo's base.
+        samples: training questions of each task.
+        questions: test questions of each task.
+        steps: training steps, of `batch` questions each.
+        seeds: every method is trained with each of them.
+        without: the slugs of methods that are left out.
+    """
+
+    base: BaseSettings = FULL_BASE
+    samples: int = 2500
+    questions: int = 200
+    steps: int = 300
+    batch: int = 16
+    seeds: tuple[int, ...] = (1, 2, 3)
+    learning_rate: float = 2e-3
+    without: tuple[str, ...] = ()
+
+    def methods(self, layers: int, width: int) -> tuple[Tuning, ...]:
+        """Return the methods to compare, on a Llama decoder of `layers` and `width`."""
+        methods = compared(layers, width, self.learning_rate)
+        return tuple(method for method in methods if method.slug not in self.without)
+
+
+def lora_parameters(rank: int, linears: Iterable[tuple[int, int]]) -> int:
+    """Return the trained parameters of LoRA on `linears`, (in, out) features each."""
+    return sum(rank * (wide + out) for wide, out in linears)
+
+
+def mixlora_parameters(factors: int, active: int, linears: Iterable[tuple[int, int]]) -> int:
+    """Return the trained parameters of MixLoRA with conditional selection and routers that learn."""
+    return sum(factors * (wide + out) + (2 + active) * factors * wide for wide, out in linears)
+
+
+def matching_rank(parameters: int, linears: Iterable[tuple[int, int]]) -> int:
+    """Return the rank at which LoRA trains about as many `parameters`."""
+    return round(parameters / lora_parameters(1, linears))
+
+
+def linears(layers: int, width: int) -> list[tuple[int, int]]:
+    """Return (in, out) features of all linears of a Llama decoder whose MLP is 4 times as wide as its trunk."""
+    return layers * [*4 * [(width, width)], *2 * [(width, 4 * width)], (4 * width, width)]
+
+
+def compared(layers: int, width: int, learning_rate: float) -> tuple[Tuning, ...]:
+    """Return LoRA of equal active rank and of equal trained parameters, and MixLoRA with frozen and learned routers.
+
+    Learned routers learn from the answers alone, or with the load-balance loss.
+    """
+    decoder = linears(layers, width)
+    equal = matching_rank(mixlora_parameters(FACTORS, ACTIVE, decoder), decoder)
+
+    def lora(rank: int) -> Tuning:
+        flags: dict[str, object] = {"lora_enable": True, "lora_r": rank, "lora_alpha": round(SCALE * rank)}
+        flags["lora_dropout"] = 0.0
+        return Tuning(f"lora-r{rank}", f"LoRA r={rank}", flags, learning_rate)
+
+    def mixlora(name: str, router_grad: str, **more: object) -> Tuning:
+        flags: dict[str, object] = {
+            "tuning_mode": "mixlora",
+            "mixlora_factors": FACTORS,
+            "mixlora_rank": ACTIVE,
+            "mixlora_alpha": SCALE * ACTIVE,
+            "mixlora_variant": "paper",
+            "mixlora_router_grad": router_grad,
+            **more,
+        }
+        return Tuning(f"mixlora-{name}", f"MixLoRA {ACTIVE} of {FACTORS}, {name} routers", flags, learning_rate)
+
+    return (
+        lora(ACTIVE),
+        lora(equal),
+        mixlora("frozen", "none"),
+        mixlora("learned", "straight_through", mixlora_balance=0.0),
+        mixlora("balanced", "straight_through", mixlora_balance=BALANCE),
+    )
+
+
+FULL = Settings()
+# Long enough to run every part, too short to learn anything. Only one method with learned routers is in it.
+QUICK = Settings(QUICK_BASE, samples=20, questions=4, steps=4, batch=8, seeds=(1,), without=("mixlora-learned",))
