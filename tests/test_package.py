@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import entry_points, requires
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = "llava_steering_plugin"
 HEAVY = "{'torch', 'transformers', 'deepspeed', 'llava', 'matplotlib'}"
 
 
@@ -62,20 +66,93 @@ def test_the_extra_all_holds_what_the_other_extras_hold() -> None:
     assert every == set().union(*extras.values())
 
 
-def test_the_wheel_holds_the_typed_package_its_licence_and_entry_points_and_nothing_else(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(ROOT / "llava_steering_plugin", source / "llava_steering_plugin")
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The sdist of this source, and the wheel that is built of that sdist."""
+    folder = tmp_path_factory.mktemp("built")
+    source = folder / "source"
+    shutil.copytree(ROOT / PACKAGE, source / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(source)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("llava_steering_plugin-*.whl")
+        shutil.copy(ROOT / name, source)
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    (sdist,) = folder.glob("llava_steering_plugin-*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", str(folder), str(sdist)], cwd=folder, check=True, capture_output=True)
+    (wheel,) = folder.glob("llava_steering_plugin-*.whl")
+    return sdist, wheel
+
+
+def test_the_sdist_and_the_wheel_of_it_hold_the_typed_package_its_licence_and_entry_points_and_nothing_else(
+    built: tuple[Path, Path],
+) -> None:
+    sdist, wheel = built
+    expected = {str(file.relative_to(ROOT)) for file in (ROOT / PACKAGE).rglob("*.py")} | {f"{PACKAGE}/py.typed"}
+
+    with tarfile.open(sdist) as archive:
+        shipped = {name.partition("/")[2] for name in archive.getnames()}
+    assert expected | {"LICENSE", "README.md", "setup.cfg", "pyproject.toml"} <= shipped
+
     names = zipfile.ZipFile(wheel).namelist()
     folders = {name.split("/")[0] for name in names}
-    assert len(folders) == 2 and "llava_steering_plugin" in folders
-    expected = {str(file.relative_to(ROOT)) for file in (ROOT / "llava_steering_plugin").rglob("*.py")}
-    assert expected <= set(names)
-    assert "llava_steering_plugin/py.typed" in names
+    assert len(folders) == 2 and PACKAGE in folders
+    assert {name for name in names if name.startswith(f"{PACKAGE}/")} == expected
     for ending in ("LICENSE", "entry_points.txt"):
         assert any(name.endswith(ending) for name in names)
+
+
+ROUND_TRIP = """
+import json
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import llava_steering_plugin
+from llava_steering_plugin import MoReS, attach, load_adapter, remove, save_adapter, token_map
+
+torch.manual_seed(0)
+sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).eval()
+ids, visual = torch.tensor([[1, 5, 9, 7]]), torch.tensor([[False, True, True, False]])
+
+def logits():
+    with torch.no_grad(), token_map(visual, torch.ones_like(ids)):
+        return model(ids).logits
+
+plain = logits()
+for weights in attach(model, MoReS(rank=2, tokens="all")).parameters().values():
+    torch.nn.init.normal_(weights)
+steered = logits()
+save_adapter(model, "adapter")
+remove(model)
+removed = logits()
+load_adapter(model, "adapter")
+print(json.dumps({
+    "file": llava_steering_plugin.__file__,
+    "steers": not torch.equal(steered, plain),
+    "removed": torch.equal(removed, plain),
+    "loaded": torch.equal(logits(), steered),
+}))
+"""
+
+
+def test_the_wheel_installs_and_works_in_an_environment_without_the_source(
+    built: tuple[Path, Path], tmp_path: Path
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command: str | Path) -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", built[1])
+    (packages,) = (tmp_path / "venv" / "lib").glob("*/site-packages")
+    # Dependencies come from this environment: of a folder that a .pth names no .pth counts, so not that of our source.
+    (packages / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+
+    version = built[1].name.split("-")[1]
+    assert run(python.with_name("llava-steering"), "--version") == f"llava-steering {version}\n"
+    done = json.loads(run(python, "-c", ROUND_TRIP).splitlines()[-1])
+    assert Path(done.pop("file")).is_relative_to(packages)
+    assert done == {"steers": True, "removed": True, "loaded": True}
