@@ -1,3 +1,5 @@
+"""A scope holds for one call: what is steered through every decoding, in threads, and where adapters are disabled."""
+
 from __future__ import annotations
 
 import contextlib

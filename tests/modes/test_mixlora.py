@@ -1,4 +1,7 @@
-"""One routed linear: the authors' numbers, the formula written out naively, gradients, dtypes, hosts."""
+"""One routed linear: the authors' numbers, the formula written out naively, gradients, dtypes, hosts.
+
+The update and its backward pass are `modes/mixlora_factors.py`.
+"""
 
 from __future__ import annotations
 

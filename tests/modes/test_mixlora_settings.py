@@ -1,3 +1,5 @@
+"""MixLoRA's settings: defaults, parameter counts, errors, and the choice of linears (`modes/mixlora_targets.py`)."""
+
 from __future__ import annotations
 
 from pathlib import Path

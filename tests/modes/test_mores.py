@@ -1,3 +1,5 @@
+"""MoReS: the numbers of the authors' code, the tokens and layers that change, and the check of its settings."""
+
 from __future__ import annotations
 
 import itertools

@@ -1,3 +1,5 @@
+"""The flags that choose tokens and layers select what a naive implementation selects."""
+
 from __future__ import annotations
 
 from fractions import Fraction

@@ -1,3 +1,5 @@
+"""Tuning modes of other distributions are found, used like our own, and named where they are broken."""
+
 from __future__ import annotations
 
 import dataclasses

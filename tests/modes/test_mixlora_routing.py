@@ -1,4 +1,4 @@
-"""What acts on the routers beside the loss: balance and noise; and what is logged of them."""
+"""Routers: the load-balance loss, noise on their scores, and the figures that are logged of them."""
 
 from __future__ import annotations
 
