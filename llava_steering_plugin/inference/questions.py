@@ -49,7 +49,7 @@ class Question:
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """How questions are answered.
+    """Settings for answering questions.
 
     Attributes:
         batch_size: questions answered at the same time.

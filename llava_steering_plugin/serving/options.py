@@ -26,7 +26,7 @@ Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Default: a fre
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """What to serve and within which limits: the options that the worker and `llava-steering serve` share."""
+    """Options that the worker and `llava-steering serve` share: the model, its adapters, and the limits."""
 
     adapters: Annotated[
         list[str] | None,

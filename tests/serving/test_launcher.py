@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import signal
@@ -18,15 +17,13 @@ import psutil
 import pytest
 import requests
 from ports import free_port
-from rich.console import Console
 from serving_fixtures import Alone, Client, Question
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 
-from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.serving.launcher import find_ports
 from llava_steering_plugin.serving.options import ServeOptions
-from llava_steering_plugin.serving.processes import Program, ProgramDied, Programs
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -172,22 +169,3 @@ def test_the_page_may_be_on_an_ipv6_address(host: str) -> None:
     port = free_port()
     assert find_ports(ServeOptions(base="no/model", host=host, page_port=port))["page"] == port
     assert len(set(find_ports(ServeOptions(base="no/model", host=host)).values())) == 3
-
-
-def test_a_part_that_does_not_answer_is_said_with_the_place_that_tells_why(tmp_path: Path) -> None:
-    with Programs(Console(file=io.StringIO()), tmp_path, tmp_path) as parts:
-        part = Program("page", ["-c", "import time; time.sleep(60)"], lambda: False)
-        parts.start(part)
-        with pytest.raises(SteeringError, match=r"the page .* 0\.1 seconds after.* output above"):
-            parts.wait(part, 0.1, lambda: False)
-
-
-def test_lines_that_come_every_few_seconds_are_not_shown_and_all_others_are(tmp_path: Path) -> None:
-    said = io.StringIO()
-    program = "print('Receive heart beat. http://here'); print('register a new worker [http://here]')"
-    with Programs(Console(file=said, width=200), tmp_path, tmp_path) as parts:
-        parts.start(Program("controller", ["-c", program], lambda: False, hidden="Receive heart beat"))
-        with pytest.raises(ProgramDied, match="register a new worker"):
-            parts.wait(Program("controller", [], lambda: False), PATIENCE, lambda: False)
-    assert "controller | register a new worker [http://here]" in said.getvalue()
-    assert "heart beat" not in said.getvalue()

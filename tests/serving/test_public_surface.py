@@ -5,7 +5,6 @@ A changed name here is a broken script somewhere: add to these lists, and take n
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from serving_fixtures import Client, listening
 from typer.main import get_command
 
 from llava_steering_plugin.cli import app
-from llava_steering_plugin.serving import page, worker
+from llava_steering_plugin.serving import worker
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -105,14 +104,6 @@ def command(name: str) -> click.Command:
 def test_the_options_of_a_program_and_their_defaults_are_these(name: str) -> None:
     parameters = command(name).params
     assert {word: each.default for each in parameters for word in (*each.opts, *each.secondary_opts)} == OPTIONS[name]
-
-
-def test_the_page_has_the_options_of_upstreams_and_one_of_its_own(patched_llava: Path) -> None:
-    source = (patched_llava / "llava" / "serve" / "gradio_web_server.py").read_text()
-    shown = page.help_parser().format_help()
-    expected = {*re.findall(r'add_argument\(\s*"(--[\w-]+)"', source), "--help", "--log-requests"}
-    assert set(re.findall(r"--[\w-]+", shown)) == expected
-    assert "--controller-url" in shown and "default: 127.0.0.1" in shown
 
 
 @pytest.mark.parametrize("name", ["serve", "worker"])

@@ -1,136 +1,76 @@
-"""The worker over real HTTP: every adapter answers as it does alone, whoever else is asking."""
+"""The command line of the worker: what cannot work is refused before a model is loaded."""
 
 from __future__ import annotations
 
-import itertools
-import random
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_fixtures import BASE_NAME, NAMES, Alone, Client, Question, wait_until
+from ports import free_port
+from tiny_llava import TinyLlava, without_half_of_its_weights
 
-from llava_steering_plugin.errors import ArgumentsError, UpstreamError
-
-pytest_plugins = ["serving_fixtures"]
-
-SHOWN = ["cats", "dogs", "pets", "birds", "fish", "mixl.ora-x", "my-m.pt", "routed"]
+from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
 
 
-def test_every_adapter_and_the_base_is_a_model(worker: Any, client: Client) -> None:
-    import requests
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--admin-token", "secret"], "needs 16 at least"),
+        (["--adapter-dir", "nowhere"], "nowhere is no folder"),
+        (["--host", "0.0.0.0"], "--worker-address"),
+        (["--adapters", "two words=x", "a/b", "c/b"], "both called 'b'"),
+    ],
+)
+def test_a_command_line_that_cannot_work_is_refused_before_a_model_is_looked_for(words: list[str], said: str) -> None:
+    from llava_steering_plugin.serving.worker import app
 
-    status = requests.post(f"{client.address}/worker_get_status", timeout=30).json()
-    assert status == {"model_names": [BASE_NAME, *SHOWN], "speed": 1, "queue_length": 0}
-
-
-def test_64_requests_at_once_over_8_adapters_give_the_texts_of_each_adapter_alone_also_when_some_hang_up(
-    client: Client, worker: Any, alone: Alone, asked: list[Question]
-) -> None:
-    jobs = [(shown, name, question) for shown, name in zip(SHOWN, NAMES, strict=True) for question in asked]
-    random.Random(0).shuffle(jobs)
-    hung_up = 0
-
-    def ask(job: tuple[int, tuple[str, str, Question]]) -> str | None:
-        number, (shown, _, question) = job
-        if number % 8 == 3:
-            with client.begun(Question(question.prompt, question.image, 500).body(shown)):
-                return None
-        return client.answer(shown, question)
-
-    with ThreadPoolExecutor(len(jobs)) as users:
-        answers = list(users.map(ask, enumerate(jobs)))
-    for answer, (_, name, question) in zip(answers, jobs, strict=True):
-        if answer is None:
-            hung_up += 1
-        else:
-            assert answer == alone(name, question), name
-    assert hung_up == 8
-    assert len({alone(name, asked[0]) for name in (None, *NAMES)}) == 9, "the adapters answer alike: nothing is shown"
-    wait_until(lambda: client.free() == 4 and client.health()["open"] == 0)
+    with pytest.raises(ArgumentsError, match=said):
+        app(["--model-path", "no/such-model", *words], standalone_mode=False)
 
 
-def test_64_threads_over_8_adapters_on_one_worker_give_the_texts_of_each_adapter_alone(
-    worker: Any, alone: Alone, asked: list[Question], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import json
+def test_places_without_an_adapter_are_all_named_before_a_model_is_looked_for(tmp_path: Path) -> None:
+    from llava_steering_plugin.serving.worker import app
 
-    from llava_steering_plugin.serving.http.validation import CheckedRequest
-    from llava_steering_plugin.upstream.worker_seam import PooledThread
-
-    jobs = [(name, question) for name in NAMES for question in asked]
-    random.Random(1).shuffle(jobs)
-    monkeypatch.setattr(PooledThread, "threads", ThreadPoolExecutor(len(jobs), "generating"))
-
-    def ask(job: tuple[str, Question]) -> str:
-        name, question = job
-        states = list(worker.answer(CheckedRequest(name, name, question.body(name)), threading.Event()))
-        return str(json.loads(states[-1][:-1])["text"]).removeprefix(question.prompt).strip()
-
-    with ThreadPoolExecutor(len(jobs)) as users:
-        answers = list(users.map(ask, jobs))
-    assert answers == [alone(name, question) for name, question in jobs]
+    with pytest.raises(AdapterError, match=r"(?s)/no/such/cats is no folder.* holds no adapter"):
+        words = ["--adapters", "/no/such/cats", f"pets={tmp_path}"]
+        app(["--model-path", "no/such-model", *words], standalone_mode=False)
 
 
-def test_the_base_answers_as_without_any_adapter(client: Client, alone: Alone, asked: list[Question]) -> None:
-    assert [client.answer(BASE_NAME, question) for question in asked[-2:]] == [
-        alone(None, question) for question in asked[-2:]
-    ]
+def test_a_base_that_cannot_be_loaded_is_a_message_and_no_traceback(tiny: TinyLlava, tmp_path: Path) -> None:
+    from llava_steering_plugin.serving.worker import app
+
+    broken = without_half_of_its_weights(tiny.llava, tmp_path / "broken")
+    nameless = tmp_path / "nameless"
+    nameless.mkdir()
+    (nameless / "config.json").write_text('{"mm_vision_tower": "a tower"}')
+    for base, said in ((broken, "broken cannot be loaded"), (nameless, "names no model_type.*--model-path")):
+        with pytest.raises(SteeringError, match=said):
+            app(["--model-path", str(base), "--device", "cpu", "--port", str(free_port())], standalone_mode=False)
 
 
-def test_an_answer_comes_as_it_grows(client: Client, asked: list[Question]) -> None:
-    texts = [state["text"] for state in client.states("cats", Question(asked[0].prompt, asked[0].image, 40))]
-    assert len(texts) > 1
-    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+@pytest.mark.usefixtures("patched_llava")
+def test_a_second_worker_on_a_port_is_refused_before_its_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both bind with SO_REUSEADDR, which one that does not listen yet does not keep others from."""
+    from llava_steering_plugin.serving import model_worker, worker
 
+    class Loading(Exception):
+        """The first has come as far as to its model."""
 
-@pytest.fixture
-def steps(worker: Any) -> Any:
-    """Counts the passes through the decoder."""
-    count: list[int] = []
-    handle = worker.model.model.register_forward_pre_hook(lambda *_: count.append(1))
-    yield count
-    handle.remove()
+    listeners: list[socket.socket] = []
+    bound = worker.bind
+    monkeypatch.setattr(worker, "bind", lambda *where: listeners.append(bound(*where)) or listeners[-1])
+    words = ["--model-path", "no/such-model", "--port", str(free_port()), "--stall-seconds", "7"]
 
+    def load(*_: Any, **__: Any) -> None:
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections that are made from now on take it over
+            assert listeners[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7000
+        with pytest.raises(ArgumentsError, match=r"cannot listen on .*in use"):
+            worker.app(words, standalone_mode=False)
+        raise Loading
 
-def test_an_answer_for_a_client_that_has_hung_up_ends_within_a_few_tokens(
-    client: Client, worker: Any, steps: list[int], asked: list[Question]
-) -> None:
-    with client.begun(Question(asked[0].prompt, asked[0].image, 1000).body("cats")):
-        pass
-    wait_until(lambda: client.free() == 4)
-    made = len(steps)
-    assert made < 200, "it went on although nobody listened"
-    threading.Event().wait(0.3)
-    assert len(steps) == made
-    assert client.answer("cats", asked[0])
-
-
-def test_a_client_that_hangs_up_while_it_waits_for_a_slot_costs_no_pass_through_the_model(
-    client: Client, worker: Any, steps: list[int], asked: list[Question]
-) -> None:
-    import requests
-
-    for _ in range(4):
-        assert client.free() > 0
-        client.slots._value -= 1  # somebody else's answers
-    try:
-        with pytest.raises(requests.exceptions.RequestException):
-            client.post(asked[0].body("cats"), timeout=0.5)
-        wait_until(lambda: client.health()["open"] == 0)
-    finally:
-        client.slots._value += 4
-    assert client.answer("dogs", asked[-1])
-    wait_until(lambda: client.free() == 4)
-    assert len(steps) == asked[-1].tokens
-
-
-def test_a_base_that_is_an_adapter_or_that_is_not_there_is_refused_before_anything_is_loaded(shelf: Path) -> None:
-    from llava_steering_plugin.serving.model_worker import AdapterWorker
-
-    with pytest.raises(ArgumentsError, match="is an adapter"):
-        AdapterWorker(str(shelf / "cats"), controller="", address="")
-    with pytest.raises(UpstreamError, match="there is no model at"):
-        AdapterWorker(str(shelf / "nothing"), controller="", address="")
+    monkeypatch.setattr(model_worker, "AdapterWorker", load)
+    with pytest.raises(Loading):
+        worker.app(words, standalone_mode=False)
+    [listener] = listeners
+    listener.close()

@@ -6,6 +6,7 @@ A test module asks for them with `pytest_plugins = ["serving_fixtures"]`.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import socket
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import requests
+from PIL import Image
 from ports import free_port
 from steered import load_llava, strengthen
 from tiny_llava import TinyLlava
@@ -68,6 +70,18 @@ class Question:
             "stop": "</s>",
             "images": [base64.b64encode(self.image.read_bytes()).decode()] if self.image else [],
         }
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> str:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    """A good request with one picture, changed; None takes a field out."""
+    good = Question(PROMPT).body("cats") | {"images": [encoded(Image.new("RGB", (40, 60), "red"))]}
+    return {key: value for key, value in (good | changes).items() if value is not None}
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ SPARE_CONNECTIONS = 64
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a worker accepts.
+    """The most that a worker accepts.
 
     Attributes:
         running: answers generated at the same time; upstream's --limit-model-concurrency.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,8 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ports import free_port
-from tiny_llava import TinyLlava, without_half_of_its_weights
 
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
 from llava_steering_plugin.inference.sources import PAGE_PREFIXES, label_of, locate_all, read_sources, shown_name
@@ -131,72 +128,3 @@ def test_two_adapters_of_one_name_are_refused_together_with_everything_else_that
 def test_a_path_that_no_file_system_takes_is_a_message_and_no_traceback(word: str) -> None:
     with pytest.raises(SteeringError, match=r"is no folder|cannot be the name"):
         locate_all(read_sources([word]))
-
-
-def test_the_base_of_serve_may_be_a_path_that_no_file_system_takes() -> None:
-    from llava_steering_plugin.cli.serve import absolute_path
-
-    assert absolute_path("x" * 300) == "x" * 300
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--admin-token", "secret"], "needs 16 at least"),
-        (["--adapter-dir", "nowhere"], "nowhere is no folder"),
-        (["--host", "0.0.0.0"], "--worker-address"),
-        (["--adapters", "two words=x", "a/b", "c/b"], "both called 'b'"),
-    ],
-)
-def test_a_command_line_that_cannot_work_is_refused_before_a_model_is_looked_for(words: list[str], said: str) -> None:
-    from llava_steering_plugin.serving.worker import app
-
-    with pytest.raises(ArgumentsError, match=said):
-        app(["--model-path", "no/such-model", *words], standalone_mode=False)
-
-
-def test_places_without_an_adapter_are_all_named_before_a_model_is_looked_for(tmp_path: Path) -> None:
-    from llava_steering_plugin.serving.worker import app
-
-    with pytest.raises(AdapterError, match=r"(?s)/no/such/cats is no folder.* holds no adapter"):
-        words = ["--adapters", "/no/such/cats", f"pets={tmp_path}"]
-        app(["--model-path", "no/such-model", *words], standalone_mode=False)
-
-
-def test_a_base_that_cannot_be_loaded_is_a_message_and_no_traceback(tiny: TinyLlava, tmp_path: Path) -> None:
-    from llava_steering_plugin.serving.worker import app
-
-    broken = without_half_of_its_weights(tiny.llava, tmp_path / "broken")
-    nameless = tmp_path / "nameless"
-    nameless.mkdir()
-    (nameless / "config.json").write_text('{"mm_vision_tower": "a tower"}')
-    for base, said in ((broken, "broken cannot be loaded"), (nameless, "names no model_type.*--model-path")):
-        with pytest.raises(SteeringError, match=said):
-            app(["--model-path", str(base), "--device", "cpu", "--port", str(free_port())], standalone_mode=False)
-
-
-@pytest.mark.usefixtures("patched_llava")
-def test_a_second_worker_on_a_port_is_refused_before_its_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both bind with SO_REUSEADDR, which one that does not listen yet does not keep others from."""
-    from llava_steering_plugin.serving import model_worker, worker
-
-    class Loading(Exception):
-        """The first has come as far as to its model."""
-
-    listeners: list[socket.socket] = []
-    bound = worker.bind
-    monkeypatch.setattr(worker, "bind", lambda *where: listeners.append(bound(*where)) or listeners[-1])
-    words = ["--model-path", "no/such-model", "--port", str(free_port()), "--stall-seconds", "7"]
-
-    def load(*_: Any, **__: Any) -> None:
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections that are made from now on take it over
-            assert listeners[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 7000
-        with pytest.raises(ArgumentsError, match=r"cannot listen on .*in use"):
-            worker.app(words, standalone_mode=False)
-        raise Loading
-
-    monkeypatch.setattr(model_worker, "AdapterWorker", load)
-    with pytest.raises(Loading):
-        worker.app(words, standalone_mode=False)
-    [listener] = listeners
-    listener.close()

@@ -1,4 +1,4 @@
-"""Adapters come, change and go while the worker serves; upstream's controller, and so the page's list, follows."""
+"""An administrator adds, replaces and removes adapters while the worker serves; the controller's list follows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ import pytest
 import requests
 from changing_fixtures import listed
 from ports import free_port
-from serving_fixtures import BASE_NAME, NAMES, TOKEN, Alone, Client, Question, listening, wait_until
+from serving_fixtures import NAMES, TOKEN, Alone, Client, Question, listening, wait_until
 
 from llava_steering_plugin.errors import AdapterError, ArgumentsError
-from llava_steering_plugin.serving.controller_link import ControllerLink
 from llava_steering_plugin.serving.http.admin import Admin
 from llava_steering_plugin.serving.http.app import build
 from llava_steering_plugin.serving.http.limits import Limits
@@ -181,37 +180,3 @@ def test_without_the_right_token_nothing_is_told_and_nothing_changes(
 def test_a_short_token_is_refused(worker: Any) -> None:
     with pytest.raises(ArgumentsError, match="16 at least"):
         Admin("secret", worker.catalog, lambda: None, Limits())
-
-
-def test_whatever_an_odd_adapter_raises_is_its_refusal_and_only_the_newest_are_kept(
-    worker: Any, shelf: Path, shown: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def odd(*_: Any) -> None:
-        raise KeyError("what nobody has thought of")
-
-    monkeypatch.setattr(worker.pool, "load", odd)
-    for number in range(120):
-        with pytest.raises(AdapterError, match="KeyError: 'what nobody"):
-            worker.catalog.put(f"n{number}", str(shelf / "cats"))
-    assert list(worker.catalog.rejected) == [f"n{number}" for number in range(20, 120)]
-    with pytest.raises(ArgumentsError):
-        worker.catalog.put("x" * 1_000_000, str(shelf / "cats"))
-    assert max(map(len, worker.catalog.rejected)) < 10
-
-
-def test_a_controller_that_has_forgotten_the_worker_is_told_again(
-    worker: Any, controller_link: ControllerLink, controller: str, shown: set[str]
-) -> None:
-    time.sleep(1)  # several heart beats: they must not register anew each time
-    assert requests.post(f"{controller}/get_worker_address", json={"model": BASE_NAME}, timeout=30).json() == {
-        "address": worker.worker_addr
-    }
-    status = worker.get_status
-    try:
-        worker.get_status = dict  # as if it did not answer in time: the controller drops it
-        worker.worker_addr, address = "http://127.0.0.1:9", worker.worker_addr
-        worker.register_to_controller()
-    finally:
-        worker.get_status, worker.worker_addr = status, address
-    assert requests.post(f"{controller}/refresh_all_workers", timeout=30).ok
-    wait_until(lambda: listed(controller) == shown)

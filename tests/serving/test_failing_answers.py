@@ -1,4 +1,4 @@
-"""How answers are generated and fail (`upstream/worker_seam.py`): in pooled threads, with an error for the page."""
+"""Answers that fail, and the threads that generate them (`serving/model_worker.py`, `upstream/worker_seam.py`)."""
 
 from __future__ import annotations
 
@@ -137,53 +137,3 @@ def test_no_more_threads_generate_than_there_are_slots_although_a_slot_is_free_b
             held.set()
         assert one_more.result() == alone("cats", question)
     assert len(used) == STRICT.running
-
-
-@pytest.fixture
-def rests(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """Grows whenever memory is given back, which happens soon."""
-    given_back: list[None] = []
-    monkeypatch.setattr("llava_steering_plugin.serving.idle_memory.IDLE_SECONDS", 0.05)
-    monkeypatch.setattr("llava_steering_plugin.serving.idle_memory.return_free_memory", lambda: given_back.append(None))
-    return given_back
-
-
-def test_memory_is_given_back_when_the_answer_of_a_client_that_hung_up_has_ended_and_not_before(
-    worker: Any, asked: list[Question], rests: list[None]
-) -> None:
-    held = threading.Event()
-    passes: list[None] = []
-
-    def hold(*_: Any) -> None:
-        passes.append(None)
-        if len(passes) > 5:  # the client has seen that its answer has begun
-            held.wait(60)
-
-    with listening(build(worker, STRICT), free_port()) as client:
-        handle = worker.model.lm_head.register_forward_hook(hold)
-        try:
-            with client.begun(Question(asked[0].prompt, asked[0].image, 300).body("cats")):
-                wait_until(lambda: len(passes) > 5)
-            wait_until(lambda: client.health()["open"] == 0)
-            assert client.free() == 3
-            time.sleep(0.3)
-            assert not client.health()["rested"], "the answer still holds its memory"
-        finally:
-            held.set()
-            handle.remove()
-        wait_until(lambda: client.health()["rested"])
-        assert rests and client.free() == 4
-
-
-def test_memory_is_given_back_after_a_change_of_adapters_for_which_nobody_asked_anything(
-    worker: Any, shelf: Any, rests: list[None]
-) -> None:
-    followers = len(worker.catalog.followers)
-    with listening(build(worker, STRICT), free_port()):
-        worker.catalog.put("passing-by", str(shelf / "cats"))
-        wait_until(lambda: bool(rests))
-        time.sleep(0.3)
-        rests.clear()
-        worker.catalog.drop("passing-by")
-        wait_until(lambda: bool(rests))
-    assert len(worker.catalog.followers) == followers

@@ -1,4 +1,7 @@
-"""Clients that hang up, read slowly, send nothing, or come in a crowd; and what is logged of them all."""
+"""Clients that hang up, read slowly, send nothing, or come in a crowd, up to the limits (`serving/http/limits.py`).
+
+What the log holds of them, too.
+"""
 
 from __future__ import annotations
 
@@ -165,7 +168,7 @@ def test_an_answer_that_begins_late_is_waited_for(
     strict: Client, worker: Any, alone: Alone, asked: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Upstream's page gives up after 10 seconds without a byte, its worker after 15: here something comes every few."""
-    monkeypatch.setattr("llava_steering_plugin.serving.http.app.KEEP_WAITING_SECONDS", 0.1)
+    monkeypatch.setattr("llava_steering_plugin.serving.http.app.KEEP_ALIVE_SECONDS", 0.1)
     held = threading.Event()
 
     def _late(*_: Any) -> None:

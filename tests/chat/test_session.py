@@ -1,4 +1,4 @@
-"""What the chat is made of, in this process: loading, the end of an answer, completion."""
+"""A chat is opened on a base or an adapter, and what cannot be loaded is refused in one message."""
 
 from __future__ import annotations
 
@@ -124,36 +124,3 @@ def test_a_base_that_is_damaged_is_a_message_and_no_traceback(tiny: TinyLlava, t
     broken = without_half_of_its_weights(tiny.llava, tmp_path / "broken")
     with pytest.raises(SteeringError, match=r"broken cannot be loaded: .*all of its files are there and complete"):
         open_chat(str(broken), {})
-
-
-def test_an_answer_ends_at_the_stop_text_of_its_template_where_the_model_goes_on(tiny: TinyLlava) -> None:
-    import torch
-    from transformers import AutoTokenizer
-
-    from llava_steering_plugin.chat.streaming import AnswerStop, AnswerStreamer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny.llm, use_fast=False)
-    pieces: list[str] = []
-    streamer = AnswerStreamer(tokenizer, "###", pieces.append)
-    stop = AnswerStop(streamer)
-    streamer.put(torch.empty(1, 0, dtype=torch.long))
-    until = []
-    for token in tokenizer("It is red.###Human: and what is this? ", add_special_tokens=False).input_ids:
-        streamer.put(torch.tensor([token]))
-        until.append(stop(torch.empty(1, 0), torch.empty(1, 0)))
-    streamer.end()
-    assert "".join(pieces) == streamer.text == "It is red."
-    assert until[0] is False and until[-1] is True
-    assert streamer.speed().tokens == len(until)
-
-
-def test_tab_completes_commands_names_and_files(tmp_path: Path) -> None:
-    from llava_steering_plugin.chat.terminal import completions
-
-    (tmp_path / "cat.png").touch()
-    (tmp_path / "cats").mkdir()
-    names = ["__base__", "cats", "pets", "pet shop"]
-    assert completions("/ad", names) == ["/adapter"]
-    assert completions("/adapter p", names) == ["/adapter pets", "/adapter pet shop"]
-    assert completions(f"/image {tmp_path}/ca", names) == [f"/image {tmp_path}/cat.png", f"/image {tmp_path}/cats/"]
-    assert completions("What c", names) == completions("", names) == []
