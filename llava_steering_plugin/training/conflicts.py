@@ -68,5 +68,5 @@ def _deepspeed_conflicts(flags: Namespace) -> list[str]:
 
 
 def cpu_flag(flags: Namespace) -> str | None:
-    """Return the flag that keeps a training on the processor, by its new or its old name; None if neither is given."""
+    """Return the flag that keeps a training on the CPU, by its new or its old name; None if neither is given."""
     return next((f"--{name}" for name in ("use_cpu", "no_cuda") if getattr(flags, name, False)), None)

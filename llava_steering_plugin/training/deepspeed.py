@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: the one place that imports it. Everywhere else a parameter is just a parameter."""
+"""Prepare DeepSpeed for a training. Only this module and `distributed` import it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from llava_steering_plugin.distributed import is_partitioned
 from llava_steering_plugin.errors import SteeringError
 
 logger = logging.getLogger(__name__)
-# Longer than any of DeepSpeed's operations takes to compile; another machine with the same home may be at it.
+# Longer than any of DeepSpeed's operations takes to compile; another machine with the same home may be compiling.
 COMPILING_SECONDS = 600
 LOOK_SECONDS = 1.0
 
 
 def start_on_cpu() -> None:
-    """Lets this process, one that a launcher started, train with DeepSpeed on the processor (`launch --cpu`).
+    """Let this process, which a launcher started, train with DeepSpeed on the CPU (`launch --cpu`).
 
     Call it before transformers reads `--deepspeed`: accelerate would start NCCL and take a CUDA device.
 
     Raises:
-        SteeringError: there is no DeepSpeed, or one that needs more than the processor.
+        SteeringError: DeepSpeed is not installed, or its version cannot run on the CPU alone.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
@@ -38,7 +38,7 @@ def start_on_cpu() -> None:
     except (ImportError, ValueError) as error:
         # 0.12.6, which upstream pins, wants Intel's extension of torch.
         raise SteeringError(
-            f"DeepSpeed does not start on the processor: {error} Version 0.19.8 does: pip install deepspeed==0.19.8 "
+            f"DeepSpeed does not start on the CPU: {error} Version 0.19.8 does: pip install deepspeed==0.19.8 "
             "ninja (after torch, with --no-build-isolation)."
         ) from error
 
@@ -47,37 +47,41 @@ def start_on_cpu() -> None:
 
 
 def remove_abandoned_locks() -> None:
-    """Removes what processes that were killed left where torch compiles DeepSpeed's operations.
+    """Remove the locks that killed processes have left where torch compiles DeepSpeed's operations.
 
-    torch's lock is a file that exists, without an owner or an end: whoever finds it waits for ever, so that a training
-    killed while an operation was looked up would hang at every start from then on. One that a process of this machine
+    torch's lock is a file without an owner or an expiry, and a process that finds it waits for ever. After a training
+    was killed while it held the lock, every later one would hang at its start. A lock that a process of this machine
     has open is left alone. One that is younger than a compilation may take is waited for: another machine may hold it.
     """
     from torch.utils import cpp_extension
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
-        with suppress(FileNotFoundError):  # whoever held it has ended, or another rank was faster
-            _see_to(lock)
+        with suppress(FileNotFoundError):  # its owner has released it, or another rank was faster
+            _wait_or_remove(lock)
 
 
-def _see_to(lock: Path) -> None:
-    """Returns when the lock is held by a process of this machine, or removed. FileNotFoundError: it has gone."""
-    told = False
+def _wait_or_remove(lock: Path) -> None:
+    """Return when the lock is held by a process of this machine, or removed.
+
+    Raises:
+        FileNotFoundError: the lock is gone.
+    """
+    warned = False
     while not _is_open(lock):
         left = COMPILING_SECONDS - (time.time() - lock.stat().st_mtime)
         if left <= 0:
             _remove(lock)
             return
-        if not told:
+        if not warned:
             logger.warning(
-                "DeepSpeed would wait for %s, which none of your processes here holds. Waiting until it goes, for %.0f "
-                "s at most: then it is removed. If nobody else is compiling into that folder, delete the file and this "
-                "training goes on at once.",
+                "DeepSpeed would wait for the lock %s, which none of your processes on this machine holds. Waiting up "
+                "to %.0f s for its release; then it is removed. If no other machine is compiling into that folder, "
+                "delete the file, and this training continues at once.",
                 lock,
                 left,
             )
-            told = True
+            warned = True
         time.sleep(min(left, LOOK_SECONDS))
 
 
@@ -88,20 +92,20 @@ def _remove(lock: Path) -> None:
         pass  # another rank was faster
     except OSError as error:
         logger.warning(
-            "DeepSpeed will wait for %s, left by a process that was killed, and it cannot be removed: %s. Have its "
-            "owner delete it, or set TORCH_EXTENSIONS_DIR to a folder of your own.",
+            "DeepSpeed will wait for the lock %s, which a killed process has left and which cannot be removed: %s. Ask "
+            "its owner to delete it, or set TORCH_EXTENSIONS_DIR to a folder of your own.",
             lock,
             error,
         )
     else:
-        logger.warning("removed %s, left by a process that was killed: DeepSpeed would wait for it", lock)
+        logger.warning("removed the lock %s, which a killed process has left: DeepSpeed would wait for it", lock)
 
 
 def _is_open(path: Path) -> bool:
-    """Whether a process that we may look at has it open. Only Linux tells; elsewhere age alone decides."""
-    real = path.resolve()  # /proc knows no links
+    """Return whether a process that we may inspect has the file open. Only Linux tells; elsewhere the age decides."""
+    real = path.resolve()  # /proc lists no links
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended meanwhile, or is another user's
+        with suppress(OSError):  # it has ended meanwhile, or belongs to another user
             for descriptor in (process / "fd").iterdir():
                 with suppress(OSError):
                     if descriptor.readlink() == real:
@@ -110,12 +114,12 @@ def _is_open(path: Path) -> bool:
 
 
 def before_initialize(config: dict[str, Any], dtype: torch.dtype, model: nn.Module, hidden_size: int) -> None:
-    """Mends what keeps current DeepSpeed from ZeRO-3 with transformers 4.37.
+    """Fix what keeps current DeepSpeed from running ZeRO-3 with transformers 4.37.
 
     Args:
-        config: DeepSpeed's, as transformers has read it; it is what `deepspeed.initialize` will get.
-        dtype: what the engine computes in.
-        model: with everything that is trained, before `deepspeed.initialize`.
+        config: of DeepSpeed, as transformers has read it; `deepspeed.initialize` will get it.
+        dtype: the engine computes in it.
+        model: the model with the adapter, before `deepspeed.initialize`.
         hidden_size: width of the model.
     """
     settings = config.get("zero_optimization") or {}
@@ -126,19 +130,19 @@ def before_initialize(config: dict[str, Any], dtype: torch.dtype, model: nn.Modu
         settings["stage3_prefetch_bucket_size"] = int(0.9 * hidden_size * hidden_size)
     for parameter in model.parameters():
         if is_partitioned(parameter):
-            # Upstream casts the vision tower when its parameters are empty already, so that the first image is rounded
+            # LLaVA casts the vision tower when its parameters are sharded already, so that the first image is rounded
             # to a dtype that the weights never take.
             parameter.data = parameter.data.to(parameter.ds_tensor.dtype)  # type: ignore[attr-defined]
         elif parameter.is_floating_point():
-            # What `from_pretrained` made is cut and cast already. The rest, projector and adapter, DeepSpeed 0.19 would
-            # cut in the dtype it has, and then refuse to mix it with the model's.
+            # What `from_pretrained` made is sharded and cast already. DeepSpeed 0.19 would shard projector and adapter
+            # in their own dtype, and then refuse to mix it with the model's.
             parameter.data = parameter.data.to(dtype)
 
 
-def mend_preparation(accelerator: Any) -> None:
-    """Mends what `accelerator` does when it prepares an engine.
+def fix_preparation(accelerator: Any) -> None:
+    """Make the engine that `accelerator` prepares write checkpoints without frozen weights, and load them.
 
-    The engine leaves frozen weights out of its checkpoints, and loads them so; and a quantised model stays where it is.
+    A quantised model keeps its device and its dtypes.
     """
     prepare = accelerator.prepare
 
@@ -161,9 +165,9 @@ def mend_preparation(accelerator: Any) -> None:
 
 @contextmanager
 def _left_in_place(model: nn.Module) -> Iterator[None]:
-    """Inside, `to`, `half` and `bfloat16` do nothing: DeepSpeed's engine calls them whatever the model is.
+    """Make `to`, `half` and `bfloat16` do nothing inside the block: DeepSpeed's engine calls them on every model.
 
-    transformers' own refuse quantised models, because they are what and where they should be from the start.
+    Those of transformers refuse quantised models, which have their device and dtypes from the start.
     """
     names = ("to", "half", "bfloat16")
     for name in names:

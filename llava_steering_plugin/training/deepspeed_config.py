@@ -1,4 +1,4 @@
-"""The JSON file of `--deepspeed`, as far as the flags and the plan have to know it."""
+"""Read the JSON file of `--deepspeed`, as far as the flags and the plan need it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ ZERO = "zero_optimization"
 
 
 def read_deepspeed(path: str) -> dict[str, Any]:
-    """DeepSpeed's settings; under `zero_optimization` there is a dict with a number for its stage.
+    """Return DeepSpeed's settings; `zero_optimization` is a dict whose `stage` is a number.
 
     Raises:
-        ArgumentsError: the file cannot be read, or is not what DeepSpeed takes.
+        ArgumentsError: the file cannot be read, or DeepSpeed would not take it.
     """
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Watches the first steps of a training: does every adapter parameter really receive a gradient?"""
+"""Check in the first steps of a training that every parameter of the adapter receives a gradient."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from transformers import TrainerCallback
 
 from llava_steering_plugin.errors import SteeringError, listing
 
-# A fresh adapter's inner factors have zero gradients in the first step (the outer ones are zero), and the learning
-# rate's warm-up makes the first steps small.
+# The inner factors of a new adapter have zero gradients in the first step, because the outer ones are zero, and the
+# warm-up of the learning rate makes the first steps small.
 STEPS = 10
 
 
 class GradientCheck(TrainerCallback):
-    """Stops the training if a parameter had no gradient in the first step, or only zeros in the first `STEPS`.
+    """Stop the training if a parameter had no gradient in the first step, or only zeros in the first `STEPS`.
 
-    Zeros are expected in the last decoder layer: what a visual token is there reaches no other token, and visual tokens
-    have no targets of their own.
+    Zeros are expected in the last decoder layer: the hidden state of a visual token reaches no other token from there,
+    and visual tokens have no targets of their own.
 
     Args:
-        parameters: the adapter's, by name.
+        parameters: of the adapter, by name.
         last_layer: path of the last decoder layer, with which the names of its parameters begin.
     """
 
-    # Hooks rather than `.grad`, which DeepSpeed keeps elsewhere. They are gone after the check.
+    # Hooks rather than `.grad`, which DeepSpeed keeps elsewhere. They are removed after the check.
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], last_layer: str):
         self.names = list(parameters)
         self.last_layer = last_layer
         first = next(iter(parameters.values()))
-        # [0]: a gradient arrived, [1]: it had an element that is not zero. Read once, so that no step waits for it.
+        # [0]: a gradient arrived; [1]: it had a non-zero element. Read twice only: other steps do not wait for it.
         self.seen = torch.zeros(2, len(self.names), device=first.device)
         self.steps = 0
         self.handles = [parameter.register_hook(self._hook(at)) for at, parameter in enumerate(parameters.values())]
@@ -52,7 +52,7 @@ class GradientCheck(TrainerCallback):
             return
         self.steps += 1
         if self.steps in (1, STEPS):
-            # Offloaded parameters are on the processor, and ranks cannot exchange what is there.
+            # Offloaded parameters are on the CPU, and ranks cannot exchange what is there.
             self.seen = self.seen.to(args.device)
             self._judge()
         if self.steps == STEPS:
@@ -61,7 +61,7 @@ class GradientCheck(TrainerCallback):
             self.handles = []
 
     def _judge(self) -> None:
-        # A rank may have had no images so far; what counts is that somebody had.
+        # A rank may have had no images so far; one rank that had some is enough.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.seen, torch.distributed.ReduceOp.MAX)
         arrived, nonzero = (row.bool().tolist() for row in self.seen.cpu())

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole: all that a training needs to go on from it is there, and was written to its end."""
+"""Check whether a checkpoint is complete: everything that resuming needs is there, and no file is cut short."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from llava_steering_plugin.errors import AdapterError
 
 NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "trainer_state.json"
-# DeepSpeed's: a file that names the folder with a part of each rank.
+# Of DeepSpeed: a file that names the folder which holds one part for each rank.
 LATEST = "latest"
 
 
-def problems_in(folder: Path, *, without_states: bool = False, deep: bool = True) -> list[str]:
-    """What keeps a training from going on from this checkpoint; nothing if it is whole.
+def checkpoint_problems(folder: Path, *, without_states: bool = False, deep: bool = True) -> list[str]:
+    """Return what keeps a training from resuming from this checkpoint; nothing if it is complete.
 
     Args:
         folder: a checkpoint.
         without_states: it was saved with `--save_only_model`.
-        deep: read everything; otherwise headers and lengths only.
+        deep: read every file; otherwise headers and lengths only.
     """
     problems = []
     try:
@@ -36,12 +36,12 @@ def problems_in(folder: Path, *, without_states: bool = False, deep: bool = True
     if step is None:
         problems.append(f"{STATE} is missing or cut short")
     elif match and step != int(match[1]):
-        problems.append(f"{STATE} is that of step {step}")
+        problems.append(f"{STATE} belongs to step {step}")
     if without_states:
         return problems
     ranks = ranks_of(folder)
     if not ranks:
-        problems.append("the random states are missing: rng_state.pth, or one for each rank")
+        problems.append("the random states are missing: rng_state.pth, or one file for each rank")
     problems += _missing_from_deepspeed(folder, ranks) if uses_deepspeed(folder) else _missing(folder)
     saved = [path for path in sorted(folder.rglob("*")) if path.suffix in (".pt", ".pth")]
     return problems + [f"{path.relative_to(folder)} is cut short" for path in saved if not _is_sound(path, deep)]
@@ -55,11 +55,12 @@ def _saved_step(folder: Path) -> int | None:
 
 
 def uses_deepspeed(folder: Path) -> bool:
+    """Return whether DeepSpeed wrote the checkpoint."""
     return (folder / LATEST).is_file()
 
 
 def ranks_of(folder: Path) -> int:
-    """How many ranks wrote the checkpoint, by their random states; 0 if there are none, or not one for each."""
+    """Return how many ranks wrote the checkpoint, by their random states; 0 if there are none, or some are missing."""
     if (folder / "rng_state.pth").is_file():
         return 1
     numbers = {int(path.stem.rpartition("_")[2]) for path in folder.glob("rng_state_*.pth")}
@@ -76,11 +77,11 @@ def _missing_from_deepspeed(folder: Path, ranks: int) -> list[str]:
         parts = len(list((folder / tag).glob("*_optim_states.pt"))) if tag else 0
         if parts == ranks and list((folder / tag).glob("*_model_states.pt")):
             return []
-    return [f"DeepSpeed's part of each of {ranks} rank(s) is not there"]
+    return [f"DeepSpeed's parts of {ranks} rank(s) are not all there"]
 
 
 def _is_sound(path: Path, deep: bool) -> bool:
-    """Whether torch.save finished this file: it writes archives, whose index comes last, with a sum for every entry."""
+    """Return whether torch.save finished this file: it writes zip archives, with checksums, and their index last."""
     try:
         with zipfile.ZipFile(path) as archive:
             return not deep or archive.testzip() is None

@@ -1,4 +1,4 @@
-"""SIGTERM, as machines that may be taken away send it: all ranks save the same step, and exit."""
+"""Handle SIGTERM, which preemptible machines send: all ranks save a checkpoint of the same step, and exit."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-# What a shell reports for a process that SIGTERM ended: it tells a launcher that the training is not finished.
+# What a shell reports for a process that SIGTERM ended. It tells a launcher that the training is not finished.
 EXIT_STATUS = 128 + signal.SIGTERM
 
 
 class Preemption(TrainerCallback):
-    """After a SIGTERM to any rank: a checkpoint at the end of the current step, then the end of the training."""
+    """Save a checkpoint at the end of the current step and end the training, once any rank has received SIGTERM."""
 
     def __init__(self) -> None:
-        self.asked = False  # this rank was
-        self.agreed = False  # and all ranks stop for it
-        self._watching = RawValue("b", 0)  # in memory that data loader workers share
+        self.asked = False  # this rank has received SIGTERM
+        self.agreed = False  # a rank has, and all ranks stop
+        self._watching = RawValue("b", 0)  # in memory shared with the workers of the data loader
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """For the length of a training, SIGTERM only makes a note; the process exits behind the block if all agreed.
+        """Only note a SIGTERM inside the block; exit at its end if the ranks have stopped for one.
 
         Raises:
             SystemExit: the training was stopped. The same command continues from the checkpoint.
         """
-        # Python takes handlers in its main thread only; a training elsewhere (a notebook's) ends as it always did.
+        # Python allows handlers in its main thread only; a training in another thread ends as without us.
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -50,11 +50,11 @@ class Preemption(TrainerCallback):
         if self.agreed:
             raise SystemExit(EXIT_STATUS)
         if self.asked:
-            # Other ranks need not know of it, and a rank that left now would keep them waiting in the last save.
-            logger.warning("SIGTERM came after the last step: the training is complete, and only saves its result.")
+            # Other ranks need not know of it, and would wait for this rank in the last save if it exited now.
+            logger.warning("SIGTERM came after the last step: the training is complete, and its result will be saved.")
 
     def _note(self, number: int, frame: object) -> None:
-        # Nothing else, and as often as it comes: a scheduler signals all processes, and torchrun passes it on again.
+        # Nothing else, however often it comes: a scheduler signals all processes, and torchrun repeats the signal.
         self.asked = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -65,7 +65,7 @@ class Preemption(TrainerCallback):
             control.should_training_stop = True
 
     def _any_rank(self, device: torch.device) -> bool:
-        """Whether any rank was asked. Every rank calls it after every step, so that all stop after the same one."""
+        """Return whether any rank has received SIGTERM. Every rank calls it after every step, so all stop together."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return self.asked
         asked = torch.tensor(float(self.asked), device=device)
@@ -73,17 +73,17 @@ class Preemption(TrainerCallback):
         return bool(asked)
 
     def shield(self, loader: Any) -> None:
-        """Keeps the data loader's workers alive while the training is watched.
+        """Keep the data loader's workers alive while the training is watched.
 
-        SIGTERM goes to all processes of a job. A worker would die of it, and the loader then raises before the step
-        that is to be saved has ended.
+        SIGTERM goes to all processes of a job. It would end a worker, and the loader would then raise an error before
+        the step that is to be saved has ended.
         """
         if loader.num_workers:
             loader.worker_init_fn = _ShieldedWorker(loader.worker_init_fn, self._watching)
 
 
 class _ShieldedWorker:
-    """What a data loader's worker runs first."""
+    """Runs first in a worker of the data loader."""
 
     def __init__(self, start: Callable[[int], None] | None, watching: Any):
         self.start, self.watching = start, watching
@@ -91,8 +91,8 @@ class _ShieldedWorker:
     def __call__(self, number: int) -> None:
         if self.start is not None:
             self.start(number)
-        # Over torch's own handler. Not ignored for good: the end of Python terminates workers that were left behind,
-        # and then waits for them.
+        # Replaces torch's own handler. The signal is not ignored for good: at its exit, Python terminates workers that
+        # are still running, and waits for them.
         signal.signal(signal.SIGTERM, self._leave)
 
     def _leave(self, number: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""Where an adapter comes from: its base, vocabulary and conversation template, and what the base cannot reproduce."""
+"""Record where an adapter comes from: base, added tokens, conversation template, and trained weights of the base."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llava_steering_plugin.errors import BaseMismatch, CheckpointError, listing
 
 
 def projector_parameters(model: Any) -> dict[str, nn.Parameter]:
-    """The parameters between vision tower and decoder: the projector and, with anyres, the newline embedding."""
+    """Return the parameters between vision tower and decoder: the projector and, with anyres, the newline embedding."""
     inner = model.get_model()
     parts = {id(parameter) for parameter in getattr(inner, "mm_projector", nn.Module()).parameters()}
     newline = getattr(inner, "image_newline", None)
@@ -30,12 +30,12 @@ def projector_parameters(model: Any) -> dict[str, nn.Parameter]:
 
 
 def record(attachment: Attachment, given: Any, flags: Namespace | None, tokenizer: Any, trained: Iterable[str]) -> None:
-    """Notes on the attachment everything that a later load has to know, and which parameters of the base to save.
+    """Record on the attachment everything that a later load has to know, and which parameters of the base to save.
 
     Args:
         attachment: gets `config` and `extras`.
         given: the training arguments.
-        flags: the whole command line, None if the trainer was not started by upstream's train().
+        flags: all flags; None if the trainer was not started by LLaVA's train().
         tokenizer: as training uses it.
         trained: names of the base's parameters that are trained.
     """
@@ -64,10 +64,10 @@ def record(attachment: Attachment, given: Any, flags: Namespace | None, tokenize
 
 
 def refuse_another_training(attachment: Attachment, checkpoint: Path) -> None:
-    """Refuses to go on from a checkpoint of other settings, or of another base: its tensors may fit all the same.
+    """Refuse to resume from a checkpoint with other settings, or of another base: its tensors might fit all the same.
 
     Raises:
-        CheckpointError: with all that differs.
+        CheckpointError: the checkpoint is of another training; the message lists every difference.
         AdapterError: the checkpoint's adapter is damaged.
     """
     stored = AdapterFolder(checkpoint).read()
@@ -84,8 +84,8 @@ def refuse_another_training(attachment: Attachment, checkpoint: Path) -> None:
     if problems:
         raise CheckpointError(
             listing(
-                f"{checkpoint} is of another training, and this one would go on from it. Repeat its flags, or give "
-                "another --output_dir to start anew",
+                f"{checkpoint} is of another training, and this one would resume from it. Repeat its flags, or give "
+                "another --output_dir to start a new training",
                 problems,
             )
         )
@@ -96,8 +96,8 @@ def _as_flags(mode: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _conversation() -> str | None:
-    """The key of the template that training writes its prompts with."""
-    # Looked up where upstream keeps it: the plugin imports nothing of llava on its own account.
+    """Return the name of the template that training writes its prompts with."""
+    # Looked up where LLaVA keeps it: this room imports nothing of llava.
     module = sys.modules.get("llava.conversation")
     if module is None:
         return None
@@ -107,7 +107,7 @@ def _conversation() -> str | None:
 
 
 def _added_tokens(base: str, tokenizer: Any) -> dict[str, int]:
-    """Tokens that training's tokenizer has and the base's has not, by ascending id."""
+    """Return the tokens that training's tokenizer has and the base's has not, by ascending id."""
     from transformers import AutoTokenizer
 
     if tokenizer is None:

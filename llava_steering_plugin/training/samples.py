@@ -1,4 +1,4 @@
-"""Which samples are in a batch, and in which order they come: the two things upstream's data loading does not tell."""
+"""Number the samples of a batch, so that warnings can name them, and fix the order of samples for each epoch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
-# Key under which the numbers of a batch's samples travel from the data loader to the training step.
+# Key of a batch that holds the numbers of its samples, from the data loader to the training step.
 KEY = "steering_samples"
 
 
 class NumberedDataset(Dataset[dict[str, Any]]):
-    """A dataset whose samples know their number; in everything else the dataset it wraps."""
+    """Adds its number to each sample of a dataset; everything else is the wrapped dataset's."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -25,20 +25,20 @@ class NumberedDataset(Dataset[dict[str, Any]]):
         return len(self.dataset)
 
     def __getattr__(self, name: str) -> Any:
-        # Worker processes unpickle the object before it has attributes; "dataset" must not look for itself then.
+        # Worker processes unpickle the object before it has attributes; looking up "dataset" must not call itself then.
         if name == "dataset" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
     def name_of(self, number: int) -> str:
-        """How a user finds a sample in the data file: its place, and its id where it has one."""
+        """Return how a user finds a sample in the data file: its position, and its id if it has one."""
         entries = getattr(self.dataset, "list_data_dict", None)
         identity = entries[number].get("id") if entries is not None else None
         return f"sample {number}" + (f" (id {identity!r})" if identity is not None else "")
 
 
 class NumberedCollator:
-    """A collator that passes the samples' numbers on beside the batch that the wrapped one makes."""
+    """Adds the numbers of the samples to the batch that the wrapped collator makes."""
 
     def __init__(self, collator: Callable[..., dict[str, Any]]):
         self.collator = collator
@@ -49,16 +49,17 @@ class NumberedCollator:
 
 
 class EpochSeededSampler(Sampler[int]):
-    """Orders an epoch by (seed, epoch) alone, with the order that the wrapped sampler would make.
+    """Orders an epoch with the wrapped sampler, from a generator that depends on (seed, epoch) alone.
 
-    Upstream's samplers draw from the global generator, whose state at an epoch's start is another one in a resumed run:
-    from the second epoch on it would see other batches than the run it continues.
+    LLaVA's samplers draw from the global generator, whose state at the start of an epoch differs in a resumed run: from
+    the second epoch on, it would see other batches than the run that it resumes.
     """
 
     def __init__(self, sampler: Any, seed: int):
         self.sampler, self.seed, self.epoch = sampler, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that the next iteration orders."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:

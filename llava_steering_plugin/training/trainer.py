@@ -1,4 +1,4 @@
-"""The trainer: upstream's, with an adapter attached before it starts, and saved and resumed in its place."""
+"""Extend LLaVA's trainer: an adapter is attached before it starts, and saved and resumed instead of the model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ REQUEST: ContextVar[TrainingRequest | None] = ContextVar("llava_steering_trainin
 
 
 class SteeringTrainerMixin:
-    """Goes before upstream's trainer in the bases of a new class; without a tuning mode it passes everything on."""
+    """Comes before LLaVA's trainer in the bases of a new class; without a tuning mode it passes every call on."""
 
     model: Any
     args: Any
@@ -79,15 +79,15 @@ class SteeringTrainerMixin:
             return super().train(None if found is None else str(found), *args, **kwargs)  # type: ignore[misc]
 
     def _ended_with(self, checkpoint: Path) -> bool:
-        """Whether nothing is left to train behind a checkpoint; its adapter and state are taken over then.
+        """Return whether a checkpoint is the end of this training; if so, load its adapter and state.
 
-        transformers' loop asks only after a step whether it was the last one, and would go one step too far.
+        The loop of transformers asks only after a step whether it was the last one, and would train one step too many.
         """
         state = TrainerState.load_from_json(str(checkpoint / integrity.STATE))
         wanted = self.args.max_steps
         if state.global_step < wanted if wanted > 0 else state.epoch < self.args.num_train_epochs:
             return False
-        logger.warning("%s is the end of this training; nothing is left to do but to save its result.", checkpoint)
+        logger.warning("%s is the end of this training; only its result is left to save.", checkpoint)
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
         return True
@@ -95,7 +95,7 @@ class SteeringTrainerMixin:
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
         numbers = inputs.pop(KEY, None)
         loss: Tensor = super().training_step(model, inputs, *rest)  # type: ignore[misc]
-        # The loss of a batch without targets is 0/0; transformers itself looks at it after every step.
+        # The loss of a batch without targets is 0/0; transformers itself looks at the loss after every step.
         if numbers is not None and not self._warned and bool(torch.isnan(loss)):
             self._warned = True
             self._warn(inputs, numbers)
@@ -105,13 +105,13 @@ class SteeringTrainerMixin:
         names = ", ".join(self.train_dataset.name_of(int(number)) for number in numbers)
         supervised = int((inputs["labels"] != IGNORED).sum())
         why = (
-            f"no supervised token is left if its {supervised} targets lie behind --model_max_length once the images "
-            "are spliced in; otherwise the training has diverged: lower --learning_rate, or use --bf16, not --fp16"
+            f"if its {supervised} targets lie beyond --model_max_length once the images are inserted, no supervised "
+            "token is left; otherwise the training has diverged: lower --learning_rate, or use --bf16 instead of --fp16"
             if supervised
-            else "it has no supervised token: no answer, or a prompt that fills --model_max_length (upstream masks "
-            "what it cannot tokenise)"
+            else "it has no supervised token: there is no answer, the prompt fills --model_max_length, or LLaVA has "
+            "masked a sample that it cannot tokenise"
         )
-        logger.warning("the loss of a batch is not a number, so it teaches nothing: %s; %s.", names, why)
+        logger.warning("the loss of a batch is not a number, so the batch has no effect: %s; %s.", names, why)
 
     def log(self, logs: dict[str, float], *rest: Any) -> None:
         if self._attachment is not None and "loss" in logs:
@@ -133,13 +133,13 @@ class SteeringTrainerMixin:
             deepspeed.before_initialize(
                 config.config, config.dtype(), self._attachment.model, self._attachment.shape.hidden_size
             )
-            deepspeed.mend_preparation(self.accelerator)
+            deepspeed.fix_preparation(self.accelerator)
 
     def create_optimizer(self) -> Any:
         optimizer = super().create_optimizer()  # type: ignore[misc]
-        # One that DeepSpeed's config names is only a placeholder here, and has no groups.
+        # An optimizer that DeepSpeed's config names is only a placeholder here, and has no groups.
         if self._attachment is not None and hasattr(optimizer, "param_groups"):
-            # Upstream's groups by weight decay may be empty when so little is trained. DeepSpeed drops those, and the
+            # LLaVA's groups by weight decay may be empty when so little is trained. DeepSpeed drops those, and the
             # scheduler then gives a group the learning rate of another one.
             optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
@@ -155,7 +155,7 @@ class SteeringTrainerMixin:
                 if before is not None:
                     before(epoch)
 
-            # The training loop calls it at every epoch's start if it is there.
+            # The training loop calls it at the start of every epoch if it is there.
             loader.set_epoch = set_epoch
         if self._attachment is not None:
             self._preemption.shield(loader)
@@ -175,11 +175,11 @@ class SteeringTrainerMixin:
             return
         output, step = Path(self.args.output_dir), self.state.global_step
         if step == self._saved:
-            return  # after a SIGTERM, `--save_strategy epoch` asks again for what the end of the step has saved
+            return  # after a SIGTERM, `--save_strategy epoch` asks again for the checkpoint of this step
         with checkpoints.clear_errors(output, f"checkpoint-{step}", tidy=self.args.should_save):
             if self.args.should_save:
                 checkpoints.make_room(output, step)
-            # Each rank looks for itself whether the folder is there.
+            # Each rank checks whether the folder is there.
             self.args.distributed_state.wait_for_everyone()
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
         self._saved = step
@@ -212,14 +212,14 @@ class SteeringTrainerMixin:
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
             return
         if checkpoint is not None and integrity.ranks_of(Path(checkpoint)) != self.args.world_size:
-            return  # `starting_point` has warned; or there are none (--save_only_model)
+            return  # `starting_point` has warned, or there are no random states (--save_only_model)
         try:
             with _random_states_allowed():
                 super()._load_rng_state(checkpoint)  # type: ignore[misc]
         except (IndexError, KeyError) as error:
             # Each rank stores the states of all devices that it sees: there are fewer now, or there were none.
             logger.warning(
-                "%s was written on other devices, and their random states do not fit these (%r): dropout differs.",
+                "%s was written on other devices, and their random states do not fit these (%r), so dropout differs.",
                 checkpoint,
                 error,
             )
@@ -236,7 +236,7 @@ def _refuse_setups(given: Any) -> None:
 
 
 def _attached(model: Any, given: Any, tokenizer: Any) -> Attachment:
-    """Attaches the mode, freezes everything else but the projector, and prints what is trained."""
+    """Attach the mode, freeze everything else but the projector, and print what is trained."""
     request = REQUEST.get()
     mode = mode_from(given) if request is None or request.mode is None else request.mode
     # `train()` seeds only inside the trainer; the adapter's first values must not depend on what ran before.
@@ -255,7 +255,7 @@ def _attached(model: Any, given: Any, tokenizer: Any) -> Attachment:
             parameter.data = parameter.data.float()
     provenance.record(attachment, given, None if request is None else request.flags, tokenizer, trained.keys())
     if given.process_index == 0:
-        # Parameters by what the model has, so that weights packed or cut by others count as they are.
+        # Counted in the model itself, so that packed and sharded weights count with their real size.
         other = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())
         Console().print(
             parameter_table(attachment.mode.name, counted(model, attachment.modules, attachment.shape, other))
@@ -265,9 +265,9 @@ def _attached(model: Any, given: Any, tokenizer: Any) -> Attachment:
 
 @contextmanager
 def _taken_for_peft(model: Any) -> Iterator[None]:
-    """For the trainer's constructor only: it refuses quantised models that do not look like PEFT's.
+    """Mark a quantised model as PEFT's inside the block: the trainer's constructor refuses other quantised models.
 
-    Left on, the mark would change what `save_pretrained` writes.
+    Outside the constructor, the mark would change what `save_pretrained` writes.
     """
     if not getattr(model, "is_quantized", False):
         yield
@@ -281,7 +281,7 @@ def _taken_for_peft(model: Any) -> Iterator[None]:
 
 
 def _sampler_of(loader: Any) -> EpochSeededSampler | None:
-    """Our sampler inside the data loader that accelerate has rebuilt, where there is one."""
+    """Return our sampler inside the data loader, which accelerate has rebuilt; None if there is none."""
     found = loader
     while found is not None and not isinstance(found, EpochSeededSampler):
         found = getattr(found, "batch_sampler", None) or getattr(found, "sampler", None)
@@ -289,12 +289,12 @@ def _sampler_of(loader: Any) -> EpochSeededSampler | None:
 
 
 def _random_states_allowed() -> AbstractContextManager[Any]:
-    """Lets torch.load read the random states that transformers pickles, and nothing else beside tensors.
+    """Allow torch.load to read the random states that transformers pickles, and nothing else beside tensors.
 
-    Since torch 2.6 it refuses numpy's by default, so that a resume of transformers 4.37 fails without this.
+    Since torch 2.6 it refuses those of numpy by default, and transformers 4.37 could not resume.
     """
     allow = getattr(torch.serialization, "safe_globals", None)
     if allow is None:
         return nullcontext()
-    keys = np.zeros(1, np.uint32)  # as numpy's generator keeps its state
+    keys = np.zeros(1, np.uint32)  # the type of the state of numpy's generator
     return allow([keys.__reduce__()[0], np.ndarray, np.dtype, type(keys.dtype)])

@@ -1,4 +1,4 @@
-"""Finding LLaVA, writing the block into it, and taking it out again."""
+"""Finding LLaVA (`checkout/find.py`), writing the block into it, and taking it out again."""
 
 from __future__ import annotations
 

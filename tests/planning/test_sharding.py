@@ -1,6 +1,7 @@
 """The memory that `llava-steering plan` predicts: exact where it can be, otherwise from a step on the meta device.
 
-Covers `planning/sharding.py`, `from_flags.py`, `meta_step.py`, `meta_memory.py`, `report.py` and `gpus.py`.
+Covers `planning/sharding.py`, `planning/from_flags.py`, `planning/meta_step.py`, `planning/meta_memory.py`,
+`planning/report.py` and `planning/gpus.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Checkpoints that are damaged, that cannot be written, or that are the end already; and which are deleted."""
+"""Checkpoints that are damaged, that cannot be written, or that are the end of a training; and which are deleted.
+
+Covers `training/checkpoints.py` and `training/integrity.py`.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +98,7 @@ def test_behind_a_damaged_checkpoint_the_training_ends_bit_equal(tiny: TinyLlava
     again(tiny, run)
     assert_equal(whole, run)
     assert losses(whole) == losses(run)
-    assert integrity.problems_in(run / "checkpoint-4") == []
+    assert integrity.checkpoint_problems(run / "checkpoint-4") == []
 
 
 def test_a_damaged_checkpoint_that_cannot_be_set_aside_is_one_clear_error(
@@ -107,7 +110,7 @@ def test_a_damaged_checkpoint_that_cannot_be_set_aside_is_one_clear_error(
         again(tiny, run)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert f"{run / 'checkpoint-4'} is not whole, and cannot be renamed to damaged-checkpoint-4" in error
+    assert f"{run / 'checkpoint-4'} is not complete, and cannot be renamed to damaged-checkpoint-4" in error
     assert "optimizer.pt is cut short" in error and "Traceback" not in error
 
 
@@ -149,7 +152,7 @@ def test_what_is_deleted_is_never_what_a_resume_needs(whole: Path, tmp_path: Pat
     os.utime(tmp_path / "checkpoint-2")
     cut(tmp_path / "checkpoint-8" / "optimizer.pt")
     checkpoints.rotate(tmp_path, 8, 1)
-    assert names() == [f"checkpoint-{step}" for step in (2, 4, 6, 8)], "the one just written is not whole"
+    assert names() == [f"checkpoint-{step}" for step in (2, 4, 6, 8)], "the one just written is not complete"
     checkpoints.rotate(tmp_path, 6, None)
     assert len(names()) == 4
     checkpoints.rotate(tmp_path, 6, 2, best=str(tmp_path / "checkpoint-2"))
@@ -182,7 +185,7 @@ def test_a_disk_that_fills_up_in_a_save_is_one_clear_error_and_the_same_command_
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert f"checkpoint-4 could not be written to {run}" in error
-    assert "free some space, and the same command goes on" in error
+    assert "Free some space; the same command then resumes" in error
     assert [path.name for path in run.iterdir()] == ["checkpoint-2"]
     assert contents(run / "checkpoint-2") == before
     again(tiny, run)
@@ -211,7 +214,7 @@ def test_a_checkpoint_of_another_kind_of_training_is_refused_with_what_to_do(
     run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     args = TrainingArguments(str(run), use_cpu=True)
-    with pytest.raises(CheckpointError, match="written without DeepSpeed, and this training runs with") as error:
+    with pytest.raises(CheckpointError, match="written without DeepSpeed, and this training runs with it") as error:
         checkpoints.starting_point(True, args, deepspeed=True)
     assert "--adapter_path" in str(error.value)
     newest = run / "checkpoint-4"
@@ -221,12 +224,12 @@ def test_a_checkpoint_of_another_kind_of_training_is_refused_with_what_to_do(
         assert checkpoints.starting_point(True, args, deepspeed=False) == newest
     assert "was written by 2 rank(s), not 1" in caplog.text
     (newest / integrity.LATEST).write_text("global_step4")
-    with pytest.raises(CheckpointError, match="DeepSpeed's part of each of 2 rank"):
+    with pytest.raises(CheckpointError, match="DeepSpeed's parts of 2 rank"):
         checkpoints.starting_point(str(newest), args, deepspeed=True)
     (newest / "global_step4").mkdir()
     for part in ("zero_pp_rank_0_optim_states", "zero_pp_rank_1_optim_states", "mp_rank_00_model_states"):
         shutil.copy(newest / "optimizer.pt", newest / "global_step4" / f"{part}.pt")
-    with pytest.raises(CheckpointError, match=r"written by 2 rank.* and DeepSpeed cannot go on with 1"):
+    with pytest.raises(CheckpointError, match=r"written by 2 rank.* and DeepSpeed cannot resume it with 1"):
         checkpoints.starting_point(str(newest), args, deepspeed=True)
 
 

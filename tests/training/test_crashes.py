@@ -161,7 +161,7 @@ def test_a_training_that_is_killed_again_and_again_ends_bit_equal_to_an_undistur
         kills += 1
         # A folder is renamed when it is whole and before it is deleted: what has the name is whole at any moment.
         found = checkpoints.by_step(output) if output.exists() else {}
-        assert not {step: problems for step in found if (problems := integrity.problems_in(found[step]))}
+        assert not {step: problems for step in found if (problems := integrity.checkpoint_problems(found[step]))}
         newest = max(found, default=0)
         assert newest >= reached, "a checkpoint was lost"
         reached = newest
@@ -197,7 +197,7 @@ def test_a_sigterm_to_one_rank_and_its_data_loaders_workers_saves_the_same_step_
     os.killpg(job.processes[-1], signal.SIGTERM)
     assert job.wait() == [128 + signal.SIGTERM] * ranks, job.said()
     newest = output / f"checkpoint-{max(checkpoints.by_step(output))}"
-    assert not integrity.problems_in(newest)
+    assert not integrity.checkpoint_problems(newest)
     assert integrity.ranks_of(newest) == ranks
     assert not (output / WEIGHTS).exists(), "an unfinished training looks finished"
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO on two ranks, on the processor: what is sharded is saved whole, resumed and trained as on one."""
+"""DeepSpeed's ZeRO on two ranks, on the CPU: sharded weights are saved whole, resumed, and trained as on one rank."""
 
 from __future__ import annotations
 

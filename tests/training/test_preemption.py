@@ -1,4 +1,4 @@
-"""SIGTERM in the middle of a training, as a machine that is taken away sends it."""
+"""SIGTERM in the middle of a training, as a preemptible machine sends it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantised backbones under DeepSpeed's ZeRO-2, on two ranks on the processor."""
+"""Quantised backbones under DeepSpeed's ZeRO-2, on two ranks on the CPU."""
 
 from __future__ import annotations
 

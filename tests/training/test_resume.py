@@ -1,4 +1,7 @@
-"""A training finds checkpoints of another one in its --output_dir: it says so, and does not go on from them."""
+"""A training that finds checkpoints of another training in its --output_dir says so, and does not resume from them.
+
+Covers `training/provenance.py`, with test_training.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`launch --cpu`: what upstream says about CUDA means the processor, and nothing else changes."""
+"""`launch --cpu`: what LLaVA says about CUDA means the CPU, and nothing else changes."""
 
 from __future__ import annotations
 

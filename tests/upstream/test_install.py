@@ -1,4 +1,4 @@
-"""What `import llava` triggers, and the programs of upstream that hooks cannot reach."""
+"""What `import llava` triggers, and the programs of LLaVA that hooks cannot reach (`upstream/startup.py`)."""
 
 from __future__ import annotations
 

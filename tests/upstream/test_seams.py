@@ -1,4 +1,7 @@
-"""`upstream/seams.py` lists each name of LLaVA that the package uses, and what it overrides in transformers."""
+"""`upstream/seams.py` lists each name of LLaVA that the package uses, and what it overrides in transformers.
+
+Covers `upstream/source.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a killed training leaves where torch compiles DeepSpeed's operations, and what is mended around its engine."""
+"""What happens before DeepSpeed starts: abandoned locks are removed, and a quantised model is left in place.
+
+Covers `training/deepspeed.py` with test_deepspeed.py, which trains on two ranks.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ from typing import IO, Any
 import pytest
 from torch import nn
 
-from llava_steering_plugin.training.deepspeed import COMPILING_SECONDS, mend_preparation, remove_abandoned_locks
+from llava_steering_plugin.training.deepspeed import COMPILING_SECONDS, fix_preparation, remove_abandoned_locks
 
 ON_LINUX = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux tells what a process has open")
 
 
 @pytest.fixture(params=["own folder", "behind a link", "default folder"])
 def operations(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the operations, one below it for each."""
+    """Return the folder that holds one folder for each operation."""
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     if request.param == "own folder":
         monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
@@ -34,7 +37,7 @@ def operations(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
 
 
 def locked(operations: Path, seconds: float) -> Path:
-    """The lock of an operation, that old."""
+    """Make the lock of an operation, that many seconds old."""
     lock = operations / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
@@ -49,13 +52,13 @@ def test_a_lock_that_nobody_holds_and_that_is_old_is_removed(
     with caplog.at_level(logging.WARNING):
         remove_abandoned_locks()
     assert not lock.exists()
-    assert f"removed {lock}" in caplog.text
+    assert f"removed the lock {lock}" in caplog.text
 
 
 @pytest.mark.parametrize(
-    "ending", ["it gets old", "whoever held it has ended", pytest.param("a process here takes it", marks=ON_LINUX)]
+    "ending", ["it gets old", "its owner has ended", pytest.param("a process here takes it", marks=ON_LINUX)]
 )
-def test_a_lock_that_nobody_here_holds_but_that_is_young_is_waited_for_and_told_of(
+def test_a_young_lock_that_nobody_here_holds_is_waited_for_and_reported(
     operations: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
     lock = locked(operations, COMPILING_SECONDS - 30)
@@ -68,7 +71,7 @@ def test_a_lock_that_nobody_here_holds_but_that_is_young_is_waited_for_and_told_
             return
         if ending == "it gets old":
             os.utime(lock, (time.time() - COMPILING_SECONDS,) * 2)
-        elif ending == "whoever held it has ended":
+        elif ending == "its owner has ended":
             lock.unlink()
         else:
             held.append(lock.open("rb"))
@@ -79,8 +82,8 @@ def test_a_lock_that_nobody_here_holds_but_that_is_young_is_waited_for_and_told_
     assert len(slept) == 3 and lock.exists() == bool(held)
     for file in held:
         file.close()
-    assert caplog.text.count(f"DeepSpeed would wait for {lock}") == 1
-    assert "Waiting until it goes, for 30 s at most" in caplog.text
+    assert caplog.text.count(f"DeepSpeed would wait for the lock {lock}") == 1
+    assert "Waiting up to 30 s for its release" in caplog.text
 
 
 @ON_LINUX
@@ -115,7 +118,7 @@ def test_an_old_lock_is_removed_also_while_other_processes_end(
     assert not lock.exists()
 
 
-def test_a_lock_that_is_anothers_is_told_of_with_what_to_do(
+def test_a_lock_of_another_user_is_reported_with_what_to_do(
     operations: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     lock = locked(operations, COMPILING_SECONDS + 10)
@@ -126,7 +129,7 @@ def test_a_lock_that_is_anothers_is_told_of_with_what_to_do(
     with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
         patched.setattr(Path, "unlink", refused)
         remove_abandoned_locks()
-    assert f"DeepSpeed will wait for {lock}" in caplog.text
+    assert f"DeepSpeed will wait for the lock {lock}" in caplog.text
     assert "not yours" in caplog.text and "TORCH_EXTENSIONS_DIR" in caplog.text
 
 
@@ -153,7 +156,7 @@ class Accelerator:
 
 def test_a_quantised_model_stays_where_it_is_while_an_engine_is_made_of_it_and_only_then() -> None:
     accelerator, model = Accelerator(), Packed()
-    mend_preparation(accelerator)
+    fix_preparation(accelerator)
     assert accelerator.prepare(model) is model
     with pytest.raises(ValueError, match="not supported"):
         model.to("cpu")
