@@ -48,7 +48,7 @@ class UsageError(SteeringError):
 
 @dataclass
 class LaunchRequest:
-    """What the command line asks for.
+    """Holds what the command line asks for.
 
     Attributes:
         module: dotted name of the module to run.

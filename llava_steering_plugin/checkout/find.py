@@ -1,4 +1,4 @@
-"""Finds LLaVA on this machine without importing it: an import takes seconds and may fail for other reasons."""
+"""Find LLaVA on this machine without importing it: an import takes seconds, and may fail for other reasons."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlparse
 
 from llava_steering_plugin.errors import UpstreamError, listing
 
-_LANDMARK = Path("model") / "builder.py"  # every LLaVA has it; other packages called llava do not
+_LANDMARK = Path("model") / "builder.py"  # every LLaVA has it; other packages named llava do not
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Llava:
 
 
 def find_llava(path: Path | None = None) -> Llava:
-    """The llava at `path` (a checkout, or its llava folder); without a path, the one that `import llava` finds.
+    """Return the llava at `path` (a checkout, or its llava folder); without a path, the one that `import llava` finds.
 
     Raises:
-        UpstreamError: none there, or what is there is not LLaVA.
+        UpstreamError: there is none, or what is there is not LLaVA.
     """
     if path is not None:
         return _llava_at(path)
@@ -54,7 +54,7 @@ def find_llava(path: Path | None = None) -> Llava:
 
 
 def other_llavas(used: Llava) -> list[Llava]:
-    """Further LLaVAs that a program could pick up instead of this one."""
+    """Return other LLaVAs, which a program could import instead of this one."""
     places = [
         (_importable(), "what `import llava` finds"),
         (Path.cwd() / "llava", "in the current folder, which `python -m` prefers"),
@@ -68,7 +68,7 @@ def other_llavas(used: Llava) -> list[Llava]:
 
 
 def distribution_of(llava: Llava) -> importlib.metadata.Distribution | None:
-    """The installed distribution that this llava belongs to; None for a plain checkout on the path."""
+    """Return the installed distribution that this llava belongs to; None for a plain checkout on the path."""
     for name in dict.fromkeys(importlib.metadata.packages_distributions().get("llava", [])):
         distribution = importlib.metadata.distribution(name)
         if _root_of(distribution) == llava.package.parent:
@@ -77,9 +77,9 @@ def distribution_of(llava: Llava) -> importlib.metadata.Distribution | None:
 
 
 def git_commit(llava: Llava) -> str | None:
-    """The commit checked out where this llava lies, if git tracks it there; None otherwise or without git.
+    """Return the commit that is checked out where this llava lies; None if git does not track it, or is missing.
 
-    A llava in a virtual environment inside some other repository is not tracked by it.
+    A llava in a virtual environment inside another repository is not tracked by it.
     """
     try:
         _git(llava, "ls-files", "--error-unmatch", "__init__.py")
@@ -113,14 +113,14 @@ def _is_llava(package: Path) -> bool:
 def _importable() -> Path | None:
     try:
         spec = importlib.util.find_spec("llava")
-    except ValueError:  # a llava in sys.modules that was put there by hand
+    except ValueError:  # a llava that was put into sys.modules by hand
         return None
     places = spec.submodule_search_locations if spec is not None else None
     return Path(next(iter(places))).resolve() if places else None
 
 
 def _root_of(distribution: importlib.metadata.Distribution) -> Path:
-    """The folder that the distribution's packages are imported from; for an editable install, the checkout."""
+    """Return the folder from which the distribution's packages are imported; for an editable install, the checkout."""
     text = distribution.read_text("direct_url.json")
     if text is not None:
         origin = json.loads(text)

@@ -1,8 +1,8 @@
-"""Writes the visible block into llava/__init__.py that loads plugins, and takes it out again byte for byte.
+"""Write the block that loads plugins into llava/__init__.py, and remove it again byte for byte.
 
 The block calls every entry point of the group `llava.plugins`. A plugin that fails stops `import llava`, on purpose:
-otherwise the run would be another one than the user asked for, and nobody would notice. Without any plugin installed
-the block does nothing, so that uninstalling this package leaves a working LLaVA.
+otherwise the program would not do what the user asked for, and nobody would notice. If no plugin is installed, the
+block does nothing, so that LLaVA still works after this package is uninstalled.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ ENTRY_POINT = "llava_steering_plugin.upstream.install:install"
 DISTRIBUTION = "llava-steering-plugin"
 BEGIN = "# >>> llava plugins >>>"
 END = "# <<< llava plugins <<<"
-# It begins with a line end: a blank line after a file that ends in one, the missing line end after a file that does
-# not. Removing these very bytes restores both.
+# It begins with a line end: a blank line after a file that ends in one, and the missing line end of a file that does
+# not. Removing exactly these bytes restores both.
 BLOCK = f"""
 {BEGIN} written by `llava-steering patch`; `llava-steering unpatch` removes it
 # Calls what installed packages offer as entry points "{GROUP}". A plugin that fails stops here, on purpose:
@@ -43,7 +43,7 @@ for _plugin in _entry_points(group="{GROUP}"):
 
 
 class State(enum.Enum):
-    """What a llava/__init__.py holds."""
+    """Says what a llava/__init__.py holds."""
 
     CLEAN = "not patched"
     PATCHED = "patched"
@@ -51,7 +51,7 @@ class State(enum.Enum):
 
 
 def state(llava: Llava) -> State:
-    """Whether this llava has the block, whole or edited."""
+    """Return whether this llava has the block, and whether it was edited."""
     content = llava.init.read_bytes()
     rest = _without_block(content)
     if any(marker.encode() in (content if rest is None else rest) for marker in (BEGIN, END)):
@@ -60,11 +60,11 @@ def state(llava: Llava) -> State:
 
 
 def patch(llava: Llava) -> bool:
-    """Append the block to llava/__init__.py; False when it is there already.
+    """Append the block to llava/__init__.py; return False if it is there already.
 
     Raises:
-        UpstreamError: the block was edited by hand, the file cannot be written, or the block would have no effect
-            because this Python does not see the plugin's entry point.
+        UpstreamError: the block was edited, the file cannot be written, or the block would have no effect because this
+            Python does not see the plugin's entry point.
     """
     problem = entry_point_problem()
     if problem is not None:
@@ -80,10 +80,10 @@ def patch(llava: Llava) -> bool:
 
 
 def unpatch(llava: Llava) -> bool:
-    """Remove the block, leaving every other byte as it was; False when there is none.
+    """Remove the block, leaving every other byte unchanged; return False if there is none.
 
     Raises:
-        UpstreamError: the block was edited by hand, or the file cannot be written.
+        UpstreamError: the block was edited, or the file cannot be written.
     """
     if state(llava) is State.EDITED:
         raise _edited(llava)
@@ -95,11 +95,11 @@ def unpatch(llava: Llava) -> bool:
 
 
 def entry_point_problem() -> str | None:
-    """Why llava would not find the plugin in this Python; None when it would."""
+    """Return why llava would not find the plugin in this Python; None if it would."""
     visible = [point.value for point in importlib.metadata.entry_points(group=GROUP)]
     if ENTRY_POINT in visible:
         return None
-    # importlib.metadata keeps the first distribution of a name on the path: an old one hides a newer one.
+    # importlib.metadata takes the first distribution of a name on the path, so an old one hides a newer one.
     seen = [
         f"{DISTRIBUTION} {distribution.version} in {distribution.locate_file('')}"
         for distribution in importlib.metadata.distributions(name=DISTRIBUTION)
@@ -126,7 +126,7 @@ def _edited(llava: Llava) -> UpstreamError:
 
 
 def _newline_of(content: bytes) -> bytes:
-    """The line end of the last complete line; Unix's in a file without any."""
+    """Return the line end of the last complete line; that of Unix if there is none."""
     last = content.rfind(b"\n")
     return b"\r\n" if content[:last].endswith(b"\r") else b"\n"
 
@@ -136,19 +136,19 @@ def _block(newline: bytes) -> bytes:
 
 
 def _without_block(content: bytes) -> bytes | None:
-    """The content as it was before the block was written; None when it holds no unchanged block."""
+    """Return the content as it was before the block was written; None if it holds no unchanged block."""
     for newline in (b"\n", b"\r\n"):
         before, block, after = content.partition(_block(newline))
         if block:
-            # Lines added below the block must not be glued to a last line that had no end.
+            # Lines added below the block must not be joined to a last line that had no line end.
             glue = newline if after and before and not before.endswith(b"\n") else b""
             return before + glue + after
     return None
 
 
 def _replace(llava: Llava, content: bytes) -> None:
-    """Replace llava/__init__.py as a whole, so that no process ever imports half of it."""
-    target = llava.init.resolve()  # behind a link, the file itself
+    """Replace llava/__init__.py by one rename, so that no process ever imports a part of it."""
+    target = llava.init.resolve()  # the file itself, if this is a link
     scratch = None
     try:
         handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=f"{target.name}.")

@@ -21,7 +21,7 @@ USUAL_VISUAL_TOKENS = 576
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a plan is asked beside the flags of the training.
+    """Holds what a plan is asked beside the flags of the training.
 
     Attributes:
         gpu: name of a GPU, or its memory in GiB.

@@ -71,7 +71,7 @@ class Arithmetic:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How much one device computes in a step.
+    """Says how much one device computes in a step.
 
     Attributes:
         samples: of a batch.

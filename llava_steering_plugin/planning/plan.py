@@ -35,7 +35,7 @@ PARAMETERS = ("mode", "projector", "trainable", "model", "percent", *(f"lora_r{r
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command line would train.
+    """Holds what a command line would train.
 
     Attributes:
         mode, settings: the tuning mode; None if the command line names none that is known.

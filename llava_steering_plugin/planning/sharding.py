@@ -26,7 +26,7 @@ MASTER, STATE, HALF = 4, 4, 2  # bytes: DeepSpeed keeps float32 masters and stat
 
 @dataclass(frozen=True)
 class Sharding:
-    """How ranks share the work.
+    """Says how ranks share the work.
 
     Attributes:
         stage: of ZeRO; None: no DeepSpeed.

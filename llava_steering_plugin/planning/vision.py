@@ -18,7 +18,7 @@ from llava_steering_plugin.upstream.projector import build_projector
 
 @dataclass(frozen=True)
 class Vision:
-    """What comes before the language model.
+    """Describes what comes before the language model.
 
     Attributes:
         parameters: of projector and newline embedding; None if unknown.

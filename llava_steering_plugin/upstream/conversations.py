@@ -1,4 +1,4 @@
-"""The conversation templates that LLaVA has, and how its programs write that a question is about an image."""
+"""Look up LLaVA's conversation templates, and write questions about images as its programs do."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from llava_steering_plugin.errors import ArgumentsError, nearest
 
 
 def checked_template(name: str) -> str:
-    """The name of a template.
+    """Return the name of a conversation template, after checking that LLaVA has it.
 
     Raises:
-        ArgumentsError: LLaVA has none of that name.
-        ImportError: there is no LLaVA to ask.
+        ArgumentsError: LLaVA has no template of that name.
+        ImportError: LLaVA cannot be imported.
     """
     from llava.conversation import conv_templates
 
@@ -23,10 +23,11 @@ def checked_template(name: str) -> str:
 
 
 def about_an_image(question: str, config: Any) -> str:
-    """The first question of a conversation about an image, as upstream's chat and eval scripts write it.
+    """Return the first question of a conversation about an image as LLaVA's chat and eval scripts write it.
 
     Args:
-        config: of the model that is asked.
+        question: the text of the user.
+        config: of the model that answers.
     """
     from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 

@@ -1,8 +1,8 @@
-"""Runs upstream programs that ask for CUDA in so many words on the processor (`launch --cpu`).
+"""Run programs of LLaVA that ask for CUDA by name on the CPU (`launch --cpu`).
 
-Upstream's evaluation scripts call `.cuda()`, `.to("cuda")` and `.to(device="cuda")`, and its loader puts models on
-"cuda" unless told otherwise. `redirect_cuda_to_cpu` changes what those words mean, for the rest of this process: it
-belongs in a program's entry, never in a library.
+LLaVA's evaluation scripts call `.cuda()`, `.to("cuda")` and `.to(device="cuda")`, and its loader puts models on "cuda"
+by default. `redirect_cuda_to_cpu` changes what these calls mean for the rest of the process, so only the entry of a
+program may call it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from llava_steering_plugin.upstream.seams import require
 
 
 def redirect_cuda_to_cpu() -> None:
-    """From now on in this process "cuda" means the processor, and no CUDA device is visible."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: `device_map="auto"` must not find a GPU either
+    """Make "cuda" mean the CPU in this process from now on, and hide all CUDA devices."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: `device_map="auto"` must not find a GPU, too
     import torch
 
     for kind in (torch.Tensor, torch.nn.Module):
@@ -32,7 +32,7 @@ def redirect_cuda_to_cpu() -> None:
 
 
 def on_cpu(device: Any) -> Any:
-    """The processor in place of a CUDA device, however it is written; anything else as it is."""
+    """Return the CPU in place of a CUDA device, however it is written, and anything else unchanged."""
     import torch
 
     if type(device) is int or (isinstance(device, str) and device.split(":")[0] == "cuda"):
@@ -46,7 +46,7 @@ def _to_with_cpu_for_cuda(to: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(to)
     def redirected(self: Any, *args: Any, **kwargs: Any) -> Any:
         if args:
-            args = (on_cpu(args[0]), *args[1:])  # a device can only come first
+            args = (on_cpu(args[0]), *args[1:])  # a device can only be the first
         if "device" in kwargs:
             kwargs["device"] = on_cpu(kwargs["device"])
         return to(self, *args, **kwargs)
@@ -55,17 +55,17 @@ def _to_with_cpu_for_cuda(to: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stay_on_cpu(self: Any, device: Any = None, non_blocking: bool = False, memory_format: Any = None) -> Any:
-    """Tensor.cuda and Module.cuda."""
+    """Replace Tensor.cuda and Module.cuda."""
     return self
 
 
 def _nothing_to_wait_for(device: Any = None) -> None:
-    """torch.cuda.synchronize."""
+    """Replace torch.cuda.synchronize."""
 
 
 def _default_loader_to_cpu(builder: ModuleType) -> None:
     load = require(builder, "load_pretrained_model")
-    # LLaVA-NeXT's loader takes no device; it has to be told by the device map.
+    # LLaVA-NeXT's loader takes no device, only a device map.
     takes_device = "device" in inspect.signature(load).parameters
 
     @functools.wraps(load)

@@ -1,7 +1,7 @@
-"""The entry point that llava calls: registers the import hooks and nothing else.
+"""Register the import hooks: the entry point that a patched llava calls.
 
-It runs at the end of `import llava`, in every process that uses LLaVA, so it imports neither torch nor llava.train: the
-hooks load the rest of the plugin when the module they wait for has been imported.
+It runs at the end of `import llava`, in every process that uses LLaVA, so it imports neither torch nor llava.train.
+Each hook loads the rest of the plugin when its module has been imported.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ HOOKS = {
 def install() -> None:
     """Register the import hooks; a hook whose module is already imported fires at once.
 
-    It also looks at how the process was started, for the two of upstream's programs that hooks cannot reach because
-    they run as `__main__`: see `startup`.
+    It also looks at how the process was started, for the two programs of LLaVA that hooks do not reach because they run
+    as `__main__`: see `startup`.
 
     Raises:
-        SystemExit: train.py itself is the main program and asks for a tuning mode.
+        SystemExit: train.py itself is the main program and a flag asks for a tuning mode.
     """
     startup.refuse_training_as_main(sys.orig_argv)
     for module, hook in HOOKS.items():

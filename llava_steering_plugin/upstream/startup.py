@@ -1,9 +1,9 @@
-"""What the command line of this process says about upstream's programs that run as `__main__`.
+"""Read the command line of this process, for the programs of LLaVA that import hooks do not reach.
 
-`python llava/train/train.py` and `python -m llava.train.train` make train.py the module `__main__`. An import hook on
-`llava.train.train` never fires for it, and upstream would refuse the flag as unknown, so the plugin stops with the
-command that works. `llava.serve.model_worker` derives the name of its model from the path alone, by rules that do not
-know adapters, inside the module itself; the only way in is its own flag `--model-name`.
+`python llava/train/train.py` and `python -m llava.train.train` run train.py as `__main__`. An import hook on
+`llava.train.train` never fires then, and LLaVA would refuse the flags of a mode as unknown, so the plugin stops with
+the command that works. `llava.serve.model_worker` derives the name of its model from the path, by rules that know no
+adapters, inside the module itself; it can be told otherwise by its flag `--model-name` only.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from llava_steering_plugin.errors import SteeringError
 
 TRAIN = "llava.train.train"
 WORKER = "llava.serve.model_worker"
-# Either of them turns a tuning mode on.
+# Each of them turns a tuning mode on.
 MODE_FLAGS = ("--tuning_mode", "--adapter_path")
 
 
 @dataclass(frozen=True)
 class Start:
-    """How Python was started: the program, as a module name or a script's path, and the program's own arguments."""
+    """Says how Python was started: the program (a module's name or a script's path), and the program's arguments."""
 
     program: str
     is_module: bool
     arguments: tuple[str, ...]
 
     def runs(self, module: str) -> bool:
-        """Whether the program is this module, also when given as the path of a script of any checkout."""
+        """Return whether the program is this module, also if it was given as the path of a script in any checkout."""
         if self.is_module:
             return self.program == module
         parts = tuple(module.split("."))
@@ -38,9 +38,9 @@ class Start:
 
 
 def read_start(command: Sequence[str]) -> Start | None:
-    """The program in `sys.orig_argv`, past the interpreter's own options; None for -c, standard input or a prompt.
+    """Return the program in `sys.orig_argv`, after the interpreter's options; None for -c, standard input or a prompt.
 
-    `sys.argv` does not do: while `python -m` imports the parent packages, its first item is only "-m".
+    `sys.argv` does not tell: while `python -m` imports the parent packages, its first item is "-m".
     """
     words = list(command[1:])
     while words:
@@ -65,7 +65,7 @@ def read_start(command: Sequence[str]) -> Start | None:
 
 
 def flag_value(arguments: Sequence[str], flag: str) -> str | None:
-    """The value of `--flag value` or `--flag=value`; None when absent, "" when it has no value."""
+    """Return the value of `--flag value` or `--flag=value`; None if the flag is absent, "" if it has no value."""
     for position, word in enumerate(arguments):
         if word.startswith(f"{flag}="):
             return word.partition("=")[2]
@@ -75,10 +75,10 @@ def flag_value(arguments: Sequence[str], flag: str) -> str | None:
 
 
 def refuse_training_as_main(command: Sequence[str]) -> None:
-    """Stop when train.py itself is the main program and asks for a tuning mode.
+    """Stop if train.py itself is the main program and a flag asks for a tuning mode.
 
     Raises:
-        SystemExit: with the command that works; a plain exit, since a traceback through `import llava` would bury it.
+        SystemExit: with the command that works, and without a traceback through `import llava`.
     """
     start = read_start(command)
     if start is None or not start.runs(TRAIN):
@@ -90,7 +90,7 @@ def refuse_training_as_main(command: Sequence[str]) -> None:
     flags = shlex.join(word for word in start.arguments if not word.startswith(("--local_rank", "--local-rank")))
     raise SystemExit(
         f"{given} has no effect here: `{how}` makes train.py the main program, which no import hook reaches.\n"
-        "Run it this way, with the flags as they are:\n"
+        "Run it in this way, with the same flags:\n"
         f"  python -m llava_steering_plugin.launch {TRAIN} {flags}\n"
         f"or, on several GPUs: deepspeed --module llava_steering_plugin.launch {TRAIN} ...\n"
         "llava/train/train_mem.py (flash attention) needs no change: it imports train.py."
@@ -98,10 +98,10 @@ def refuse_training_as_main(command: Sequence[str]) -> None:
 
 
 def name_the_workers_model(command: Sequence[str], argv: list[str]) -> None:
-    """Append `--model-name` to `argv` when a model worker starts with an adapter and without a name of its own.
+    """Append `--model-name` to `argv` if a model worker starts with an adapter and no name is given.
 
     Raises:
-        SystemExit: the adapter is damaged or its conversation has no name; without a traceback through `import llava`.
+        SystemExit: the adapter is damaged, or no name leads to its conversation template; without a traceback.
     """
     start = read_start(command)
     if start is None or not start.runs(WORKER):
@@ -113,7 +113,7 @@ def name_the_workers_model(command: Sequence[str], argv: list[str]) -> None:
 
 
 def append_model_name(argv: list[str]) -> None:
-    """Append `--model-name NAME` if `--model-path` is an adapter; a name that the user gave wins."""
+    """Append `--model-name NAME` if `--model-path` is an adapter and the user gave no name."""
     model_path = flag_value(argv, "--model-path")
     if not model_path or flag_value(argv, "--model-name") is not None:
         return
