@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The demo, from a bare machine: sets up .venv if need be, then runs scripts/experiments/demo with the arguments given here.
+# Run the demo on a bare machine: set up .venv if needed, then run scripts/experiments/demo with the given arguments.
 #
-#   scripts/demo.sh                   the whole demo (docs/demo.md says how long; goes on where it stopped)
-#   scripts/demo.sh --quick           every part, too short to learn anything
-#   scripts/demo.sh --output DIR      somewhere else than ./demo-output
+#   scripts/demo.sh                   the whole demo (scripts/README.md says how long); finished stages are used again
+#   scripts/demo.sh --quick           every part, but too short to learn anything
+#   scripts/demo.sh --output DIR      write to DIR instead of ./demo-output
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 "$here/setup.sh"

@@ -1,7 +1,7 @@
-# Sourced by the finetune_*.sh beside it: what all of them share. Run them in a LLaVA checkout, where ./playground/data,
-# ./checkpoints and ./scripts/zero*.json are as upstream's documentation has them.
+# Shared part of the finetune_*.sh scripts, which source it. Run them in a LLaVA checkout, with ./playground/data,
+# ./checkpoints and ./scripts/zero*.json as in upstream's documentation.
 #
-# Environment, with what is taken otherwise:
+# Environment variables, with their defaults:
 #   SIZE         7b or 13b (7b)
 #   MODEL        the base: folder or hub id (by SIZE)
 #   DATA         conversations in LLaVA's JSON (./playground/data/llava_v1_5_mix665k.json)
@@ -9,14 +9,14 @@
 #   TOWER        vision tower (openai/clip-vit-large-patch14-336)
 #   PROJECTOR    the stage-1 projector, for a MODEL without one (./checkpoints/llava-v1.5-$SIZE-pretrain/mm_projector.bin)
 #   OUTPUT       folder of the adapter (./checkpoints/llava-v1.5-$SIZE-<what is trained>)
-#   GPUS         how many GPUs (those in CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists)
-#   BATCH        samples a GPU (16)
-#   GLOBAL_BATCH samples an optimizer step; GPUS times BATCH must divide it (128)
+#   GPUS         number of GPUs (those in CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists)
+#   BATCH        samples per GPU (16)
+#   GLOBAL_BATCH samples per optimizer step; GPUS times BATCH must divide it (128)
 #   ZERO         DeepSpeed's JSON; empty: without DeepSpeed (./scripts/zero2.json: the frozen base has no optimizer states)
 #   REPORT_TO    none, wandb or tensorboard (none)
 #   LAUNCHER     command that starts upstream's training (deepspeed ... llava_steering_plugin.launch llava.train.train_mem)
-#   DRY_RUN      1: check the flags and print what would be trained and how much memory it takes; train nothing
-#   GPU          for DRY_RUN: does it fit this card? A name (A100-80GB), or GiB
+#   DRY_RUN      1: check the flags and print the plan and its memory; train nothing
+#   GPU          for DRY_RUN: the card that it has to fit, a name (A100-80GB) or GiB
 #
 # Arguments are added to the flags of the training and win over those here: scripts/finetune_mores.sh --mores_rank 4
 
@@ -36,7 +36,7 @@ GLOBAL_BATCH=${GLOBAL_BATCH:-128}
   die "GLOBAL_BATCH $GLOBAL_BATCH cannot be cut into batches of $BATCH on $GPUS GPU(s); set BATCH or GLOBAL_BATCH"
 ZERO=${ZERO-./scripts/zero2.json}
 
-# Sets `launcher` to DeepSpeed's on GPUS cards: of CUDA_VISIBLE_DEVICES the first, which --num_gpus would make it forget.
+# Set `launcher` to DeepSpeed's on GPUS cards: the first of CUDA_VISIBLE_DEVICES, which --num_gpus would ignore.
 choose_launcher() {
   local which=(--num_gpus "$GPUS") module=(--module llava_steering_plugin.launch llava.train.train_mem)
   if [ "${#CARDS[@]}" -gt 0 ]; then
@@ -44,13 +44,13 @@ choose_launcher() {
       *[!0-9,]*) die "deepspeed takes cards by number, and CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES; give numbers, or" \
         "LAUNCHER='torchrun --nproc_per_node $GPUS -m ${module[*]:1}'" ;;
     esac
-    [ "$GPUS" -le "${#CARDS[@]}" ] || die "GPUS is $GPUS and CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES; mend one of them"
+    [ "$GPUS" -le "${#CARDS[@]}" ] || die "GPUS is $GPUS and CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES; change one of them"
     which=(--include "localhost:$(IFS=,; echo "${CARDS[*]:0:GPUS}")")
   fi
   launcher=(deepspeed "${which[@]}" "${module[@]}")
 }
 
-# finetune NAME FLAGS...: trains with upstream's flags, those of NAME's method, and what the caller was given.
+# finetune NAME FLAGS...: train with upstream's flags, those of NAME's method, and the caller's arguments.
 finetune() {
   local name=$1
   shift

@@ -9,7 +9,7 @@ BATCH=${BATCH:-4}
 source "$(dirname "${BASH_SOURCE[0]}")/finetune_common.sh"
 MODEL=${MODEL:-lmsys/vicuna-$SIZE-v1.5}
 PROJECTOR=${PROJECTOR-./checkpoints/llava-v1.5-$SIZE-pretrain/mm_projector.bin}
-# Not ZeRO-3: quantised weights cannot be cut.
+# Not with ZeRO-3: quantised weights cannot be sharded.
 finetune mores-4bit \
   --bits 4 --tuning_mode mores --mores_rank 1 --mores_tokens 1% \
   --learning_rate 2e-4 --mm_projector_lr 2e-5 --num_train_epochs 1 "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# MoReS on your own task, over a finished LLaVA-1.5, whose projector stays as it is: the adapter is a megabyte. Needs a
-# LLaVA checkout as working folder; finetune_common.sh lists the environment variables.
+# MoReS on your own task, over a finished LLaVA-1.5 with a frozen projector: the adapter is a megabyte. Needs a LLaVA
+# checkout as working folder; finetune_common.sh lists the environment variables.
 #
 #   DATA=./my-task.json IMAGES=./my-images OUTPUT=./checkpoints/my-task scripts/finetune_task_mores.sh
 set -euo pipefail

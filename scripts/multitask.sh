@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The multi-task measurement, beside the demo and from its base: sets up .venv if need be, then runs scripts/experiments/multitask.
+# Run the multi-task measurement on the demo's base: set up .venv if needed, then run scripts/experiments/multitask.
 #
-#   scripts/multitask.sh                 the whole of it (goes on where it stopped; makes the demo's base if need be)
-#   scripts/multitask.sh --quick         every part, too short to learn anything
-#   scripts/multitask.sh --output DIR    the demo's output, if it is not ./demo-output
+#   scripts/multitask.sh                 the whole measurement; finished stages, such as the demo's base, are used again
+#   scripts/multitask.sh --quick         every part, but too short to learn anything
+#   scripts/multitask.sh --output DIR    the demo's output folder, if it is not ./demo-output
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 "$here/setup.sh"

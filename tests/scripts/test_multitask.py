@@ -1,4 +1,7 @@
-"""The multi-task measurement: its tasks pull against each other, and its figures are what they are called."""
+"""The multi-task measurement: its tasks conflict, and its figures are what they are called.
+
+Covers `tasks`, `information`, `methods` and `report` of `experiments.multitask`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The demo and the multi-task measurement beside it with --quick: every part of them, and a second run."""
+"""The demo and the multi-task measurement with --quick: every part of them, and a second run.
+
+Covers the pipelines, `base`, `backbone`, `commands`, `program` and `tuning` of `experiments`.
+"""
 
 from __future__ import annotations
 
