@@ -33,6 +33,7 @@ IN_CODE = re.compile(r"(?<![./\w-])(?:docs|patches|scripts|tests)/[\w./*-]+")
 # Files of others that the pages name: LLaVA's, DeepSpeed's, those of an adapter or a checkpoint.
 FOREIGN = {
     "adapter_config.json",
+    "llava_steering_config.json",
     "config.json",
     "intervention_config.json",
     "mores_pos_configs.json",

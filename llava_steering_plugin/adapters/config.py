@@ -1,9 +1,10 @@
-"""adapter_config.json: what an adapter is, what it was trained on, and how its prompts are written."""
+"""The config of an adapter: its mode, its settings, its base, and how its prompts are written. Format 1, as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +14,26 @@ from llava_steering_plugin.errors import AdapterError, listing
 FORMAT_VERSION = 1
 PEFT_PREFIX = "LLAVA_"
 
+Kinds = dict[str, type | tuple[type, ...]]
+_KINDS: Kinds = {
+    "mode": str,
+    "settings": dict,
+    "base": dict,
+    "base_model_name_or_path": str,
+    "conversation": (str, type(None)),
+    "added_tokens": dict,
+    "trained_on": dict,
+}
+_BASE_KINDS: Kinds = {"model_type": str, "hidden_size": int, "num_layers": int, "vocab_size": int}
+
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The backbone that an adapter belongs to.
+    """The base that an adapter belongs to.
 
     Attributes:
         name_or_path: where it is loaded from: a folder or a hub id.
-        model_type: its config.json's `model_type`.
+        model_type: `model_type` of its config.json.
         hidden_size, num_layers: of the decoder.
         vocab_size: rows of its embedding before training added any token.
     """
@@ -37,14 +50,14 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Everything about an adapter but its tensors.
+    """Everything about an adapter but its tensors and its LLaVA config.
 
     Attributes:
         mode, settings: the tuning mode and its settings.
-        base: the backbone.
+        base: the model that it was trained on.
         conversation: name of LLaVA's conversation template that it was trained with; None if unknown.
         added_tokens: tokens that training added to the base's tokenizer, with their ids, in order.
-        trained_on: what a reader of the card may want to know of the training: bits, dtype.
+        trained_on: bits, compute dtype and quantisation of the training; for the model card only.
     """
 
     mode: str
@@ -55,7 +68,7 @@ class AdapterConfig:
     trained_on: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """PEFT's keys where PEFT has them, so that tools which list adapters show the right base."""
+        """Return the text that the header and llava_steering_config.json hold."""
         return json.dumps(
             {
                 "peft_type": PEFT_PREFIX + self.mode.upper(),
@@ -75,44 +88,29 @@ class AdapterConfig:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> AdapterConfig:
-        """Parses and checks; `where` names the file in errors.
+        """Parse and check a config; keys that this version does not know are ignored.
+
+        Args:
+            text: as `to_json` writes it.
+            where: names the file in errors.
 
         Raises:
-            AdapterError: not JSON, not ours, of a newer format, or with missing or mistyped entries (all listed).
+            AdapterError: not JSON, not ours, of another format, or with missing or mistyped entries (all listed).
         """
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise AdapterError(f"{where} is no JSON: {error}. The file is damaged; copy the adapter again.") from error
+            raise AdapterError(f"{where} is not JSON: {error}. The file is damaged; copy the adapter again.") from error
         peft_type = data.get("peft_type") if isinstance(data, dict) else None
         if not is_ours(peft_type):
             raise AdapterError(
                 f"{where} is not an adapter of this plugin: peft_type is {peft_type!r}. "
                 "Load it with the library that made it" + (" (peft, or upstream's --model-base)." if peft_type else ".")
             )
-        newest = data.get("format_version")
-        if newest != FORMAT_VERSION:
-            raise AdapterError(
-                f"{where} has adapter format {newest!r} and this version of llava-steering-plugin reads format "
-                f"{FORMAT_VERSION}. Upgrade the package: pip install -U llava-steering-plugin."
-            )
-        kinds: dict[str, type | tuple[type, ...]] = {
-            "mode": str,
-            "settings": dict,
-            "base": dict,
-            "base_model_name_or_path": str,
-            "conversation": (str, type(None)),
-            "added_tokens": dict,
-            "trained_on": dict,
-        }
-        problems = [f"{key} is {data.get(key)!r}" for key, kind in kinds.items() if not isinstance(data.get(key), kind)]
+        _check_format(data, where)
+        problems = _mistyped(data, _KINDS)
         if not problems:
-            base_kinds = {"model_type": str, "hidden_size": int, "num_layers": int, "vocab_size": int}
-            problems = [
-                f"base.{key} is {data['base'].get(key)!r}"
-                for key, kind in base_kinds.items()
-                if not isinstance(data["base"].get(key), kind)
-            ]
+            problems = _mistyped(data["base"], _BASE_KINDS, "base.")
             problems += [
                 f"added_tokens.{token} is {number!r}"
                 for token, number in data["added_tokens"].items()
@@ -122,10 +120,33 @@ class AdapterConfig:
             raise AdapterError(
                 listing(f"{where} is damaged or was edited by hand; these entries are missing or wrong", problems)
             )
-        base = BaseModel(data["base_model_name_or_path"], **{key: data["base"][key] for key in base_kinds})
+        base = BaseModel(data["base_model_name_or_path"], **{key: data["base"][key] for key in _BASE_KINDS})
         return cls(data["mode"], data["settings"], base, data["conversation"], data["added_tokens"], data["trained_on"])
 
 
 def is_ours(peft_type: object) -> bool:
-    """Whether a `peft_type` names one of this plugin's formats."""
+    """Tell whether a `peft_type` names an adapter of this plugin, of whatever format."""
     return isinstance(peft_type, str) and peft_type.startswith(PEFT_PREFIX)
+
+
+def _check_format(data: dict[str, Any], where: str) -> None:
+    """Refuse a format that this version does not read, and name the version to install."""
+    number, writer = data.get("format_version"), data.get("plugin_version")
+    if number == FORMAT_VERSION and type(number) is int:
+        return
+    if type(number) is not int or number < FORMAT_VERSION:
+        raise AdapterError(
+            f"{where} has adapter format {number!r}, and there is none of that number. The file is damaged or was "
+            "edited by hand; copy the adapter again."
+        )
+    known = isinstance(writer, str) and re.fullmatch(r"\d[\w.]*", writer) and writer != __version__
+    wanted = f"llava-steering-plugin>={writer}" if known else "llava-steering-plugin"
+    raise AdapterError(
+        f"{where} has adapter format {number}; this is llava-steering-plugin {__version__}, which reads format "
+        f"{FORMAT_VERSION}. Install {f'version {writer}, which wrote it, or a newer one' if known else 'a newer one'}: "
+        f"pip install -U '{wanted}'."
+    )
+
+
+def _mistyped(data: dict[str, Any], kinds: Kinds, prefix: str = "") -> list[str]:
+    return [f"{prefix}{key} is {data.get(key)!r}" for key, kind in kinds.items() if not isinstance(data.get(key), kind)]

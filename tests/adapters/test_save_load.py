@@ -195,7 +195,7 @@ def test_config_json_is_llavas_without_the_quantisation(model: Any, steered: Ste
 def test_the_card_says_what_it_is_and_how_to_load_it(model: Any, saved: Path) -> None:
     card = (saved / "README.md").read_text()
     assert "python -m llava.serve.cli --model-path" in card
-    assert f"base_model: {model.config._name_or_path}" in card
+    assert f"adapter for {model.config._name_or_path}\n" in card
     assert f"{LAYERS * (2 * HIDDEN * 2 + 2):,} parameters of tuning mode `mores`" in card
     assert "| tokens | `all` |" in card
 
@@ -219,7 +219,7 @@ def test_a_trained_projector_travels_with_the_adapter(model: Any, frozen: Any, t
             own.get_parameter(name).mul_(1.5)
     attachment.extras |= projector
     save_adapter(own, tmp_path)
-    assert "It also carries 4 tensors" in (tmp_path / "README.md").read_text()
+    assert "It also holds 4 tensors" in (tmp_path / "README.md").read_text()
     before = {name: model.get_parameter(name).clone() for name in projector}
     loaded = load_adapter(model, tmp_path)
     assert loaded.extras == projector
