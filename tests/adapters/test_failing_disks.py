@@ -1,18 +1,23 @@
+"""Saving to a disk that fails (`adapters/writing.py`): one clear error, and the adapter that it names."""
+
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from disks import file_system, largest_file, mount
+from adapter_files import as_version_0_1
+from disks import NOBODY, file_system, largest_file, mount, without_privileges
 from steered import contents, strengthen
 
 from llava_steering_plugin import load_adapter, remove, save_adapter
 from llava_steering_plugin.adapters.attachment import Attachment
-from llava_steering_plugin.adapters.folder import CARD, WEIGHTS
+from llava_steering_plugin.adapters.folder import CARD, CONFIG, LLAVA_CONFIG, OLD_CONFIG, WEIGHTS
 from llava_steering_plugin.errors import AdapterError, SteeringError
+from llava_steering_plugin.modes.mores import MoReS
 
 pytest_plugins = ["steered_fixtures"]
 
@@ -39,9 +44,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-def test_a_full_disk_leaves_the_previous_adapter(model: Any, steered: Steered, small_disk: Path) -> None:
+@pytest.mark.parametrize("form", ["now", "0.1"])
+def test_a_full_disk_leaves_the_previous_adapter(model: Any, steered: Steered, small_disk: Path, form: str) -> None:
     attachment = steered()
     save_adapter(model, small_disk / "pets")
+    if form == "0.1":
+        as_version_0_1(small_disk / "pets")
     before = contents(small_disk / "pets")
     attachment.remove()
     steered(rank=16)
@@ -75,15 +83,42 @@ def test_a_target_that_cannot_be_a_folder_is_one_clear_error(model: Any, steered
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_file_that_cannot_be_replaced_leaves_the_previous_weights(model: Any, saved: Path, steered: Steered) -> None:
-    (saved / CARD).unlink()
-    (saved / CARD).mkdir()
+@pytest.mark.parametrize("name", [CONFIG, LLAVA_CONFIG, CARD])
+def test_a_copy_that_cannot_be_replaced_leaves_the_previous_adapter(
+    model: Any, saved: Path, steered: Steered, name: str
+) -> None:
+    (saved / name).unlink()
+    (saved / name).mkdir()
     weights = (saved / WEIGHTS).read_bytes()
     steered(rank=4)
-    with pytest.raises(AdapterError, match="could not be written"):
+    with pytest.raises(AdapterError, match=rf"could not be written to .*Is a directory: '.*{name}'.*unharmed"):
         save_adapter(model, saved)
     assert (saved / WEIGHTS).read_bytes() == weights
     assert not list(saved.glob(".*")), "no partial files"
+
+
+@pytest.mark.parametrize("name", [CONFIG, LLAVA_CONFIG, CARD, OLD_CONFIG])
+def test_a_copy_that_turns_out_to_belong_to_somebody_else_is_said_and_the_new_adapter_is_saved(
+    model: Any, steered: Steered, name: str
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root may give files to somebody else")
+    attachment = steered()
+    with tempfile.TemporaryDirectory() as outer:
+        os.chmod(outer, 0o755)
+        folder = Path(outer) / "pets"
+        save_adapter(model, folder)
+        (folder / OLD_CONFIG).write_text('{"peft_type": "LLAVA_MORES"}')
+        folder.chmod(0o1777)  # as /tmp: only the owner of a file may replace it
+        for file in folder.iterdir():
+            os.chown(file, 0 if file.name == name else NOBODY, -1)
+        attachment.remove()
+        steered(rank=4)
+        with without_privileges(), pytest.raises(AdapterError, match=r"^the adapter is saved to .*not permitted"):
+            save_adapter(model, folder)
+        remove(model)
+        assert load_adapter(model, folder).mode == MoReS(rank=4, tokens="all")
+        assert not list(folder.glob(".*")), "no partial files"
 
 
 def test_saving_a_model_without_an_adapter_says_so(model: Any, tmp_path: Path) -> None:

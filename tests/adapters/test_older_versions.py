@@ -19,6 +19,8 @@ from training_runs import subprocess_environment
 from llava_steering_plugin.adapters.folder import CONFIG, LLAVA_HEADER, OLD_CONFIG
 from llava_steering_plugin.adapters.locate import locate, read
 
+pytestmark = pytest.mark.slow
+
 MODES = ("mores", "mixlora")
 
 

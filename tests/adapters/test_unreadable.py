@@ -5,29 +5,16 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from disks import without_privileges
 
 from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
 from llava_steering_plugin.adapters.folder import CONFIG, WEIGHTS
 from llava_steering_plugin.adapters.locate import find, read
 from llava_steering_plugin.adapters.writing import write_folder
 from llava_steering_plugin.errors import AdapterError
-
-
-@contextmanager
-def without_privileges() -> Iterator[None]:
-    """As somebody who may read only what is open to all, also when the tests run as root."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.fixture

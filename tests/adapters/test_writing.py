@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def saves(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KilledSaves]:
     template = KilledSaves(tmp_path_factory.mktemp("killed"))
     yield template
     template.close()
+
+
+@pytest.fixture
+def pets() -> Iterator[Path]:
+    """The folder to save to; in memory where that can be had, because a save flushes."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder) / "pets"
 
 
 @pytest.fixture(params=["a fresh folder", "an adapter", "an adapter of version 0.1"])
@@ -75,14 +84,14 @@ def check_next_save(folder: Path) -> None:
 
 
 def test_a_save_that_is_killed_between_any_two_calls_leaves_the_old_adapter_or_the_new_one(
-    saves: KilledSaves, before: Path | None, tmp_path: Path
+    saves: KilledSaves, before: Path | None, pets: Path
 ) -> None:
-    status, moments = saves.save(start_from(before, tmp_path / "pets"), NEW)
-    assert (status, held(tmp_path / "pets")) == (0, NEW)
-    assert set(os.listdir(tmp_path / "pets")) == FILES
+    status, moments = saves.save(start_from(before, pets), NEW)
+    assert (status, held(pets)) == (0, NEW)
+    assert set(os.listdir(pets)) == FILES
     found = []
     for moment in range(len(moments)):
-        folder = start_from(before, tmp_path / "pets")
+        folder = start_from(before, pets)
         assert saves.save(folder, NEW, die_at=moment)[0] == -signal.SIGKILL
         found.append(held(folder))
         check_next_save(folder)
@@ -95,13 +104,13 @@ def test_a_save_that_is_killed_between_any_two_calls_leaves_the_old_adapter_or_t
 
 
 def test_a_save_that_is_killed_inside_the_write_of_a_copy_leaves_the_old_adapter(
-    saves: KilledSaves, before: Path | None, tmp_path: Path
+    saves: KilledSaves, before: Path | None, pets: Path
 ) -> None:
-    _, moments = saves.save(start_from(before, tmp_path / "pets"), NEW)
+    _, moments = saves.save(start_from(before, pets), NEW)
     cut: dict[str, set[int]] = {}
     for moment in (at for at, name in enumerate(moments) if name == "write"):
         for size in (0, 1, 10):
-            folder = start_from(before, tmp_path / "pets")
+            folder = start_from(before, pets)
             assert saves.save(folder, NEW, full_at=moment, size=size)[0] == -signal.SIGXFSZ
             assert held(folder) == (None if before is None else OLD)
             [staging] = folder.glob(".*.partial")
@@ -112,9 +121,9 @@ def test_a_save_that_is_killed_inside_the_write_of_a_copy_leaves_the_old_adapter
 
 
 def test_a_save_that_is_killed_inside_the_write_of_the_weights_leaves_the_old_adapter(
-    saves: KilledSaves, before: Path | None, tmp_path: Path
+    saves: KilledSaves, before: Path | None, pets: Path
 ) -> None:
-    folder = start_from(before, tmp_path / "pets")
+    folder = start_from(before, pets)
     assert saves.save(folder, LARGE, die_at=KILL_INSIDE)[0] == -signal.SIGKILL
     assert held(folder) == (None if before is None else OLD)
     [staging] = folder.glob(".*.partial")

@@ -1,8 +1,9 @@
-"""Disks that fill up or become read-only: the kernel's own."""
+"""Disks that fill up or become read-only, and files that are closed to this user: the kernel's own."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import subprocess
 from collections.abc import Iterator
@@ -20,6 +21,22 @@ def largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+NOBODY = 65534
+
+
+@contextlib.contextmanager
+def without_privileges() -> Iterator[None]:
+    """As somebody who may use only what is open to all, also when the tests run as root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def mount(*arguments: str) -> None:
