@@ -95,8 +95,8 @@ class RoutedLinear(nn.Module):
         if inputs.shape[:-1] not in ((rows, positions), (rows * positions,)):
             raise TokenMapError(
                 f"a linear of the decoder got {list(inputs.shape)} where the pass has {[rows, positions]} rows and "
-                "positions, so MixLoRA cannot tell whose tokens these are (experts of a mixture get them so). Leave "
-                "such linears out with --mixlora_targets."
+                "positions, so MixLoRA cannot tell which rows these tokens belong to (as in the experts of a mixture). "
+                "Leave such linears out with --mixlora_targets."
             )
         if inputs.dim() == 2:
             by_rows = output.reshape(rows, positions, -1), inputs.reshape(rows, positions, -1)
