@@ -128,6 +128,21 @@ def routing(
 
 
 @app.command()
+def startup(
+    rounds: Annotated[int, typer.Option(min=1, help="Number of starts of every program.")] = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure what starting a program costs, beside what importing upstream's training costs.
+
+    Passes if `llava-steering plan` takes at most 1.2 times the processor time of these imports without torch's
+    compiler, and if every --help takes at most a second at best.
+    """
+    from .startup import run
+
+    raise typer.Exit(run(rounds, json_file))
+
+
+@app.command()
 def gpu(
     tiny: Annotated[bool, typer.Option("--tiny", help="Use a tiny model, which also runs without a GPU.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for gpu_check.json.")] = Path("gpu-check"),
