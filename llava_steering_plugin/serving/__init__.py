@@ -1,1 +1,1 @@
-"""Many adapters on one model, each chosen per request."""
+"""The server: LLaVA's web page and controller, and a worker with many adapters on one model."""

@@ -23,7 +23,7 @@ from llava_steering_plugin.inference.base_model import loading_name
 from llava_steering_plugin.pool.pool import AdapterPool
 from llava_steering_plugin.serving.catalog import AdapterCatalog
 from llava_steering_plugin.serving.http.protocol import FAILED, GONE, NO_ANSWER, chunk
-from llava_steering_plugin.serving.http.validation import CheckedRequest, unpacked
+from llava_steering_plugin.serving.http.validation import CheckedRequest, decode_image
 from llava_steering_plugin.upstream.worker_seam import ClientGone, model_worker, replace_parts, set_globals
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class AdapterWorker(model_worker.ModelWorker):
                 f"{model_path} is an adapter. Give its base as the base (--model-path; the first word of `serve`) and "
                 "the adapter with --adapters."
             )
-        replace_parts(unpacked)
+        replace_parts(decode_image)
         super().__init__(
             controller,
             address,
@@ -116,7 +116,7 @@ class AdapterWorker(model_worker.ModelWorker):
         """Return what the controller is told: the base and every adapter are models."""
         return {**super().get_status(), "model_names": self.catalog.names()}
 
-    def report(self, slots: Semaphore, limit: int) -> None:
+    def share_slots(self, slots: Semaphore, limit: int) -> None:
         """Tell the controller how many of `limit` slots are taken and how many requests wait for one.
 
         As many generations run at a time.

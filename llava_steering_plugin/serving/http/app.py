@@ -35,7 +35,7 @@ from llava_steering_plugin.serving.http.protocol import (
     read_object,
     refusal,
 )
-from llava_steering_plugin.serving.http.validation import CheckedRequest, checked
+from llava_steering_plugin.serving.http.validation import CheckedRequest, check_request
 from llava_steering_plugin.serving.idle_memory import IdleTrimmer
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class StreamEndpoint:
         self.slots = asyncio.Semaphore(limits.running)
         # Pooled threads, like those that generate: a new one for every answer would leave memory behind.
         self._threads = ThreadPoolExecutor(limits.running, "answering")
-        worker.report(self.slots, limits.running)
+        worker.share_slots(self.slots, limits.running)
         self.trimmer = IdleTrimmer(self._is_idle)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,7 +99,9 @@ class StreamEndpoint:
 
     async def _check(self, received: Request) -> CheckedRequest:
         data = await read_object(received, self.limits)
-        return await asyncio.to_thread(checked, data, self.limits, self.worker.catalog.find, self.worker.is_multimodal)
+        return await asyncio.to_thread(
+            check_request, data, self.limits, self.worker.catalog.find, self.worker.is_multimodal
+        )
 
     async def _answer(self, request: CheckedRequest, receive: Receive, send: Send) -> None:
         started, description = time.monotonic(), str(request)

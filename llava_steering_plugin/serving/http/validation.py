@@ -44,7 +44,7 @@ class CheckedRequest:
         return f"{self.shown}: {prompt} characters, {images} image(s)"
 
 
-def checked(
+def check_request(
     data: dict[str, Any], limits: Limits, find: Callable[[str], str | None], multimodal: bool
 ) -> CheckedRequest:
     """Check every field, and every image by decoding it. Large images take a while: do not call it in an event loop.
@@ -81,7 +81,7 @@ def checked(
     return CheckedRequest(data["model"], adapter, parameters)
 
 
-def unpacked(text: str) -> Image.Image:
+def decode_image(text: str) -> Image.Image:
     """Decode an image of a checked request, in place of upstream's `load_image_from_base64`.
 
     The image is in RGB: upstream pads with a colour of three values, which other modes cannot hold.

@@ -24,7 +24,7 @@ from ports import free_port
 from serving_fixtures import BASE_NAME, STRICT, Alone, Client, Question, listening, wait_until
 
 from llava_steering_plugin.serving.http.app import build
-from llava_steering_plugin.serving.http.validation import CheckedRequest, checked
+from llava_steering_plugin.serving.http.validation import CheckedRequest, check_request
 from llava_steering_plugin.serving.worker import bind
 
 pytest_plugins = ["serving_fixtures"]
@@ -133,11 +133,11 @@ def test_while_a_client_reads_slowly_nothing_of_what_it_has_asked_is_kept(
     kept: list[weakref.ref[CheckedRequest]] = []
 
     def noting(*arguments: Any) -> CheckedRequest:
-        request = checked(*arguments)
+        request = check_request(*arguments)
         kept.append(weakref.ref(request))
         return request
 
-    monkeypatch.setattr("llava_steering_plugin.serving.http.app.checked", noting)
+    monkeypatch.setattr("llava_steering_plugin.serving.http.app.check_request", noting)
     content = json.dumps(Question("<image>" + "word " * 380, asked[0].image, 300).body("cats")).encode()
     patient = build(worker, replace(STRICT, stall_seconds=60))
     with listening(patient, free_port(), send_buffer=4096) as client, socket.socket() as connection:

@@ -19,7 +19,7 @@ from serving_fixtures import Client, Question, body, encoded
 
 from llava_steering_plugin.serving.http.limits import Limits
 from llava_steering_plugin.serving.http.protocol import Refused
-from llava_steering_plugin.serving.http.validation import checked
+from llava_steering_plugin.serving.http.validation import check_request
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -126,14 +126,14 @@ def test_a_strip_whose_square_or_whose_enlargement_would_take_all_memory_is_a_40
 
 def test_a_photo_and_a_panorama_pass_the_limits_that_a_worker_has_by_default() -> None:
     for size in ((6000, 4000), (12_000, 3000), (1000, 11)):
-        asked = checked(body(images=[encoded(Image.new("RGB", size))]), Limits(), lambda _: "cats", True)
+        asked = check_request(body(images=[encoded(Image.new("RGB", size))]), Limits(), lambda _: "cats", True)
         assert len(asked.parameters["images"]) == 1
 
 
 def test_an_image_above_pils_own_limit_is_refused_with_that_limit() -> None:
     for pixels, said in ((1_000_000_000, "178,956,970"), (100_000_000, "100,000,000")):
         with pytest.raises(Refused, match=f"more than {said} pixels"):
-            checked(body(images=[bomb()]), Limits(image_pixels=pixels), lambda _: "cats", True)
+            check_request(body(images=[bomb()]), Limits(image_pixels=pixels), lambda _: "cats", True)
 
 
 @pytest.mark.parametrize("size", [(2000, 2000), (30_000, 1)])
@@ -149,7 +149,7 @@ def test_a_refused_image_is_freed_at_once(size: tuple[int, int]) -> None:
     gc.disable()
     try:
         with suppress(Refused):
-            checked(data, Limits(image_pixels=90_000), lambda _: "cats", True)
+            check_request(data, Limits(image_pixels=90_000), lambda _: "cats", True)
             pytest.fail("it was taken")
         del data, image
         assert gone() is None
@@ -175,7 +175,7 @@ def test_a_picture_waits_its_turn_as_it_came_and_not_unpacked() -> None:
     """A grey or CMYK JPEG of 40 million pixels has 2 MB, and as a PNG in RGB tens of them."""
     pictures = [encoded(Image.effect_noise((900, 600), 90).convert(mode), "JPEG") for mode in ("L", "CMYK", "RGB")]
     data = body(images=pictures, prompt="<image>" * 3)
-    assert checked(data, Limits(), lambda _: "cats", True).parameters["images"] == pictures
+    assert check_request(data, Limits(), lambda _: "cats", True).parameters["images"] == pictures
 
 
 def test_the_model_is_given_pictures_in_rgb_and_none_of_a_format_that_runs_other_programs(worker: Any) -> None:
