@@ -10,10 +10,11 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import distributed
 
@@ -43,7 +44,7 @@ def by_step(output: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def prepare(output: Path) -> None:
+def prepare_output(output: Path) -> None:
     """Check that the output folder can be written, and delete what killed processes have left in it.
 
     Raises:
@@ -64,7 +65,7 @@ def prepare(output: Path) -> None:
         ) from error
 
 
-def newest(output: Path, without_states: bool = False) -> int:
+def newest_complete(output: Path, without_states: bool = False) -> int:
     """Return the step of the newest complete checkpoint; 0 if there is none.
 
     Newer ones that are not complete are renamed: the training will write these steps again.
@@ -96,7 +97,7 @@ def _set_aside(folder: Path, problems: list[str]) -> Path:
     return aside
 
 
-def starting_point(wish: str | os.PathLike[str] | bool | None, args: Any, deepspeed: bool) -> Path | None:
+def checkpoint_to_resume(wish: str | os.PathLike[str] | bool | None, args: Any, deepspeed: bool) -> Path | None:
     """Return the checkpoint to resume from, the same on every rank; None to start from the beginning.
 
     Every rank must call it: rank 0 decides.
@@ -112,7 +113,7 @@ def starting_point(wish: str | os.PathLike[str] | bool | None, args: Any, deepsp
     """
     output, step = Path(args.output_dir), 0
     if args.process_index == 0 and wish is True:
-        step = newest(output, model_only(args))
+        step = newest_complete(output, model_only(args))
         if not step:
             logger.warning("no checkpoint in %s is complete, so the training starts from the beginning.", output)
     if isinstance(wish, (str, os.PathLike)):
@@ -162,7 +163,7 @@ def _check_kind(folder: Path, world_size: int, deepspeed: bool) -> None:
 
 
 @contextmanager
-def clear_errors(output: Path, what: str, tidy: bool) -> Iterator[None]:
+def explain_write_errors(output: Path, what: str, tidy: bool) -> Iterator[None]:
     """Turn errors such as a full disk into one message; with `tidy`, delete what was written in part.
 
     Raises:
@@ -184,7 +185,7 @@ def clear_errors(output: Path, what: str, tidy: bool) -> Iterator[None]:
         ) from error
 
 
-def make_room(output: Path, step: int) -> None:
+def remove_step(output: Path, step: int) -> None:
     """Remove a checkpoint of this step from an earlier run: transformers would write into it, file by file."""
     folder = output / f"checkpoint-{step}"
     if folder.is_dir():
@@ -236,3 +237,15 @@ def flush(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def random_states_allowed() -> AbstractContextManager[Any]:
+    """Allow torch.load to read the random states that transformers pickles, and nothing else beside tensors.
+
+    Since torch 2.6 it refuses those of numpy by default, and transformers 4.37 could not resume.
+    """
+    allow = getattr(torch.serialization, "safe_globals", None)
+    if allow is None:
+        return nullcontext()
+    keys = np.zeros(1, np.uint32)  # the type of the state of numpy's generator
+    return allow([keys.__reduce__()[0], np.ndarray, np.dtype, type(keys.dtype)])

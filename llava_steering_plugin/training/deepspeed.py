@@ -113,7 +113,7 @@ def _is_open(path: Path) -> bool:
     return False
 
 
-def before_initialize(config: dict[str, Any], dtype: torch.dtype, model: nn.Module, hidden_size: int) -> None:
+def fix_zero_3(config: dict[str, Any], dtype: torch.dtype, model: nn.Module, hidden_size: int) -> None:
     """Fix what keeps current DeepSpeed from running ZeRO-3 with transformers 4.37.
 
     Args:

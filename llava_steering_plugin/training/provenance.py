@@ -29,12 +29,14 @@ def projector_parameters(model: Any) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in parts}
 
 
-def record(attachment: Attachment, given: Any, flags: Namespace | None, tokenizer: Any, trained: Iterable[str]) -> None:
+def record(
+    attachment: Attachment, arguments: Any, flags: Namespace | None, tokenizer: Any, trained: Iterable[str]
+) -> None:
     """Record on the attachment everything that a later load has to know, and which parameters of the base to save.
 
     Args:
         attachment: gets `config` and `extras`.
-        given: the training arguments.
+        arguments: the training arguments.
         flags: all flags; None if the trainer was not started by LLaVA's train().
         tokenizer: as training uses it.
         trained: names of the base's parameters that are trained.
@@ -59,7 +61,7 @@ def record(attachment: Attachment, given: Any, flags: Namespace | None, tokenize
         base,
         conversation=_conversation(),
         added_tokens=_added_tokens(name, tokenizer),
-        trained_on=_training(given, model),
+        trained_on=_precision(arguments),
     )
 
 
@@ -117,10 +119,10 @@ def _added_tokens(base: str, tokenizer: Any) -> dict[str, int]:
     return dict(sorted(added.items(), key=lambda item: item[1]))
 
 
-def _training(given: Any, model: Any) -> dict[str, Any]:
-    bits = getattr(given, "bits", 16)
-    compute = "float16" if given.fp16 else "bfloat16" if given.bf16 else "float32"
+def _precision(arguments: Any) -> dict[str, Any]:
+    bits = getattr(arguments, "bits", 16)
+    compute = "float16" if arguments.fp16 else "bfloat16" if arguments.bf16 else "float32"
     trained: dict[str, Any] = {"bits": bits, "compute dtype": compute}
     if bits == 4:
-        trained["quantisation"] = f"{given.quant_type}{', double' if given.double_quant else ''}"
+        trained["quantisation"] = f"{arguments.quant_type}{', double' if arguments.double_quant else ''}"
     return trained

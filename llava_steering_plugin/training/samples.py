@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 # Key of a batch that holds the numbers of its samples, from the data loader to the training step.
-KEY = "steering_samples"
+SAMPLE_NUMBERS = "steering_samples"
 
 
 class NumberedDataset(Dataset[dict[str, Any]]):
@@ -19,7 +19,7 @@ class NumberedDataset(Dataset[dict[str, Any]]):
         self.dataset = dataset
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return {**self.dataset[number], KEY: number}
+        return {**self.dataset[number], SAMPLE_NUMBERS: number}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -44,8 +44,8 @@ class NumberedCollator:
         self.collator = collator
 
     def __call__(self, instances: list[dict[str, Any]]) -> dict[str, Any]:
-        numbers = torch.tensor([instance.pop(KEY) for instance in instances])
-        return {**self.collator(instances), KEY: numbers}
+        numbers = torch.tensor([instance.pop(SAMPLE_NUMBERS) for instance in instances])
+        return {**self.collator(instances), SAMPLE_NUMBERS: numbers}
 
 
 class EpochSeededSampler(Sampler[int]):
@@ -70,3 +70,11 @@ class EpochSeededSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.sampler)
+
+
+def sampler_of(loader: Any) -> EpochSeededSampler | None:
+    """Return our sampler inside the data loader, which accelerate has rebuilt; None if there is none."""
+    found = loader
+    while found is not None and not isinstance(found, EpochSeededSampler):
+        found = getattr(found, "batch_sampler", None) or getattr(found, "sampler", None)
+    return found

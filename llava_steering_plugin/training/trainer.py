@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -27,7 +26,13 @@ from llava_steering_plugin.training.conflicts import DATA_PARALLEL, NO_FSDP
 from llava_steering_plugin.training.flags import CANNOT_START, TrainingRequest, mode_from, mode_is_on
 from llava_steering_plugin.training.gradient_check import GradientCheck
 from llava_steering_plugin.training.preemption import Preemption
-from llava_steering_plugin.training.samples import KEY, EpochSeededSampler, NumberedCollator, NumberedDataset
+from llava_steering_plugin.training.samples import (
+    SAMPLE_NUMBERS,
+    EpochSeededSampler,
+    NumberedCollator,
+    NumberedDataset,
+    sampler_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,23 +50,23 @@ class SteeringTrainerMixin:
     is_deepspeed_enabled: bool
     state: Any
     _attachment: Attachment | None = None
-    _saved: int | None = None
+    _saved_step: int | None = None
 
     def __init__(self, *positional: Any, **kwargs: Any):
-        given: Any = kwargs.get("args")
+        arguments: Any = kwargs.get("args")
         model = kwargs.get("model")
-        if not mode_is_on(given):
+        if not mode_is_on(arguments):
             super().__init__(*positional, **kwargs)
             return
-        _refuse_setups(given)
-        self._attachment = _attached(model, given, kwargs.get("tokenizer"))
-        if given.process_index == 0:
-            checkpoints.prepare(Path(given.output_dir))
+        _refuse_unsupported(arguments)
+        self._attachment = _attach(model, arguments, kwargs.get("tokenizer"))
+        if arguments.process_index == 0:
+            checkpoints.prepare_output(Path(arguments.output_dir))
         kwargs["train_dataset"] = NumberedDataset(kwargs["train_dataset"])
         kwargs["data_collator"] = NumberedCollator(kwargs["data_collator"])
-        with _taken_for_peft(model):
+        with _marked_as_peft(model):
             super().__init__(**kwargs)
-        self._warned = False
+        self._loss_warned = False
         self._preemption = Preemption()
         self.add_callback(self._preemption)  # type: ignore[attr-defined]
         last_layer = self._attachment.shape.layers[-1].path
@@ -70,7 +75,7 @@ class SteeringTrainerMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self._attachment is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-        found = checkpoints.starting_point(resume_from_checkpoint, self.args, self.is_deepspeed_enabled)
+        found = checkpoints.checkpoint_to_resume(resume_from_checkpoint, self.args, self.is_deepspeed_enabled)
         if found is not None:
             provenance.refuse_another_training(self._attachment, found)
         if found is not None and self._ended_with(found):
@@ -93,15 +98,15 @@ class SteeringTrainerMixin:
         return True
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
-        numbers = inputs.pop(KEY, None)
+        numbers = inputs.pop(SAMPLE_NUMBERS, None)
         loss: Tensor = super().training_step(model, inputs, *rest)  # type: ignore[misc]
         # The loss of a batch without targets is 0/0; transformers itself looks at the loss after every step.
-        if numbers is not None and not self._warned and bool(torch.isnan(loss)):
-            self._warned = True
-            self._warn(inputs, numbers)
+        if numbers is not None and not self._loss_warned and bool(torch.isnan(loss)):
+            self._loss_warned = True
+            self._warn_of_loss(inputs, numbers)
         return loss
 
-    def _warn(self, inputs: dict[str, Any], numbers: Tensor) -> None:
+    def _warn_of_loss(self, inputs: dict[str, Any], numbers: Tensor) -> None:
         names = ", ".join(self.train_dataset.name_of(int(number)) for number in numbers)
         supervised = int((inputs["labels"] != IGNORED).sum())
         why = (
@@ -130,7 +135,7 @@ class SteeringTrainerMixin:
         if self._attachment is not None and self.is_deepspeed_enabled:
             config = self.args.hf_deepspeed_config
             deepspeed.remove_abandoned_locks()
-            deepspeed.before_initialize(
+            deepspeed.fix_zero_3(
                 config.config, config.dtype(), self._attachment.model, self._attachment.shape.hidden_size
             )
             deepspeed.fix_preparation(self.accelerator)
@@ -146,7 +151,7 @@ class SteeringTrainerMixin:
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()  # type: ignore[misc]
-        sampler = _sampler_of(loader)
+        sampler = sampler_of(loader)
         if sampler is not None:
             before = getattr(loader, "set_epoch", None)
 
@@ -174,15 +179,15 @@ class SteeringTrainerMixin:
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
             return
         output, step = Path(self.args.output_dir), self.state.global_step
-        if step == self._saved:
+        if step == self._saved_step:
             return  # after a SIGTERM, `--save_strategy epoch` asks again for the checkpoint of this step
-        with checkpoints.clear_errors(output, f"checkpoint-{step}", tidy=self.args.should_save):
+        with checkpoints.explain_write_errors(output, f"checkpoint-{step}", tidy=self.args.should_save):
             if self.args.should_save:
-                checkpoints.make_room(output, step)
+                checkpoints.remove_step(output, step)
             # Each rank checks whether the folder is there.
             self.args.distributed_state.wait_for_everyone()
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
-        self._saved = step
+        self._saved_step = step
 
     def _rotate_checkpoints(self, use_mtime: bool = False, output_dir: str | None = None) -> None:
         if self._attachment is None:
@@ -197,8 +202,8 @@ class SteeringTrainerMixin:
         )
 
     def save_state(self) -> None:
-        tells = checkpoints.clear_errors(Path(self.args.output_dir), integrity.STATE, tidy=False)
-        with tells if self._attachment is not None else nullcontext():
+        explained = checkpoints.explain_write_errors(Path(self.args.output_dir), integrity.STATE, tidy=False)
+        with explained if self._attachment is not None else nullcontext():
             super().save_state()  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -212,9 +217,9 @@ class SteeringTrainerMixin:
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
             return
         if checkpoint is not None and integrity.ranks_of(Path(checkpoint)) != self.args.world_size:
-            return  # `starting_point` has warned, or there are no random states (--save_only_model)
+            return  # `checkpoint_to_resume` has warned, or there are no random states (--save_only_model)
         try:
-            with _random_states_allowed():
+            with checkpoints.random_states_allowed():
                 super()._load_rng_state(checkpoint)  # type: ignore[misc]
         except (IndexError, KeyError) as error:
             # Each rank stores the states of all devices that it sees: there are fewer now, or there were none.
@@ -225,36 +230,38 @@ class SteeringTrainerMixin:
             )
 
 
-def _refuse_setups(given: Any) -> None:
+def _refuse_unsupported(arguments: Any) -> None:
     problems = []
-    if given.n_gpu > 1:
-        problems.append(DATA_PARALLEL.format(given.n_gpu))
-    if given.fsdp:
+    if arguments.n_gpu > 1:
+        problems.append(DATA_PARALLEL.format(arguments.n_gpu))
+    if arguments.fsdp:
         problems.append(NO_FSDP)
     if problems:
         raise ArgumentsError(listing(CANNOT_START, problems))
 
 
-def _attached(model: Any, given: Any, tokenizer: Any) -> Attachment:
+def _attach(model: Any, arguments: Any, tokenizer: Any) -> Attachment:
     """Attach the mode, freeze everything else but the projector, and print what is trained."""
     request = REQUEST.get()
-    mode = mode_from(given) if request is None or request.mode is None else request.mode
+    mode = mode_from(arguments) if request is None or request.mode is None else request.mode
     # `train()` seeds only inside the trainer; the adapter's first values must not depend on what ran before.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(given.seed)
-        attachment = load_adapter(model, given.adapter_path, tokenizer) if given.adapter_path else attach(model, mode)
+        torch.manual_seed(arguments.seed)
+        attachment = (
+            load_adapter(model, arguments.adapter_path, tokenizer) if arguments.adapter_path else attach(model, mode)
+        )
     model.requires_grad_(False)
     for parameter in attachment.trained().values():
         parameter.requires_grad_(True)
     projector = provenance.projector_parameters(model)
-    trained = {} if given.freeze_mm_mlp_adapter else projector
+    trained = {} if arguments.freeze_mm_mlp_adapter else projector
     for parameter in trained.values():
         parameter.requires_grad_(True)
-        if given.fp16 and parameter.dtype == torch.float16:
+        if arguments.fp16 and parameter.dtype == torch.float16:
             # GradScaler refuses gradients in half precision; under --bits upstream leaves the projector in it.
             parameter.data = parameter.data.float()
-    provenance.record(attachment, given, None if request is None else request.flags, tokenizer, trained.keys())
-    if given.process_index == 0:
+    provenance.record(attachment, arguments, None if request is None else request.flags, tokenizer, trained.keys())
+    if arguments.process_index == 0:
         # Counted in the model itself, so that packed and sharded weights count with their real size.
         other = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())
         Console().print(
@@ -264,7 +271,7 @@ def _attached(model: Any, given: Any, tokenizer: Any) -> Attachment:
 
 
 @contextmanager
-def _taken_for_peft(model: Any) -> Iterator[None]:
+def _marked_as_peft(model: Any) -> Iterator[None]:
     """Mark a quantised model as PEFT's inside the block: the trainer's constructor refuses other quantised models.
 
     Outside the constructor, the mark would change what `save_pretrained` writes.
@@ -278,23 +285,3 @@ def _taken_for_peft(model: Any) -> Iterator[None]:
         yield
     finally:
         model._hf_peft_config_loaded = before
-
-
-def _sampler_of(loader: Any) -> EpochSeededSampler | None:
-    """Return our sampler inside the data loader, which accelerate has rebuilt; None if there is none."""
-    found = loader
-    while found is not None and not isinstance(found, EpochSeededSampler):
-        found = getattr(found, "batch_sampler", None) or getattr(found, "sampler", None)
-    return found
-
-
-def _random_states_allowed() -> AbstractContextManager[Any]:
-    """Allow torch.load to read the random states that transformers pickles, and nothing else beside tensors.
-
-    Since torch 2.6 it refuses those of numpy by default, and transformers 4.37 could not resume.
-    """
-    allow = getattr(torch.serialization, "safe_globals", None)
-    if allow is None:
-        return nullcontext()
-    keys = np.zeros(1, np.uint32)  # the type of the state of numpy's generator
-    return allow([keys.__reduce__()[0], np.ndarray, np.dtype, type(keys.dtype)])

@@ -86,9 +86,9 @@ DAMAGE = [
 def test_a_damaged_checkpoint_is_never_taken_for_whole_and_the_one_before_is_found(
     run: Path, name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert checkpoints.newest(run) == 4
+    assert checkpoints.newest_complete(run) == 4
     damage(run / "checkpoint-4" / name)
-    assert checkpoints.newest(run) == 2
+    assert checkpoints.newest_complete(run) == 2
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-2", "damaged-checkpoint-4"]
     assert name in caplog.text
 
@@ -215,26 +215,26 @@ def test_a_checkpoint_of_another_kind_of_training_is_refused_with_what_to_do(
 ) -> None:
     args = TrainingArguments(str(run), use_cpu=True)
     with pytest.raises(CheckpointError, match="written without DeepSpeed, and this training runs with it") as error:
-        checkpoints.starting_point(True, args, deepspeed=True)
+        checkpoints.checkpoint_to_resume(True, args, deepspeed=True)
     assert "--adapter_path" in str(error.value)
     newest = run / "checkpoint-4"
     (newest / "rng_state.pth").rename(newest / "rng_state_0.pth")
     shutil.copy(newest / "rng_state_0.pth", newest / "rng_state_1.pth")
     with caplog.at_level(logging.WARNING):
-        assert checkpoints.starting_point(True, args, deepspeed=False) == newest
+        assert checkpoints.checkpoint_to_resume(True, args, deepspeed=False) == newest
     assert "was written by 2 rank(s), not 1" in caplog.text
     (newest / integrity.LATEST).write_text("global_step4")
     with pytest.raises(CheckpointError, match="DeepSpeed's parts of 2 rank"):
-        checkpoints.starting_point(str(newest), args, deepspeed=True)
+        checkpoints.checkpoint_to_resume(str(newest), args, deepspeed=True)
     (newest / "global_step4").mkdir()
     for part in ("zero_pp_rank_0_optim_states", "zero_pp_rank_1_optim_states", "mp_rank_00_model_states"):
         shutil.copy(newest / "optimizer.pt", newest / "global_step4" / f"{part}.pt")
     with pytest.raises(CheckpointError, match=r"written by 2 rank.* and DeepSpeed cannot resume it with 1"):
-        checkpoints.starting_point(str(newest), args, deepspeed=True)
+        checkpoints.checkpoint_to_resume(str(newest), args, deepspeed=True)
 
 
 def test_checkpoints_that_hold_the_model_only_are_whole_where_that_was_asked_for(run: Path) -> None:
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (run / "checkpoint-4" / name).unlink()
-    assert checkpoints.newest(run, without_states=True) == 4
-    assert checkpoints.newest(run) == 2
+    assert checkpoints.newest_complete(run, without_states=True) == 4
+    assert checkpoints.newest_complete(run) == 2

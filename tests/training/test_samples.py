@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import RandomSampler
 
-from llava_steering_plugin.training.samples import KEY, EpochSeededSampler, NumberedCollator, NumberedDataset
+from llava_steering_plugin.training.samples import SAMPLE_NUMBERS, EpochSeededSampler, NumberedCollator, NumberedDataset
 
 
 class Data:
@@ -29,7 +29,7 @@ def test_a_batch_carries_the_numbers_of_its_samples_beside_what_the_collator_mak
     collate = NumberedCollator(lambda samples: {"ids": torch.stack([sample["ids"] for sample in samples])})
     batch = collate([dataset[2], dataset[0]])
     assert batch["ids"].tolist() == [[20], [0]]
-    assert batch[KEY].tolist() == [2, 0]
+    assert batch[SAMPLE_NUMBERS].tolist() == [2, 0]
 
 
 def test_a_numbered_dataset_is_in_everything_else_the_one_it_wraps_also_in_another_process() -> None:
