@@ -142,7 +142,7 @@ def assemble(setup: TrainingSetup, arithmetic: Arithmetic, batch: BatchShape, la
     model.config.use_cache = False
     model.train()
     if batch.checkpointing:
-        # Reentrant, as upstream's pinned transformers has it.
+        # Reentrant, as in the version of transformers that LLaVA pins.
         model.gradient_checkpointing_enable({"use_reentrant": True})
         model.enable_input_require_grads()
     projector = _projector(setup, arithmetic)

@@ -36,7 +36,7 @@ def start_on_cpu() -> None:
     try:
         import deepspeed
     except (ImportError, ValueError) as error:
-        # 0.12.6, which upstream pins, wants Intel's extension of torch.
+        # 0.12.6, which LLaVA pins, needs Intel's extension of torch.
         raise SteeringError(
             f"DeepSpeed does not start on the CPU: {error} Version 0.19.8 does: pip install deepspeed==0.19.8 "
             "ninja (after torch, with --no-build-isolation)."

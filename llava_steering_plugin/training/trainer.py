@@ -258,7 +258,7 @@ def _attach(model: Any, arguments: Any, tokenizer: Any) -> Attachment:
     for parameter in trained.values():
         parameter.requires_grad_(True)
         if arguments.fp16 and parameter.dtype == torch.float16:
-            # GradScaler refuses gradients in half precision; under --bits upstream leaves the projector in it.
+            # GradScaler refuses gradients in half precision; with --bits LLaVA leaves the projector in it.
             parameter.data = parameter.data.float()
     provenance.record(attachment, arguments, None if request is None else request.flags, tokenizer, trained.keys())
     if arguments.process_index == 0:

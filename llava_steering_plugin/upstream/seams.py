@@ -4,7 +4,7 @@ A seam is a name that the plugin replaces, wraps, overrides or calls. `doctor` l
 importing it; import hooks fetch theirs with `require`, so that a missing one is reported by its name. A test compares
 `SEAMS` with what the package really uses.
 
-LLaVA main and its 1.2.2.post1 wheel have every name; LLaVA-NeXT has every name that training and loading need.
+LLaVA main (c121f04), its 1.2.2.post1 wheel and LLaVA-NeXT (df17966) have every name.
 """
 
 from __future__ import annotations
