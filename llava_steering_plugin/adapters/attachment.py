@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.adapters.counts import ParameterCounts, counted
@@ -47,11 +48,12 @@ class Attachment(ModelOwner):
         self._fixed = {name for name, parameter in self.parameters().items() if not parameter.requires_grad}
         self.extras: set[str] = set()
         self.config: AdapterConfig | None = None
-        self._hung = hang(self.stack, self.modules)
+        self._hung: list[RemovableHandle] = []
         try:
+            self._hung = hang(self.stack, self.modules)
             self.take()
         except BaseException:
-            unhang(self.stack, self.modules, self._hung)
+            self.remove()
             raise
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -8,29 +8,30 @@ import torch
 from torch import nn
 
 
-def unquantise(root: nn.Module, tensors: Iterable[str], dtype: torch.dtype) -> dict[str, nn.Module]:
-    """Put plain linears below `root` where a loader has quantised ones that the adapter brings weights for.
+def quantised_linears(root: nn.Module, tensors: Iterable[str]) -> dict[str, nn.Linear]:
+    """Return the quantised linears that an adapter brings weights for, by their names below `root`.
+
+    Args:
+        tensors: names of the weights, below `root`.
+    """
+    paths = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+    hosts = {path: root.get_submodule(path) for path in paths}
+    return {path: host for path, host in hosts.items() if isinstance(host, nn.Linear) and type(host) is not nn.Linear}
+
+
+def unquantise(root: nn.Module, tensors: Iterable[str], dtype: torch.dtype) -> None:
+    """Put plain linears in the places of `quantised_linears`.
 
     LLaVA's 4-bit loader quantises the projector too; the trained projector cannot be copied into packed weights.
 
     Args:
-        tensors: names of the weights, below `root`.
         dtype: of the plain linears.
-
-    Returns:
-        The quantised linears by their names below `root`: `put_back` undoes the exchange.
     """
-    plain: dict[str, nn.Module] = {}
-    quantised: dict[str, nn.Module] = {}
-    for name in tensors:
-        path, _, leaf = name.rpartition(".")
-        host = root.get_submodule(path)
-        if leaf != "weight" or type(host) is nn.Linear or not isinstance(host, nn.Linear):
-            continue
+    plain = {}
+    for path, host in quantised_linears(root, tensors).items():
         linear = nn.Linear(host.in_features, host.out_features, host.bias is not None, dtype=dtype)
-        plain[path], quantised[path] = linear.requires_grad_(False).to(host.weight.device), host
+        plain[path] = linear.requires_grad_(False).to(host.weight.device)
     put_back(root, plain)
-    return quantised
 
 
 def put_back(root: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,8 @@ from llava_steering_plugin.adapters.fingerprint import FINGERPRINT_COLUMNS, FING
 from llava_steering_plugin.adapters.folder import ADAPTER, ADDED, EXTRA, FINGERPRINT, StoredAdapter
 from llava_steering_plugin.adapters.locate import AdapterSource, read
 from llava_steering_plugin.adapters.parameters import set_parameters
-from llava_steering_plugin.adapters.quantised import put_back, unquantise
+from llava_steering_plugin.adapters.quantised import unquantise
+from llava_steering_plugin.adapters.undo import Undo
 from llava_steering_plugin.adapters.writing import write_folder
 from llava_steering_plugin.distributed import gathered, whole
 from llava_steering_plugin.errors import SteeringError
@@ -116,12 +116,16 @@ def load_adapter(model: PreTrainedModel, name_or_path: AdapterSource, tokenizer:
         raise SteeringError("this model carries an adapter already; call remove_adapter(model) first.")
     mode, modules = prepare(model, find_decoder(model)[1], stored)
     check_tokens(stored, tokenizer)
-    with ExitStack() as undo:
+    undo, attachment = Undo(model, stored), None
+    try:
         attachment = Attachment(model, mode, modules)
-        undo.callback(attachment.remove)
-        _replace_parameters(attachment, stored, undo)
+        _replace_parameters(attachment, stored)
         add_tokens(model, stored, tokenizer)
-        undo.pop_all()
+    except BaseException:
+        if attachment is not None:
+            attachment.remove()
+        undo()
+        raise
     attachment.config = stored.config
     return attachment
 
@@ -134,16 +138,12 @@ def restore(attachment: Attachment, stored: StoredAdapter) -> None:
     """
     check_tensors(attachment.model, attachment.parameters(), stored)
     set_parameters(attachment.parameters(), stored.section(ADAPTER))
-    with ExitStack() as undo:
-        _replace_parameters(attachment, stored, undo)
-        undo.pop_all()
+    _replace_parameters(attachment, stored)
 
 
-def _replace_parameters(attachment: Attachment, stored: StoredAdapter, undo: ExitStack) -> None:
-    """Give the base the adapter's own parameters of it; what `undo` gets makes it as it was."""
+def _replace_parameters(attachment: Attachment, stored: StoredAdapter) -> None:
+    """Give the base the adapter's own parameters of it."""
     model, tensors = attachment.model, stored.section(EXTRA)
-    undo.callback(put_back, model, unquantise(model, tensors, model.dtype))
-    parameters = {name: model.get_parameter(name) for name in tensors}
-    undo.callback(set_parameters, parameters, {name: whole(parameter) for name, parameter in parameters.items()})
-    set_parameters(parameters, tensors)
+    unquantise(model, tensors, model.dtype)
+    set_parameters({name: model.get_parameter(name) for name in tensors}, tensors)
     attachment.extras |= tensors.keys()

@@ -41,13 +41,17 @@ def hang(stack: nn.Module, modules: dict[str, nn.Module]) -> list[RemovableHandl
         device = device_of(hosts[path])
         if device is not None:
             module.to(device)
-    handles = []
-    for path, module in modules.items():
-        host = hosts[path]
-        host.add_module(CHILD, module)
-        if hasattr(module, "enter"):
-            handles.append(host.register_forward_pre_hook(_replace_input))
-        handles.append(host.register_forward_hook(_replace_output, with_kwargs=True))
+    handles: list[RemovableHandle] = []
+    try:
+        for path, module in modules.items():
+            host = hosts[path]
+            host.add_module(CHILD, module)
+            if hasattr(module, "enter"):
+                handles.append(host.register_forward_pre_hook(_replace_input))
+            handles.append(host.register_forward_hook(_replace_output, with_kwargs=True))
+    except BaseException:
+        unhang(stack, modules, handles)
+        raise
     return handles
 
 
@@ -65,11 +69,13 @@ def device_of(host: nn.Module) -> torch.device | None:
 
 
 def unhang(stack: nn.Module, modules: dict[str, nn.Module], handles: list[RemovableHandle]) -> None:
-    """Undo `hang`."""
+    """Undo `hang`, also one that failed half-way."""
     for handle in handles:
         handle.remove()
-    for path in modules:
-        delattr(stack.get_submodule(path), CHILD)
+    for path, module in modules.items():
+        host = stack.get_submodule(path)
+        if getattr(host, CHILD, None) is module:
+            delattr(host, CHILD)
 
 
 def _replace_input(host: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -124,18 +130,26 @@ class SharedHooks:
         self._needed: Counter[str] = Counter()
 
     def need(self, paths: Iterable[str]) -> None:
-        """Count one more adapter on the hosts at these paths, and hook those that had none."""
-        for path in paths:
-            if path not in self._handles:
-                self._handles[path] = self._register(path)
-            self._needed[path] += 1
+        """Count one more adapter on the hosts at these paths, and hook those that had none; all of them, or none."""
+        counted = []
+        try:
+            for path in paths:
+                self._needed[path] += 1
+                counted.append(path)
+                if path not in self._handles:
+                    self._handles[path] = self._register(path)
+        except BaseException:
+            self.release(counted)
+            raise
 
     def release(self, paths: Iterable[str]) -> None:
         """Count one adapter less on the hosts at these paths, and unhook those that have none left."""
         for path in paths:
             self._needed[path] -= 1
             if not self._needed[path]:
-                self._handles.pop(path).remove()
+                del self._needed[path]
+                if (handle := self._handles.pop(path, None)) is not None:
+                    handle.remove()
 
 
 def dispatch(path: str) -> Callable[..., Any]:

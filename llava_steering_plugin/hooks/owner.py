@@ -70,7 +70,7 @@ class ModelOwner:
         self.release()
 
     def release(self) -> None:
-        """Cease to own the model: undo `take`."""
+        """Cease to own the model: undo `take`, also one that has failed half-way."""
         if self._pass_hook is not None:
             self._pass_hook.remove()
             change_checkpointing(self._checkpointing, unbound)
@@ -81,7 +81,7 @@ class ModelOwner:
                 del self.model.__dict__[name]
                 if before is not None:
                     self.model.__dict__[name] = before
-        del self.model.__dict__[ATTRIBUTE]
+        self.model.__dict__.pop(ATTRIBUTE, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelOwner:
         raise SteeringError(
