@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import safetensors
+from adapter_files import as_version_0_1
 from safetensors import safe_open
 from steered import strengthen
 from tiny_llava import TinyLlava
 
 from llava_steering_plugin import AdapterPool, attach, load_adapter, remove, save_adapter
-from llava_steering_plugin.adapters.folder import WEIGHTS, AdapterFolder
+from llava_steering_plugin.adapters.folder import CONFIG, OLD_CONFIG, WEIGHTS, AdapterFolder
 from llava_steering_plugin.adapters.locate import find, locate, read
 from llava_steering_plugin.adapters.save_load import describe
 from llava_steering_plugin.errors import AdapterError
@@ -105,6 +106,18 @@ def by_the_chat(model: Any, source: str) -> None:
     from llava_steering_plugin.chat.session import open_chat
 
     open_chat(source, {"pets": source}, first="pets")
+
+
+def test_an_adapter_on_the_hub_is_known_by_its_config_under_either_name(on_the_hub: Path) -> None:
+    for name in (CONFIG, OLD_CONFIG):
+        assert (on_the_hub / name).is_file()
+        found = locate(HUB_ID)
+        assert (found.path, found.config.mode) == (on_the_hub, "mixlora")
+        assert found.llava_config is not None and found.llava_config["model_type"] == "llava_llama"
+        if name == CONFIG:
+            as_version_0_1(on_the_hub)
+    (on_the_hub / OLD_CONFIG).unlink()
+    assert find(HUB_ID) is None
 
 
 DOORS: dict[str, Callable[[Any, str], object]] = {
