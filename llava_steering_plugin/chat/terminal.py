@@ -120,8 +120,8 @@ class Terminal:
             self.notes.print(table)
             return
         before = self.chat.turns
-        begins_anew = self.chat.use(name)
-        if begins_anew and before:
+        starts_over = self.chat.use(name)
+        if starts_over and before:
             self._note(f"{name} answers, with its own template: the conversation starts over.")
         elif before:
             self._note(f"{name} continues the conversation; /reset starts over.")
