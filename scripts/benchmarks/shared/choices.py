@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from llava_steering_plugin.modes.base import Pass
+from llava_steering_plugin.modes.base import ForwardPass
 from llava_steering_plugin.modes.mixlora import RoutedLinear
 
 
@@ -17,7 +17,7 @@ def choices(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """Collect the choices of the last prefill by router: bool [rows, E], True for a chosen factor."""
     chosen: dict[str, Tensor] = {}
 
-    def note(module: RoutedLinear, args: tuple[Tensor, Tensor, Pass], output: Tensor, path: str) -> None:
+    def note(module: RoutedLinear, args: tuple[Tensor, Tensor, ForwardPass], output: Tensor, path: str) -> None:
         kept = args[2].kept[module]
         for side, factors in (("a", kept.a), ("b", kept.b)):
             none = torch.zeros(len(factors), module.mode.factors, dtype=torch.bool, device=factors.device)
