@@ -1,4 +1,7 @@
-"""Upstream's own programs, started by launch with a llava that is not patched: trained, evaluated, chatted, served."""
+"""Upstream's own programs, started by launch with a llava that is not patched: trained, evaluated, chatted, served.
+
+Those whose start is not what is tested run in forks of a process that has imported LLaVA.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,14 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from forks import Forks
 from launching import LAUNCH, launch
 from ports import free_port
 from ranks import script
 from tiny_llava import TinyLlava
 from training_runs import stage_1_overrides, subprocess_environment, train_flags
+
+pytest_plugins = ["fork_fixtures"]
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +40,12 @@ def test_training_through_launch_writes_an_adapter_and_no_model(adapter: Path) -
 
 
 @pytest.mark.slow
-def test_a_seed_makes_upstreams_stage_1_reproducible(tiny: TinyLlava, pristine_llava: Path, tmp_path: Path) -> None:
+def test_a_seed_makes_upstreams_stage_1_reproducible(tiny: TinyLlava, pristine_forks: Forks, tmp_path: Path) -> None:
     projectors = []
     for number, seed in enumerate(("7", "7", "8")):
         folder = tmp_path / str(number)
         flags = train_flags(tiny, folder, {**stage_1_overrides(tiny), "max_steps": 1})
-        done = launch("--seed", seed, "llava.train.train", *flags, llava=pristine_llava, cwd=tmp_path)
+        done = pristine_forks.run(*LAUNCH, "--seed", seed, "llava.train.train", *flags, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-4000:]
         projectors.append((folder / "mm_projector.bin").read_bytes())
     assert projectors[0] == projectors[1] != projectors[2]
@@ -84,13 +90,12 @@ def test_torchrun_trains_on_two_ranks(tiny: TinyLlava, pristine_llava: Path, tmp
 
 @pytest.mark.slow
 def test_the_batched_evaluation_with_its_hard_coded_cuda_runs_on_the_processor(
-    adapter: Path, tiny: TinyLlava, pristine_llava: Path, tmp_path: Path
+    adapter: Path, tiny: TinyLlava, pristine_forks: Forks, tmp_path: Path
 ) -> None:
     answers = tmp_path / "answers" / "loader.jsonl"
     flags = _evaluation_flags(adapter, tiny, answers, tiny.questions)
-    done = launch(
-        "--cpu", "llava.eval.model_vqa_loader", *flags, "--max_new_tokens", "4", llava=pristine_llava, cwd=tmp_path
-    )
+    program = "llava.eval.model_vqa_loader"
+    done = pristine_forks.run(*LAUNCH, "--cpu", program, *flags, "--max_new_tokens", "4", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(answers.read_text().splitlines()) == len(tiny.questions.read_text().splitlines())
 
@@ -98,31 +103,27 @@ def test_the_batched_evaluation_with_its_hard_coded_cuda_runs_on_the_processor(
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["model_vqa", "model_vqa_science", "model_vqa_mmbench"])
 def test_the_other_evaluations_with_their_hard_coded_cuda_run_on_the_processor(
-    adapter: Path, tiny: TinyLlava, pristine_llava: Path, tmp_path: Path, program: str
+    adapter: Path, tiny: TinyLlava, pristine_forks: Forks, tmp_path: Path, program: str
 ) -> None:
     answers = tmp_path / "answers" / f"{program}.jsonl"
     flags = _evaluation_flags(adapter, tiny, answers, _one_question(program, tiny, tmp_path))
-    done = launch("--cpu", f"llava.eval.{program}", *flags, llava=pristine_llava, cwd=tmp_path)
+    done = pristine_forks.run(*LAUNCH, "--cpu", f"llava.eval.{program}", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(answers.read_text().splitlines()) == 1
 
 
 @pytest.mark.slow
 def test_run_llava_and_the_cli_answer_on_the_processor(
-    adapter: Path, tiny: TinyLlava, pristine_llava: Path, tmp_path: Path
+    adapter: Path, tiny: TinyLlava, pristine_forks: Forks, tmp_path: Path
 ) -> None:
     image = str(next(tiny.images.iterdir()))
     common = ["--model-path", str(adapter), "--image-file", image, "--temperature", "0"]
-    asked = launch(
-        *("--cpu", "llava.eval.run_llava", *common, "--query", "What color is it?", "--max_new_tokens", "8"),
-        llava=pristine_llava,
-        cwd=tmp_path,
+    question = "What color is it?"
+    asked = pristine_forks.run(
+        *(*LAUNCH, "--cpu", "llava.eval.run_llava", *common, "--query", question, "--max_new_tokens", "8"), cwd=tmp_path
     )
-    chatted = launch(
-        *("--cpu", "llava.serve.cli", *common, "--max-new-tokens", "8"),
-        llava=pristine_llava,
-        cwd=tmp_path,
-        stdin="What color is it?\n\n",
+    chatted = pristine_forks.run(
+        *(*LAUNCH, "--cpu", "llava.serve.cli", *common, "--max-new-tokens", "8"), cwd=tmp_path, stdin=f"{question}\n\n"
     )
     assert asked.returncode == 0 and asked.stdout.strip(), asked.stderr[-4000:]
     assert chatted.returncode == 0 and "ASSISTANT: " in chatted.stdout, chatted.stderr[-4000:]

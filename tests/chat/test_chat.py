@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from asking import Asker, Question
+from forks import Forks
 from steered import strengthen
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
@@ -27,7 +28,7 @@ from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
 
-pytest_plugins = ["steered_fixtures"]
+pytest_plugins = ["fork_fixtures", "steered_fixtures"]
 
 SHORT = 12  # tokens of an answer
 CHAT = ["-m", "llava_steering_plugin", "chat"]
@@ -67,7 +68,7 @@ def place(_shared: Any, patched_llava: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
-def programs(place: Place, tiny: TinyLlava) -> Iterator[dict[str, Future[Ended]]]:
+def programs(place: Place, tiny: TinyLlava, patched_forks: Forks) -> Iterator[dict[str, Future[Ended]]]:
     """The programs whose whole input is known beforehand; two at a time."""
     image = str(tiny.images / str(QUESTION.image))
     other = str(tiny.images / "01.png")
@@ -104,15 +105,7 @@ never asked
 """
 
     def run(words: list[str], stdin: str) -> Ended:
-        return subprocess.run(
-            [sys.executable, *words],
-            input=stdin,
-            cwd=place.folder,
-            env=place.environment,
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
+        return patched_forks.run(*words, stdin=stdin, cwd=place.folder)
 
     with ThreadPoolExecutor(2) as pool:
         cli = ["-m", "llava.serve.cli", "--model-path", cats, "--image-file", image, *GREEDY, str(SHORT)]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,15 @@ from typing import Any
 import pytest
 from asking import Asker
 from asking import Question as Asked
+from forks import Forks
 from pooled import BASE
 from tiny_llava import TinyLlava, without_half_of_its_weights
-from training_runs import subprocess_environment
 from typer.testing import CliRunner
 
 from llava_steering_plugin.cli import app
 from llava_steering_plugin.errors import SteeringError
 
-pytest_plugins = ["steered_fixtures", "pooled_fixtures"]
+pytest_plugins = ["fork_fixtures", "pooled_fixtures", "steered_fixtures"]
 
 ADAPTERS = ("cats", "pets", "birds", "bats")
 SHORT = 12
@@ -184,23 +182,20 @@ def test_the_answers_are_those_of_upstreams_own_program(
     questions: list[dict[str, Any]],
     tiny: TinyLlava,
     folders: dict[str, Path],
-    patched_llava: Path,
+    patched_forks: Forks,
     tmp_path: Path,
 ) -> None:
     with_images = [question for question in questions if "image" in question]
     file, answers = tmp_path / "asked.jsonl", tmp_path / "answered.jsonl"
     file.write_text("".join(json.dumps(question) + "\n" for question in with_images))
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "llava_steering_plugin.launch", "--cpu", "llava.eval.model_vqa_loader"),
-            *("--model-path", folders["pets"], "--image-folder", tiny.images, "--question-file", file),
-            *("--answers-file", answers, "--conv-mode", "llava_v1", "--temperature", "0"),
-            *("--max_new_tokens", str(SHORT)),
-        ],
-        env=subprocess_environment(patched_llava),
-        check=True,
-        timeout=600,
+    done = patched_forks.run(
+        *("-m", "llava_steering_plugin.launch", "--cpu", "llava.eval.model_vqa_loader"),
+        *("--model-path", str(folders["pets"]), "--image-folder", str(tiny.images), "--question-file", str(file)),
+        *("--answers-file", str(answers), "--conv-mode", "llava_v1", "--temperature", "0"),
+        *("--max_new_tokens", str(SHORT)),
+        cwd=tmp_path,
     )
+    assert done.returncode == 0, done.stderr[-4000:]
     nameless = [{key: value for key, value in each.items() if key != "adapter"} for each in with_images]
     lines = evaluate(nameless, "--ask", "pets", "--batch-size", "3")
     expected = [json.loads(line)["text"] for line in answers.read_text().splitlines()]

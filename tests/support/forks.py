@@ -1,10 +1,14 @@
 """Processes with upstream's training imported already: they start in milliseconds, and SIGKILL is as real for them.
 
-A server imports once and forks a process for each training. Run as a script only; `Forks` starts it. It reads lines of
-JSON and answers each with one:
+A server imports once and forks a process for each training or program. Run as a script only; `Forks` starts it. It
+reads lines of JSON and answers each with one:
 
-    {"flags": [...], "env": {...}, "log": path, "die_at": n}  ->  the number of the new process
-    {"wait": number}                                          ->  its exit status, negative for a signal
+    {"flags": [...], "env": {...}, "log": path, "die_at": n}   ->  the number of the new process, a training
+    {"words": [...], "env": {...}, "cwd": path, "files": path} ->  the same, for `python WORDS`
+    {"poll": number}                                           ->  its exit status, negative for a signal, or null
+
+Not for what a test promises of the start itself: the order of imports, the hooks of a patched llava on a module that
+runs as `__main__`, a foreign package on the path.
 """
 
 from __future__ import annotations
@@ -12,9 +16,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +40,7 @@ class Forks:
         )
         self.count = 0
         self.cwd = cwd
+        self._one_at_a_time = threading.Lock()
 
     def start(
         self, flags: Sequence[str], *, die_at: int | None = None, env: Mapping[str, str] | None = None
@@ -49,9 +57,33 @@ class Forks:
         request = {"flags": list(flags), "env": dict(env or {}), "log": str(log), "die_at": die_at}
         return int(self._ask(request)), log
 
-    def wait(self, process: int) -> int:
-        """The exit status of a training, once it has ended."""
-        return int(self._ask({"wait": process}))
+    def run(
+        self,
+        *words: str,
+        cwd: Path,
+        stdin: str = "",
+        env: Mapping[str, str] | None = None,
+        timeout: float = 500,
+    ) -> subprocess.CompletedProcess[str]:
+        """Do what `subprocess.run([sys.executable, *words])` does; the words begin with -m and a module."""
+        with self._one_at_a_time:
+            self.count += 1
+            files = self.cwd / str(self.count)
+        files.mkdir()
+        (files / "stdin").write_text(stdin)
+        request = {"words": list(words), "env": dict(env or {}), "cwd": str(cwd), "files": str(files)}
+        status = self.wait(int(self._ask(request)), timeout)
+        said, warned = ((files / name).read_text() for name in ("stdout", "stderr"))
+        return subprocess.CompletedProcess([sys.executable, *words], status, said, warned)
+
+    def wait(self, process: int, timeout: float = 500) -> int:
+        """Return the exit status of a process, once it has ended; one that takes too long is killed."""
+        end = time.monotonic() + timeout
+        while (status := self._ask({"poll": process})) is None:
+            if time.monotonic() > end:
+                os.killpg(process, signal.SIGKILL)
+            time.sleep(0.05)
+        return int(status)
 
     def close(self) -> None:
         assert self.server.stdin is not None
@@ -60,32 +92,59 @@ class Forks:
 
     def _ask(self, request: dict[str, Any]) -> Any:
         assert self.server.stdin is not None and self.server.stdout is not None
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        answer = self.server.stdout.readline()
+        with self._one_at_a_time:
+            self.server.stdin.write(json.dumps(request) + "\n")
+            self.server.stdin.flush()
+            answer = self.server.stdout.readline()
         if not answer:
             raise RuntimeError(f"the server has ended with {self.server.wait(60)}")
         return json.loads(answer)
 
 
 def serve() -> None:
-    from llava_steering_plugin.upstream.cuda_to_cpu import redirect_cuda_to_cpu
-
-    redirect_cuda_to_cpu()
     from llava.train import train as upstream  # noqa: F401
 
     # Answers alone go through the pipe: whatever the imports wrote on standard output went elsewhere.
     for line in sys.stdin:
         request = json.loads(line)
-        if "wait" in request:
-            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        if "poll" in request:
+            process, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if process else None
         else:
             answer = os.fork()
             if answer == 0:
-                train(request)
-            with suppress(ProcessLookupError):
+                train(request) if "flags" in request else run(request)
+            with suppress(ProcessLookupError, PermissionError):
                 os.setpgid(answer, answer)  # here and there: whoever comes first, it is done when the answer comes
-        os.write(ANSWERS, f"{answer}\n".encode())
+        os.write(ANSWERS, f"{json.dumps(answer)}\n".encode())
+
+
+def run(request: dict[str, Any]) -> None:
+    """Run a program in this process, which was forked for it, as `python -m` would, and end it."""
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        for stream, name in enumerate(("stdin", "stdout", "stderr")):
+            flags = os.O_WRONLY | os.O_CREAT if stream else os.O_RDONLY
+            os.dup2(os.open(Path(request["files"]) / name, flags), stream)
+        os.chdir(request["cwd"])
+        os.environ.update(request["env"])
+        words = request["words"]
+        sys.stdin = open(0, closefd=False)  # the server's own has read ahead
+        sys.orig_argv, sys.argv, sys.path[0] = [sys.executable, *words], words[1:], request["cwd"]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as stopped:
+        if isinstance(stopped.code, str):
+            sys.stderr.write(f"{stopped.code}\n")
+        else:
+            status = stopped.code or 0
+    except Exception:
+        logging.exception("the program failed")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def train(request: dict[str, Any]) -> None:
@@ -97,6 +156,9 @@ def train(request: dict[str, Any]) -> None:
         for stream in (1, 2):
             os.dup2(log, stream)
         os.environ.update(request["env"])
+        from llava_steering_plugin.upstream.cuda_to_cpu import redirect_cuda_to_cpu
+
+        redirect_cuda_to_cpu()
         flags = request["flags"]
         if request["die_at"] is not None:
             _die_at(request["die_at"], flags[flags.index("--output_dir") + 1])

@@ -12,7 +12,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from ports import free_port
 from rank_runs import assert_equal
 from tiny_llava import TinyLlava
 from torch.utils import cpp_extension
-from training_runs import subprocess_environment, train_flags
+from training_runs import train_flags
 
 from llava_steering_plugin.adapters.folder import WEIGHTS
 from llava_steering_plugin.training import checkpoints, integrity
 
+pytest_plugins = ["fork_fixtures"]
 pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("LLAVA_STEERING_KILLS", "6"))
@@ -52,11 +53,9 @@ LAST_STEP_OF_THE_FIRST_EPOCH = 6
 CHANGES = 20
 
 
-@pytest.fixture(scope="module")
-def forks(patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    server = Forks(subprocess_environment(patched_llava), tmp_path_factory.mktemp("forks"))
-    yield server
-    server.close()
+@pytest.fixture
+def forks(patched_forks: Forks) -> Forks:
+    return patched_forks
 
 
 class Job:

@@ -11,16 +11,17 @@ import base64
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from asking import Asker, Question
+from forks import Forks
 from served import MISLEADING_NAMES, Served
 from tiny_llava import TinyLlava
-from training_runs import subprocess_environment
+
+pytest_plugins = ["fork_fixtures"]
 
 SHORT = 16
 LONGEST = 1024  # what those of the eval scripts ask for that have no flag for it
@@ -31,20 +32,13 @@ Programs = dict[str, "Future[Ended]"]
 
 
 @pytest.fixture(scope="module")
-def start(patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+def start(patched_forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts a program over the patched llava; two at a time, the others wait their turn."""
     cwd = tmp_path_factory.mktemp("programs")
-    environment = subprocess_environment(patched_llava)
     with ThreadPoolExecutor(2) as pool:
 
         def start(*words: str, stdin: str = "") -> Future[Ended]:
-            def run() -> Ended:
-                command = [sys.executable, *words]
-                return subprocess.run(
-                    command, input=stdin, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-                )
-
-            return pool.submit(run)
+            return pool.submit(patched_forks.run, *words, cwd=cwd, stdin=stdin)
 
         yield start
 
