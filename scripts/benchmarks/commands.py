@@ -1,4 +1,4 @@
-"""The command line of the benchmarks. Each command imports its module when it runs, so that `--help` is quick.
+"""Define the command line of the benchmarks. Each command imports its module when it runs, so that `--help` is quick.
 
 Every command ends with status 0 if its criteria are met, and with 1 if they are not.
 """

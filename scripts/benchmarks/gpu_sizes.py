@@ -1,4 +1,4 @@
-"""The sizes of the GPU check: the model, and the work that is done with it."""
+"""Define the sizes of the GPU check: the model, and the work that is done with it."""
 
 from __future__ import annotations
 

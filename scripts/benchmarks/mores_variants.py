@@ -86,7 +86,7 @@ def variants(case: Case, settings: tuple[MoReS, ...], dtype: torch.dtype) -> dic
 
 @dataclass(frozen=True)
 class Size:
-    """What an adapter adds: floating-point operations, parameters, buffers, and tensors of width x width."""
+    """The additions of an adapter: floating-point operations, parameters, buffers, and tensors of width x width."""
 
     forward_flops: int
     forward_backward_flops: int

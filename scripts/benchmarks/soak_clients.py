@@ -1,4 +1,4 @@
-"""Clients of the soak test: they send requests of every kind to a worker, and count the wrong responses."""
+"""Send requests of every kind to a worker, and count the wrong responses."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Experiments on a small LLaVA that is made here: `demo` and `multitask`, and the parts that both use."""
+"""Run experiments on a small LLaVA that is made here: `demo` and `multitask`, and the parts that both use."""

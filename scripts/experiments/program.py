@@ -1,4 +1,4 @@
-"""What the programs of all experiments do: check the machine, run stages, and describe a run."""
+"""Check the machine, run stages and describe a run, for the programs of all experiments."""
 
 from __future__ import annotations
 

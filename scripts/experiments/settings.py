@@ -1,4 +1,4 @@
-"""Sizes and lengths of the base that all experiments start from."""
+"""Define sizes and lengths of the base that all experiments start from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ways to tune the base: a name and upstream's flags for each, and the stage that trains it."""
+"""Describe ways to tune the base by a name and upstream's flags, and build the stage that trains one."""
 
 from __future__ import annotations
 

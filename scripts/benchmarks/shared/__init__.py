@@ -1,1 +1,1 @@
-"""Parts that several benchmarks share: clocks, the machine, process memory, random models, verdicts."""
+"""Share parts among the benchmarks: clocks, the machine, process memory, random models, verdicts."""

@@ -1,1 +1,1 @@
-"""The demo: break the colours of a small LLaVA's camera, and teach it the new colours with MoReS."""
+"""Break the colours of a small LLaVA's camera, and teach it the new colours with MoReS."""

@@ -1,4 +1,4 @@
-"""Sizes and lengths of the demo: the full run, and the quick run for CI."""
+"""Define sizes and lengths of the demo: the full run, and the quick run for CI."""
 
 from __future__ import annotations
 

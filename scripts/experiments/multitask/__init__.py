@@ -1,1 +1,1 @@
-"""The multi-task measurement: LoRA and MixLoRA on tasks that conflict, one adapter for all of them."""
+"""Compare LoRA and MixLoRA on tasks that conflict, one adapter for all of them."""

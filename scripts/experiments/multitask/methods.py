@@ -1,4 +1,4 @@
-"""The methods that are compared, and the sizes of the measurement: the full one, and the quick one for CI."""
+"""Define the methods to compare and the sizes of the measurement: the full one, and the quick one for CI."""
 
 from __future__ import annotations
 
