@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: every command answers --help at once, with the options that it always had."""
+"""The command line of the benchmarks: every command answers --help at once, with exactly these options."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ OPTIONS = {
     "memory": {"--only", "--json"},
     "soak": {"--minutes", "--clients", "--tolerance", "--json"},
     "routing": {"--data", "--pictures", "--template", "--count", "--seed", "--json"},
+    "startup": {"--rounds", "--json"},
     "gpu": {"--tiny", "--output", "--tests", "--no-tests"},
 }
 LISTED = """
