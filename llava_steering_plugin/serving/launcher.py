@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-import requests
 from rich.console import Console
 
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.serving.options import ServeOptions
 from llava_steering_plugin.serving.processes import Program, Programs
+from llava_steering_plugin.serving.proxies import EVERYTHING, bypassing, call
 
 START_SECONDS = 300.0
 PAGE_PORT = 7860  # gradio's default
@@ -48,12 +47,13 @@ def serve(options: ServeOptions, console: Console) -> None:
     page = f"http://{EVERYWHERE.get(host, host)}:{ports['page']}"
     logged = ["--log-requests"] if options.log_requests else []
     path = _checkout_path()
+    local = {**path, **EVERYTHING}  # controller and page call this machine only, and never through a proxy
     first, second, third = (
         Program(
             "controller",
             ["-m", "llava.serve.controller", "--host", "127.0.0.1", "--port", str(ports["controller"])],
             lambda: _answers("POST", f"{controller}/list_models"),
-            path,
+            local,
             "green",
             hidden="Receive heart beat",
         ),
@@ -63,7 +63,7 @@ def serve(options: ServeOptions, console: Console) -> None:
             # It is up when the controller knows it and it answers. In this order: while it loads its model,
             # connections to it wait, and a Ctrl-C would wait with them.
             lambda: bool(_models(controller)) and _answers("GET", f"{worker}/health"),
-            {**path, **worker_options.as_environment()},
+            {**path, **bypassing(os.environ), **worker_options.as_environment()},
             "cyan",
         ),
         Program(
@@ -73,7 +73,7 @@ def serve(options: ServeOptions, console: Console) -> None:
                 *("--host", host, "--port", str(ports["page"]), "--controller-url", controller),
             ],
             lambda: _answers("GET", page),
-            path,
+            local,
             "magenta",
         ),
     )
@@ -159,18 +159,10 @@ def _held(held: ExitStack, host: str, port: int) -> int:
     return int(probe.getsockname()[1])
 
 
-def _request(method: str, url: str) -> Any:
-    try:
-        response = requests.request(method, url, timeout=5)
-        return response if response.status_code == 200 else None
-    except requests.exceptions.RequestException:
-        return None
-
-
 def _answers(method: str, url: str) -> bool:
-    return _request(method, url) is not None
+    return call(method, url) is not None
 
 
 def _models(controller: str) -> list[str]:
-    response = _request("POST", f"{controller}/list_models")
+    response = call("POST", f"{controller}/list_models")
     return sorted(response.json()["models"]) if response is not None else []

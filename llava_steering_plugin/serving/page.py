@@ -33,6 +33,7 @@ from llava_steering_plugin.checkout.find import find_llava
 from llava_steering_plugin.errors import SteeringError, UpstreamError
 from llava_steering_plugin.launch import LaunchRequest, run
 from llava_steering_plugin.lazy_imports import defer_compilation
+from llava_steering_plugin.serving.proxies import EVERYTHING, bypass_proxies, host_of, is_loopback
 from llava_steering_plugin.upstream.startup import flag_value
 
 PAGE = "llava.serve.gradio_web_server"
@@ -52,6 +53,7 @@ def main(words: Sequence[str]) -> None:
         if flag_value(upstream_words, flag) is None:
             upstream_words += [flag, value]
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    _keep_calls_direct(upstream_words)
     with ExitStack() as until_the_end:
 
         def end(number: int, frame: FrameType | None) -> None:
@@ -65,6 +67,15 @@ def main(words: Sequence[str]) -> None:
             keep_nothing(folder)
         register_post_import_hook(_without_missing_examples, "gradio")
         run(LaunchRequest(PAGE, upstream_words))
+
+
+def _keep_calls_direct(words: Sequence[str]) -> None:
+    """Make the page reach this machine without a proxy: it calls the controller, and itself to see that it is up."""
+    controller = flag_value(words, "--controller-url")
+    if {"--share", "--moderate"} & {*words} or (controller and not is_loopback(host_of(controller))):
+        bypass_proxies(controller or "")
+    else:
+        os.environ.update(EVERYTHING)  # also what no list of names can say, such as an IPv6 --host
 
 
 def help_parser() -> argparse.ArgumentParser:

@@ -8,7 +8,6 @@ base. Options that upstream's worker also has keep their names.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import socket
 import sys
@@ -21,6 +20,7 @@ from llava_steering_plugin.inference import options as inference_options
 from llava_steering_plugin.lazy_imports import defer_compilation
 from llava_steering_plugin.serving.idle_memory import keep_few_operations, return_large_blocks
 from llava_steering_plugin.serving.options import WorkerOptions, command
+from llava_steering_plugin.serving.proxies import bypass_proxies, is_loopback
 
 if TYPE_CHECKING:
     from starlette.routing import Route
@@ -34,6 +34,7 @@ def run(options: WorkerOptions) -> None:
     """Serve a base and its adapters to LLaVA's controller and web page."""
     logging.basicConfig(level=logging.INFO)
     limits = options.limits()
+    bypass_proxies(options.controller_address)
     return_large_blocks()
     keep_few_operations()
     device = inference_options.choose_device(options.device)
@@ -55,7 +56,7 @@ def run(options: WorkerOptions) -> None:
     # Bind the port before loading the model: that it is taken shows in a second, not in minutes.
     listener = bind(options.host, options.port)
     give_up_stalled(listener, limits.stall_seconds)  # connections made from here on inherit it
-    if not _is_local(options.host):
+    if not is_loopback(options.host):
         logger.warning("listening on %s: anyone who reaches this machine can send requests", options.host)
 
     from llava_steering_plugin.inference.base_model import explained_failures
@@ -137,13 +138,6 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise ArgumentsError(f"cannot listen on {host}:{port}: {error}. Choose with --host and --port.") from error
     return listener
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def main() -> None:

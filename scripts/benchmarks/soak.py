@@ -18,6 +18,8 @@ from pathlib import Path
 import psutil
 import typer
 
+from llava_steering_plugin.serving.proxies import bypass_proxies
+
 from .shared.process_memory import MB, private_by_kind
 from .shared.verdicts import write_json
 from .soak_clients import Clients
@@ -72,6 +74,7 @@ def problems_of(clients: Clients, warm: Rest, ended: Rest, tolerance: float) -> 
 
 def run(url: str, minutes: float, count: int, tolerance: float, json_file: Path | None) -> int:
     """Run the test with `count` clients; return its exit status."""
+    bypass_proxies(url)
     process = listener(url)
     clients = Clients(url)
     began = at_rest(clients, process)
