@@ -1,1 +1,1 @@
-"""What a user keeps: settings, modules attached to a model, and the folder they are saved in."""
+"""Adapters: their settings, their modules on a model, and the folder that they are saved in."""

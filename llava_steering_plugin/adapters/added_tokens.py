@@ -37,7 +37,7 @@ def check_tokens(stored: StoredAdapter, tokenizer: Any) -> None:
 
 
 def knows_tokens(model: PreTrainedModel, stored: StoredAdapter, tokenizer: Any) -> bool:
-    """Say whether the model has the adapter's own tokens already, with the same ids and rows."""
+    """Tell whether the model has the adapter's own tokens already, with the same ids and rows."""
     tokens = stored.config.added_tokens
     if tokenizer is None or any(tokenizer.get_vocab().get(token) != number for token, number in tokens.items()):
         return False

@@ -57,11 +57,11 @@ class Attachment(ModelOwner):
             raise
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's parameters, named `<host path>.<name in the module>`."""
+        """Return the adapter's parameters, named `<host path>.<name in the module>`."""
         return parameters_of(self.modules)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Those of `parameters` that the mode wants trained: it builds the others with `requires_grad=False`."""
+        """Return the parameters that the mode trains: it builds the others with `requires_grad=False`."""
         return {name: parameter for name, parameter in self.parameters().items() if name not in self._fixed}
 
     def summary(self) -> ParameterCounts:
@@ -72,13 +72,13 @@ class Attachment(ModelOwner):
         return counted(self.model, self.modules, self.shape, trained)
 
     def remove(self) -> None:
-        """Takes the adapter off: the model is again what it was, to the bit."""
+        """Take the adapter off: the model is again what it was, to the bit."""
         unhang(self.stack, self.modules, self._hung)
         self.release()
 
 
 def attach(model: PreTrainedModel, mode: Mode | str, **settings: Any) -> Attachment:
-    """Puts a freshly initialised adapter on `model`; it changes nothing until it is trained.
+    """Put a freshly initialised adapter on `model`; it changes nothing until it is trained.
 
     Args:
         model: a causal language model of transformers, or a LLaVA.
@@ -96,13 +96,13 @@ def attach(model: PreTrainedModel, mode: Mode | str, **settings: Any) -> Attachm
 
 
 def attachment_of(model: PreTrainedModel) -> Attachment | None:
-    """The adapter on `model`, None without one."""
+    """Return the adapter on `model`; None without one."""
     found = owner_of(model)
     return found if isinstance(found, Attachment) else None
 
 
 def remove_adapter(model: PreTrainedModel) -> None:
-    """Takes the adapter, or the pool, off `model`. Tensors that came with an adapter (a trained projector) stay.
+    """Take the adapter, or the pool, off `model`. Tensors that came with an adapter (a trained projector) stay.
 
     Raises:
         SteeringError: the model carries none.
@@ -112,7 +112,7 @@ def remove_adapter(model: PreTrainedModel) -> None:
 
 @contextmanager
 def disable_adapter(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block, and in this thread, `model` answers as without its adapter, or its pool of adapters.
+    """Switch the adapter of `model`, or its pool of adapters, off inside the block and in this thread.
 
     Raises:
         SteeringError: the model carries no adapter.
@@ -126,7 +126,7 @@ remove, disabled = remove_adapter, disable_adapter
 
 
 def required(model: PreTrainedModel) -> Attachment:
-    """The adapter on `model`; SteeringError if it carries none, or a pool of them."""
+    """Return the adapter on `model`; SteeringError if it carries none, or a pool of them."""
     found = _owner(model)
     if not isinstance(found, Attachment):
         raise SteeringError("this model carries a pool of adapters, none of which can be trained or saved from it.")

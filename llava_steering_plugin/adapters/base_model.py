@@ -20,7 +20,7 @@ PROJECTOR_PREFIX = f"model.{PROJECTOR}."
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """The config.json of a folder or of a model on the hub; no weights are looked for.
+    """Read the config.json of a folder or of a model on the hub, without its weights.
 
     Raises:
         SteeringError: none there, not JSON, or without a model_type.
@@ -46,7 +46,7 @@ def read_config(name: str) -> dict[str, Any]:
 
 
 def language_model(described: Mapping[str, Any], name: str) -> nn.Module:
-    """The language model that a config describes, without vision, on the meta device: shapes and no values.
+    """Build the language model that a config describes, without vision, on the meta device: shapes and no values.
 
     Args:
         described: config.json of a plain language model, of a LLaVA of upstream's (the language model's config with a
@@ -77,7 +77,7 @@ def language_model(described: Mapping[str, Any], name: str) -> nn.Module:
 
 
 def _text_config(described: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The language model's type and config."""
+    """Return the language model's type and config."""
     nested = described.get("text_config")
     if isinstance(nested, dict):
         # transformers leaves out what equals a default, also the type: Llama's, for its LLaVA.
@@ -90,7 +90,7 @@ def _text_config(described: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _config_class(kind: str) -> Any:
-    """The class of plain language-model configs of that type, or of what LLaVA calls llava_<type>; None if unknown."""
+    """Return the class of language-model configs of that type, or of what LLaVA calls llava_<type>; None if unknown."""
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
     if kind in CONFIG_MAPPING:

@@ -35,7 +35,7 @@ class ParameterCounts:
         return None if self.other is None else self.mode + self.other
 
     def __str__(self) -> str:
-        """One line, as PEFT's `print_trainable_parameters` has it."""
+        """Return one line, as PEFT's `print_trainable_parameters` has it."""
         if self.trainable is None:
             return (
                 f"{self.mode:,} trainable parameters in the adapter, an unknown number in the model of {self.model:,}"
@@ -47,12 +47,12 @@ class ParameterCounts:
 
     @property
     def percent(self) -> float | None:
-        """Trainable ones in percent of the model with its adapter."""
+        """Trainable ones in percent of the model with its adapter; None if unknown."""
         return None if self.trainable is None else 100 * self.trainable / (self.model + self.mode)
 
 
 def numel(module: nn.Module) -> int:
-    """Parameters of `module` as the mathematics counts them: unpacked if quantised, whole if cut, shared ones once."""
+    """Count the parameters of `module`: unpacked if quantised, whole if cut by ZeRO-3, shared ones once."""
     total = 0
     seen: set[int] = set()
     for part in module.modules():
@@ -68,12 +68,12 @@ def numel(module: nn.Module) -> int:
 
 
 def lora_parameters(shape: DecoderShape, rank: int) -> int:
-    """What LoRA of that rank trains on every linear of the decoder."""
+    """Count what LoRA of that rank trains on every linear of the decoder."""
     return sum(rank * (features[0] + features[1]) for layer in shape.layers for features in layer.linears.values())
 
 
 def parameter_table(name: str, counts: ParameterCounts) -> Table:
-    """The table that rank 0 prints before the first step."""
+    """Make the table that rank 0 prints before the first step."""
     table = Table(title=f"Trainable parameters ({name})", title_justify="left")
     table.add_column("part")
     table.add_column("parameters", justify="right")
@@ -89,7 +89,7 @@ def parameter_table(name: str, counts: ParameterCounts) -> Table:
 def counted(
     model: nn.Module, modules: Mapping[str, nn.Module], shape: DecoderShape, other: int | None
 ) -> ParameterCounts:
-    """Counts a model that carries `modules`; `other` is what is trained of the model itself."""
+    """Count a model that carries `modules`; `other` is the number of parameters trained in the model itself."""
     ours = [parameter for module in modules.values() for parameter in module.parameters()]
     trained = sum(parameter.numel() for parameter in ours if parameter.requires_grad)
     lora = {rank: lora_parameters(shape, rank) for rank in LORA_RANKS}

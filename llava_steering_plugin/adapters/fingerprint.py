@@ -59,7 +59,7 @@ def check_base(model: PreTrainedModel, stored: StoredAdapter) -> None:
 
 
 def alike(here: Tensor, there: Tensor) -> bool:
-    """Say whether two tensors are equal but for the rounding of half precision."""
+    """Tell whether two tensors are equal but for the rounding of half precision."""
     if here.shape != there.shape:
         return False
     here, there = here.float(), there.float()

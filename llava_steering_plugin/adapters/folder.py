@@ -144,7 +144,7 @@ class AdapterFolder(os.PathLike[str]):
 
 
 def is_readable(file: Path) -> bool:
-    """Say whether there is such a file.
+    """Tell whether there is such a file.
 
     Raises:
         AdapterError: there is one that cannot be read. safetensors would say that there is none.
@@ -155,8 +155,8 @@ def is_readable(file: Path) -> bool:
         return False
     except OSError as error:
         raise AdapterError(
-            f"{file} cannot be read: {error.strerror}. Whoever runs this needs to be allowed to read the adapter's "
-            "folder and the files in it."
+            f"{file} cannot be read: {error.strerror}. This user must be allowed to read "
+            "the adapter's folder and the files in it."
         ) from error
     return True
 

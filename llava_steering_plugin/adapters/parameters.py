@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from llava_steering_plugin.distributed import gathered
+from llava_steering_plugin.distributed import gathered, is_partitioned
 
 
 def parameters_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -26,5 +27,5 @@ def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
 def set_parameters(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors into parameters of the same names and shapes."""
     for name, parameter in parameters.items():
-        with gathered([parameter], modify=True):
+        with gathered([parameter], modify=True) if is_partitioned(parameter) else nullcontext():
             parameter.copy_(tensors[name])

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def describe(attachment: Attachment) -> AdapterConfig:
-    """The adapter's config: as trained or loaded, or from the model itself where neither has set one."""
+    """Return the adapter's config: as trained or loaded, or from the model itself where neither has set one."""
     if attachment.config is not None:
         return attachment.config
     model_config: Any = attachment.model.config
@@ -46,7 +46,7 @@ def describe(attachment: Attachment) -> AdapterConfig:
 
 
 def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], *, write: bool = True) -> None:
-    """Writes the adapter on `model`, and all that its base cannot reproduce, to `folder`.
+    """Write the adapter on `model`, and all that its base cannot reproduce, to `folder`.
 
     Args:
         model: carries an adapter; under ZeRO-3 every rank must call this.
@@ -71,7 +71,7 @@ def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], *, writ
 
 
 def _vocabulary(model: PreTrainedModel, config: AdapterConfig, keep: bool) -> dict[str, Tensor]:
-    """The rows of added tokens, and the rows by which the base is recognised."""
+    """Return the rows of added tokens, and the rows by which the base is recognised."""
     inputs, outputs = (layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
     added = torch.tensor(list(config.added_tokens.values()), dtype=torch.long)
     with gathered([inputs, outputs]):
@@ -92,7 +92,7 @@ def _vocabulary(model: PreTrainedModel, config: AdapterConfig, keep: bool) -> di
 
 
 def _llava_config(model: PreTrainedModel) -> str:
-    """config.json: the model's, without the quantisation, which is a matter of whoever loads it."""
+    """Return the text of config.json: the model's, without the quantisation, which the next load chooses."""
     data = model.config.to_diff_dict()
     data.pop("quantization_config", None)
     return json.dumps(data, indent=2, sort_keys=True, default=str) + "\n"

@@ -20,7 +20,7 @@ from llava_steering_plugin.inference.base_model import LoadedBase
 from llava_steering_plugin.inference.images import image_arguments, read_image
 from llava_steering_plugin.pool.pool import BASE
 from llava_steering_plugin.upstream.conversations import about_an_image, checked_template
-from llava_steering_plugin.upstream.names import PREFIXES
+from llava_steering_plugin.upstream.names import CHAT_PREFIXES
 
 # llava/serve/cli.py: the first of these that is in a model's name, in this order, decides its template.
 _RULES = {
@@ -55,7 +55,7 @@ def template_of_adapter(conversation: str | None) -> str:
 
     Where upstream's rules lead to none, return the one that the adapter was trained with.
     """
-    prefix = PREFIXES.get(conversation or "v0")
+    prefix = CHAT_PREFIXES.get(conversation or "v0")
     return template_by_name(prefix) if prefix is not None else checked_template(str(conversation))
 
 

@@ -1,4 +1,4 @@
-"""The base that a released checkpoint belongs to: its structure, and its weights where they are on this machine."""
+"""The base of a released checkpoint: its structure, and its weights where they are on this machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Backbone:
         described: its config.json.
         model: its language model on the meta device: names and shapes, no values.
         weights: its tensors; None if they are not on this machine.
-        reached: whether `described` is its own; otherwise it is what the checkpoint says of it.
+        reached: `described` is its own; otherwise it is what the checkpoint says of it.
     """
 
     name: str
@@ -41,13 +41,13 @@ class Backbone:
     reached: bool
 
     def as_config(self) -> BaseModel:
-        """The base as an adapter's config describes it."""
+        """Return the base as an adapter's config describes it."""
         config = self.model.config
         sizes = int(config.hidden_size), int(config.num_hidden_layers), int(config.vocab_size)
         return BaseModel(self.name, str(self.described["model_type"]), *sizes)
 
     def compare(self, released: Released) -> int:
-        """Compares the base's tensors that a checkpoint repeats with the base's own; returns how many there are.
+        """Compare the base's tensors that a checkpoint repeats with the base's own, and return how many there are.
 
         Raises:
             BaseMismatch: some differ by more than the rounding of half precision, so it was trained on another base.
@@ -75,7 +75,7 @@ class Backbone:
         return compared
 
     def strangers(self, released: Released) -> list[Note]:
-        """The tensors of a checkpoint that neither the adapter nor the base has a place for."""
+        """Note the tensors of a checkpoint that neither the adapter nor the base has a place for."""
         known = self.model.state_dict().keys()
         unknown = sorted(name for name in released.base if name not in known)
         if not unknown:
@@ -84,14 +84,14 @@ class Backbone:
         return [Note(f"{len(unknown)} tensors", f"not carried over, the base has nothing of that name: {names}")]
 
     def projector(self, released: Released) -> dict[str, Tensor]:
-        """The checkpoint's projector, as far as the base does not have it."""
+        """Return those tensors of the checkpoint's projector that the base does not have."""
         own: Mapping[str, Tensor] = self.weights if self.weights is not None else {}
         return {
             name: value for name, value in released.projector.items() if name not in own or not alike(own[name], value)
         }
 
     def vocabulary(self, released: Released) -> tuple[dict[str, int], dict[str, Tensor]]:
-        """The tokens that training added; and their rows, with those by which the base is recognised, as stored.
+        """Return the tokens that training added; and the rows to store, theirs and those that identify the base.
 
         Raises:
             AdapterError: the embedding is nowhere, or holds rows of unknown tokens.
@@ -125,14 +125,14 @@ class Backbone:
         return added
 
     def _vocabulary(self) -> tuple[str, str]:
-        """The names of the input embedding and of the head."""
+        """Return the names of the input embedding and of the head."""
         inputs, outputs = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         return names[id(inputs)], names[id(outputs)]
 
 
 def find_backbone(released: Released, given: str | None) -> Backbone:
-    """The base that `given` names, or else the checkpoint itself.
+    """Find the base that `given` names, or else the checkpoint itself.
 
     Raises:
         ArgumentsError: neither names one.

@@ -1,4 +1,4 @@
-"""From one of the authors' released checkpoints to an adapter folder, checked on the way and read back at the end."""
+"""Converts one of the authors' released checkpoints to an adapter folder, which is read back at the end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from llava_steering_plugin.hooks.decoder import find_decoder
 
 @dataclass(frozen=True)
 class Conversion:
-    """What came of a conversion.
+    """The result of a conversion.
 
     Attributes:
         folder: the adapter.
@@ -58,7 +58,7 @@ def convert(
     conversation: str | None = None,
     force: bool = False,
 ) -> Conversion:
-    """Writes the released checkpoint in `source` as an adapter folder to `target`.
+    """Write the released checkpoint in `source` as an adapter folder to `target`.
 
     Args:
         source: folder of the checkpoint.
@@ -115,7 +115,7 @@ def _check_target(target: Path, force: bool) -> None:
 
 
 def _weights(released: Released, backbone: Backbone) -> dict[str, Tensor]:
-    """The mode's tensors by their full names in the adapter."""
+    """Return the mode's tensors by their full names in the adapter."""
     _, shape = find_decoder(backbone.model)
     if problems := released.mode.problems(shape):
         raise BaseMismatch(listing(f"{released.folder} does not fit the base {backbone.as_config()}", problems))
@@ -125,7 +125,7 @@ def _weights(released: Released, backbone: Backbone) -> dict[str, Tensor]:
 
 
 def _compared(released: Released, backbone: Backbone) -> tuple[list[str], list[Note]]:
-    """What was checked against the base, and what is left to say."""
+    """Compare the checkpoint with its base; return what was checked, and the notes."""
     checks, notes = [], [*released.notes, *backbone.strangers(released)]
     if backbone.weights is None:
         where = "are not on this machine" if backbone.reached else "are not on this machine, nor is it found on the hub"
@@ -146,7 +146,7 @@ def _llava_config(released: Released, backbone: Backbone) -> str:
 def _write(
     target: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], llava: str, card: str, backbone: Backbone
 ) -> None:
-    """Writes beside `target`, reads it back, and only then puts it in place."""
+    """Write beside `target`, read it back, and only then put it in place."""
     staged = target.parent / f".{target.name}.{os.getpid()}.partial"
     try:
         write_folder(staged, config, tensors, llava, card)
@@ -162,7 +162,7 @@ def _write(
 
 
 def _verify(folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], backbone: Backbone) -> None:
-    """Loads what was written onto the base's structure, as `load_adapter` will, and compares every value."""
+    """Fit what was written to the base's structure, as `load_adapter` will, and compare every value."""
     stored = AdapterFolder(folder).read()
     problems = [] if stored.config == config else ["its config"]
     problems += sorted(tensors.keys() ^ stored.tensors.keys())

@@ -1,4 +1,4 @@
-"""Which of the authors' layouts a folder has."""
+"""Tells which of the authors' two layouts a folder has, and reads it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llava_steering_plugin.errors import AdapterError
 
 
 def read_released(folder: Path) -> Released:
-    """Reads a released checkpoint of either method.
+    """Read a released checkpoint of either method.
 
     Raises:
         AdapterError: no folder, neither layout or both, or the checkpoint is damaged, refused or cannot be converted.
@@ -28,7 +28,7 @@ def read_released(folder: Path) -> Released:
     if inner is not None and routed:
         raise AdapterError(
             f"{folder} holds both a MoReS checkpoint ({inner}) and a MixLoRA checkpoint ({mixlora.ARGUMENTS}), and "
-            "nobody can tell which is meant. Move one of them to a folder of its own."
+            "it is unclear which is meant. Move one of them to a folder of its own."
         )
     if inner is not None:
         return mores.ReleasedMoReS.read(inner)

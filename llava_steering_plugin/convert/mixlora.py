@@ -76,7 +76,7 @@ class ReleasedMixLoRA(Released):
 
     @classmethod
     def read(cls, folder: Path) -> ReleasedMixLoRA:
-        """Reads a folder with cmoa_args.bin in it.
+        """Read a folder with cmoa_args.bin in it.
 
         Raises:
             AdapterError: a file is missing, damaged or refused, or the adapter is of a kind that has no equal here.
@@ -133,7 +133,7 @@ class ReleasedMixLoRA(Released):
 
 
 def _mode(path: Path) -> tuple[MixLoRA, list[Note]]:
-    """The settings in cmoa_args.bin, checked."""
+    """Read and check the settings in cmoa_args.bin."""
     given = namespace_in(path)
     problems: list[str] = []
     settings: dict[str, Any] = {}
@@ -165,7 +165,7 @@ def _mode(path: Path) -> tuple[MixLoRA, list[Note]]:
 
 
 def _sorted_out(names: Mapping[str, str], notes: list[Note]) -> tuple[dict[str, str], dict[str, str]]:
-    """The names of what is not MixLoRA's: the base's tensors, and the projector's."""
+    """Sort the names of what is not MixLoRA's: the base's tensors, and the projector's."""
     base, projector, seen = {}, {}, 0
     for name, stored in names.items():
         if name.startswith(PROJECTOR_PREFIX) or name == "model.image_newline":
@@ -180,7 +180,7 @@ def _sorted_out(names: Mapping[str, str], notes: list[Note]) -> tuple[dict[str, 
 
 
 def _config(path: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """The checkpoint's config as a LLaVA without MixLoRA would have it, and the base that it names."""
+    """Return the checkpoint's config as a LLaVA without MixLoRA would have it, and the base that it names."""
     if not path.is_file():
         return None, None
     config = json_in(path)
@@ -203,7 +203,7 @@ def _added_tokens(path: Path) -> dict[str, int]:
 
 
 def _expected(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes that a linear's tensors must have in the checkpoint."""
+    """Return the shapes that a linear's tensors must have in the checkpoint."""
     assert isinstance(module, RoutedLinear)
     mode, (factors, width), out = module.mode, module.routed_a.shape, module.routed_b.shape[1]
     shapes: dict[str, tuple[int, ...]] = {}

@@ -42,7 +42,7 @@ _KNOWN = {
 
 
 def found(folder: Path) -> Path | None:
-    """The inner folder of a MoReS checkpoint, from the outer or the inner one; None if there is none."""
+    """Find the inner folder of a MoReS checkpoint from the outer or the inner one; None if there is none."""
     for inner in (folder / INNER, folder):
         if any(inner.glob("intkey_*.bin")) or (inner / LAYERS).is_file() or (inner / POSITIONS).is_file():
             return inner
@@ -58,7 +58,7 @@ class ReleasedMoReS(Released):
 
     @classmethod
     def read(cls, inner: Path) -> ReleasedMoReS:
-        """Reads the inner folder, and what lies beside it where the whole checkpoint is there.
+        """Read the inner folder, and what lies beside it where the whole checkpoint is there.
 
         Raises:
             AdapterError: a file is missing, damaged or refused, or the adapter is of a kind that has no equal here.
@@ -76,7 +76,7 @@ class ReleasedMoReS(Released):
         return released
 
     def _read_model(self, outer: Path) -> None:
-        """Takes in what the outer folder holds of the model itself, as far as it is there."""
+        """Add what the outer folder holds of the model itself, as far as it is there."""
         whole = json_in(outer / "config.json") if (outer / "config.json").is_file() else {}
         if not isinstance(whole, dict):
             raise AdapterError(f"{outer / 'config.json'} holds no table of settings. Copy it again.")
@@ -133,7 +133,7 @@ class ReleasedMoReS(Released):
 
 
 def _described_layers(path: Path) -> tuple[int, list[int], float]:
-    """Rank, layer numbers and dropout from intervention_config.json."""
+    """Read rank, layer numbers and dropout from intervention_config.json."""
     data = json_in(path)
     entries = data.get("representations") if isinstance(data, dict) else None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
@@ -165,7 +165,7 @@ def _described_layers(path: Path) -> tuple[int, list[int], float]:
 
 
 def _layers(inner: Path, numbers: list[int]) -> dict[int, dict[str, Tensor]]:
-    """The tensors of every layer that is described."""
+    """Read the tensors of every layer that is described."""
     files = {int(match[1]): path for path in sorted(inner.glob("intkey_*.bin")) if (match := _FILE.match(path.name))}
     problems = [f"layer {number}: its intkey_ file is missing" for number in numbers if number not in files]
     problems += [f"{files[number].name}: {LAYERS} does not list its layer" for number in files.keys() - set(numbers)]
@@ -188,7 +188,7 @@ def _layers(inner: Path, numbers: list[int]) -> dict[int, dict[str, Tensor]]:
 
 
 def _selection(path: Path, layers: int) -> tuple[str, list[Note]]:
-    """The tokens setting that mores_pos_configs.json amounts to, and what it says beyond."""
+    """Read mores_pos_configs.json: the tokens setting that it amounts to, and notes on the rest."""
     data = json_in(path)
     if isinstance(data, list):
         raise AdapterError(
@@ -256,7 +256,7 @@ def _notes(data: dict[str, Any], uniform: int) -> list[Note]:
 
 
 def _spec(numbers: list[int]) -> str:
-    """The layers setting for sorted layer numbers: runs as 0-15, joined by commas."""
+    """Write sorted layer numbers as the layers setting: runs as 0-15, joined by commas."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
@@ -267,7 +267,7 @@ def _spec(numbers: list[int]) -> str:
 
 
 def _vision_settings(whole: dict[str, Any]) -> dict[str, Any]:
-    """How the checkpoint looks at images, in the words of LLaVA's config."""
+    """Return how the checkpoint encodes images, by the keys of LLaVA's config."""
     vision = whole.get("vision_config")
     settings = {
         "mm_vision_tower": whole.get("vision_model_name_or_path"),

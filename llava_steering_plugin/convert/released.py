@@ -1,4 +1,4 @@
-"""What every released checkpoint is to the conversion: a mode with its settings, weights to copy, and notes."""
+"""A released checkpoint as the conversion takes it: a mode with its settings, weights to copy, and notes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Released(ABC):
 
     @abstractmethod
     def fill(self, shape: DecoderShape, modules: Mapping[str, nn.Module]) -> None:
-        """Copies the checkpoint's weights into modules that `mode.build(shape)` gave.
+        """Copy the checkpoint's weights into modules that `mode.build(shape)` gave.
 
         Raises:
             AdapterError: tensors are missing or do not fit the decoder; all of them in one error.
@@ -55,7 +55,7 @@ class Released(ABC):
 
 
 def shortened(problems: Sequence[str], longest: int = 20) -> list[str]:
-    """The first problems and the number of the others: a large model's may be thousands, all of one cause."""
+    """Keep the first problems and count the others: a large model may have thousands, all of one cause."""
     if len(problems) <= longest:
         return list(problems)
     return [*problems[:longest], f"and {len(problems) - longest} more like these"]

@@ -1,4 +1,4 @@
-"""Tensors on disk that other programs wrote: found, opened without running anything in them, read one by one.
+"""Reads tensors that other programs wrote, one by one, without running anything in their files.
 
 A torch `.bin` file is a pickle, and unpickling runs what the file says. torch's weights-only reader knows tensors and
 plain containers and refuses everything else; before torch 2.6 it could be tricked (CVE-2025-32434).
@@ -47,7 +47,7 @@ _DAMAGE = (
 
 
 def unpickled(path: Path, *allowed: type) -> Any:
-    """What torch.save wrote to `path`, with tensors on the CPU and mapped from the file where its format allows.
+    """Read what torch.save wrote to `path`, with tensors on the CPU and mapped from the file where its format allows.
 
     Args:
         path: the file.
@@ -81,7 +81,7 @@ def unpickled(path: Path, *allowed: type) -> Any:
 
 
 def tensors_in(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a `.bin` file.
+    """Read the named tensors of a `.bin` file.
 
     Raises:
         AdapterError: as `unpickled`, or not a table of tensors.
@@ -95,7 +95,7 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
 
 
 def namespace_in(path: Path) -> dict[str, Any]:
-    """The arguments that a `.bin` file keeps as a SimpleNamespace.
+    """Read the arguments that a `.bin` file keeps as a SimpleNamespace.
 
     Raises:
         AdapterError: as `unpickled`, or anything else is in it.
@@ -107,7 +107,7 @@ def namespace_in(path: Path) -> dict[str, Any]:
 
 
 def json_in(path: Path) -> Any:
-    """A parsed JSON file.
+    """Parse a JSON file.
 
     Raises:
         AdapterError: missing or damaged.
@@ -134,7 +134,7 @@ class Weights(Mapping[str, Tensor]):
 
     @classmethod
     def of(cls, folder: Path) -> Weights | None:
-        """The weights in `folder`; None if it holds none.
+        """Find the weights in `folder`; None if it holds none.
 
         Raises:
             AdapterError: an index or a file is damaged or missing.

@@ -1,4 +1,4 @@
-"""One adapter as a pool holds it, and what it takes to share a model with others."""
+"""An adapter as a pool holds it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llava_steering_plugin.adapters.config import AdapterConfig
 
 @dataclass(eq=False)
 class PooledAdapter:
-    """An adapter in a pool. What it is never changes; where it is, and how many calls use it, the pool keeps here.
+    """An adapter in a pool. Its modules never change; the pool notes here where they are and how many calls use them.
 
     Attributes:
         name: under which the pool knows it.
@@ -35,6 +35,6 @@ class PooledAdapter:
     users: int = field(default=0, init=False)
 
     def tensors(self) -> list[Tensor]:
-        """Everything that it keeps in memory."""
+        """Return everything that it keeps in memory."""
         parts = [*self.modules.values(), *([self.projector] if self.projector is not None else [])]
         return [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]

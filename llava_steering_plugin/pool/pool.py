@@ -1,4 +1,4 @@
-"""A pool of adapters on one model: each row of a batch names its own, and none pays for the others.
+"""A pool of adapters on one model: each row of a batch names its own, and costs no more for the others.
 
     pool = AdapterPool(model)
     pool.load("cats", "./checkpoints/cats")
@@ -41,7 +41,7 @@ BASE = "__base__"
 
 @dataclass(frozen=True)
 class AdapterDetails:
-    """What a pool knows of one adapter.
+    """The details of one adapter in a pool.
 
     Attributes:
         mode, settings: its tuning mode; "none" and nothing for the plain base.
@@ -63,7 +63,7 @@ class AdapterDetails:
 
 
 class AdapterPool(ModelOwner):
-    """Owns one model and holds any number of adapters for it; rows that name none run on the plain base.
+    """Own one model and hold any number of adapters for it; rows that name none run on the plain base.
 
     Threads may generate at once on the one model while others load and unload. Have the model on its device before:
     adapters are moved to where their hosts are when they are first used.
@@ -86,16 +86,16 @@ class AdapterPool(ModelOwner):
             raise ArgumentsError(f"max_resident is {max_resident}; at least one adapter must fit on the device")
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
-        self._entries: dict[str, PooledAdapter] = {}
+        self._adapters: dict[str, PooledAdapter] = {}
         self._retired: set[PooledAdapter] = set()
         found = projector_of(model)
         self._projector = found[1] if found is not None else None
         self._hooks = SharedHooks(self._hook)
-        self._residents = Residency(self.stack.get_submodule, self._projector, max_resident)
+        self._residency = Residency(self.stack.get_submodule, self._projector, max_resident)
         self.take()
 
     def load(self, name: str, name_or_path: AdapterSource) -> None:
-        """Adds an adapter under `name`, or replaces the one of that name for all calls that begin from now on.
+        """Add an adapter under `name`, or replace the one of that name for all calls that begin from now on.
 
         Args:
             name: any text but `BASE`.
@@ -111,79 +111,79 @@ class AdapterPool(ModelOwner):
         """
         if not isinstance(name, str) or not name.strip() or name == BASE:
             raise ArgumentsError(f"an adapter cannot be called {name!r}: {BASE} is the plain model, the rest any text")
-        entry = pooled(name, read(name_or_path), self.model, self.shape, self._tokenizer)
+        adapter = pooled(name, read(name_or_path), self.model, self.shape, self._tokenizer)
         with self._lock:
             if owner_of(self.model) is not self:
                 raise SteeringError("this pool has given its model back; make a new one with AdapterPool(model).")
-            self._hooks.need(_hosts(entry))
+            self._hooks.need(_hosts(adapter))
             try:
-                self._residents.add(entry)
+                self._residency.add(adapter)
             except BaseException:  # the device is full
-                self._retire(entry)
+                self._retire(adapter)
                 raise
-            before = self._entries.get(name)
-            self._entries[name] = entry
+            before = self._adapters.get(name)
+            self._adapters[name] = adapter
             if before is not None:
                 self._retire(before)
 
     def unload(self, name: str) -> None:
-        """Takes an adapter out of the pool. Generations that use it keep it to their end.
+        """Take an adapter out of the pool. Generations that use it keep it to their end.
 
         Raises:
             ArgumentsError: the pool has none of that name.
         """
         with self._lock:
-            entry = self._find(name)
-            if entry is None:
+            adapter = self._find(name)
+            if adapter is None:
                 raise ArgumentsError(f"{BASE} is the plain model, which cannot be unloaded")
-            del self._entries[name]
-            self._retire(entry)
+            del self._adapters[name]
+            self._retire(adapter)
 
     def names(self) -> list[str]:
-        """The names that a row may give: `BASE`, then the adapters in the order of their first loading."""
+        """Return the names that a row may give: `BASE`, then the adapters in the order of their first loading."""
         with self._lock:
-            return [BASE, *self._entries]
+            return [BASE, *self._adapters]
 
     def details(self, name: str) -> AdapterDetails:
-        """What the pool knows of an adapter, or of the base.
+        """Return the details of an adapter, or of the base.
 
         Raises:
             ArgumentsError: the pool has none of that name.
         """
         with self._lock:
-            entry = self._find(name)
-            if entry is None:
+            adapter = self._find(name)
+            if adapter is None:
                 path = Path(getattr(self.model.config, "_name_or_path", ""))
                 return AdapterDetails(BASE, "none", {}, 0, 0, path, True, None)
-            tensors, config = entry.tensors(), entry.config
+            tensors, config = adapter.tensors(), adapter.config
             return AdapterDetails(
                 name,
                 config.mode,
                 dict(config.settings),
                 sum(tensor.numel() for tensor in tensors),
                 sum(tensor.nbytes for tensor in tensors),
-                entry.path,
-                entry.resident,
+                adapter.path,
+                adapter.resident,
                 config.conversation,
             )
 
     def remove(self) -> None:
-        """Gives the model back as it was, to the bit.
+        """Give the model back as it was, to the bit.
 
         Raises:
             SteeringError: generations are running on it.
         """
         with self._lock:
-            busy = sum(entry.users for entry in (*self._entries.values(), *self._retired))
+            busy = sum(adapter.users for adapter in (*self._adapters.values(), *self._retired))
             if busy:
                 raise SteeringError(f"{busy} adapters of this pool are in use; let the generations end first.")
-            for entry in self._entries.values():
-                self._retire(entry)
-            self._entries.clear()
+            for adapter in self._adapters.values():
+                self._retire(adapter)
+            self._adapters.clear()
             self.release()
 
     def check(self, names: str | Sequence[str]) -> None:
-        """ArgumentsError if a name is unknown."""
+        """Check names that rows are to give: ArgumentsError if one is unknown."""
         with self._lock:
             for name in [names] if isinstance(names, str) else names:
                 self._find(name)
@@ -193,36 +193,36 @@ class AdapterPool(ModelOwner):
             return self._projector.register_forward_hook(project_by_row(self._projector))
         return self.stack.get_submodule(path).register_forward_hook(dispatch(path), with_kwargs=True)
 
-    def _retire(self, entry: PooledAdapter) -> None:
-        """An adapter leaves the pool; the last generation that uses it takes its hooks off."""
-        self._residents.forget(entry)
-        if entry.users:
-            self._retired.add(entry)
+    def _retire(self, adapter: PooledAdapter) -> None:
+        """Take an adapter out; its hooks go when the last generation that uses it ends."""
+        self._residency.forget(adapter)
+        if adapter.users:
+            self._retired.add(adapter)
         else:
-            self._hooks.release(_hosts(entry))
+            self._hooks.release(_hosts(adapter))
 
     def _find(self, name: object) -> PooledAdapter | None:
         if name == BASE:
             return None
-        if isinstance(name, str) and name in self._entries:
-            return self._entries[name]
-        hint = nearest(str(name), self._entries)
-        raise ArgumentsError(f"unknown adapter {name!r}: {hint}Known: {', '.join([BASE, *self._entries])}")
+        if isinstance(name, str) and name in self._adapters:
+            return self._adapters[name]
+        hint = nearest(str(name), self._adapters)
+        raise ArgumentsError(f"unknown adapter {name!r}: {hint}Known: {', '.join([BASE, *self._adapters])}")
 
     def _acquire(self, names: str | Sequence[str]) -> list[PooledAdapter | None]:
         with self._lock:
-            entries = [self._find(name) for name in ([names] if isinstance(names, str) else names)]
-            self._residents.enter({entry for entry in entries if entry is not None})
-            return entries
+            adapters = [self._find(name) for name in ([names] if isinstance(names, str) else names)]
+            self._residency.enter({adapter for adapter in adapters if adapter is not None})
+            return adapters
 
-    def _give_back(self, entries: list[PooledAdapter | None]) -> None:
+    def _give_back(self, adapters: list[PooledAdapter | None]) -> None:
         with self._lock:
-            used = {entry for entry in entries if entry is not None}
-            self._residents.leave(used)
-            for entry in used & self._retired:
-                if not entry.users:
-                    self._retired.remove(entry)
-                    self._hooks.release(_hosts(entry))
+            used = {adapter for adapter in adapters if adapter is not None}
+            self._residency.leave(used)
+            for adapter in used & self._retired:
+                if not adapter.users:
+                    self._retired.remove(adapter)
+                    self._hooks.release(_hosts(adapter))
 
     @contextmanager
     def _opened(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, generating: bool) -> Iterator[Scope]:
@@ -232,15 +232,15 @@ class AdapterPool(ModelOwner):
             names = around.names.get(id(self), BASE) if around is not None else BASE
         if not isinstance(names, str):
             _check_count(names, args, kwargs)
-        entries = self._acquire(names)
+        adapters = self._acquire(names)
         try:
             with super()._opened(args, kwargs, generating=generating) as scope:
-                scope.rows = rows = ServedRows(entries)
+                scope.rows = rows = ServedRows(adapters)
                 if not rows.active:
                     scope.disabled |= {id(self)}
                 yield scope
         finally:
-            self._give_back(entries)
+            self._give_back(adapters)
 
     def _enter_pass(self, scope: Scope, this_pass: ForwardPass) -> None:
         if scope.rows is not None:
@@ -259,13 +259,13 @@ class AdapterPool(ModelOwner):
         return super()._prepare(original, *args, **kwargs)
 
 
-def _hosts(entry: PooledAdapter) -> list[str]:
-    """The paths of the hosts that need a hook for this adapter."""
-    return [*entry.modules, *([PROJECTOR] if entry.projector is not None else [])]
+def _hosts(adapter: PooledAdapter) -> list[str]:
+    """Return the paths of the hosts that need a hook for this adapter."""
+    return [*adapter.modules, *([PROJECTOR] if adapter.projector is not None else [])]
 
 
 def _check_count(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuses any other number of names than the batch has rows."""
+    """Refuse any other number of names than the batch has rows."""
     given = (args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
     rows = next((len(batch) for batch in given if isinstance(batch, Tensor)), len(names))
     if rows != len(names) or not names:
@@ -277,7 +277,7 @@ def _check_count(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, 
 
 @contextmanager
 def use_adapter(model: PreTrainedModel, names: str | Sequence[str]) -> Iterator[None]:
-    """Inside the block, and in this thread, calls of `model` that name no adapter run with these.
+    """Name the adapters for calls of `model` that name none, inside the block and in this thread.
 
         with use_adapter(model, "cats"):
             run_an_evaluation(model)

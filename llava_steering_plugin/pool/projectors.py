@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 def projector_of(model: PreTrainedModel) -> tuple[str, nn.Module] | None:
-    """LLaVA's projector and its name in the model; None if the model has none."""
-    found = (entry for entry in model.named_modules() if entry[0].rpartition(".")[2] == PROJECTOR)
+    """Return LLaVA's projector and its name in the model; None if the model has none."""
+    found = (named for named in model.named_modules() if named[0].rpartition(".")[2] == PROJECTOR)
     return next(found, None)
 
 
 def own_projector(projector: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """A copy of the base's projector with an adapter's tensors, by their names below it."""
+    """Copy the base's projector and give the copy an adapter's tensors, by their names below it."""
     own = copy.deepcopy(projector)
     unquantise(own, tensors, dtype)
     set_parameters({name: own.get_parameter(name) for name in tensors}, dict(tensors))
@@ -42,21 +42,21 @@ def own_projector(projector: nn.Module, tensors: Mapping[str, Tensor], dtype: to
 
 
 class ServedRows(Rows):
-    """Which adapter each row of a call has, and which tiles of images go through which projector."""
+    """The adapter of each row of a call, and the projector of each tile of its images."""
 
-    def __init__(self, entries: Sequence[PooledAdapter | None]):
-        super().__init__(entries)
-        self.entries = tuple(entries)
+    def __init__(self, adapters: Sequence[PooledAdapter | None]):
+        super().__init__(adapters)
+        self._pooled = tuple(adapters)
         self._tiles = 0
         self._projected: tuple[tuple[nn.Module, Tensor], ...] = ()
 
     @property
     def brings_projectors(self) -> bool:
-        """Whether any row's adapter has a projector of its own."""
-        return any(entry is not None and entry.projector is not None for entry in self.entries)
+        """True if any row's adapter has a projector of its own."""
+        return any(adapter is not None and adapter.projector is not None for adapter in self._pooled)
 
     def assign_images(self, splice: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Finds out from the arguments of LLaVA's splice which tiles belong to which row."""
+        """Find out from the arguments of LLaVA's splice which tiles belong to which row."""
         from llava.constants import IMAGE_TOKEN_INDEX
 
         self._projected = ()
@@ -73,21 +73,23 @@ class ServedRows(Rows):
         tiles = _tiles(images)
         owners: list[PooledAdapter | None] = []
         for row, count in enumerate(present.sum(1).tolist()):
-            entry = self.entries[row if len(self.entries) > 1 else 0]
+            adapter = self._pooled[row if len(self._pooled) > 1 else 0]
             # A row without a placeholder takes an image too, and none of its features.
-            owners += [entry] * max(1, count)
+            owners += [adapter] * max(1, count)
         # Images that no row takes are projected all the same; by whom does not matter.
         owners = (owners + [None] * len(tiles))[: len(tiles)]
         of_tiles = [owner for owner, count in zip(owners, tiles, strict=True) for _ in range(count)]
         self._tiles = len(of_tiles)
         self._projected = tuple(
-            (entry.projector, torch.tensor([number for number, owner in enumerate(of_tiles) if owner is entry]))
-            for entry in dict.fromkeys(of_tiles)
-            if entry is not None and entry.projector is not None
+            (adapter.projector, torch.tensor([number for number, owner in enumerate(of_tiles) if owner is adapter]))
+            for adapter in dict.fromkeys(of_tiles)
+            if adapter is not None and adapter.projector is not None
         )
 
     def project(self, features: Tensor, output: Tensor) -> Tensor:
-        """What the base's projector made of `features` [tiles, patches, width], with the tiles of others replaced.
+        """Replace tiles in what the base's projector made of `features` [tiles, patches, width].
+
+        Those are replaced whose adapters have a projector of their own.
 
         Raises:
             UpstreamError: the projector is not called once for all images, as LLaVA calls it.
@@ -96,8 +98,8 @@ class ServedRows(Rows):
             return output
         if features.shape[0] != self._tiles:
             raise UpstreamError(
-                f"this LLaVA projects {features.shape[0]} images at once where the batch has {self._tiles}, so nobody "
-                "can tell whose they are. Serve adapters that bring their own projector alone."
+                f"this LLaVA projects {features.shape[0]} images at once where the batch has {self._tiles}, so it is "
+                "unknown whose they are. Serve adapters that bring their own projector alone."
             )
         output = output.clone() if output.requires_grad else output
         for projector, tiles in self._projected:
@@ -107,14 +109,14 @@ class ServedRows(Rows):
 
 
 def _tiles(images: Any) -> list[int]:
-    """How many tiles each image of a batch consists of."""
+    """Count the tiles of each image of a batch."""
     if isinstance(images, Tensor) and images.dim() < 5:
         return [1] * len(images)
     return [image.shape[0] if image.dim() == 4 else 1 for image in images]
 
 
 def project_by_row(projector: nn.Module) -> Callable[..., Any]:
-    """A forward hook for the base's projector."""
+    """Return a forward hook for the base's projector."""
 
     def hook(host: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         scope = current()

@@ -1,4 +1,4 @@
-"""Reads an adapter for a pool, and refuses what cannot share a model with others."""
+"""Builds an adapter for a pool, and refuses one that cannot share a model with others."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def pooled(
 
 
 def _different(model: PreTrainedModel, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of an adapter's own tensors for the model that are not the model's anyway."""
+    """Return those of an adapter's own tensors for the model that differ from the model's."""
     return {
         name: tensor
         for name, tensor in extras.items()
@@ -75,7 +75,7 @@ def _different(model: PreTrainedModel, extras: Mapping[str, Tensor]) -> dict[str
 
 
 def _needs_of_its_own(model: PreTrainedModel, stored: StoredAdapter, tokenizer: Any) -> list[str]:
-    """What the adapter needs of a model beside modules and projector, and this one does not have."""
+    """List what the adapter needs of a model beside modules and projector, and this one does not have."""
     problems = []
     tokens = stored.config.added_tokens
     if tokens and not knows_tokens(model, stored, tokenizer):
@@ -90,5 +90,5 @@ def _needs_of_its_own(model: PreTrainedModel, stored: StoredAdapter, tokenizer: 
 
 
 def _plain(key: str, value: Any) -> str:
-    """A setting in a form that compares: what is missing, None or False is all the same, and lists are tuples."""
+    """Return a setting in a form that compares: missing, None and False are the same, and lists are tuples."""
     return json.dumps((_DEFAULTS.get(key) if value is None else value) or None)

@@ -1,4 +1,4 @@
-"""Which adapters of a pool are on the model's device, and which wait in CPU memory."""
+"""Moves the adapters of a pool between the model's device and CPU memory."""
 
 from __future__ import annotations
 
@@ -25,55 +25,55 @@ class Residency:
         self._host, self._projector, self.limit = host, projector, limit
         self._order: OrderedDict[PooledAdapter, None] = OrderedDict()
 
-    def add(self, entry: PooledAdapter) -> None:
-        """Takes a new adapter to the device if there is room; else it waits for its first use."""
+    def add(self, adapter: PooledAdapter) -> None:
+        """Bring a new adapter to the device if there is room; else it waits for its first use."""
         if self.limit is None or len(self._order) < self.limit:
-            self._bring(entry)
+            self._bring(adapter)
 
-    def enter(self, entries: Iterable[PooledAdapter]) -> None:
-        """A call begins to use the adapters: they come to the device, and stay there until it ends."""
-        used = list(entries)
-        for entry in used:
-            entry.users += 1
+    def enter(self, adapters: Iterable[PooledAdapter]) -> None:
+        """Count a call that begins to use the adapters: they come to the device and stay there until it ends."""
+        used = list(adapters)
+        for adapter in used:
+            adapter.users += 1
         try:
-            self._make_room(sum(not entry.resident for entry in used))
-            for entry in used:
-                if not entry.resident:
-                    self._bring(entry)
-                self._order.move_to_end(entry)
+            self._make_room(sum(not adapter.resident for adapter in used))
+            for adapter in used:
+                if not adapter.resident:
+                    self._bring(adapter)
+                self._order.move_to_end(adapter)
         except BaseException:
-            for entry in used:
-                entry.users -= 1
+            for adapter in used:
+                adapter.users -= 1
             raise
 
-    def leave(self, entries: Iterable[PooledAdapter]) -> None:
-        """The call has ended."""
-        for entry in entries:
-            entry.users -= 1
+    def leave(self, adapters: Iterable[PooledAdapter]) -> None:
+        """Count a call that has ended."""
+        for adapter in adapters:
+            adapter.users -= 1
         self._make_room()
 
-    def forget(self, entry: PooledAdapter) -> None:
-        """The adapter has left the pool. Its memory is freed when nobody uses it any more."""
-        self._order.pop(entry, None)
+    def forget(self, adapter: PooledAdapter) -> None:
+        """Drop an adapter that has left the pool. Its memory is freed when no call uses it any more."""
+        self._order.pop(adapter, None)
 
-    def _bring(self, entry: PooledAdapter) -> None:
-        for path, module in entry.modules.items():
+    def _bring(self, adapter: PooledAdapter) -> None:
+        for path, module in adapter.modules.items():
             _move(module, device_of(self._host(path)))
-        if entry.projector is not None and self._projector is not None:
-            _move(entry.projector, device_of(self._projector))
-        entry.resident = True
-        self._order[entry] = None
+        if adapter.projector is not None and self._projector is not None:
+            _move(adapter.projector, device_of(self._projector))
+        adapter.resident = True
+        self._order[adapter] = None
 
     def _make_room(self, coming: int = 0) -> None:
         excess = 0 if self.limit is None else len(self._order) + coming - self.limit
         if excess <= 0:
             return
-        for entry in [entry for entry in self._order if not entry.users][:excess]:
-            for module in (*entry.modules.values(), entry.projector):
+        for adapter in [adapter for adapter in self._order if not adapter.users][:excess]:
+            for module in (*adapter.modules.values(), adapter.projector):
                 if module is not None:
                     _move(module, torch.device("cpu"))
-            entry.resident = False
-            del self._order[entry]
+            adapter.resident = False
+            del self._order[adapter]
 
 
 def _move(module: nn.Module, device: torch.device | None) -> None:

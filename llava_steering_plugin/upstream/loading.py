@@ -1,4 +1,4 @@
-"""Loading: upstream's `load_pretrained_model` with an adapter as its model path."""
+"""Has upstream's `load_pretrained_model` take an adapter as its model path."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llava_steering_plugin.upstream.seams import require
 
 
 def on_mm_utils_import(module: ModuleType) -> None:
-    """Has upstream's scripts call an adapter by a name that their rules understand."""
+    """Have upstream's scripts call an adapter by a name that their rules understand."""
     require(module, "get_model_name_from_path")
 
     def name(original: Callable[..., str], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -35,7 +35,7 @@ def on_mm_utils_import(module: ModuleType) -> None:
 
 
 def on_builder_import(module: ModuleType) -> None:
-    """Has `load_pretrained_model` load an adapter's base the way upstream loads it, and then the adapter."""
+    """Have `load_pretrained_model` load an adapter's base the way upstream loads it, and then the adapter."""
     signature = inspect.signature(require(module, "load_pretrained_model"))
 
     def load(original: Callable[..., Any], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -84,7 +84,7 @@ def _load(original: Callable[..., Any], call: inspect.BoundArguments, stored: St
 
 
 def _leave_projector_unpacked(call: inspect.BoundArguments) -> None:
-    """Asks for upstream's own quantisation, but of the backbone alone.
+    """Ask for upstream's own quantisation, but of the backbone alone.
 
     The base has no projector, so transformers would draw one: it cannot where the weights are packed already.
     """
@@ -106,7 +106,7 @@ def _leave_projector_unpacked(call: inspect.BoundArguments) -> None:
 
 
 def _prepare_inputs_as_trained(model: Any, trained: dict[str, Any]) -> None:
-    """Takes over how training cut, encoded and marked images, where it did so unlike the base's own config."""
+    """Cut, encode and mark images as in training, where the base's own config says otherwise."""
     for key, value in trained.items():
         if key.startswith((*IMAGE_SETTINGS, "tokenizer_")):
             setattr(model.config, key, value)
@@ -121,7 +121,7 @@ _VOCABULARY_FLAGS = ("mm_use_im_patch_token", "mm_use_im_start_end")
 
 
 def _stage_plain_base(staging: Path, trained: dict[str, Any], described: dict[str, Any]) -> None:
-    """Lays out what upstream calls a projector-only checkpoint, for a base that is a plain language model.
+    """Lay out what upstream calls a projector-only checkpoint, for a base that is a plain language model.
 
     Upstream then builds a LLaVA from the adapter's config.json around that base. The projector file is empty: the
     adapter brings the weights, also in cases (4-bit) where upstream could not load them.
@@ -143,5 +143,5 @@ def _base_config(base: str, folder: AdapterFolder) -> dict[str, Any]:
 
 
 def name_for(model_type: str) -> str:
-    """A name from which upstream's rules pick the class that the base's config.json names."""
+    """Return a name from which upstream's rules pick the class that the base's config.json names."""
     return "llava-" + (model_type.removeprefix("llava").strip("_-") or "llama")

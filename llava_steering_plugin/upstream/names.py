@@ -16,7 +16,7 @@ from llava_steering_plugin.adapters.locate import AdapterSource, find
 from llava_steering_plugin.errors import UpstreamError
 
 # The prefix that makes the rules of upstream's command line and scripts pick each conversation template.
-PREFIXES = {
+CHAT_PREFIXES = {
     "v1": "llava-v1",
     "vicuna_v1": "llava-v1",
     "llava_v1": "llava-v1",
@@ -46,7 +46,7 @@ def display_name(source: AdapterSource) -> str | None:
     if folder is None:
         return None
     conversation = folder.config.conversation
-    prefix = PREFIXES.get(conversation or "v0")
+    prefix = CHAT_PREFIXES.get(conversation or "v0")
     if prefix is None:
         if not any(argument.split("=")[0] in ("--conv-mode", "--conv_mode") for argument in sys.argv):
             raise UpstreamError(
@@ -59,12 +59,12 @@ def display_name(source: AdapterSource) -> str | None:
 
 
 def _stem(name_or_path: str) -> str:
-    """As upstream: the folder's name, with its parent's for a checkpoint."""
+    """Return the folder's name, with its parent's for a checkpoint, as upstream does."""
     path = Path(name_or_path.rstrip("/")).expanduser()
     parts = Path(os.path.abspath(path)).parts if path.is_dir() else path.parts
     return f"{parts[-2]}_{parts[-1]}" if parts[-1].startswith("checkpoint-") and len(parts) > 1 else parts[-1]
 
 
 def harmless(name: str) -> str:
-    """The name with a dot inside every word that upstream's rules look for: still readable, no longer matched."""
+    """Put a dot inside every word that upstream's rules look for: the name is still readable, and no longer matched."""
     return _LOOKED_FOR.sub(lambda match: f"{match[0][0]}.{match[0][1:]}", name)

@@ -1,3 +1,8 @@
+"""Adapters that are damaged, foreign, or of another base are refused, and the model stays as it is.
+
+Holds for `adapters/folder.py`, `adapters/compatibility.py` and `adapters/fingerprint.py`.
+"""
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,6 @@
-"""An adapter comes back from its folder to the bit, with its tokens (`adapters/added_tokens.py`) and parameters
-(`adapters/parameters.py`).
+"""An adapter comes back from its folder to the bit, with its tokens and all parameters.
+
+Holds for `adapters/attachment.py`, `adapters/added_tokens.py` and `adapters/parameters.py`.
 """
 
 from __future__ import annotations

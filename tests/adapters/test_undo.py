@@ -1,4 +1,4 @@
-"""Loading leaves model and tokenizer as they were wherever it fails (`adapters/undo.py`, `adapters/compatibility.py`).
+"""Loading leaves model and tokenizer as they were wherever it fails (`adapters/undo.py`, `adapters/quantised.py`).
 
 Wherever: an error is raised in turn at every call that the package makes while it loads, to its own functions, to
 torch, to transformers and to the tokenizer.

@@ -1,4 +1,8 @@
-"""`llava-steering convert`: the authors' checkpoints give their own logits, and land where they should."""
+"""`llava-steering convert`: the authors' checkpoints give their own logits, and land where they should.
+
+Holds for `convert/conversion.py`, `convert/layouts.py`, `convert/released.py`, `convert/mores.py` and
+`convert/mixlora.py`.
+"""
 
 from __future__ import annotations
 

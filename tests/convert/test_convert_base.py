@@ -1,4 +1,4 @@
-"""Converted checkpoints and their base: compared, never mistaken, and with all that it lacks."""
+"""Converted checkpoints and their base (`convert/backbone.py`): compared, never mistaken, and with all it lacks."""
 
 from __future__ import annotations
 

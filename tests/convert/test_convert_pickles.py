@@ -1,4 +1,4 @@
-"""Converting a checkpoint runs nothing that is in it, whatever kind of pickle it is."""
+"""Converting a checkpoint runs nothing that is in it, whatever kind of pickle it is (`convert/torch_files.py`)."""
 
 from __future__ import annotations
 

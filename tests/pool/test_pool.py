@@ -1,4 +1,7 @@
-"""Many adapters on one model: every row of a batch gets what its adapter gives alone, however the batch is mixed."""
+"""Many adapters on one model: every row of a batch gets what its adapter gives alone, however the batch is mixed.
+
+Holds for `pool/adapter.py` and `pool/projectors.py`, too.
+"""
 
 from __future__ import annotations
 

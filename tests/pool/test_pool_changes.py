@@ -1,4 +1,4 @@
-"""Adapters come and go while others generate; a pool gives its model back; what cannot be shared is refused."""
+"""Adapters come and go while others generate (`pool/residency.py`), and a pool gives its model back."""
 
 from __future__ import annotations
 

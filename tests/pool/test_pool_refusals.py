@@ -1,4 +1,4 @@
-"""What a pool refuses: adapters that do not fit its model, and those that cannot share one with others."""
+"""What a pool refuses (`pool/reading.py`): adapters that do not fit its model, or cannot share one with others."""
 
 from __future__ import annotations
 

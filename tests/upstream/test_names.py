@@ -12,7 +12,7 @@ import pytest
 from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
 from llava_steering_plugin.adapters.writing import write_folder
 from llava_steering_plugin.errors import UpstreamError
-from llava_steering_plugin.upstream.names import PREFIXES, display_name
+from llava_steering_plugin.upstream.names import CHAT_PREFIXES, display_name
 
 # Which of upstream's templates speaks like the one that an adapter was trained with.
 SPOKEN = {
@@ -76,8 +76,8 @@ def test_upstreams_programs_pick_the_template_that_the_adapter_was_trained_with(
 def test_every_template_that_has_a_name_is_checked_and_is_one_of_upstreams(patched_llava: Path) -> None:
     from llava.conversation import conv_templates
 
-    assert PREFIXES.keys() == SPOKEN.keys() - {None}
-    assert PREFIXES.keys() <= conv_templates.keys()
+    assert CHAT_PREFIXES.keys() == SPOKEN.keys() - {None}
+    assert CHAT_PREFIXES.keys() <= conv_templates.keys()
 
 
 def test_a_checkpoint_is_called_by_its_runs_name_too(tmp_path: Path) -> None:
