@@ -95,11 +95,12 @@ def _deferred(function: AnyFunction, make: Callable[[], AnyFunction]) -> AnyFunc
 
 @contextmanager
 def without_glue_metrics() -> Iterator[None]:
-    """Inside the block, hide scikit-learn from imports, unless it has been imported.
+    """Inside the block, hide scikit-learn from imports, if neither it nor transformers has been imported.
 
-    A transformers that is imported there does without its GLUE metrics, for good.
+    A transformers that is imported there does without its GLUE metrics, for good. One that has been imported has found
+    scikit-learn already and counts on it.
     """
-    if "sklearn" in sys.modules:
+    if {"sklearn", "transformers"} & sys.modules.keys():
         yield
         return
     sys.modules["sklearn"] = None  # type: ignore[assignment]  # Python's own way to say that there is none

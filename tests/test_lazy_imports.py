@@ -142,10 +142,13 @@ def test_what_others_compile_meanwhile_is_compiled_at_once(monkeypatch: pytest.M
     assert compiled == [theirs, module]
 
 
-def test_scikit_learn_is_hidden_inside_the_block_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "sklearn"]:
+@pytest.fixture
+def nothing_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("sklearn", "transformers")]:
         monkeypatch.delitem(sys.modules, name)
 
+
+def test_scikit_learn_is_hidden_inside_the_block_only(nothing_imported: None) -> None:
     assert importlib.util.find_spec("sklearn") is not None
     with without_glue_metrics():
         assert importlib.util.find_spec("sklearn") is None
@@ -154,10 +157,29 @@ def test_scikit_learn_is_hidden_inside_the_block_only(monkeypatch: pytest.Monkey
     assert importlib.util.find_spec("sklearn") is not None
 
 
-def test_a_scikit_learn_that_has_been_imported_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = ModuleType("sklearn")
-    monkeypatch.setitem(sys.modules, "sklearn", there)
+@pytest.mark.parametrize("name", ["sklearn", "transformers"])
+def test_a_scikit_learn_that_somebody_counts_on_stays(
+    nothing_imported: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    there = ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, there)
 
     with without_glue_metrics():
-        assert importlib.import_module("sklearn") is there
-    assert sys.modules["sklearn"] is there
+        assert importlib.import_module(name) is there
+        assert name == "sklearn" or importlib.util.find_spec("sklearn") is not None
+    assert sys.modules[name] is there
+
+
+def test_llavas_training_is_imported_after_transformers_too(patched_llava: Path) -> None:
+    said = in_a_fresh_python(
+        """
+import sys, transformers
+from llava_steering_plugin.lazy_imports import without_glue_metrics
+with without_glue_metrics():
+    import llava.train.train
+said = "sklearn.metrics" in sys.modules
+""",
+        patched_llava,
+    )
+
+    assert said
