@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
+from llava_steering_plugin.adapters.folder import AdapterFolder
 from llava_steering_plugin.adapters.locate import find, locate
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, nearest
 from llava_steering_plugin.modes import registry
@@ -33,11 +34,13 @@ class TrainingRequest:
             if its settings cannot be read.
         flags: all flags of LLaVA's training, with those of the tuning modes.
         problems: what is wrong with the flags, as far as they tell without the base and the machine.
+        adapter: the folder that --adapter_path has led to.
     """
 
     mode: Mode | None
     flags: Namespace
     problems: tuple[str, ...] = ()
+    adapter: AdapterFolder | None = None
 
 
 def read_request(
@@ -115,15 +118,18 @@ def mode_is_on(arguments: Any) -> bool:
     return getattr(arguments, "tuning_mode", NONE) not in (None, NONE) or bool(getattr(arguments, "adapter_path", None))
 
 
-def mode_from(arguments: Any) -> Mode:
+def mode_from(arguments: Any, adapter: AdapterFolder | None = None) -> Mode:
     """Return the mode that flags describe; with --adapter_path, the one that the adapter was trained with.
+
+    Args:
+        adapter: the folder of --adapter_path, where it has been found already.
 
     Raises:
         AdapterError: the adapter is missing or damaged.
         ArgumentsError: unknown mode, or one that is installed in a version without the adapter's settings.
     """
     if arguments.adapter_path:
-        config = locate(arguments.adapter_path).config
+        config = locate(adapter or arguments.adapter_path).config
         return registry.configured(config.mode, config.settings)
     mode = registry.get(arguments.tuning_mode)
     return mode(**_settings(arguments, mode))
@@ -146,13 +152,15 @@ def _checked(flags: Namespace, unknown: list[str]) -> TrainingRequest:
         ]
         return TrainingRequest(None, flags, tuple(problems))
     mode: Mode | None = None
+    adapter: AdapterFolder | None = None
     try:
-        mode = mode_from(flags)
+        adapter = locate(flags.adapter_path) if flags.adapter_path else None
+        mode = mode_from(flags, adapter)
         of_mode = _mode_problems(flags, mode, given)
     except SteeringError as error:
         of_mode = [f"--adapter_path {flags.adapter_path}: {error}" if flags.adapter_path else f"--tuning_mode: {error}"]
     of_mode = _unknown_mode(flags) or of_mode
-    return TrainingRequest(mode, flags, (*problems, *unknown, *of_mode, *conflicts(flags)))
+    return TrainingRequest(mode, flags, (*problems, *unknown, *of_mode, *conflicts(flags)), adapter)
 
 
 def _base_problems(flags: Namespace) -> list[str]:

@@ -243,13 +243,14 @@ def _refuse_unsupported(arguments: Any) -> None:
 def _attach(model: Any, arguments: Any, tokenizer: Any) -> Attachment:
     """Attach the mode, freeze everything else but the projector, and print what is trained."""
     request = REQUEST.get()
-    mode = mode_from(arguments) if request is None or request.mode is None else request.mode
+    adapter = arguments.adapter_path if request is None or request.adapter is None else request.adapter
     # `train()` seeds only inside the trainer; the adapter's first values must not depend on what ran before.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)
-        attachment = (
-            load_adapter(model, arguments.adapter_path, tokenizer) if arguments.adapter_path else attach(model, mode)
-        )
+        if adapter:
+            attachment = load_adapter(model, adapter, tokenizer)
+        else:
+            attachment = attach(model, (request and request.mode) or mode_from(arguments))
     model.requires_grad_(False)
     for parameter in attachment.trained().values():
         parameter.requires_grad_(True)

@@ -6,6 +6,7 @@ Covers `training/flags.py`, `training/conflicts.py` and `training/deepspeed_conf
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,3 +139,27 @@ def test_where_not_all_flags_are_known_only_those_of_the_modes_are_checked() -> 
     words = ["--output_dir", "out", "--tuning_mode", "mores", "--mores_rnak", "2", "--learnign_rate", "1"]
     classes = flag_classes(train)
     assert [len(read_request(classes, words, complete=complete).problems) for complete in (True, False)] == [2, 1]
+
+
+def test_an_adapter_on_the_hub_is_looked_up_once_for_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--somebody--pets"
+    folder = adapter(cached / "snapshots" / "0123", rank=2)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    asked: list[str] = []
+    original = huggingface_hub.snapshot_download
+
+    def download(name: str, **how: Any) -> str:
+        asked.append(name)
+        return original(name, **how)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    read = request("--adapter_path", "somebody/pets")
+    assert read.adapter is not None and str(read.adapter) == folder
+    assert read.mode == MoReS(rank=2)
+    assert asked == ["somebody/pets"]
