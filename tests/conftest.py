@@ -35,6 +35,15 @@ OFFLINE_AND_REPRODUCIBLE = {
     "WANDB_DISABLED": "true",
     "OMP_NUM_THREADS": "1",  # also what makes sums come out the same from run to run
 }
+# Minutes each; of the others most take seconds.
+LONGEST = {
+    "test_benchmark_mixlora.py",
+    "test_crashes.py",
+    "test_deepspeed.py",
+    "test_mixlora_learning.py",
+    "test_quick_experiments.py",
+    "test_unchanged.py",
+}
 # Here rather than in a hook: a folder's own conftest may import torch before any hook runs.
 os.environ.update(OFFLINE_AND_REPRODUCIBLE | bypassing(os.environ))  # the tests' own clients call servers here
 
@@ -90,7 +99,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # one of xdist's processes: the longest files first, or one waits for the other
         slow = {item.path for item in items if item.get_closest_marker("slow")}
-        items.sort(key=lambda item: item.path not in slow)
+        items.sort(key=lambda item: (item.path not in slow, item.path.name not in LONGEST))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return
