@@ -72,7 +72,7 @@ def test_a_trained_projector_in_half_precision_becomes_what_gradscaler_accepts(
         **flags, fp16=True, bf16=False, bits=4, seed=0, process_index=1, quant_type="nf4", double_quant=True
     )
 
-    attachment = trainer._attached(model, given, None)
+    attachment = trainer._attach(model, given, None)
 
     assert {parameter.dtype for parameter in projector.parameters()} == {torch.float32}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
