@@ -102,6 +102,13 @@ def by_upstreams_loader(model: Any, source: str) -> None:
     load_pretrained_model(source, None, get_model_name_from_path(source), device="cpu")
 
 
+@pytest.fixture(autouse=True)
+def as_upstream_was(patched_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what the chat command changes for all of its process from the other tests."""
+    monkeypatch.setattr("llava.utils.disable_torch_init", lambda: None)
+    monkeypatch.setattr("llava_steering_plugin.cli.chat.quieten_libraries", lambda: None)
+
+
 def by_the_chat(model: Any, source: str) -> None:
     from llava_steering_plugin.chat.session import open_chat
 
@@ -120,11 +127,21 @@ def test_an_adapter_on_the_hub_is_known_by_its_config_under_either_name(on_the_h
     assert find(HUB_ID) is None
 
 
+def by_the_chat_command(model: Any, source: str) -> None:
+    from typer.testing import CliRunner
+
+    from llava_steering_plugin.cli import app
+
+    result = CliRunner().invoke(app, ["chat", source, "--device", "cpu"], input="")
+    assert result.exit_code == 0, result.output
+
+
 DOORS: dict[str, Callable[[Any, str], object]] = {
     "load_adapter": load_adapter,
     "pool.load": lambda model, source: AdapterPool(model).load("pets", source),
     "load_pretrained_model": by_upstreams_loader,
     "open_chat": by_the_chat,
+    "llava-steering chat": by_the_chat_command,
 }
 
 
@@ -152,7 +169,8 @@ def test_an_adapter_that_a_pool_refuses_is_not_read_again_for_upstreams_loader(
     assert set(tensor_reads.values()) == {1}
 
 
-@pytest.mark.parametrize("door", ["load_adapter", "pool.load", "open_chat"])
+# Not upstream's own programs: they ask for the model's name first, and know nothing of folders that were found.
+@pytest.mark.parametrize("door", sorted(DOORS.keys() - {"load_pretrained_model"}))
 def test_a_hub_id_is_looked_up_once(model: Any, on_the_hub: Path, look_ups: list[str], door: str) -> None:
     try:
         DOORS[door](model, HUB_ID)
