@@ -42,6 +42,7 @@ LONGEST = {
     "test_deepspeed.py",
     "test_mixlora_learning.py",
     "test_quick_experiments.py",
+    "test_soak.py",
     "test_unchanged.py",
 }
 # Here rather than in a hook: a folder's own conftest may import torch before any hook runs.
