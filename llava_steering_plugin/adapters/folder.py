@@ -15,14 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.errors import AdapterError, listing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS, CONFIG, LLAVA_CONFIG = "adapter_model.safetensors", "llava_steering_config.json", "config.json"
 CARD = "README.md"
@@ -36,7 +37,7 @@ HEADER, LLAVA_HEADER = "llava_steering", "llava_config"
 ADAPTER, EXTRA, ADDED, FINGERPRINT = "adapter.", "base.", "added_tokens.", "fingerprint."
 
 # What a tensor may be stored in: the types that models are trained and served in.
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOATS = ("torch.float32", "torch.float16", "torch.bfloat16", "torch.float64")
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def is_readable(file: Path) -> bool:
 def read_header(weights: Path) -> dict[str, str]:
     """Read the header of the weights; nothing where there is none that can be read."""
     try:
-        with safe_open(weights, framework="pt") as file:
+        with safe_open(weights, framework="np") as file:  # torch is imported when tensors are read
             return file.metadata() or {}
     except (OSError, SafetensorError):
         return {}
@@ -183,6 +184,8 @@ def _damage_of(weights: Path) -> Iterator[None]:
 
 def _check(weights: Path, tensors: Mapping[str, Tensor]) -> None:
     """Check the names, types and values of an adapter's tensors; `weights` names the file in errors."""
+    import torch
+
     problems = []
     for name, tensor in tensors.items():
         if not name.startswith((ADAPTER, EXTRA, ADDED, FINGERPRINT)):
@@ -190,8 +193,8 @@ def _check(weights: Path, tensors: Mapping[str, Tensor]) -> None:
         elif name == FINGERPRINT + "ids":
             if tensor.dtype != torch.int64 or tensor.dim() != 1 or bool((tensor < 0).any()):
                 problems.append(f"{name}: {tensor.dtype} {list(tensor.shape)} where row numbers are expected")
-        elif tensor.dtype not in FLOATS:
-            problems.append(f"{name}: {tensor.dtype} where one of {', '.join(map(str, FLOATS))} is expected")
+        elif str(tensor.dtype) not in FLOATS:
+            problems.append(f"{name}: {tensor.dtype} where one of {', '.join(FLOATS)} is expected")
         elif not bool(torch.isfinite(tensor).all()):
             problems.append(
                 f"{name}: {int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are NaN or infinite"
@@ -213,7 +216,7 @@ def refuse(path: Path) -> NoReturn:
     there = is_readable(weights)
     described = _config_file(path)
     if there:
-        with _damage_of(weights), safe_open(weights, framework="pt"):
+        with _damage_of(weights), safe_open(weights, framework="np"):
             pass
     if described is not None:
         # Bytes that are no text become marks that are no JSON either; the parser says so.

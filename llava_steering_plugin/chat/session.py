@@ -14,9 +14,9 @@ from llava_steering_plugin.adapters.folder import StoredAdapter
 from llava_steering_plugin.adapters.locate import AdapterSource
 from llava_steering_plugin.chat.conversation import Chat, template_by_name, template_of_adapter
 from llava_steering_plugin.errors import AdapterError, BaseMismatch
+from llava_steering_plugin.inference.base_files import is_llava
 from llava_steering_plugin.inference.base_model import (
     LoadedBase,
-    is_llava,
     load_base,
     load_with_upstream,
     read_base_config,

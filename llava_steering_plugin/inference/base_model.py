@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from llava_steering_plugin.adapters.base_model import read_config
 from llava_steering_plugin.adapters.folder import StoredAdapter
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, UpstreamError
+from llava_steering_plugin.inference.base_files import is_llava
 from llava_steering_plugin.pool.pool import AdapterPool
 from llava_steering_plugin.upstream.loading import name_for
 
@@ -47,11 +48,6 @@ def read_base_config(path: str, hint: str = "") -> dict[str, Any]:
         return read_config(path)
     except SteeringError as error:
         raise UpstreamError(f"{path} is no model that can be loaded: {error}{hint}") from error
-
-
-def is_llava(config: Mapping[str, Any]) -> bool:
-    """Return whether a config.json describes a LLaVA, with a vision tower."""
-    return "mm_vision_tower" in config
 
 
 def loading_name(path: str, config: Mapping[str, Any]) -> str:

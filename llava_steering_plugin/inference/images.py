@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.inference.squares import process_images
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -21,12 +22,23 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     try:
         with Image.open(path) as file:
             image: Image.Image = file.convert("RGB")
-            return image
     except FileNotFoundError as error:
         raise ArgumentsError(f"there is no file {path}.") from error
     except Exception as error:  # decoders raise all kinds of errors on a damaged file
         reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
         raise ArgumentsError(f"{path} cannot be read as an image, or is damaged{reason}.") from error
+    if like_channels(*image.size):
+        raise ArgumentsError(f"{path} has {image.width} x {image.height} pixels, too few to be read as an image.")
+    return image
+
+
+def like_channels(width: int, height: int) -> bool:
+    """Return whether a picture is so small that image processors of transformers misread it.
+
+    They take a first dimension of 1 or 3 for colour channels: one of 1 x 1 pixels fails, one of 3 x 3 gets wrong axes.
+    The dimension is the height, or the longer side where LLaVA pads to a square.
+    """
+    return height in (1, 3) or max(width, height) in (1, 3)
 
 
 def image_arguments(pictures: Sequence[Image.Image], processor: Any, model: Any) -> dict[str, Any]:
@@ -38,8 +50,6 @@ def image_arguments(pictures: Sequence[Image.Image], processor: Any, model: Any)
     Args:
         processor: the image processor that `load_pretrained_model` returned with the model.
     """
-    from llava.mm_utils import process_images
-
     half = {"device": model.device, "dtype": torch.float16}
     pixels = process_images(pictures, processor, model.config)
     images = [each.to(**half) for each in pixels] if isinstance(pixels, list) else pixels.to(**half)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from llava_steering_plugin.adapters.base_model import PROJECTOR
@@ -28,6 +27,7 @@ from llava_steering_plugin.hooks.hosts import SharedHooks, dispatch
 from llava_steering_plugin.hooks.owner import ModelOwner, owner_of
 from llava_steering_plugin.hooks.scope import Scope, current, naming
 from llava_steering_plugin.modes.base import ForwardPass
+from llava_steering_plugin.pool import row_names
 from llava_steering_plugin.pool.adapter import PooledAdapter
 from llava_steering_plugin.pool.projectors import ServedRows, project_by_row, projector_of
 from llava_steering_plugin.pool.reading import pooled
@@ -36,7 +36,7 @@ from llava_steering_plugin.pool.residency import Residency
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BASE = "__base__"
+BASE = row_names.BASE
 
 
 @dataclass(frozen=True)
@@ -226,12 +226,13 @@ class AdapterPool(ModelOwner):
 
     @contextmanager
     def _opened(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, generating: bool) -> Iterator[Scope]:
-        names: str | Sequence[str] | None = kwargs.pop("adapter_names", None)
-        if names is None:
+        given = kwargs.pop("adapter_names", None)
+        if given is None:
             around = current()
-            names = around.names.get(id(self), BASE) if around is not None else BASE
+            given = around.names.get(id(self), BASE) if around is not None else BASE
+        names = row_names.listed(given)
         if not isinstance(names, str):
-            _check_count(names, args, kwargs)
+            row_names.check_count(names, args, kwargs)
         adapters = self._acquire(names)
         try:
             with super()._opened(args, kwargs, generating=generating) as scope:
@@ -264,17 +265,6 @@ def _hosts(adapter: PooledAdapter) -> list[str]:
     return [*adapter.modules, *([PROJECTOR] if adapter.projector is not None else [])]
 
 
-def _check_count(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse any other number of names than the batch has rows."""
-    given = (args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
-    rows = next((len(batch) for batch in given if isinstance(batch, Tensor)), len(names))
-    if rows != len(names) or not names:
-        raise ArgumentsError(
-            f"adapter_names has {len(names)} names and the batch {rows} rows. Give one name for each row, {BASE} for "
-            "the plain model, or one text for them all."
-        )
-
-
 @contextmanager
 def use_adapter(model: PreTrainedModel, names: str | Sequence[str]) -> Iterator[None]:
     """Name the adapters for calls of `model` that name none, inside the block and in this thread.
@@ -289,6 +279,7 @@ def use_adapter(model: PreTrainedModel, names: str | Sequence[str]) -> Iterator[
     pool = owner_of(model)
     if not isinstance(pool, AdapterPool):
         raise SteeringError(f"this {type(model).__name__} carries no pool of adapters; AdapterPool(model) makes one.")
+    names = row_names.listed(names)
     pool.check(names)
     with naming(pool, names):
         yield

@@ -16,10 +16,10 @@ from typing import Any
 
 from llava.mm_utils import get_model_name_from_path
 
-from llava_steering_plugin.adapters.base_model import read_config
-from llava_steering_plugin.adapters.locate import find
-from llava_steering_plugin.errors import ArgumentsError, SteeringError, UpstreamError
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.inference.base_files import check_base
 from llava_steering_plugin.inference.base_model import loading_name
+from llava_steering_plugin.inference.squares import process_images
 from llava_steering_plugin.pool.pool import AdapterPool
 from llava_steering_plugin.serving.catalog import AdapterCatalog
 from llava_steering_plugin.serving.http.protocol import FAILED, GONE, NO_ANSWER, chunk
@@ -73,8 +73,8 @@ class AdapterWorker(model_worker.ModelWorker):
         model_name: the name of the base on the page; None: the one that upstream would give it.
 
     Raises:
-        ArgumentsError: `model_path` is an adapter.
-        UpstreamError: there is no model at `model_path`.
+        ArgumentsError: `model_path` is an adapter, or no LLaVA.
+        UpstreamError: there is no model at `model_path`, or files of it are missing.
     """
 
     def __init__(
@@ -89,12 +89,8 @@ class AdapterWorker(model_worker.ModelWorker):
         load_4bit: bool = False,
         max_resident: int | None = None,
     ):
-        if find(model_path) is not None:
-            raise ArgumentsError(
-                f"{model_path} is an adapter. Give its base as the base (--model-path; the first word of `serve`) and "
-                "the adapter with --adapters."
-            )
-        replace_parts(decode_image)
+        config = check_base(model_path, " Give the base with --model-path.")
+        replace_parts(decode_image, process_images)
         super().__init__(
             controller,
             address,
@@ -102,7 +98,7 @@ class AdapterWorker(model_worker.ModelWorker):
             True,  # no_register: the adapters are not there yet, and upstream's heart beat would outlive a shutdown
             model_path,
             None,
-            _loading_name(model_path),
+            loading_name(model_path, config),
             load_8bit,
             load_4bit,
             device,
@@ -137,10 +133,3 @@ class AdapterWorker(model_worker.ModelWorker):
                 yield chunk(model.failed, FAILED)
         finally:
             gone.set()
-
-
-def _loading_name(model_path: str) -> str:
-    try:
-        return loading_name(model_path, read_config(model_path))
-    except SteeringError as error:
-        raise UpstreamError(f"there is no model at {model_path}: {error} Give the base with --model-path.") from error

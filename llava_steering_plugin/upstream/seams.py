@@ -149,11 +149,9 @@ SEAMS = (
     *_seams(
         "llava.mm_utils",
         (CHAT, EVAL),
-        {
-            "process_images": "prepares images for the vision tower",
-            "tokenizer_image_token": "turns a prompt into ids",
-        },
+        {"tokenizer_image_token": "turns a prompt into ids"},
     ),
+    *_seams("llava.mm_utils", (CHAT, EVAL, SERVE), {"process_images": "prepares images for the vision tower"}),
     *_seams("llava.utils", (CHAT,), {"disable_torch_init": "saves time when a model is loaded"}),
     *_seams("llava.utils", (SERVE,), {"handler": "is where LLaVA's worker writes its log"}),
     *_seams(
@@ -163,6 +161,7 @@ SEAMS = (
             "TextIteratorStreamer": "streams an answer as it is generated",
             "Thread": "runs a generation",
             "load_image_from_base64": "decodes the images of a request",
+            "process_images": "prepares the images of a request",
             "logger": "is the worker's log",
             "worker_id": "is the worker's name in its log",
             "model_semaphore": "counts the requests that are answered",
@@ -178,6 +177,7 @@ SEAMS = (
         },
     ),
     *_seams("llava.serve.controller", (SERVE,), {"__main__": "runs the controller"}),
+    *_seams("llava.serve.controller", (SERVE,), {"app": "answers the controller's requests"}),
     *_seams("llava.serve.gradio_web_server", (SERVE,), {"__main__": "runs the web page"}),
     *_seams("llava.serve.gradio_web_server", (SERVE,), {"logger": "is the web page's log"}),
     *_seams(

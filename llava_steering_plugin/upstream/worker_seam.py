@@ -72,11 +72,17 @@ class PooledThread:
         self.threads.submit(self._work)
 
 
-def replace_parts(load_image: Callable[[str], Any]) -> None:
-    """Make upstream's worker generate in pooled threads, wait for text patiently, and read images with `load_image`."""
+def replace_parts(load_image: Callable[[str], Any], process_images: Callable[..., Any]) -> None:
+    """Make upstream's worker generate in pooled threads and wait for text patiently; give it our functions for images.
+
+    Args:
+        load_image: in place of upstream's `load_image_from_base64`.
+        process_images: in place of its function of that name.
+    """
     model_worker.TextIteratorStreamer = PatientStreamer
     model_worker.Thread = PooledThread
     model_worker.load_image_from_base64 = load_image
+    model_worker.process_images = process_images
 
 
 def set_globals(slots: Semaphore, limit: int) -> None:

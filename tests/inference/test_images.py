@@ -15,9 +15,9 @@ from llava_steering_plugin.inference.images import image_arguments, read_image
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
 def test_an_image_in_any_mode_is_read_in_rgb(mode: str, tmp_path: Path) -> None:
-    Image.new("RGB", (3, 2), "red").convert(mode).save(tmp_path / "it.png")
+    Image.new("RGB", (4, 2), "red").convert(mode).save(tmp_path / "it.png")
     image = read_image(tmp_path / "it.png")
-    assert (image.mode, image.size) == ("RGB", (3, 2))
+    assert (image.mode, image.size) == ("RGB", (4, 2))
     assert len(set(image.getdata())) == 1
 
 

@@ -1,12 +1,15 @@
 """Many adapters on one model: every row of a batch gets what its adapter gives alone, however the batch is mixed.
 
 Holds for `pool/adapter.py` and `pool/projectors.py`, too.
+
+How rows are named: `pool/row_names.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +166,22 @@ def test_using_names_adapters_for_code_that_cannot_and_a_keyword_wins(pool: Adap
         assert generate(shared, ids, images) == named["cats"]
 
 
+def test_names_may_come_from_anything_that_yields_them(pool: AdapterPool, shared: Any) -> None:
+    ids, images = ids_of(PROMPT, PROMPT), pictures(2)
+    names = ["cats", "pets"]
+    expected = generate(shared, ids, images, adapter_names=names)
+    for given in (iter(names), tuple(names), dict.fromkeys(names).keys(), (name for name in names)):
+        assert generate(shared, ids, images, adapter_names=given) == expected
+    with using(shared, iter(names)):
+        assert generate(shared, ids, images) == generate(shared, ids, images) == expected
+    with pytest.raises(ArgumentsError, match="1048576 names and the batch 2 rows"):
+        generate(shared, ids, images, adapter_names=repeat("cats"))
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
+        (7, "adapter_names is 7. Give one name for each row"),
         ("cast", "unknown adapter 'cast': did you mean 'cats'\\? Known: __base__, cats, dogs"),
         (["cats", 3], "unknown adapter 3"),
         (["cats"], "1 names and the batch 2 rows"),

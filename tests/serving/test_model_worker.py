@@ -132,5 +132,5 @@ def test_a_base_that_is_an_adapter_or_that_is_not_there_is_refused_before_anythi
 
     with pytest.raises(ArgumentsError, match="is an adapter"):
         AdapterWorker(str(shelf / "cats"), controller="", address="")
-    with pytest.raises(UpstreamError, match="there is no model at"):
+    with pytest.raises(UpstreamError, match=r"there is no folder .*nothing.* --model-path"):
         AdapterWorker(str(shelf / "nothing"), controller="", address="")

@@ -196,6 +196,7 @@ def listening(
     import uvicorn
 
     from llava_steering_plugin.serving.http.app import give_up_stalled
+    from llava_steering_plugin.serving.http.connections import Connection
     from llava_steering_plugin.serving.worker import bind
 
     listener = listener or bind("127.0.0.1", port)
@@ -203,7 +204,9 @@ def listening(
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     give_up_stalled(listener, app.state.endpoint.limits.stall_seconds)
 
-    config = uvicorn.Config(app, "127.0.0.1", port, log_config=None, timeout_graceful_shutdown=1, **options)
+    config = uvicorn.Config(
+        app, "127.0.0.1", port, http=Connection, log_config=None, timeout_graceful_shutdown=1, **options
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()

@@ -26,6 +26,10 @@ COMMAND_OF = {"training": "train", "planning": "plan", "chat": "chat", "serving"
 COMMON = {"__init__", "config", "model", "forward", "generate", "vocab_size", "lm_head", "vision_tower"}
 
 
+# What our files call modules of other packages in which they replace something: gradio, gradio.routes, uvicorn.
+NOT_OF_LLAVA = ("gradio", "routes", "uvicorn")
+
+
 class Uses(ast.NodeVisitor):
     """Collects the names of LLaVA that a file uses, each as "module.name"."""
 
@@ -58,7 +62,7 @@ class Uses(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
         function = node.func.id if isinstance(node.func, ast.Name) else ""
-        if function in ("require", "wrap_function_wrapper") and ast.unparse(node.args[0]) != "gradio":
+        if function in ("require", "wrap_function_wrapper") and ast.unparse(node.args[0]) not in NOT_OF_LLAVA:
             self.fetched.add(ast.literal_eval(node.args[1]))
 
     def visit_Attribute(self, node: ast.Attribute) -> None:

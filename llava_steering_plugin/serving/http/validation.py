@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from llava_steering_plugin.inference.images import like_channels
 from llava_steering_plugin.serving.http.limits import Limits
 from llava_steering_plugin.serving.http.protocol import Refused
 
@@ -120,7 +121,7 @@ def _check_size(image: Image.Image, number: int, limits: Limits) -> None:
     """Check the size of an image as it is and as upstream makes it: padded to a square, or its short side enlarged.
 
     Raises:
-        Refused: it is too large (400).
+        Refused: it is too large, or too small to be read (400).
     """
     short, long = sorted(image.size)
     if short * long > limits.image_pixels:
@@ -130,6 +131,8 @@ def _check_size(image: Image.Image, number: int, limits: Limits) -> None:
         raise Refused(
             400, f"Image {number} is longer than {most:,} pixels, or more than {LONGEST} times as long as wide."
         )
+    if like_channels(*image.size):
+        raise Refused(400, f"Image {number} has too few pixels: it needs at least 4 in height.")
 
 
 def _text(key: str, value: Any) -> str | None:
@@ -173,5 +176,5 @@ _CHECKS: dict[str, Callable[[str, Any], str | None]] = {
     "images": _images,
     "temperature": _number(0, 100),
     "top_p": _number(0, 1),
-    "max_new_tokens": _number(0, 1_000_000, (int,)),
+    "max_new_tokens": _number(1, 1_000_000, (int,)),
 }

@@ -1,5 +1,7 @@
 """Clients that hang up, read slowly, send nothing, or come in a crowd, up to the limits (`serving/http/limits.py`).
 
+Headers that h11 cannot read: `serving/http/connections.py`.
+
 What the log holds of them, too.
 """
 
@@ -30,7 +32,7 @@ from llava_steering_plugin.serving.worker import bind
 pytest_plugins = ["serving_fixtures"]
 pytestmark = pytest.mark.usefixtures("unharmed")
 
-HEAD = b"POST /worker_generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+HEAD = b"POST /worker_generate_stream HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 
 
 def test_a_request_that_never_arrives_is_given_up(strict: Client) -> None:
@@ -40,6 +42,15 @@ def test_a_request_that_never_arrives_is_given_up(strict: Client) -> None:
         assert b" 408 " in connection.recv(4096)
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(HEAD % 500 + b"{")
+
+
+@pytest.mark.parametrize("length", [b"9" * 20, b"9" * 5000, b"0" * 5000 + b"9" * 5000])
+def test_a_length_of_thousands_of_digits_is_a_413(strict: Client, length: bytes) -> None:
+    host, _, port = strict.address.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        head = b"POST /worker_generate_stream HTTP/1.1\r\nHost: localhost\r\nContent-Length: %s\r\n\r\n"
+        connection.sendall(head % length)
+        assert b" 413 " in connection.recv(4096).partition(b"\r\n")[0]
 
 
 def test_more_than_may_wait_are_a_503_at_once_and_the_others_are_answered(
@@ -100,7 +111,7 @@ def test_a_client_that_connects_before_the_application_serves_waits_and_is_answe
     with ExitStack() as opened:
         early = [opened.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30)) for _ in range(3)]
         for connection in early:
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         early[0].close()  # one that has not waited
         with listening(build(worker, STRICT), port, listener=listener) as client:
             assert all(connection.recv(4096).startswith(b"HTTP/1.1 200") for connection in early[1:])

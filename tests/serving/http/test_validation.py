@@ -65,6 +65,7 @@ def bomb() -> str:
         {"max_new_tokens": "12"},
         {"max_new_tokens": 1.5},
         {"max_new_tokens": -1},
+        {"max_new_tokens": 0},
         {"max_new_tokens": 10**400},
     ],
     ids=lambda changes: str(changes)[:40],
@@ -113,6 +114,18 @@ def test_images_that_are_too_large_or_too_many_or_do_not_match_the_prompt_are_a_
         assert strict.refused(body(images=images))[0] == 400
     assert strict.refused(body(images=[small] * 3, prompt="<image>" * 3))[0] == 400
     assert time.monotonic() - started < 10, "the bomb was unpacked"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (3, 2), (90, 1), (90, 3)])
+def test_a_picture_that_image_processors_misread_is_a_400(strict: Client, size: tuple[int, int]) -> None:
+    """They take a height of 1 or 3 for colour channels; where LLaVA pads, the longer side becomes the height."""
+    status, text = strict.refused(body(images=[encoded(Image.new("RGB", size))]))
+    assert (status, text) == (400, "Image 1 has too few pixels: it needs at least 4 in height.")
+
+
+def test_small_pictures_that_are_read_rightly_are_answered(strict: Client) -> None:
+    for size in ((2, 2), (4, 4), (3, 5)):
+        assert strict.post(body(images=[encoded(Image.new("RGB", size))])).status_code == 200
 
 
 @pytest.mark.parametrize("size", [(30_000, 1), (1, 30_000), (601, 100), (200, 1)])

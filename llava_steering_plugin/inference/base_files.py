@@ -1,0 +1,148 @@
+"""Checks the files of a base model before anything heavy is imported: torch, transformers and LLaVA take many seconds.
+
+`adapters.base_model.read_config` reads the same config through transformers, for programs that load the model anyway.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_steering_plugin.adapters.config import AdapterConfig
+from llava_steering_plugin.adapters.folder import WEIGHTS as ADAPTER_WEIGHTS
+from llava_steering_plugin.adapters.locate import find
+from llava_steering_plugin.errors import ArgumentsError, UpstreamError
+
+CONFIG = "config.json"
+CONFIG_BYTES = 10 << 20  # a config.json has thousands
+VISION_TOWER = "mm_vision_tower"
+# The files of a model's weights in the order in which transformers looks for them; an index names several files.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def is_llava(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json describes a LLaVA, with a vision tower."""
+    return VISION_TOWER in config
+
+
+def check_base(path: str, advice: str = "") -> dict[str, Any]:
+    """Return the config.json of a base, if its files are those of a LLaVA. Of a hub id only the config is looked at.
+
+    Args:
+        path: a folder or a hub id.
+        advice: how the base is given, for the messages, with a leading space.
+
+    Raises:
+        ArgumentsError: it is an adapter, or a model without a vision tower.
+        UpstreamError: there is no model, or some of its files are missing or damaged.
+    """
+    if find(path) is not None:
+        raise ArgumentsError(f"{path} is an adapter, no base. Give it with --adapters.{advice}")
+    config = read_base_files(path, advice)
+    if not is_llava(config):
+        raise ArgumentsError(
+            f"{path} is no LLaVA: its config.json has no {VISION_TOWER}. Adapters for images need the LLaVA that they "
+            f"were trained on.{advice}"
+        )
+    tower = config[VISION_TOWER]
+    if isinstance(tower, str) and os.path.isabs(tower) and not os.path.exists(tower):
+        raise UpstreamError(
+            f"the config.json of {path} names a vision tower that is not there: {tower}. Put the tower there, or "
+            f"write its present place into {VISION_TOWER}."
+        )
+    if os.path.isdir(path):
+        _check_weights(Path(path))
+    return config
+
+
+def read_base_files(path: str, advice: str = "") -> dict[str, Any]:
+    """Return the config.json of a folder, or of a model on the hub.
+
+    Raises:
+        UpstreamError: there is none, or it is not the config of a model.
+    """
+    if os.path.isdir(path):
+        file = Path(path) / CONFIG
+    elif os.path.exists(path):
+        raise UpstreamError(f"{path} is no folder.{advice}")
+    else:
+        file = _from_hub(path, advice)
+    try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > CONFIG_BYTES:
+            raise ValueError(f"it is no file of up to {CONFIG_BYTES:,} bytes")
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UpstreamError(f"{path} holds no model: it has no {CONFIG}.{advice}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UpstreamError(f"the {CONFIG} of {path} cannot be read: {error}.{advice}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UpstreamError(f"the {CONFIG} of {path} names no model_type, so it is not the config of a model.{advice}")
+    return config
+
+
+def check_adapter_fits(name: str, adapter: AdapterConfig, base: str, config: Mapping[str, Any]) -> None:
+    """Compare what an adapter knows of its base with the config.json of the base that is given.
+
+    Raises:
+        ArgumentsError: it was trained on a model of another size.
+    """
+    here = (config.get("num_hidden_layers"), config.get("hidden_size"))
+    there = (adapter.base.num_layers, adapter.base.hidden_size)
+    if all(isinstance(number, int) for number in here) and here != there:
+        raise ArgumentsError(
+            f"the adapter {name!r} was trained on {there[0]} layers of width {there[1]} ({adapter.base.name_or_path}); "
+            f"{base} has {here[0]} of width {here[1]}. Give it with its own base."
+        )
+
+
+def _from_hub(name: str, advice: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, CONFIG))
+    except Exception as error:  # no name of a model, no such model, no network: each has errors of its own
+        raise UpstreamError(
+            f"there is no folder {name}, and no model of that name can be fetched from the hub.{advice}"
+        ) from error
+
+
+def _check_weights(folder: Path) -> None:
+    """Check that the files of the weights are there, and that those in safetensors are whole.
+
+    Raises:
+        UpstreamError: they are not.
+    """
+    found = next((name for name in WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        hint = " It looks like an unmerged LoRA: merge it into its base first." * (folder / ADAPTER_WEIGHTS).is_file()
+        raise UpstreamError(f"{folder} holds no weights: none of {', '.join(WEIGHTS)}.{hint}")
+    try:
+        names = [found] if not found.endswith(".json") else _indexed(folder / found)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UpstreamError(f"{folder / found} is damaged ({error!r}). Copy the model again.") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UpstreamError(f"{folder} lacks weights: {', '.join(missing)}. Copy the model again.")
+    for name in names:
+        if name.endswith(".safetensors"):
+            _check_whole(folder / name)
+
+
+def _indexed(index: Path) -> list[str]:
+    """Return the names of the files that an index names."""
+    return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+
+
+def _check_whole(file: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np"):  # reads the header, and compares it with the file's length
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UpstreamError(f"{file} is damaged or cut short ({error}). Copy the model again.") from error
