@@ -41,6 +41,7 @@ def test_the_commands_whose_help_is_looked_at_are_all_there_are() -> None:
         ("llava_steering_plugin.launch",),
         ("llava_steering_plugin.serving.worker",),
         ("llava_steering_plugin.serving.page",),
+        ("llava_steering_plugin.serving.controller",),
     ],
     ids=" ".join,
 )

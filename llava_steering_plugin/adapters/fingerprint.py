@@ -52,7 +52,7 @@ def check_base(model: PreTrainedModel, stored: StoredAdapter) -> None:
         raise BaseMismatch(
             listing(
                 f"the adapter in {stored.path} does not belong to {where}. Load it on {base.name_or_path} "
-                "(--model-base, if it has moved)",
+                "(chat and LLaVA's programs: --model-base, if it has moved)",
                 problems,
             )
         )

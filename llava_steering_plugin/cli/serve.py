@@ -15,9 +15,12 @@ def run(options: ServeOptions) -> None:
 
     from llava_steering_plugin.inference.sources import read_sources
     from llava_steering_plugin.serving import launcher
+    from llava_steering_plugin.serving.preflight import check_server
 
     sources = read_sources(options.adapter_words)
-    launcher.serve(with_whole_paths(options, sources), Console(highlight=False, emoji=False))
+    options = with_whole_paths(options, sources)
+    check_server(options)
+    launcher.serve(options, Console(highlight=False, emoji=False))
 
 
 def with_whole_paths(options: ServeOptions, sources: dict[str, str]) -> ServeOptions:

@@ -34,13 +34,23 @@ def choose_device(requested: str) -> str:
     if requested == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(requested).type
-    except RuntimeError as error:
+        device = torch.device(requested)
+        if device.type not in ("cpu", "cuda"):
+            torch.empty(1, device=device)  # also says that there is none of this kind
+    except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
         raise ArgumentsError(
-            f"--device {requested}: torch knows no such device. Use auto, cpu, cuda or cuda:1."
+            f"--device {requested}: torch knows no such device here. Use auto, cpu, cuda or cuda:1."
         ) from error
-    if kind == "cpu":
+    if device.type == "meta":
+        raise ArgumentsError(f"--device {requested} keeps no numbers. Use auto, cpu, cuda or cuda:1.")
+    if device.type == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif kind == "cuda" and not torch.cuda.is_available():
-        raise ArgumentsError(f"--device {requested}: torch finds no GPU. Use --device cpu, or --device auto.")
+    elif device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise ArgumentsError(f"--device {requested}: torch finds no GPU. Use --device cpu, or --device auto.")
+        if device.index is not None and device.index >= count:
+            raise ArgumentsError(
+                f"--device {requested}: torch finds {count} GPU(s), cuda:0 to cuda:{count - 1}. Use one of these."
+            )
     return requested

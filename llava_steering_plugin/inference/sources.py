@@ -151,3 +151,11 @@ def shown_name(name: str, conversation: str | None, base: str) -> str:
             f"{', '.join(PAGE_PREFIXES)}."
         )
     return prefix + harmless(name)
+
+
+def name_taken(name: str, source: str, shown: str, holder: str) -> str:
+    """Return what to say of an adapter that would be shown under a name that `holder` has."""
+    return (
+        f"the adapter {name!r} ({source}) would be shown as {shown!r}, the name of {holder}. "
+        "Give it another name (rename the folder; on a command line NAME=PATH)."
+    )

@@ -12,7 +12,7 @@ from typing import Any
 from llava_steering_plugin.adapters.folder import StoredAdapter
 from llava_steering_plugin.adapters.locate import AdapterSource, read
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
-from llava_steering_plugin.inference.sources import checked_label, shown_name
+from llava_steering_plugin.inference.sources import checked_label, name_taken, shown_name
 from llava_steering_plugin.pool.pool import BASE, AdapterPool
 
 logger = logging.getLogger(__name__)
@@ -154,10 +154,7 @@ class AdapterCatalog:
         taken = others | {self.base: BASE}
         if shown in taken:
             holder = "the base" if taken[shown] == BASE else f"the adapter {taken[shown]!r}"
-            raise ArgumentsError(
-                f"the adapter {name!r} ({source}) would be shown as {shown!r}, the name of {holder}. "
-                "Give it another name (rename the folder; on a command line NAME=PATH)."
-            )
+            raise ArgumentsError(name_taken(name, source, shown, holder))
         return ServedAdapter(name, shown, source)
 
 

@@ -14,23 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llava_steering_plugin.adapters.folder import WEIGHTS
-from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.serving.catalog import AdapterCatalog, printable
+from llava_steering_plugin.serving.options import checked_folder
 
 logger = logging.getLogger(__name__)
 
 Signature = tuple[int, int, int]
-
-
-def checked_folder(folder: Path) -> Path:
-    """Return the folder if it exists.
-
-    Raises:
-        ArgumentsError: it does not.
-    """
-    if not folder.is_dir():
-        raise ArgumentsError(f"--adapter-dir {folder} is no folder. Create it; it may be empty.")
-    return folder
 
 
 class WatchedFolder(threading.Thread):

@@ -18,6 +18,7 @@ from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.serving.options import ServeOptions
 from llava_steering_plugin.serving.processes import Program, Programs
 from llava_steering_plugin.serving.proxies import EVERYTHING, bypassing, call
+from llava_steering_plugin.serving.upstream_program import ALLOWED_HOST
 
 START_SECONDS = 300.0
 PAGE_PORT = 7860  # gradio's default
@@ -51,7 +52,10 @@ def serve(options: ServeOptions, console: Console) -> None:
     first, second, third = (
         Program(
             "controller",
-            ["-m", "llava.serve.controller", "--host", "127.0.0.1", "--port", str(ports["controller"])],
+            [
+                *("-m", "llava_steering_plugin.serving.controller"),
+                *("--host", "127.0.0.1", "--port", str(ports["controller"])),
+            ],
             lambda: _answers("POST", f"{controller}/list_models"),
             local,
             "green",
@@ -71,6 +75,7 @@ def serve(options: ServeOptions, console: Console) -> None:
             [
                 *("-m", "llava_steering_plugin.serving.page", *logged),
                 *("--host", host, "--port", str(ports["page"]), "--controller-url", controller),
+                *(word for name in options.allowed_host or () for word in (ALLOWED_HOST, name)),
             ],
             lambda: _answers("GET", page),
             local,
@@ -94,6 +99,8 @@ def serve(options: ServeOptions, console: Console) -> None:
                 for name in _models(controller):
                     running.say(f"  {name}", "none")
                 running.say(f"all is up: {page}   (Ctrl-C stops everything)", "bold green")
+                if host in EVERYWHERE and not options.allowed_host:
+                    running.say("to open the page under another name than localhost, give that with --allowed-host")
             while not received:
                 running.check()
                 time.sleep(0.3)
@@ -128,9 +135,14 @@ def find_ports(options: ServeOptions) -> dict[str, int]:
     """Return the port of each program by its name, each one free.
 
     Raises:
-        ArgumentsError: a port that the options give is taken, or their host is not this machine's.
+        ArgumentsError: a port that the options give is taken or given twice, or their host is not this machine's.
     """
     wanted = {"controller": options.controller_port, "worker": options.worker_port, "page": options.page_port}
+    for number in {port for port in wanted.values() if port is not None}:
+        named = [name for name, port in wanted.items() if port == number]
+        if len(named) > 1:  # unless somebody listens, the system gives a port to both
+            flags = ", ".join(f"--{name}-port" for name in named)
+            raise ArgumentsError(f"{flags}: all are {number}. Give each program a port of its own.")
     ports: dict[str, int] = {}
     with ExitStack() as held:  # hold all until all are found, or one could be found twice
         for name, port in wanted.items():

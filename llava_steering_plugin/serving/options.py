@@ -6,6 +6,7 @@ Importing it imports no torch: `--help` needs none.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import typer
 from typer.models import OptionInfo
 
+from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.inference.options import Device, Load4bit, Load8bit, MaxResident
 from llava_steering_plugin.serving.http.limits import Limits
 
 TOKEN_VARIABLE = "LLAVA_STEERING_ADMIN_TOKEN"
 DEFAULTS = Limits()
 MEGABYTE = 1 << 20
+TOKEN_CHARACTERS = 16
 
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Default: a free port.")]
 
@@ -67,6 +70,14 @@ class ModelOptions:
     stall_seconds: Annotated[
         float, typer.Option(min=0.1, help="Close the connection of a client that reads nothing for so many seconds.")
     ] = DEFAULTS.stall_seconds
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Take requests that name this server so, from pages that do, besides localhost and its own address: "
+            "for remote pages, reverse and notebook proxies. May be repeated.",
+        ),
+    ] = None
     admin_token: Annotated[
         str | None,
         typer.Option(
@@ -173,6 +184,33 @@ class ServeOptions(ModelOptions):
             worker_address=f"http://127.0.0.1:{port}",
             controller_address=controller,
         )
+
+
+def checked_token(token: str) -> str:
+    """Return the token if it is long enough to be a secret.
+
+    Raises:
+        ArgumentsError: it is not.
+    """
+    if len(token) < TOKEN_CHARACTERS:
+        raise ArgumentsError(
+            f"the admin token has {len(token)} characters; it needs {TOKEN_CHARACTERS} at least. Make one with "
+            "`openssl rand -hex 16`, or leave it out to turn /admin off."
+        )
+    return token
+
+
+def checked_folder(folder: Path) -> Path:
+    """Return the folder if it exists and can be read.
+
+    Raises:
+        ArgumentsError: it does not, or cannot be.
+    """
+    if not os.path.isdir(folder):
+        raise ArgumentsError(f"--adapter-dir {folder} is no folder. Create it; it may be empty.")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise ArgumentsError(f"--adapter-dir {folder} may not be read. Allow it to whoever runs this.")
+    return folder
 
 
 Options = TypeVar("Options", bound=ModelOptions)

@@ -2,38 +2,39 @@
 
     python -m llava_steering_plugin.serving.page --controller-url http://localhost:21001 --port 7860
 
-All options are upstream's, except `--log-requests`. The differences:
+All options are upstream's, except `--log-requests` and `--allowed-host`. The differences:
 
 - The wheel lacks the two example pictures, and gradio then refuses to start: missing examples are left out.
 - By default the page listens on localhost, and lists the models anew whenever it is loaded. Upstream's default for the
   list (`once`) does not run with the gradio that upstream pins.
 - Upstream logs every prompt and answer, keeps them in a file with every vote, and stores every picture. Without
   `--log-requests` the log holds none of this and the files go to a folder that is removed at the end.
+- Requests of other sites are refused (`http/access.py`), unless `--share` is given.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib
 import logging
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from wrapt import register_post_import_hook, wrap_function_wrapper
 
-from llava_steering_plugin.checkout.find import find_llava
-from llava_steering_plugin.errors import SteeringError, UpstreamError
+from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.launch import LaunchRequest, run
 from llava_steering_plugin.lazy_imports import defer_compilation
+from llava_steering_plugin.serving import upstream_program
 from llava_steering_plugin.serving.proxies import EVERYTHING, bypass_proxies, host_of, is_loopback
+from llava_steering_plugin.serving.upstream_program import ALLOWED_HOST, import_plainly, taken
 from llava_steering_plugin.upstream.startup import flag_value
 
 PAGE = "llava.serve.gradio_web_server"
@@ -48,7 +49,10 @@ def main(words: Sequence[str]) -> None:
         help_parser().print_help()
         return
     defer_compilation()
-    upstream_words = [word for word in words if word != LOG_REQUESTS]
+    from llava_steering_plugin.serving.http.access import checked_host
+
+    names, upstream_words = taken([word for word in words if word != LOG_REQUESTS], ALLOWED_HOST)
+    allowed = list(map(checked_host, names))
     for flag, value in DEFAULTS.items():
         if flag_value(upstream_words, flag) is None:
             upstream_words += [flag, value]
@@ -64,8 +68,14 @@ def main(words: Sequence[str]) -> None:
         if LOG_REQUESTS not in words:
             folder = until_the_end.enter_context(tempfile.TemporaryDirectory(prefix="llava-page-"))
             os.environ.setdefault("GRADIO_TEMP_DIR", folder)
-            keep_nothing(folder)
+            keep_files_in(folder)
         register_post_import_hook(_without_missing_examples, "gradio")
+        if "--share" not in upstream_words:  # gradio then gives it a name, and others' pages get one there too
+            host = flag_value(upstream_words, "--host") or ""
+            register_post_import_hook(partial(_for_own_site, allowed=[*allowed, host]), "gradio.routes")
+        page = import_plainly(PAGE)
+        if LOG_REQUESTS not in words:
+            page.logger.setLevel(logging.WARNING)
         run(LaunchRequest(PAGE, upstream_words))
 
 
@@ -79,46 +89,34 @@ def _keep_calls_direct(words: Sequence[str]) -> None:
 
 
 def help_parser() -> argparse.ArgumentParser:
-    """Return a parser that knows upstream's flags from the source of the page: importing the page would take seconds.
-
-    It is for `--help` only. The flags are parsed by upstream.
+    """Return a parser with all flags of the page, for `--help`.
 
     Raises:
         UpstreamError: there is no LLaVA, or it has no page.
     """
-    source = find_llava().package / "serve" / "gradio_web_server.py"
-    if not source.is_file():
-        raise UpstreamError(f"this LLaVA has no {PAGE}: there is no {source}.")
-    parser = argparse.ArgumentParser(
-        f"python -m {__spec__.name}", description="Run the web page of LLaVA, with its flags and one more."
-    )
-    for call in ast.walk(ast.parse(source.read_bytes())):
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
-            flags, settings = [ast.literal_eval(word) for word in call.args], _literals(call.keywords)
-            default = DEFAULTS.get(flags[0], settings.get("default"))
-            if default not in (None, False) and "help" not in settings:
-                settings["help"] = f"default: {default}"
-            parser.add_argument(*flags, **settings)
+    description = "Run the web page of LLaVA, with its flags and two more."
+    parser = upstream_program.help_parser("serve/gradio_web_server.py", f"{__spec__.name}", description, DEFAULTS)
     parser.add_argument(LOG_REQUESTS, action="store_true", help="log prompts and answers, and keep votes and pictures")
     return parser
 
 
-def _literals(keywords: Sequence[ast.keyword]) -> dict[str, Any]:
-    """Return the keyword arguments of a call that are constants; types, which the help does not show, are not."""
-    found = {}
-    for keyword in keywords:
-        with suppress(ValueError):
-            found[str(keyword.arg)] = ast.literal_eval(keyword.value)
-    return found
-
-
-def keep_nothing(folder: str) -> None:
-    """Make the page write its files to `folder`, and keep prompts and answers out of its log."""
+def keep_files_in(folder: str) -> None:
+    """Make the page write its files to `folder`. Call it before the page is imported."""
     import llava.constants
 
-    llava.constants.LOGDIR = folder  # before modules of llava.serve read it
-    page = importlib.import_module(PAGE)
-    page.logger.setLevel(logging.WARNING)
+    llava.constants.LOGDIR = folder
+
+
+def _for_own_site(routes: Any, allowed: Sequence[str]) -> None:
+    """Have gradio's applications refuse requests of other sites, in front of what lets all sites in."""
+    from llava_steering_plugin.serving.http.access import HostCheck
+
+    def guarded(original: Callable[..., Any], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        app = original(*args, **kwargs)
+        app.add_middleware(HostCheck, allowed=allowed)
+        return app
+
+    wrap_function_wrapper(routes, "App.create_app", guarded)
 
 
 def _without_missing_examples(gradio: Any) -> None:

@@ -20,6 +20,7 @@ from llava_steering_plugin.inference import options as inference_options
 from llava_steering_plugin.lazy_imports import defer_compilation
 from llava_steering_plugin.serving.idle_memory import keep_few_operations, return_large_blocks
 from llava_steering_plugin.serving.options import WorkerOptions, command
+from llava_steering_plugin.serving.preflight import check_flags
 from llava_steering_plugin.serving.proxies import bypass_proxies, is_loopback
 
 if TYPE_CHECKING:
@@ -33,25 +34,22 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 def run(options: WorkerOptions) -> None:
     """Serve a base and its adapters to LLaVA's controller and web page."""
     logging.basicConfig(level=logging.INFO)
-    limits = options.limits()
     bypass_proxies(options.controller_address)
+    folders = check_flags(options)  # before the model is loaded
+    limits = options.limits()
     return_large_blocks()
     keep_few_operations()
     device = inference_options.choose_device(options.device)
 
     import uvicorn
 
-    from llava_steering_plugin.inference.sources import load_all, locate_all, read_sources
-    from llava_steering_plugin.serving.folder_watch import WatchedFolder, checked_folder
-    from llava_steering_plugin.serving.http.admin import Admin, checked_token
+    from llava_steering_plugin.inference.sources import load_all
+    from llava_steering_plugin.serving.folder_watch import WatchedFolder
+    from llava_steering_plugin.serving.http.access import checked_host
+    from llava_steering_plugin.serving.http.admin import Admin
     from llava_steering_plugin.serving.http.app import build, give_up_stalled
+    from llava_steering_plugin.serving.http.connections import Connection
 
-    # Check everything that options and files tell before the model is loaded.
-    folders = locate_all(read_sources(options.adapter_words))
-    if options.admin_token is not None:
-        checked_token(options.admin_token)
-    if options.adapter_dir is not None:
-        checked_folder(options.adapter_dir)
     address = options.worker_address or _address(options.host, options.port)
     # Bind the port before loading the model: that it is taken shows in a second, not in minutes.
     listener = bind(options.host, options.port)
@@ -92,7 +90,13 @@ def run(options: WorkerOptions) -> None:
             folder=options.adapter_dir,
             any_path=options.admin_any_path,
         ).routes()
-    application = build(worker, limits, log_requests=options.log_requests, admin=admin)
+    application = build(
+        worker,
+        limits,
+        log_requests=options.log_requests,
+        admin=admin,
+        allowed_hosts=[options.host, *map(checked_host, options.allowed_host or ())],
+    )
     if not options.no_register:
         controller_link.start()
     logger.info("serving %s", ", ".join(worker.catalog.names()))
@@ -100,6 +104,7 @@ def run(options: WorkerOptions) -> None:
         application,
         options.host,
         options.port,
+        http=Connection,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=5,

@@ -57,13 +57,20 @@ def test_the_processor_is_chosen_by_hiding_the_gpus_where_the_vision_tower_would
 def test_a_gpu_stays_visible_and_one_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert choose_device("cuda:1") == "cuda:1"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    with pytest.raises(ArgumentsError, match=r"--device cuda:2: torch finds 2 GPU\(s\), cuda:0 to cuda:1"):
+        choose_device("cuda:2")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ArgumentsError, match="--device cuda: torch finds no GPU"):
         choose_device("cuda")
     with pytest.raises(ArgumentsError, match="--device nonsense: torch knows no such device"):
         choose_device("nonsense")
+    with pytest.raises(ArgumentsError, match="--device meta keeps no numbers"):
+        choose_device("meta")
+    with pytest.raises(ArgumentsError, match="--device xla: torch knows no such device here"):
+        choose_device("xla")
 
 
 def test_every_program_chooses_its_device_before_it_imports_what_may_start_cuda(patched_llava: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -123,18 +124,18 @@ def test_one_command_brings_up_all_three_answers_with_every_adapter_and_stops_cl
 
 @pytest.mark.slow
 def test_when_one_ends_it_is_said_which_and_why_and_the_others_are_stopped(
-    tiny: TinyLlava, shelf: Path, patched_llava: Path, tmp_path: Path
+    tiny: TinyLlava, patched_llava: Path, tmp_path: Path
 ) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "llava_steering_config.json").write_text((shelf / "cats" / "llava_steering_config.json").read_text())
-    with serving(patched_llava, tmp_path, str(tiny.llava), "--adapters", str(broken), "--device", "cpu") as served:
+    broken = shutil.copytree(tiny.llava, tmp_path / "broken")
+    for file in broken.glob("tokenizer*"):
+        file.unlink()
+    with serving(patched_llava, tmp_path, str(broken), "--device", "cpu") as served:
         served.wait_for("starting the worker")
         children = served.children()
         assert served.process.wait(PATIENCE) == 1
         said = served.output.rpartition("ProgramDied: ")[2]
         assert said.startswith("the worker has ended with status 1")
-        assert "broken has llava_steering_config.json but no adapter_model.safetensors" in said
+        assert "broken cannot be loaded" in said
         assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
 
 
@@ -157,6 +158,12 @@ def test_a_host_that_is_not_this_machines_is_said_with_the_flag_that_names_it() 
     assert re.search(r"the page cannot listen on 192\.0\.2\.1: .*\. Give another --host\.$", str(refused.value))
     with pytest.raises(ArgumentsError, match=r"192\.0\.2\.1:7861: .*\. Give another --host or --page-port\.$"):
         find_ports(ServeOptions(base="no/model", host="192.0.2.1", page_port=7861))
+
+
+def test_a_port_that_is_given_to_two_programs_is_refused() -> None:
+    port = free_port()
+    with pytest.raises(ArgumentsError, match=rf"--controller-port, --worker-port: all are {port}\."):
+        find_ports(ServeOptions(base="no/model", controller_port=port, worker_port=port))
 
 
 @pytest.mark.parametrize("host", ["::1", "[::1]", "::"])

@@ -28,6 +28,7 @@ OTHER: dict[str, Any] = {
     "limit_prompt": 100,
     "limit_pixels": 7,
     "stall_seconds": 1.5,
+    "allowed_host": ["pages.example", "::2"],
     "admin_token": "0123456789abcdef",
     "admin_any_path": True,
     "log_requests": True,

@@ -36,6 +36,7 @@ SERVED = {
     "--limit-prompt": 65_536,
     "--limit-pixels": 40_000_000,
     "--stall-seconds": 60.0,
+    "--allowed-host": None,
     "--admin-token": None,
     "--admin-any-path": False,
     "--log-requests": False,

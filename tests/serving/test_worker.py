@@ -44,7 +44,10 @@ def test_a_base_that_cannot_be_loaded_is_a_message_and_no_traceback(tiny: TinyLl
     nameless = tmp_path / "nameless"
     nameless.mkdir()
     (nameless / "config.json").write_text('{"mm_vision_tower": "a tower"}')
-    for base, said in ((broken, "broken cannot be loaded"), (nameless, "names no model_type.*--model-path")):
+    for base, said in (
+        (broken, r"broken/model\.safetensors is damaged or cut short"),
+        (nameless, "names no model_type.*--model-path"),
+    ):
         with pytest.raises(SteeringError, match=said):
             app(["--model-path", str(base), "--device", "cpu", "--port", str(free_port())], standalone_mode=False)
 

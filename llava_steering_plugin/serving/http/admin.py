@@ -16,31 +16,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.serving.catalog import AdapterCatalog
 from llava_steering_plugin.serving.http.limits import Limits
 from llava_steering_plugin.serving.http.protocol import Refused, read_object
+from llava_steering_plugin.serving.options import checked_token
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-TOKEN_CHARACTERS = 16
-
-
-def checked_token(token: str) -> str:
-    """Return the token if it is long enough to be a secret.
-
-    Raises:
-        ArgumentsError: it is not.
-    """
-    if len(token) < TOKEN_CHARACTERS:
-        raise ArgumentsError(
-            f"the admin token has {len(token)} characters; it needs {TOKEN_CHARACTERS} at least. Make one with "
-            "`openssl rand -hex 16`, or leave it out to turn /admin off."
-        )
-    return token
 
 
 class Admin:

@@ -12,18 +12,20 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from llava_steering_plugin.serving.http.access import HostCheck
 from llava_steering_plugin.serving.http.latest import LatestState
 from llava_steering_plugin.serving.http.limits import Limits
 from llava_steering_plugin.serving.http.protocol import (
@@ -37,6 +39,7 @@ from llava_steering_plugin.serving.http.protocol import (
 )
 from llava_steering_plugin.serving.http.validation import CheckedRequest, check_request
 from llava_steering_plugin.serving.idle_memory import IdleTrimmer
+from llava_steering_plugin.serving.proxies import host_of
 
 if TYPE_CHECKING:
     from llava_steering_plugin.serving.model_worker import AdapterWorker
@@ -230,11 +233,17 @@ async def _left(receive: Receive) -> None:
 
 
 def build(
-    worker: AdapterWorker, limits: Limits, *, log_requests: bool = False, admin: Sequence[Route] = ()
+    worker: AdapterWorker,
+    limits: Limits,
+    *,
+    log_requests: bool = False,
+    admin: Sequence[Route] = (),
+    allowed_hosts: Iterable[str] = (),
 ) -> Starlette:
     """Return the application.
 
     Args:
+        allowed_hosts: names by which requests may call it, besides those of localhost and the worker's address.
         admin: the routes of `Admin.routes`, if /admin is turned on.
     """
     endpoint = StreamEndpoint(worker, limits, log_requests)
@@ -265,6 +274,7 @@ def build(
             Route("/health", health, methods=["GET"]),
             *admin,
         ],
+        middleware=[Middleware(HostCheck, allowed=[host_of(worker.worker_addr), *allowed_hosts])],
         exception_handlers={HTTPException: http_error, Exception: http_error},
         lifespan=lambda _: endpoint.trimmer.following(worker.catalog),
     )
