@@ -51,7 +51,7 @@ def test_a_picture_of_40_million_pixels_takes_a_moment(size: tuple[int, int]) ->
     picture = Image.new("RGB", size, "red")
     started = time.process_time()
     square = shrunk_square(picture, 336, Image.Resampling.BICUBIC, (1, 2, 3))
-    assert time.process_time() - started < 3
+    assert time.process_time() - started < 6
     assert square.size == (336, 336)
     assert square.getpixel((168, 168)) == (255, 0, 0) and square.getpixel((0, 0)) == (1, 2, 3)
 
