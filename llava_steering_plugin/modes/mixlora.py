@@ -66,14 +66,18 @@ class RoutedLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, mode: MixLoRA, balance: float = 0.0):
         super().__init__()
         self.mode, self.balance = mode, balance
-        self.learns = mode.router_learns
-        factors = mode.factors
-        self.routed_a = nn.Parameter(torch.empty(factors, in_features))
-        self.routed_b = nn.Parameter(torch.zeros(factors, out_features))
-        self.router_a = nn.Parameter(torch.empty(factors, in_features), requires_grad=self.learns)
-        self.router_b = nn.Parameter(torch.empty(factors, in_features), requires_grad=self.learns)
+        trained, factors = mode.trained_routers, mode.factors
+        self.learns = bool(trained)
+
+        def router(name: str, *shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, in_features, dtype=torch.float32), requires_grad=name in trained)
+
+        self.routed_a = nn.Parameter(torch.empty(factors, in_features, dtype=torch.float32))
+        self.routed_b = nn.Parameter(torch.zeros(factors, out_features, dtype=torch.float32))
+        self.router_a = router("router_a", factors)
+        self.router_b = router("router_b", factors)
         if mode.conditional:
-            self.router_ab = nn.Parameter(torch.empty(mode.rank, factors, in_features), requires_grad=self.learns)
+            self.router_ab = router("router_ab", mode.rank, factors)
         for name, parameter in self.named_parameters():
             if name != "routed_b":
                 # As nn.Linear's: kaiming_uniform with a = sqrt(5).
@@ -82,8 +86,8 @@ class RoutedLinear(nn.Module):
         self.observed = (Observed.nothing(), Observed.nothing())
 
     def enter(self, inputs: Tensor) -> Tensor:
-        """Return the same numbers as `inputs`, to call the linear on: their backward pass takes less memory."""
-        return entrance(inputs)
+        """Return the same numbers as `inputs`, to call the linear on: in training, their backward pass is cheaper."""
+        return entrance(inputs) if self.training else inputs
 
     def forward(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass) -> Tensor:
         """Return `output` plus the update of every row with the factors chosen for it.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from llava_steering_plugin.modes.base import DecoderShape, Mode, setting
 from llava_steering_plugin.modes.mixlora_targets import ALL, find_targets, parse_targets
 
@@ -12,6 +14,7 @@ PROMPT, SEQUENCE = "prompt", "sequence"
 STRAIGHT_THROUGH, NO_GRADIENT = "straight_through", "none"
 PAPER, RELEASED = "paper", "released"
 BALANCE = 0.05
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,16 @@ class MixLoRASettings(Mode):
     router gradient can be set apart with `paper`.
     """
 
-    factors: int = setting(16, "E, factors in the pools of every linear, on each side")
+    factors: int = setting(
+        16, "E, factors in the pools of every linear, on each side; of 1 there is no choice, so no router is trained"
+    )
     rank: int = setting(4, "r, how many of them are chosen for an instance")
     alpha: float | None = setting(None, "the update is scaled by alpha / rank; twice the factors if not given")
     dropout: float = setting(0.0, "dropout on the adapter's input")
     conditional: bool = setting(True, "choose B also by the chosen A (CFS); else on their own (IFS)")
-    ifs_weight: float = setting(1.0, "w, weight of the conditional scores beside the independent ones")
+    ifs_weight: float = setting(
+        1.0, "w, weight of the conditional scores beside the independent ones; 0: they do not count, nor are trained"
+    )
     start_layer: int = setting(0, "first decoder layer with an adapter, counted from 0")
     targets: str = setting(ALL, "which linears of the decoder: all, or names such as q_proj,v_proj")
     routing: str | None = setting(
@@ -59,6 +66,22 @@ class MixLoRASettings(Mode):
         return (self.router_grad or (NO_GRADIENT if self.variant == RELEASED else STRAIGHT_THROUGH)) != NO_GRADIENT
 
     @property
+    def trained_routers(self) -> frozenset[str]:
+        """Return the names of the routers that are trained: those of `router_learns` that can change a choice.
+
+        The others never get a gradient, and a training stops where a parameter gets none. They are kept and saved all
+        the same, so that a setting does not change which tensors an adapter has.
+        """
+        if not self.router_learns or self.factors == 1:
+            return frozenset()
+        trained = {"router_a", "router_b", "router_ab"} if self.conditional else {"router_a", "router_b"}
+        if self.ifs_weight < _FLOAT32.eps:
+            trained.discard("router_ab")  # the sum of scores is, to the last bit, that of the independent ones
+        elif self.conditional and self.ifs_weight > 1 / _FLOAT32.eps:
+            trained.discard("router_b")
+        return frozenset(trained)
+
+    @property
     def balance_weight(self) -> float:
         """Return `balance`, with its default: without it learning routers settle on few factors (docs/multitask.md)."""
         return (BALANCE if self.router_learns else 0.0) if self.balance is None else self.balance
@@ -75,8 +98,8 @@ class MixLoRASettings(Mode):
             found.append(f"mixlora_dropout is {self.dropout}; it must be at least 0 and below 1")
         for name in ("ifs_weight", "balance", "noise"):
             value = self.balance_weight if name == "balance" else getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                found.append(f"mixlora_{name} is {value}; it must be 0 or above")
+            if not 0 <= value <= _FLOAT32.max:
+                found.append(f"mixlora_{name} is {value}; it must be 0 or above, and within float32")
         choices = {
             "routing": (PROMPT, SEQUENCE),
             "router_grad": (STRAIGHT_THROUGH, NO_GRADIENT),
