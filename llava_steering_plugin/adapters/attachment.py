@@ -17,7 +17,7 @@ from llava_steering_plugin.hooks.hosts import hang, unhang
 from llava_steering_plugin.hooks.owner import ModelOwner, owner_of
 from llava_steering_plugin.hooks.scope import without
 from llava_steering_plugin.modes import registry
-from llava_steering_plugin.modes.base import Mode
+from llava_steering_plugin.modes.base import Mode, build_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ class Attachment(ModelOwner):
         if modules is None:
             if problems := mode.problems(self.shape):
                 raise ArgumentsError(listing(f"the tuning mode {mode.name!r} does not fit this model", problems))
-            modules = mode.build(self.shape)
+            modules = build_modules(mode, self.shape)
         self.mode = mode
         self.modules = modules
         self._fixed = {name for name, parameter in self.parameters().items() if not parameter.requires_grad}

@@ -14,7 +14,7 @@ from llava_steering_plugin.adapters.parameters import parameters_of, set_paramet
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, listing
 from llava_steering_plugin.hooks.decoder import find_decoder
 from llava_steering_plugin.modes import registry
-from llava_steering_plugin.modes.base import DecoderShape, Mode
+from llava_steering_plugin.modes.base import DecoderShape, Mode, build_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ def build(model: PreTrainedModel, shape: DecoderShape, stored: StoredAdapter) ->
     mode = mode_of(stored.config)
     if problems := mode.problems(shape):
         raise AdapterError(listing(f"the adapter in {stored.path} does not fit this model", problems))
-    modules = mode.build(shape)
+    modules = build_modules(mode, shape)
     parameters = parameters_of(modules)
     check_tensors(model, parameters, stored)
     set_parameters(parameters, stored.section(ADAPTER))
@@ -80,6 +80,11 @@ def check_tensors(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]
             shapes[EXTRA + name] = shape
     if added := len(stored.config.added_tokens):
         embeddings = model.get_input_embeddings(), model.get_output_embeddings()
+        if embeddings[1] is None:
+            raise AdapterError(
+                f"the adapter in {stored.path} adds tokens to the vocabulary, and this {type(model).__name__} has no "
+                "language-model head for them. Load it on the whole model."
+            )
         for part, layer in zip(("input", "output"), embeddings, strict=True):
             shapes[ADDED + part] = (added, *shape_of(layer.weight)[1:])
     kinds = (ADAPTER, EXTRA, ADDED)

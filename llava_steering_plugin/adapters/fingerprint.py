@@ -21,6 +21,12 @@ FINGERPRINT_ROWS, FINGERPRINT_COLUMNS = 16, 64
 FINGERPRINT_TOLERANCE = 1e-2
 
 
+def fingerprint_rows(count: int) -> Tensor:
+    """Return the numbers of the rows, of `count`, by which a base is recognised: evenly spaced; int64."""
+    # float32 whatever the default dtype: float16 does not hold the numbers of a vocabulary.
+    return torch.linspace(0, count - 1, min(FINGERPRINT_ROWS, count), dtype=torch.float32).long()
+
+
 def check_base(model: PreTrainedModel, stored: StoredAdapter) -> None:
     """Compare the model with what the adapter knows of its base: dimensions, vocabulary, some embedding rows.
 

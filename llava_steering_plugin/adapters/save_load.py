@@ -14,7 +14,7 @@ from llava_steering_plugin.adapters.attachment import Attachment, required
 from llava_steering_plugin.adapters.card import model_card
 from llava_steering_plugin.adapters.compatibility import check_tensors, prepare
 from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
-from llava_steering_plugin.adapters.fingerprint import FINGERPRINT_COLUMNS, FINGERPRINT_ROWS
+from llava_steering_plugin.adapters.fingerprint import FINGERPRINT_COLUMNS, fingerprint_rows
 from llava_steering_plugin.adapters.folder import ADAPTER, ADDED, EXTRA, FINGERPRINT, StoredAdapter
 from llava_steering_plugin.adapters.locate import AdapterSource, read
 from llava_steering_plugin.adapters.parameters import set_parameters
@@ -72,7 +72,8 @@ def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], *, writ
 
 def _vocabulary(model: PreTrainedModel, config: AdapterConfig, keep: bool) -> dict[str, Tensor]:
     """Return the rows of added tokens, and the rows by which the base is recognised."""
-    inputs, outputs = (layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+    inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    outputs = inputs if head is None else head.weight  # a decoder alone has no head, and takes no added tokens
     added = torch.tensor(list(config.added_tokens.values()), dtype=torch.long)
     with gathered([inputs, outputs]):
         if not keep:
@@ -80,7 +81,7 @@ def _vocabulary(model: PreTrainedModel, config: AdapterConfig, keep: bool) -> di
         known = torch.tensor(
             sorted(set(range(min(config.base.vocab_size, inputs.shape[0]))) - set(added.tolist())), dtype=torch.long
         )
-        ids = known[torch.linspace(0, len(known) - 1, min(FINGERPRINT_ROWS, len(known))).long()]
+        ids = known[fingerprint_rows(len(known))]
         found = {
             FINGERPRINT + "ids": ids,
             FINGERPRINT + "rows": inputs.detach()[ids.to(inputs.device), :FINGERPRINT_COLUMNS].float().cpu(),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llava_steering_plugin.adapters.base_model import language_model, read_config
 from llava_steering_plugin.adapters.config import BaseModel
-from llava_steering_plugin.adapters.fingerprint import FINGERPRINT_COLUMNS, FINGERPRINT_ROWS, alike
+from llava_steering_plugin.adapters.fingerprint import FINGERPRINT_COLUMNS, alike, fingerprint_rows
 from llava_steering_plugin.adapters.folder import ADDED, FINGERPRINT
 from llava_steering_plugin.convert.released import Note, Released, shortened
 from llava_steering_plugin.convert.torch_files import Weights
@@ -105,7 +105,7 @@ class Backbone:
             )
         embedding = source[names[0]]
         rows = min(len(embedding), int(self.model.config.vocab_size))
-        ids = torch.linspace(0, rows - 1, min(FINGERPRINT_ROWS, rows)).long()
+        ids = fingerprint_rows(rows)
         stored = {FINGERPRINT + "ids": ids, FINGERPRINT + "rows": embedding[ids, :FINGERPRINT_COLUMNS].float()}
         added = self._added(released, names[0], rows)
         if added:

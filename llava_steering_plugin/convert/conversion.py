@@ -24,6 +24,7 @@ from llava_steering_plugin.convert.layouts import read_released
 from llava_steering_plugin.convert.released import Note, Released
 from llava_steering_plugin.errors import AdapterError, BaseMismatch, listing
 from llava_steering_plugin.hooks.decoder import find_decoder
+from llava_steering_plugin.modes.base import build_modules
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _weights(released: Released, backbone: Backbone) -> dict[str, Tensor]:
     _, shape = find_decoder(backbone.model)
     if problems := released.mode.problems(shape):
         raise BaseMismatch(listing(f"{released.folder} does not fit the base {backbone.as_config()}", problems))
-    modules = released.mode.build(shape)
+    modules = build_modules(released.mode, shape)
     released.fill(shape, modules)
     return {ADAPTER + name: parameter.detach() for name, parameter in parameters_of(modules).items()}
 

@@ -57,7 +57,8 @@ class ModelOwner:
 
     def take(self) -> None:
         """Begin to own the model: hook its decoder stack and shadow its methods."""
-        self._pass_hook = self.stack.register_forward_pre_hook(self._describe_pass, with_kwargs=True)
+        if self.stack is not self.model:
+            self._pass_hook = self.stack.register_forward_pre_hook(self._describe_pass, with_kwargs=True)
         self._override("forward", self._forward)
         if hasattr(self.model, "generate"):
             self._override("generate", self._generate)
@@ -73,6 +74,7 @@ class ModelOwner:
         """Cease to own the model: undo `take`, also one that has failed half-way."""
         if self._pass_hook is not None:
             self._pass_hook.remove()
+        if self._overridden:
             change_checkpointing(self._checkpointing, unbound)
         for name, (shadow, before) in self._overridden.items():
             # If other code has wrapped our method since then (mixed precision does), that wrapper stays; our method
@@ -136,11 +138,20 @@ class ModelOwner:
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         scope = current()
         if scope is not None and scope.owner is self and scope.generating:
-            return original(*args, **kwargs)
+            return self._run(original, args, kwargs)
         with self._opened(args, kwargs, generating=False) as scope:
-            result = original(*args, **kwargs)
+            result = self._run(original, args, kwargs)
         _note_loss_gradient(result, scope.loss_gradient)
         return result
+
+    def _run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model's own forward. Where the model is its decoder stack, the pass begins here.
+
+        A pre-hook of the stack would run before the scope of this call is open.
+        """
+        if self.stack is self.model:
+            self._describe_pass(self.stack, args, kwargs)
+        return original(*args, **kwargs)
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self._opened(args, kwargs, generating=True):

@@ -14,6 +14,7 @@ from llava_steering_plugin.adapters.base_model import read_config
 from llava_steering_plugin.adapters.folder import StoredAdapter
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, UpstreamError
 from llava_steering_plugin.inference.base_files import is_llava
+from llava_steering_plugin.modes.base import default_dtype
 from llava_steering_plugin.pool.pool import AdapterPool
 from llava_steering_plugin.upstream.loading import name_for
 
@@ -106,7 +107,8 @@ def load_with_upstream(
     """
     from llava.model.builder import load_pretrained_model
 
-    with explained_failures(path.folder if isinstance(path, StoredAdapter) else path):
+    failures = explained_failures(path.folder if isinstance(path, StoredAdapter) else path)
+    with failures, default_dtype():
         tokenizer, model, processor, _ = load_pretrained_model(path, base, name, **how)
     return tokenizer, model, processor
 

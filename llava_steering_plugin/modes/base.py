@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -126,8 +127,10 @@ class Mode(ABC):
         ([rows, positions, features] in the host's dtype), the host's input and the `ForwardPass`, and returns what
         replaces the output. It must be the identity when freshly built, and must use all its parameters in every pass
         that is not a decode step, also on zero rows: a rank without images must give every parameter a gradient, or
-        the other ranks wait for it for ever. Parameters are float32. One that is built with `requires_grad=False` is
-        saved with the adapter and not trained.
+        the other ranks wait for it for ever. Parameters are float32; `build` is called with float32 as torch's default
+        dtype. One that is built with `requires_grad=False` is saved with the adapter and not trained.
+
+        `output` belongs to the module, which may write into it.
 
         A module may also have a method `enter(inputs)`. In passes with gradients its host is then called on what
         `enter` returns: the same numbers, with a backward pass of the module's own.
@@ -153,5 +156,40 @@ def setting(default: Any, help: str) -> Any:
 
 def no_autocast(device: torch.device) -> torch.autocast:
     """Switch autocast off for a block: an adapter computes in the dtype it chooses, whatever the backbone runs in."""
-    # The meta device, on which plans are made, has no autocast of its own, and torch refuses its name.
-    return torch.autocast(device_type="cpu" if device.type == "meta" else device.type, enabled=False)
+    try:
+        return torch.autocast(device_type=device.type, enabled=False)
+    except RuntimeError:
+        # A device without an autocast of its own: torch refuses its name. Meta, on which plans are made; MPS before
+        # torch 2.5.
+        return torch.autocast(device_type="cpu", enabled=False)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Make `dtype` torch's default for the block, and put back the one before, however the block ends.
+
+    transformers 4.37 leaves float16 behind where `from_pretrained` fails.
+
+    Args:
+        dtype: the default in the block; None: the one that is there.
+    """
+    before = torch.get_default_dtype()
+    # Written only where it differs: the default is shared by all threads.
+    if dtype not in (None, before):
+        torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        if torch.get_default_dtype() != before:
+            torch.set_default_dtype(before)
+
+
+def build_modules(mode: Mode, decoder: DecoderShape) -> dict[str, nn.Module]:
+    """Return the mode's modules, built with float32 as torch's default dtype, as `Mode.build` promises."""
+    with default_dtype(torch.float32):
+        return mode.build(decoder)
+
+
+def has_float64(device: torch.device) -> bool:
+    """Say whether `device` computes in float64, which Apple's GPUs do not."""
+    return device.type != "mps"

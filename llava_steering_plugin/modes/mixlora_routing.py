@@ -134,7 +134,7 @@ def balanced(choice: Choice, coefficient: float, this_pass: ForwardPass) -> Choi
 
 def _frequency(chosen: Tensor, factors: int) -> Tensor:
     """Return the share that each factor has of `chosen`, int64 [choices]; float32 [factors]."""
-    ones = torch.ones(chosen.shape, device=chosen.device)
+    ones = torch.ones(chosen.shape, dtype=torch.float32, device=chosen.device)
     return ones.new_zeros(factors).index_add_(0, chosen, ones) / len(ones)
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llava_steering_plugin.modes.base import DecoderShape, ForwardPass, Mode, no_autocast, setting
+from llava_steering_plugin.modes.base import DecoderShape, ForwardPass, Mode, has_float64, no_autocast, setting
 from llava_steering_plugin.modes.mores_selection import TokenSelection, parse_layers
 
 MODALITIES = {"vis": ("vis",), "text": ("text",), "vis+text": ("vis", "text")}
@@ -34,9 +34,9 @@ class Steering(nn.Module):
 
     def __init__(self, hidden_size: int, rank: int, dropout: float = 0.0):
         super().__init__()
-        self.steer_basis = nn.Parameter(torch.empty(rank, hidden_size))
-        self.steer_shift = nn.Parameter(torch.zeros(rank, hidden_size))
-        self.steer_offset = nn.Parameter(torch.zeros(rank))
+        self.steer_basis = nn.Parameter(torch.empty(rank, hidden_size, dtype=torch.float32))
+        self.steer_shift = nn.Parameter(torch.zeros(rank, hidden_size, dtype=torch.float32))
+        self.steer_offset = nn.Parameter(torch.zeros(rank, dtype=torch.float32))
         self.dropout = nn.Dropout(dropout)
         nn.init.orthogonal_(self.steer_basis)
 
@@ -46,12 +46,15 @@ class Steering(nn.Module):
         R = L^-1 raw with L L^T = raw raw^T: only the d x d Gram matrix is factored, and R does not depend on the
         length of raw's rows, so weight decay cannot shrink it and no optimizer step can make it less orthonormal.
         Float64 because float32 loses 1e-5 of orthonormality at a condition number of 100; `cholesky_ex` because the
-        plain call waits for the device to report success.
+        plain call waits for the device to report success. On the CPU where the device has no float64 (MPS): the d rows
+        are few numbers to move.
         """
-        raw = self.steer_basis.double()
+        device = self.steer_basis.device
+        there = device if has_float64(device) else torch.device("cpu")
+        raw = self.steer_basis.to(there).double()
         factor = torch.linalg.cholesky_ex(raw @ raw.T).L
         rotation: Tensor = torch.linalg.solve_triangular(factor, raw, upper=False)
-        return rotation.float()
+        return rotation.float().to(device)
 
     def forward(self, hidden: Tensor) -> Tensor:
         with no_autocast(hidden.device):

@@ -19,6 +19,7 @@ from llava_steering_plugin.adapters.folder import LLAVA_CONFIG, AdapterFolder, S
 from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.adapters.save_load import load_adapter
 from llava_steering_plugin.errors import AdapterError, BaseMismatch, SteeringError
+from llava_steering_plugin.modes.base import default_dtype
 from llava_steering_plugin.upstream.names import display_name
 from llava_steering_plugin.upstream.seams import require
 
@@ -48,7 +49,8 @@ def on_builder_import(module: ModuleType) -> None:
         folder = find(given) if isinstance(given, str | StoredAdapter) else None
         if folder is None:
             return original(*args, **kwargs)
-        return _load(original, call, given if isinstance(given, StoredAdapter) else folder.read())
+        with default_dtype():  # also where transformers fails and leaves another one
+            return _load(original, call, given if isinstance(given, StoredAdapter) else folder.read())
 
     wrap_function_wrapper(module, "load_pretrained_model", load)
 

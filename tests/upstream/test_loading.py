@@ -14,6 +14,7 @@ from tiny_llava import TinyLlava
 from training_runs import with_other_weights
 
 from llava_steering_plugin.errors import AdapterError, BaseMismatch
+from llava_steering_plugin.modes.base import default_dtype
 
 pytest_plugins = ["steered_fixtures"]
 
@@ -99,3 +100,16 @@ def test_a_wrong_argument_is_upstreams_own_complaint_and_not_ours(saved: Path) -
         load_pretrained_model(str(saved))
     with pytest.raises(TypeError):
         load_pretrained_model(str(saved), None, "name", False, False, "auto", "cpu", "one too many", "and another")
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16], ids=str)
+def test_a_load_that_fails_inside_transformers_leaves_the_default_dtype_as_it_was(
+    saved: Path, default: torch.dtype
+) -> None:
+    with default_dtype(default):
+        with pytest.raises(TypeError, match="multimodal"):
+            load(saved, multimodal=True)  # as lmms-eval tries first
+        assert torch.get_default_dtype() == default
+        parameters = load(saved).llava_steering.parameters()
+        assert torch.get_default_dtype() == default
+    assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
