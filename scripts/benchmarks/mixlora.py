@@ -192,7 +192,7 @@ def excess(timings: dict[str, Timing]) -> float:
 def run(quick: bool, json_file: Path | None, threads: int, dtype: str, longest: float) -> int:
     """Run the benchmark; return its exit status."""
     torch.manual_seed(0)
-    console, kind, seconds = open_console(), getattr(torch, dtype), min(longest, 5.0) if quick else longest
+    console, kind, seconds = open_console(), getattr(torch, dtype), min(longest, 3.0) if quick else longest
     outs, batches, lengths = ((4096,), (1,), (1, 128)) if quick else ((4096, 11008), (1, 4), (1, 128, 704))
     cases = [LinearCase(4096, out, batch, length) for out in outs for batch in batches for length in lengths]
     verdicts: list[Verdict] = []
