@@ -150,32 +150,49 @@ class BatchAnswers:
         """
         for start in range(0, len(questions), self.options.batch_size):
             batch = questions[start : start + self.options.batch_size]
-            for question, text in zip(batch, self._answers(batch), strict=True):
+            for question, text in zip(batch, self.texts(self.generated(batch)), strict=True):
                 yield _line(question, text)
 
     def prompt(self, question: Question) -> str:
         """Return the question in its conversation template, as upstream's eval scripts write it."""
-        text = question.text if question.image is None else about_an_image(question.text, self.model.config)
-        name = self.options.conversation or self.pool.details(question.adapter).conversation or CONVERSATION
-        conversation = self.templates[checked_template(name)].copy()
-        conversation.append_message(conversation.roles[0], text)
+        conversation = self.templates[self.template(question)].copy()
+        conversation.append_message(conversation.roles[0], self.said(question))
         conversation.append_message(conversation.roles[1], None)
         return str(conversation.get_prompt())
 
-    def _answers(self, batch: Sequence[Question]) -> list[str]:
+    def template(self, question: Question) -> str:
+        """Return the name of the conversation template that a question is asked in."""
+        return checked_template(
+            self.options.conversation or self.pool.details(question.adapter).conversation or CONVERSATION
+        )
+
+    def said(self, question: Question) -> str:
+        """Return what the user says: the question, after LLaVA's mark if there is an image."""
+        return question.text if question.image is None else about_an_image(question.text, self.model.config)
+
+    def generated(self, batch: Sequence[Question]) -> Tensor:
+        """Return the token ids of the answers to a batch, int64 [questions, longest answer].
+
+        Raises:
+            ArgumentsError: an image cannot be read.
+        """
         ids, attention = self._tokens(batch)
         padding = self.tokenizer.pad_token_id
         pad_token = {"pad_token_id": self.tokenizer.eos_token_id if padding is None else padding}
         with torch.inference_mode(), self._padding_left():
-            output = self.model.generate(
+            output: Tensor = self.model.generate(
                 ids,
                 attention_mask=attention,
                 adapter_names=[question.adapter for question in batch],
-                **self._pixels(batch),
+                **self.pixels(batch),
                 **pad_token,
                 **self.options.generation,
             )
-        return [text.strip() for text in self.tokenizer.batch_decode(output, skip_special_tokens=True)]
+        return output
+
+    def texts(self, generated: Tensor) -> list[str]:
+        """Return what the ids of answers say, as the answer file has it."""
+        return [text.strip() for text in self.tokenizer.batch_decode(generated, skip_special_tokens=True)]
 
     def _tokens(self, batch: Sequence[Question]) -> tuple[Tensor, Tensor]:
         """Return token ids [questions, longest prompt], padded on the left, and their attention mask."""
@@ -188,8 +205,12 @@ class BatchAnswers:
         present = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         return ids.to(self.model.device), present.to(self.model.device)
 
-    def _pixels(self, batch: Sequence[Question]) -> dict[str, Any]:
-        """Return the arguments of `generate` that pass the images."""
+    def pixels(self, batch: Sequence[Question]) -> dict[str, Any]:
+        """Return the arguments of `generate` that pass the images.
+
+        Raises:
+            ArgumentsError: an image cannot be read.
+        """
         if all(question.image is None for question in batch):
             return {}
         return image_arguments([self._picture(question) for question in batch], self.processor, self.model)

@@ -1,0 +1,110 @@
+"""Loads a model of any kind, ready to answer: a base, an adapter with its base, or an unmerged LoRA with its base."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_steering_plugin.adapters.attachment import remove_adapter
+from llava_steering_plugin.adapters.folder import StoredAdapter
+from llava_steering_plugin.adapters.locate import find
+from llava_steering_plugin.errors import AdapterError, ArgumentsError, BaseMismatch
+from llava_steering_plugin.inference.base_files import is_llava
+from llava_steering_plugin.inference.base_model import LoadedBase, load_base, load_with_upstream, read_base_config
+from llava_steering_plugin.pool.pool import BASE, AdapterPool
+
+logger = logging.getLogger(__name__)
+# The file by which PEFT knows its own folders.
+PEFT_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AnsweringModel:
+    """A model of any kind on its base.
+
+    Attributes:
+        loaded: the base with a pool on it.
+        adapter: the name in that pool which the model answers by.
+        kind: "base", "lora" (PEFT's, unmerged), or the tuning mode.
+        base: where the base was loaded from.
+    """
+
+    loaded: LoadedBase
+    adapter: str
+    kind: str
+    base: str
+
+
+def open_model(path: str, base: str | None, how: dict[str, Any]) -> AnsweringModel:
+    """Load a model: a LLaVA checkpoint, an adapter of ours, or an unmerged LoRA of LLaVA's own training.
+
+    Args:
+        path: folder or hub id.
+        base: where the base of an adapter or a LoRA is, if not where its config says.
+        how: `device`, `load_4bit`, `load_8bit`.
+
+    Raises:
+        SteeringError: it cannot be loaded.
+    """
+    own = find(path)
+    if own is not None:
+        stored = own.read()
+        where = base or stored.config.base.name_or_path
+        return AnsweringModel(load_adapter_and_base("adapter", stored, base, how), "adapter", stored.config.mode, where)
+    peft = Path(path).expanduser() / PEFT_CONFIG
+    if peft.is_file():
+        where = base or _base_of_lora(peft)
+        tokenizer, model, processor = load_with_upstream(path, where, "llava-lora", how)
+        return AnsweringModel(LoadedBase(AdapterPool(model, tokenizer), tokenizer, processor), BASE, "lora", where)
+    return AnsweringModel(load_base(path, only_llava=True, **how), BASE, "base", path)
+
+
+def _base_of_lora(config: Path) -> str:
+    """Return the base that a LoRA's config names.
+
+    Raises:
+        ArgumentsError: it names none.
+    """
+    try:
+        named = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ArgumentsError(f"{config} cannot be read: {error}") from error
+    if not isinstance(named, str) or not named:
+        raise ArgumentsError(f"{config} names no base; say where it is with --model-base.")
+    return named
+
+
+def load_adapter_and_base(name: str, stored: StoredAdapter, base: str | None, how: dict[str, Any]) -> LoadedBase:
+    """Load the base of an adapter, and the adapter into a pool on it under `name`.
+
+    Args:
+        base: where the base is, if it has moved.
+        how: further arguments of `load_base`.
+
+    Raises:
+        SteeringError: base or adapter cannot be loaded.
+    """
+    folder, where = stored.folder, base or stored.config.base.name_or_path
+    hint = f" The adapter in {folder} names it as its base; if it has moved, say where it is with --model-base."
+    if is_llava(read_base_config(where, "" if base else hint)):
+        loaded = load_base(where, **how)
+        try:
+            loaded.pool.load(name, stored)
+            return loaded
+        except BaseMismatch:
+            raise
+        except AdapterError as error:
+            logger.info("loading %s together with its base: %s", folder, error)
+            del loaded
+            gc.collect()  # the model and its pool refer to each other; a second model would not fit beside them
+    # This adapter needs more of its base than modules and a projector. Upstream's loader prepares the base for it, and
+    # the base stays so when the adapter's modules move to the pool.
+    tokenizer, model, processor = load_with_upstream(stored, base, "llava", how)
+    remove_adapter(model)
+    pool = AdapterPool(model, tokenizer)
+    pool.load(name, stored)
+    return LoadedBase(pool, tokenizer, processor)
