@@ -1,6 +1,6 @@
 """Run one of LLaVA's programs with the plugin active, without editing LLaVA: for installs that are read-only.
 
-    python -m llava_steering_plugin.launch [--cpu] [--seed N] MODULE [ARGUMENTS of MODULE]
+    python -m llava_steering_plugin.launch [--cpu] [--seed N] [--same-order] MODULE [ARGUMENTS of MODULE]
     deepspeed --module llava_steering_plugin.launch llava.train.train_mem --tuning_mode mores ...
     torchrun --nproc_per_node 2 -m llava_steering_plugin.launch llava.train.train_mem --tuning_mode mores ...
 
@@ -55,12 +55,14 @@ class LaunchRequest:
         arguments: its own command line.
         cpu: run on the CPU, also what asks for CUDA.
         seed: of torch, set before the program starts; None: not set.
+        same_order: a training without a mode sees its samples in the order of one with a mode.
     """
 
     module: str
     arguments: list[str] = field(default_factory=list)
     cpu: bool = False
     seed: int | None = None
+    same_order: bool = False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,7 +74,7 @@ def command_parser() -> argparse.ArgumentParser:
     """Return the parser of the options that come before MODULE."""
     parser = _Parser(
         prog="python -m llava_steering_plugin.launch",
-        usage="python -m llava_steering_plugin.launch [--cpu] [--seed N] MODULE [ARGUMENTS of MODULE]",
+        usage="python -m llava_steering_plugin.launch [--cpu] [--seed N] [--same-order] MODULE [ARGUMENTS of MODULE]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
@@ -94,6 +96,11 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="N",
         type=_seed,
         help="set torch's seed first: LLaVA initialises a new projector before its own --seed takes effect",
+    )
+    parser.add_argument(
+        "--same-order",
+        action="store_true",
+        help="let a training without a mode (LoRA, full) see its samples in the order that a mode has at the same seed",
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this text; after MODULE, the help of MODULE")
     # deepspeed and old versions of torchrun put it before MODULE, with `=`.
@@ -119,7 +126,7 @@ def read_request(words: Sequence[str]) -> LaunchRequest | None:
         raise UsageError("no MODULE given, for example llava.train.train")
     module, *arguments = options.program
     ranks = [f"{name}={rank}" for name, rank in vars(options).items() if name.startswith("--local") and rank]
-    return LaunchRequest(module, [*ranks, *arguments], options.cpu, options.seed)
+    return LaunchRequest(module, [*ranks, *arguments], options.cpu, options.seed, options.same_order)
 
 
 def _seed(word: str) -> int:
@@ -163,6 +170,10 @@ def run(request: LaunchRequest) -> None:
         import torch
 
         torch.manual_seed(request.seed)
+    if request.same_order:
+        from llava_steering_plugin.training.samples import SAME_ORDER
+
+        SAME_ORDER.set(True)
     exec(program, vars(module))
 
 

@@ -33,6 +33,8 @@ from tiny_llava import TinyLlava
 from training_runs import subprocess_environment, train_in_process
 
 from llava_steering_plugin import AdapterPool, load_adapter
+from llava_steering_plugin.training.notes import order_of
+from llava_steering_plugin.training.samples import HASHED, SUMMED
 
 ROOT = Path(__file__).resolve().parents[1]
 # The last commit of version 0.1: its config was called adapter_config.json, and its header held no LLaVA config.
@@ -106,3 +108,10 @@ def test_an_earlier_training_goes_on_from_its_checkpoint_as_it_would_have(
     assert here.keys() == there.keys()
     assert all(torch.equal(value, there[key]) for key, value in here.items())
     assert any(not torch.equal(value, begun[key]) for key, value in here.items()), "nothing was trained"
+    # What it has saved now says that it keeps the order of the earlier version; a new training has another.
+    assert order_of(earlier / "waiting" / name / f"checkpoint-{2 * STOPPED_AT}") == SUMMED != HASHED
+
+
+def test_the_earlier_training_that_goes_on_comes_to_a_second_epoch(earlier: Path) -> None:
+    history = json.loads((earlier / "mores.json").read_text())
+    assert history[STOPPED_AT - 1]["epoch"] < 1 < history[-1]["epoch"]

@@ -29,6 +29,8 @@ class TestCommandLine:
             (["--local-rank=1", "--cpu", "a.b"], LaunchRequest("a.b", ["--local-rank=1"], cpu=True)),
             (["--seed", "7", "a.b", "--seed", "8"], LaunchRequest("a.b", ["--seed", "8"], seed=7)),
             (["--cpu", "--seed=0", "a.b"], LaunchRequest("a.b", [], cpu=True, seed=0)),
+            (["--same-order", "a.b"], LaunchRequest("a.b", [], same_order=True)),
+            (["a.b", "--same-order"], LaunchRequest("a.b", ["--same-order"])),
             (["a.b", "--help"], LaunchRequest("a.b", ["--help"])),
             (["a.b", "--", "-x", "--local_rank=1"], LaunchRequest("a.b", ["--", "-x", "--local_rank=1"])),
             (["--help", "a.b"], None),
@@ -89,6 +91,16 @@ class TestModules:
         done = launch("llava.eval.ask", "--x", "1", llava=llava, cwd=llava)
         file = str(llava / "llava" / "eval" / "ask.py")
         assert done.stdout == f"['--x', '1'] llava.eval.ask {[file, '--x', '1']}\n", done.stderr
+
+    @pytest.mark.parametrize("words", [[], ["--same-order"]], ids=["without", "with"])
+    def test_the_program_runs_with_same_order_where_that_is_asked_for(self, llava: Path, words: list[str]) -> None:
+        (llava / "llava" / "eval" / "ordered.py").write_text(
+            "from llava_steering_plugin.training.samples import SAME_ORDER\n"
+            'if __name__ == "__main__":\n'
+            "    print(SAME_ORDER.get())\n"
+        )
+        done = launch(*words, "llava.eval.ordered", llava=llava, cwd=llava)
+        assert done.stdout == f"{bool(words)}\n", done.stderr
 
     @pytest.mark.parametrize(
         ("module", "message"),

@@ -33,6 +33,7 @@ IN_CODE = re.compile(r"(?<![./\w-])(?:docs|patches|scripts|tests)/[\w./*-]+")
 FOREIGN = {
     "adapter_config.json",
     "llava_steering_config.json",
+    "steering_state.json",
     "config.json",
     "intervention_config.json",
     "mores_pos_configs.json",

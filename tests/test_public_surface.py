@@ -82,10 +82,10 @@ def test_help_names_every_option(group: Any, name: str) -> None:
 
 def test_the_options_of_launch_are_these() -> None:
     words = {word for action in command_parser()._actions for word in action.option_strings}
-    assert words == {"--cpu", "--seed", "-h", "--help", "--local_rank", "--local-rank"}
+    assert words == {"--cpu", "--seed", "--same-order", "-h", "--help", "--local_rank", "--local-rank"}
     text = command_parser().format_help()
     assert text.startswith(
-        "usage: python -m llava_steering_plugin.launch [--cpu] [--seed N] MODULE [ARGUMENTS of MODULE]"
+        "usage: python -m llava_steering_plugin.launch [--cpu] [--seed N] [--same-order] MODULE [ARGUMENTS of MODULE]"
     )
 
 

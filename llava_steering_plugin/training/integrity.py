@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llava_steering_plugin.adapters.folder import AdapterFolder
 from llava_steering_plugin.errors import AdapterError
+from llava_steering_plugin.training import notes
 
 NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "trainer_state.json"
@@ -37,6 +38,7 @@ def checkpoint_problems(folder: Path, *, without_states: bool = False, deep: boo
         problems.append(f"{STATE} is missing or cut short")
     elif match and step != int(match[1]):
         problems.append(f"{STATE} belongs to step {step}")
+    problems += notes.problems(folder)
     if without_states:
         return problems
     ranks = ranks_of(folder)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -10,6 +12,16 @@ from torch.utils.data import Dataset, Sampler
 
 # Key of a batch that holds the numbers of its samples, from the data loader to the training step.
 SAMPLE_NUMBERS = "steering_samples"
+
+# The rules that make one seed of a training's seed and an epoch. Their names stand in checkpoints: never rename one.
+HASHED = "sha256(seed:epoch)"
+SUMMED = "seed+epoch"  # of earlier versions: epoch 1 of seed 1 had the order of epoch 0 of seed 2
+RULES: dict[str, Callable[[int, int], int]] = {
+    HASHED: lambda seed, epoch: int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:8], "big"),
+    SUMMED: lambda seed, epoch: seed + epoch,
+}
+# Trainings without a mode, which have the order of upstream's samplers, get the order that a mode has at their seed.
+SAME_ORDER: ContextVar[bool] = ContextVar("llava_steering_same_order", default=False)
 
 
 class NumberedDataset(Dataset[dict[str, Any]]):
@@ -53,10 +65,15 @@ class EpochSeededSampler(Sampler[int]):
 
     LLaVA's samplers draw from the global generator, whose state at the start of an epoch differs in a resumed run: from
     the second epoch on, it would see other batches than the run that it resumes.
+
+    Args:
+        sampler: draws from torch's global generator.
+        seed: of the training.
+        rule: the name of a rule in `RULES`.
     """
 
-    def __init__(self, sampler: Any, seed: int):
-        self.sampler, self.seed, self.epoch = sampler, seed, 0
+    def __init__(self, sampler: Any, seed: int, rule: str = HASHED):
+        self.sampler, self.seed, self.rule, self.epoch = sampler, seed, rule, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that the next iteration orders."""
@@ -64,7 +81,7 @@ class EpochSeededSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed + self.epoch)
+            torch.manual_seed(RULES[self.rule](self.seed, self.epoch))
             order = list(self.sampler)
         return iter(order)
 

@@ -21,12 +21,14 @@ from llava_steering_plugin.adapters.folder import AdapterFolder
 from llava_steering_plugin.adapters.save_load import load_adapter, restore, save_adapter
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.hooks.token_map import IGNORED
-from llava_steering_plugin.training import checkpoints, deepspeed, integrity, provenance
+from llava_steering_plugin.training import checkpoints, deepspeed, integrity, notes, provenance
 from llava_steering_plugin.training.conflicts import DATA_PARALLEL, NO_FSDP
 from llava_steering_plugin.training.flags import CANNOT_START, TrainingRequest, mode_from, mode_is_on
 from llava_steering_plugin.training.gradient_check import GradientCheck
 from llava_steering_plugin.training.preemption import Preemption
 from llava_steering_plugin.training.samples import (
+    HASHED,
+    SAME_ORDER,
     SAMPLE_NUMBERS,
     EpochSeededSampler,
     NumberedCollator,
@@ -51,6 +53,7 @@ class SteeringTrainerMixin:
     state: Any
     _attachment: Attachment | None = None
     _saved_step: int | None = None
+    _order = HASHED  # the rule for the order of samples
 
     def __init__(self, *positional: Any, **kwargs: Any):
         arguments: Any = kwargs.get("args")
@@ -78,6 +81,7 @@ class SteeringTrainerMixin:
         found = checkpoints.checkpoint_to_resume(resume_from_checkpoint, self.args, self.is_deepspeed_enabled)
         if found is not None:
             provenance.refuse_another_training(self._attachment, found)
+            self._order = notes.order_of(found)
         if found is not None and self._ended_with(found):
             return TrainOutput(self.state.global_step, float("nan"), {})
         with self._preemption.watched():
@@ -125,10 +129,10 @@ class SteeringTrainerMixin:
 
     def _get_train_sampler(self, *rest: Any) -> Any:
         sampler = super()._get_train_sampler(*rest)  # type: ignore[misc]
-        if self._attachment is None or sampler is None:
+        if sampler is None or (self._attachment is None and not SAME_ORDER.get()):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSeededSampler(sampler, seed)
+        return EpochSeededSampler(sampler, seed, self._order)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
@@ -171,6 +175,8 @@ class SteeringTrainerMixin:
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
             return
         save_adapter(self.model, output_dir or self.args.output_dir, write=self.args.should_save)
+        if self.args.should_save and _internal_call and output_dir is not None:  # a checkpoint
+            notes.write(Path(output_dir), self._order)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Adapter save")  # type: ignore[attr-defined]
 

@@ -12,8 +12,22 @@ BATCH = 32
 LAUNCH = [sys.executable, "-m", "llava_steering_plugin.launch"]
 
 
-def train(output: Path, base: Path, data: Path, pictures: Path, tower: Path, flags: dict[str, object]) -> list[str]:
-    """Return `llava.train.train` on the CPU in float32; `flags` are added to those that all stages share."""
+def train(
+    output: Path,
+    base: Path,
+    data: Path,
+    pictures: Path,
+    tower: Path,
+    flags: dict[str, object],
+    *,
+    compared: bool = False,
+) -> list[str]:
+    """Return `llava.train.train` on the CPU in float32; `flags` are added to those that all stages share.
+
+    Args:
+        compared: the result is compared with others, so it sees the samples in their order: LoRA and full tuning have
+            upstream's otherwise, which at the same seed is another one than a mode's.
+    """
     shared: dict[str, object] = {
         "model_name_or_path": base,
         "data_path": data,
@@ -39,8 +53,10 @@ def train(output: Path, base: Path, data: Path, pictures: Path, tower: Path, fla
         "lazy_preprocess": True,
         "report_to": "none",
     }
+    given = {**shared, **flags}
     # New weights (the projector, LoRA) are drawn before upstream sets its own seed.
-    return [*LAUNCH, "--seed", str(SEED), "llava.train.train", *_words({**shared, **flags})]
+    launch = [*LAUNCH, "--seed", str(given["seed"]), *(["--same-order"] if compared else [])]
+    return [*launch, "llava.train.train", *_words(given)]
 
 
 def stage_1(settings: BaseSettings, output: Path, llm: Path, data: Path, tower: Path) -> list[str]:

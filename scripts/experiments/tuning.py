@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,16 +54,24 @@ def tuning_stage(name: str, tuning: Tuning, lengths: Lengths, base: Base, data: 
 
     def work(stage: Context) -> dict[str, Any]:
         output = tuning.adapter(stage.folder)
-        flags: dict[str, object] = {
-            "freeze_mm_mlp_adapter": True,
-            "max_steps": lengths.steps,
-            "per_device_train_batch_size": lengths.batch,
-            "learning_rate": tuning.learning_rate,
-            "seed": lengths.seed,
-            **tuning.flags,
-        }
-        stage.run(commands.train(output, base.model, data.folder / "train.json", pictures, base.clip, flags))
+        samples = data.folder / "train.json"
+        stage.run(training_command(tuning, lengths, output, base.model, samples, pictures, base.clip))
         # Frozen routers are in the file and are not trained.
         return {"parameters": scoring.parameters(output, without="router_" if tuning.frozen_routers else None)}
 
-    return Stage(name, settings, (data, base.done), work, (commands,))
+    return Stage(name, settings, (data, base.done), work, (commands, sys.modules[__name__]))
+
+
+def training_command(
+    tuning: Tuning, lengths: Lengths, output: Path, base: Path, samples: Path, pictures: Path, tower: Path
+) -> list[str]:
+    """Return the command of a tuning. At one seed, all of them see the samples in one order."""
+    flags: dict[str, object] = {
+        "freeze_mm_mlp_adapter": True,
+        "max_steps": lengths.steps,
+        "per_device_train_batch_size": lengths.batch,
+        "learning_rate": tuning.learning_rate,
+        "seed": lengths.seed,
+        **tuning.flags,
+    }
+    return commands.train(output, base, samples, pictures, tower, flags, compared=True)

@@ -25,6 +25,7 @@ from transformers import TrainingArguments
 from llava_steering_plugin.adapters.folder import WEIGHTS
 from llava_steering_plugin.errors import CheckpointError
 from llava_steering_plugin.training import checkpoints, integrity
+from llava_steering_plugin.training.notes import NOTES
 
 # The fourth step is the last, in the middle of an epoch.
 FLAGS: dict[str, object] = {
@@ -75,11 +76,15 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-DAMAGE = [
-    (name, damage)
-    for name in (WEIGHTS, integrity.STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth")
-    for damage in (Path.unlink, cut, empty)
-] + [("optimizer.pt", flip), ("rng_state.pth", flip)]
+DAMAGE = (
+    [
+        (name, damage)
+        for name in (WEIGHTS, integrity.STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth")
+        for damage in (Path.unlink, cut, empty)
+    ]
+    + [(NOTES, cut), (NOTES, empty)]
+    + [("optimizer.pt", flip), ("rng_state.pth", flip)]
+)
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGE, ids=lambda part: getattr(part, "__name__", part))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from typing import Any
 
@@ -9,7 +10,15 @@ import pytest
 import torch
 from torch.utils.data import RandomSampler
 
-from llava_steering_plugin.training.samples import SAMPLE_NUMBERS, EpochSeededSampler, NumberedCollator, NumberedDataset
+from llava_steering_plugin.training.samples import (
+    HASHED,
+    RULES,
+    SAMPLE_NUMBERS,
+    SUMMED,
+    EpochSeededSampler,
+    NumberedCollator,
+    NumberedDataset,
+)
 
 
 class Data:
@@ -57,6 +66,22 @@ def test_the_order_of_an_epoch_is_the_same_whatever_was_drawn_before_and_another
     torch.set_rng_state(before)
     assert sorted(first) == list(range(50))
     assert order(3, 2) != first and order(4, 1) != first
+
+
+def test_no_two_of_many_pairs_of_seed_and_epoch_have_the_same_order() -> None:
+    """Seeds that people take are neighbours: a sum of both gives seed 1 in its second epoch the order of seed 2."""
+    pairs = [(seed, epoch) for seed in (0, 1, 2, 3, 7, 10, 11, 42, 100, 1337, 2**32 - 1) for epoch in range(30)]
+    # torch's generator on the CPU takes the low 32 bits.
+    assert len({RULES[HASHED](*pair) % 2**32 for pair in pairs}) == len(pairs)
+    assert RULES[SUMMED](1, 1) == RULES[SUMMED](2, 0)
+
+
+def test_the_rules_are_what_their_names_say_and_stay_what_they_are() -> None:
+    """Their names stand in checkpoints: another value here would change the batches of a resumed training."""
+    expected = int(hashlib.sha256(b"42:3").hexdigest()[:16], 16)
+    assert RULES == {"sha256(seed:epoch)": RULES[HASHED], "seed+epoch": RULES[SUMMED]}
+    assert (RULES[HASHED](42, 3), RULES[SUMMED](42, 3)) == (expected, 45)
+    assert expected == 0x9943B4BC886DC1E8
 
 
 def test_ordering_an_epoch_leaves_the_global_generator_as_it_was() -> None:
