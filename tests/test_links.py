@@ -29,13 +29,15 @@ FILE = re.compile(
 )
 # The same without backticks: in blocks of code, where `./scripts` would be LLaVA's.
 IN_CODE = re.compile(r"(?<![./\w-])(?:docs|patches|scripts|tests)/[\w./*-]+")
-# Files of others that the pages name: LLaVA's, DeepSpeed's, those of an adapter or a checkpoint.
+# Files that the pages name and this repository lacks: LLaVA's, DeepSpeed's, those that commands write.
 FOREIGN = {
     "adapter_config.json",
     "llava_steering_config.json",
     "steering_state.json",
     "config.json",
     "intervention_config.json",
+    "modality.json",
+    "modality.png",
     "mores_pos_configs.json",
     "results.md",
     "train.py",
@@ -44,7 +46,7 @@ FOREIGN = {
     "zero3.json",
     "zero3_offload.json",
 }
-FOREIGN_FOLDERS = ("llava/", "mores/", "language_model/", "connector/", "multitask/results.json")
+FOREIGN_FOLDERS = ("diagnosis/", "llava/", "mores/", "language_model/", "connector/", "multitask/results.json")
 
 
 def prose(page: Path) -> str:

@@ -25,7 +25,7 @@ from llava_steering_plugin.planning.plan import plan
 from llava_steering_plugin.training.flags import extended
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"patch", "unpatch", "doctor", "plan", "convert", "eval", "serve", "chat"}
+COMMANDS = {"patch", "unpatch", "doctor", "plan", "convert", "eval", "serve", "chat", "diagnose"}
 OPTIONS = {
     "patch": {"--llava"},
     "unpatch": {"--llava"},
@@ -78,6 +78,16 @@ def test_help_names_every_option(group: Any, name: str) -> None:
     for parameter in group.commands[name].params:
         names = parameter.opts if parameter.param_type_name == "option" else [str(parameter.metavar or "")]
         assert all(word in shown.output for word in names), names
+
+
+def test_the_options_of_a_diagnosis_are_these(group: Any) -> None:
+    measures = group.commands["diagnose"].commands
+    assert set(measures) == {"modality"}
+    words = {word for each in measures["modality"].params for word in (*each.opts, *each.secondary_opts)}
+    assert words == {
+        *("models", "--question-file", "--image-folder", "--output", "--samples", "--answers-file", "--seed"),
+        *("--model-base", "--batch-size", "--conv-mode", "--max-new-tokens", "--device", "--load-4bit", "--load-8bit"),
+    }
 
 
 def test_the_options_of_launch_are_these() -> None:

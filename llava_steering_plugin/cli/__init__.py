@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from llava_steering_plugin.cli import chat, checkout, convert, evaluate, plan, serve
+from llava_steering_plugin.cli import chat, checkout, convert, diagnose, evaluate, plan, serve
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.lazy_imports import defer_compilation
 
@@ -50,6 +50,7 @@ app.command("doctor")(checkout.doctor)
 app.command("plan", **plan.SETTINGS)(plan.plan)
 app.command("convert")(convert.convert)
 app.command("eval")(evaluate.evaluate)
+app.add_typer(diagnose.app, name="diagnose")
 app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 

@@ -1,0 +1,120 @@
+"""Measure whether a model's answers attend to the image or to the text, layer by layer.
+
+LLaVA Steering (arXiv 2412.12359), eq. 2, the layer-wise modality attention ratio:
+
+    LMAR_l = 1/N sum_n  (mean attention per image token)_n,l  /  (mean attention per text token)_n,l
+
+1 is balance, more is more for the image. The queries are the positions that predict the answer; attention is averaged
+over them and over the heads before the ratio is taken. The text is the prompt's: which of its tokens count is a choice
+that moves the ratio by a factor, because the first token is a sink that draws attention whatever it says. So all
+choices of `TEXTS` are given side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llava_steering_plugin.diagnostics.attention import attention_taken, layers_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Kind(IntEnum):
+    """Names what a position of a prompt with its answer holds; padding is `PADDING`."""
+
+    FIRST = 0  # the beginning-of-sequence token
+    SYSTEM = 1
+    PROMPT = 2  # all other text before the answer
+    IMAGE = 3
+    ANSWER = 4
+
+
+PADDING = -1
+# The texts that image tokens are compared with, by the name that tables give them.
+TEXTS: Mapping[str, frozenset[Kind]] = {
+    "all text": frozenset({Kind.FIRST, Kind.SYSTEM, Kind.PROMPT}),
+    "without the first token": frozenset({Kind.SYSTEM, Kind.PROMPT}),
+    "without the system prompt": frozenset({Kind.FIRST, Kind.PROMPT}),
+    "without both": frozenset({Kind.PROMPT}),
+}
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Holds how the attention of one answer divides over the kinds of tokens before it.
+
+    Attributes:
+        counts: the number of tokens of each kind.
+        queries: the number of positions that the attention is averaged over.
+        shares: float64 [layers, heads, kinds]; the sum over the kinds is 1.
+    """
+
+    counts: Mapping[Kind, int]
+    queries: int
+    shares: Tensor
+
+    def per_token(self, kinds: Collection[Kind]) -> Tensor:
+        """Return the mean attention to one token of these kinds, averaged over the heads, float64 [layers]."""
+        return self.shares[..., list(kinds)].sum(-1).mean(1) / sum(self.counts[kind] for kind in kinds)
+
+    def ratio(self, text: Collection[Kind]) -> Tensor:
+        """Return the fraction of eq. 2 for this answer, float64 [layers]; NaN where there is no such text or image."""
+        return self.per_token((Kind.IMAGE,)) / self.per_token(text)
+
+
+def answer_queries(kinds: Tensor) -> Tensor:
+    """Return which positions predict an answer's tokens, bool [rows, positions].
+
+    Args:
+        kinds: int64 [rows, positions], a `Kind` or `PADDING`; the answer is the end of its row.
+    """
+    follows = torch.zeros_like(kinds, dtype=torch.bool)
+    follows[:, :-1] = kinds[:, 1:] == Kind.ANSWER
+    return follows
+
+
+def measure_shares(model: PreTrainedModel, forward: Callable[[], Any], kinds: Tensor) -> list[Shares]:
+    """Measure how the attention of each row's answer divides, in one forward pass.
+
+    Args:
+        forward: runs the pass of `model` over prompts with their answers.
+        kinds: int64 [rows, positions], what the pass's positions hold, after the splice.
+
+    Raises:
+        SteeringError: the model's attention cannot be read.
+    """
+    queries = answer_queries(kinds)
+    sums: list[list[Tensor | None]] = [[None] * layers_of(model) for _ in kinds]
+    members = torch.stack([(kinds == kind) for kind in Kind], -1).double()
+
+    def take(layer: int, row: int, weights: Tensor) -> None:
+        part = weights.sum(1).double().cpu() @ members[row].cpu()
+        before = sums[row][layer]
+        sums[row][layer] = part if before is None else before + part
+
+    with attention_taken(model, queries, take):
+        forward()
+    measured = []
+    for row, layers in enumerate(sums):
+        taken = [part for part in layers if part is not None]
+        number = int(queries[row].sum())
+        counts = {kind: int((kinds[row] == kind).sum()) for kind in Kind}
+        measured.append(Shares(counts, number, torch.stack(taken) / number))
+    return measured
+
+
+def lmar(answers: Sequence[Shares], text: Collection[Kind] = TEXTS["all text"]) -> Tensor:
+    """Return the layer-wise modality attention ratio of several answers, float64 [layers] (eq. 2).
+
+    Args:
+        answers: with at least one image each.
+        text: the tokens that image tokens are compared with.
+    """
+    return torch.stack([answer.ratio(text) for answer in answers]).mean(0)

@@ -1,0 +1,93 @@
+"""Keep measurements in a file as they are made, so that an interrupted run goes on where it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_steering_plugin.errors import ArgumentsError, listing
+
+KEY = "question_id"
+
+
+class Records:
+    """Holds the measurements of one model, one JSON object a line after a line with the settings.
+
+    Args:
+        settings: what the measurements depend on. Measurements of other settings are not mixed with these.
+
+    Attributes:
+        rows: the measurements so far.
+
+    Raises:
+        ArgumentsError: the file holds measurements of other settings, is none of ours, or cannot be written.
+    """
+
+    def __init__(self, file: Path, settings: Mapping[str, Any]):
+        self.file, self.settings = file, dict(settings)
+        self.rows: list[dict[str, Any]] = []
+        self._keys: set[str] = set()
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.exists():
+                self._read()
+            if not file.exists():
+                self._append(self.settings)
+        except OSError as error:
+            raise ArgumentsError(f"{file} cannot be written: {error.strerror}. Choose another --output.") from error
+
+    def __contains__(self, key: object) -> bool:
+        return json.dumps(key) in self._keys
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Keep a measurement."""
+        self._append(row)
+        self._take(row)
+
+    def _take(self, row: Mapping[str, Any]) -> None:
+        self.rows.append(dict(row))
+        self._keys.add(json.dumps(row[KEY]))
+
+    def _append(self, row: Mapping[str, Any]) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self) -> None:
+        """Take over what an interrupted run has measured; drop the line that it was writing."""
+        text = self.file.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        try:
+            lines = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+            found, rows = (lines[0], lines[1:]) if lines else (None, [])
+            if not all(isinstance(line, dict) for line in lines) or not all(KEY in row for row in rows):
+                raise ValueError("a line is no measurement")
+        except ValueError as error:
+            raise ArgumentsError(
+                f"{self.file} holds no measurements ({error}). Remove it, or choose another --output."
+            ) from error
+        if found is None:
+            self.file.unlink()
+            return
+        if found != self.settings:
+            changed = sorted(
+                name for name in found.keys() | self.settings.keys() if found.get(name) != self.settings.get(name)
+            )
+            raise ArgumentsError(
+                listing(
+                    f"{self.file} holds measurements of other settings; remove it, or choose another --output",
+                    [f"{name}: {found.get(name)!r} there, {self.settings.get(name)!r} now" for name in changed],
+                )
+            )
+        if len(whole) < len(text):
+            with self.file.open("r+b") as file:
+                file.truncate(len(whole))
+        for row in rows:
+            self._take(row)

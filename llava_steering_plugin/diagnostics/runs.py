@@ -1,0 +1,143 @@
+"""Measure several models one after another, and write what came out: measurements, tables, pictures."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_steering_plugin.adapters.folder import WEIGHTS
+from llava_steering_plugin.adapters.locate import find
+from llava_steering_plugin.diagnostics.modality_run import Chosen, measure_questions
+from llava_steering_plugin.diagnostics.plots import draw_modality
+from llava_steering_plugin.diagnostics.records import Records
+from llava_steering_plugin.diagnostics.summary import as_csv, summarise_model
+from llava_steering_plugin.errors import ArgumentsError, listing
+from llava_steering_plugin.inference.models import open_model
+from llava_steering_plugin.inference.questions import AnswerOptions, BatchAnswers, Question
+
+# Called with the model's name, the number of questions done, and how many there are.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ModalityRequest:
+    """Holds what is asked of one run.
+
+    Attributes:
+        models: the path of each model, by the name that pictures and tables give it.
+        chosen: the questions.
+        given: the answers to measure, by question id; None: each model's own.
+        images: the folder of the images.
+        settings: what measurements depend on besides the model.
+        options: how the models answer.
+        base: where the base of adapters is, if it has moved.
+        how: `device`, `load_4bit`, `load_8bit`.
+        output: the folder of everything that is written.
+    """
+
+    models: Mapping[str, str]
+    chosen: Chosen
+    given: Mapping[Any, str] | None
+    images: Path
+    settings: Mapping[str, Any]
+    options: AnswerOptions
+    base: str | None
+    how: Mapping[str, Any]
+    output: Path
+
+
+def run_modality(request: ModalityRequest, progress: Progress) -> list[Path]:
+    """Measure all models, and return the files of the result.
+
+    Raises:
+        SteeringError: a model cannot be loaded or measured; what was measured before is kept.
+    """
+    kept = {name: _records(request, name, path) for name, path in request.models.items()}
+    summaries = []
+    for name, path in request.models.items():
+        about = _measure(request, name, path, kept[name], progress)
+        summaries.append(summarise_model(name, about, kept[name].rows, request.chosen.text_only))
+        gc.collect()  # model and pool refer to each other, and the next model needs the memory
+    return _write(summaries, request)
+
+
+def read_answers(file: Path, questions: Sequence[Question]) -> dict[Any, str]:
+    """Read the answers to some questions from LLaVA's answer file.
+
+    Raises:
+        ArgumentsError: the file cannot be read, or lacks answers; the message lists all that is wrong.
+    """
+    answers: dict[Any, str] = {}
+    problems = []
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise ArgumentsError(f"the answers in {file} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            given = json.loads(line)
+            answers[given["question_id"]] = str(given["text"])
+        except (ValueError, TypeError, KeyError):
+            problems.append(f"line {number} is no answer with question_id and text")
+    problems += [f"question {each.id!r} has no answer" for each in questions if each.id not in answers]
+    if problems:
+        raise ArgumentsError(listing(f"{file} cannot be used as answers", problems))
+    return answers
+
+
+def digest(file: Path) -> str:
+    """Return the SHA-256 of a file.
+
+    Raises:
+        ArgumentsError: it cannot be read.
+    """
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ArgumentsError(f"{file} cannot be read: {error.strerror}.") from error
+
+
+def _records(request: ModalityRequest, name: str, path: str) -> Records:
+    """Open the measurements of a model, made before or not."""
+    found = find(path)
+    weights = None if found is None else digest(found.path / WEIGHTS)
+    settings = {**request.settings, "model": path, "weights": weights, "base": request.base}
+    return Records(request.output / "modality" / f"{name}.jsonl", settings)
+
+
+def _measure(
+    request: ModalityRequest, name: str, path: str, records: Records, progress: Progress
+) -> Mapping[str, Any]:
+    """Measure what is missing of one model, and return what is known of it."""
+    questions = request.chosen.questions
+    about = request.output / "modality" / f"{name}.json"
+    if all(question.id in records for question in questions) and about.is_file():
+        progress(name, len(questions), len(questions))
+        known: dict[str, Any] = json.loads(about.read_text(encoding="utf-8"))
+        return known
+    opened = open_model(path, request.base, dict(request.how))
+    answering = BatchAnswers(opened.loaded, request.images, request.options)
+    for done in measure_questions(opened, answering, questions, request.given, records):
+        progress(name, done, len(questions))
+    known = {"kind": opened.kind, "path": path, "base": opened.base}
+    about.write_text(json.dumps(known) + "\n", encoding="utf-8")
+    return known
+
+
+def _write(summaries: Sequence[Mapping[str, Any]], request: ModalityRequest) -> list[Path]:
+    """Write tables and pictures from the summaries."""
+    table, sheet = (request.output / f"modality.{ending}" for ending in ("json", "csv"))
+    document = {"settings": dict(request.settings), "models": list(summaries)}
+    try:
+        table.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        sheet.write_text(as_csv(summaries), encoding="utf-8")
+    except OSError as error:
+        raise ArgumentsError(f"{request.output} cannot be written: {error.strerror}.") from error
+    return [table, sheet, *draw_modality(summaries, request.output / "modality")]

@@ -1,0 +1,184 @@
+"""The layer-wise modality attention ratio is the paper's, worked out by hand and from whole attention matrices.
+
+Modules: diagnostics/modality.py, diagnostics/attention.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from steered import load_llava, strengthen
+from tiny_llava import TinyLlava
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llava_steering_plugin import attach, remove, token_map
+from llava_steering_plugin.diagnostics.attention import CHUNK, attention_taken
+from llava_steering_plugin.diagnostics.modality import (
+    PADDING,
+    TEXTS,
+    Kind,
+    Shares,
+    answer_queries,
+    lmar,
+    measure_shares,
+)
+from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.modes.base import Mode
+from llava_steering_plugin.modes.mixlora import MixLoRA
+from llava_steering_plugin.modes.mores import MoReS
+
+FIRST, SYSTEM, PROMPT, IMAGE, ANSWER = Kind
+
+
+def kinds_of(*rows: list[tuple[int, int]]) -> Tensor:
+    """Each row as (kind, count) pairs."""
+    return torch.tensor([[kind for kind, count in row for _ in range(count)] for row in rows])
+
+
+LEFT = [(PADDING, 4), (FIRST, 1), (SYSTEM, 2), (IMAGE, 9), (PROMPT, 3), (ANSWER, 4)]
+RIGHT = [(FIRST, 1), (PROMPT, 2), (IMAGE, 6), (PROMPT, 1), (IMAGE, 6), (PROMPT, 1), (ANSWER, 2), (PADDING, 4)]
+
+
+class OneLayer(nn.Module):
+    """A decoder of one layer and one head whose weights are given."""
+
+    def __init__(self, weights: Tensor):
+        super().__init__()
+        self.config = type("Config", (), {"num_hidden_layers": 1, "hidden_size": 2})()
+        self.layers = nn.ModuleList([nn.Identity()])
+        self.layers[0].forward = lambda logits: functional.softmax(logits, dim=-1)  # type: ignore[method-assign]
+        self.logits = weights.log()[None, None]
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    def forward(self) -> Tensor:
+        return self.layers[0](self.logits)
+
+
+def test_the_ratio_is_the_mean_of_each_answers_image_attention_per_token_over_its_text_attention_per_token() -> None:
+    # Keys: first, system, prompt, two of the image, answer. The queries are the last prompt position and the answer's.
+    kinds = kinds_of([(FIRST, 1), (SYSTEM, 1), (IMAGE, 2), (PROMPT, 1), (ANSWER, 2)])
+    weights = torch.full((7, 7), 1e-30)
+    weights[4] = torch.tensor([0.4, 0.1, 0.1, 0.2, 0.2, 0, 0]) + 1e-30
+    weights[5] = torch.tensor([0.2, 0.1, 0.2, 0.1, 0.2, 0.2, 0]) + 1e-30
+    model = OneLayer(weights)
+    (shares,) = measure_shares(model, model, kinds)  # type: ignore[arg-type]
+    assert shares.queries == 2
+    assert shares.counts == {FIRST: 1, SYSTEM: 1, PROMPT: 1, IMAGE: 2, ANSWER: 2}
+    torch.testing.assert_close(shares.shares[0, 0], torch.tensor([0.3, 0.1, 0.2, 0.3, 0.1]).double())
+
+    # (0.3 / 2) / ((0.3 + 0.1 + 0.2) / 3), and the like without the first token, without the system prompt, and both.
+    expected = [0.15 / 0.2, 0.15 / 0.15, 0.15 / 0.25, 0.15 / 0.2]
+    for text, value in zip(TEXTS.values(), expected, strict=True):
+        assert shares.ratio(text).item() == pytest.approx(value)
+
+    other = Shares(shares.counts, 1, torch.tensor([0.0, 0.0, 0.2, 0.8, 0.0]).double()[None, None])
+    assert lmar([shares, other], {PROMPT}).item() == pytest.approx((0.75 + 0.4 / 0.2) / 2)
+
+
+@pytest.mark.parametrize("mode", [None, MoReS(rank=2, tokens="all"), MixLoRA(factors=4, rank=2, alpha=1.0)], ids=str)
+@pytest.mark.parametrize("computed", ["sdpa", "eager"])
+def test_shares_are_those_of_the_whole_attention_matrices(
+    tiny: TinyLlava, patched_llava: Any, mode: Mode | None, computed: str
+) -> None:
+    model = load_llava(tiny.llava, attn_implementation=computed)
+    kinds = kinds_of(LEFT, RIGHT)
+    attended = kinds != PADDING
+    embeds = torch.randn(*kinds.shape, model.config.hidden_size)
+    if mode is not None:
+        strengthen(attach(model, mode))
+
+    def forward(**options: Any) -> Any:
+        with torch.inference_mode(), token_map(kinds == IMAGE, attended, attended & (kinds != ANSWER)):
+            return model(inputs_embeds=embeds, attention_mask=attended.long(), use_cache=False, **options)
+
+    measured = measure_shares(model, forward, kinds)
+    whole = forward(output_attentions=True).attentions  # a tensor [rows, heads, queries, keys] for each layer
+    if mode is not None:
+        remove(model)
+    for row, shares in enumerate(measured):
+        queries = [at - 1 for at in range(kinds.shape[1]) if kinds[row, at] == ANSWER]
+        assert shares.queries == len(queries)
+        for layer, weights in enumerate(whole):
+            mean = weights[row][:, queries].double().mean(1)
+            expected = torch.stack([mean[:, kinds[row] == kind].sum(-1) for kind in Kind], -1)
+            torch.testing.assert_close(shares.shares[layer], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(shares.shares.sum(-1), torch.ones(len(whole), 4).double(), rtol=0, atol=1e-5)
+
+
+def test_the_adapter_changes_the_shares(tiny: TinyLlava, patched_llava: Any) -> None:
+    model = load_llava(tiny.llava)
+    kinds = kinds_of(RIGHT)
+    embeds = torch.randn(*kinds.shape, model.config.hidden_size)
+
+    def forward() -> Any:
+        with torch.inference_mode(), token_map(kinds == IMAGE):
+            return model(inputs_embeds=embeds, use_cache=False)
+
+    (base,) = measure_shares(model, forward, kinds)
+    strengthen(attach(model, MoReS(rank=2, tokens="all")))
+    (steered,) = measure_shares(model, forward, kinds)
+    assert torch.equal(base.shares[0], steered.shares[0])  # the first layer's attention sees nothing steered yet
+    assert not torch.allclose(base.shares[1], steered.shares[1], atol=1e-3)
+    remove(model)
+    (again,) = measure_shares(model, forward, kinds)
+    assert torch.equal(base.shares, again.shares)
+
+
+def test_the_queries_are_the_positions_that_predict_the_answer() -> None:
+    queries = answer_queries(kinds_of(LEFT, RIGHT))
+    assert queries.nonzero().tolist() == [[0, n] for n in (18, 19, 20, 21)] + [[1, n] for n in (16, 17)]
+
+
+def test_long_answers_come_in_chunks_and_grouped_queries_share_their_keys() -> None:
+    torch.manual_seed(0)
+    length = CHUNK + 10
+    query, key = torch.randn(1, 4, length, 8), torch.randn(1, 2, length, 8)
+    model = OneLayer(torch.ones(1, 1))
+    kinds = torch.full((1, length), int(ANSWER))
+    kinds[0, 0] = int(FIRST)
+
+    def attend(_: Any) -> Tensor:
+        return functional.scaled_dot_product_attention(
+            query, key.repeat_interleave(2, 1), key.repeat_interleave(2, 1), is_causal=True
+        )
+
+    model.layers[0].forward = attend  # type: ignore[method-assign]
+    sizes: list[int] = []
+    with attention_taken(model, answer_queries(kinds), lambda layer, row, weights: sizes.append(weights.shape[1])):  # type: ignore[arg-type]
+        model()
+    assert sizes == [CHUNK, length - 1 - CHUNK]
+
+    (shares,) = measure_shares(model, model, kinds)  # type: ignore[arg-type]
+    scores = (query @ key.repeat_interleave(2, 1).transpose(-1, -2) / 8**0.5)[0]
+    weights = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(-1)
+    expected = weights[:, :-1, 0].mean(1).double()
+    torch.testing.assert_close(shares.shares[0, :, FIRST], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_attention_that_cannot_be_seen_is_an_error() -> None:
+    model = OneLayer(torch.ones(3, 3))
+    model.layers[0].forward = lambda logits: logits  # type: ignore[method-assign]
+    with pytest.raises(SteeringError, match=r"layers 0 passes through none .* attn_implementation='sdpa'"):
+        measure_shares(model, model, kinds_of([(FIRST, 1), (IMAGE, 1), (ANSWER, 1)]))  # type: ignore[arg-type]
+
+
+def test_an_error_in_the_pass_leaves_no_hooks(tiny: TinyLlava, patched_llava: Any) -> None:
+    model = load_llava(tiny.llava)
+
+    def fail() -> None:
+        raise RuntimeError("in the pass")
+
+    hooks: Callable[[], int] = lambda: sum(  # noqa: E731
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    )
+    before = hooks()
+    with pytest.raises(RuntimeError, match="in the pass"):
+        measure_shares(model, fail, kinds_of(RIGHT))
+    assert hooks() == before
