@@ -32,6 +32,10 @@ class CheckpointError(SteeringError):
     """A checkpoint of a training that cannot be written, or from which the training cannot go on."""
 
 
+class DataError(SteeringError):
+    """Training data that cannot be read, or that LLaVA cannot be trained on."""
+
+
 class UpstreamError(SteeringError):
     """LLaVA is not there, cannot be patched, or lacks a name that the plugin needs."""
 

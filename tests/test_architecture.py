@@ -51,6 +51,7 @@ EXPORTED = {
     "Attachment",
     "BaseMismatch",
     "CheckpointError",
+    "DataError",
     "ForwardPass",
     "MixLoRA",
     "MoReS",

@@ -36,6 +36,7 @@ OPTIONS = {
 TRAINING = {
     "tuning_mode",
     "adapter_path",
+    "skip_bad_samples",
     *("mores_rank", "mores_tokens", "mores_modality", "mores_layers", "mores_dropout"),
     *("mixlora_factors", "mixlora_rank", "mixlora_alpha", "mixlora_dropout", "mixlora_start_layer"),
     *("mixlora_routing", "mixlora_conditional", "mixlora_router_grad", "mixlora_balance", "mixlora_targets"),
@@ -108,6 +109,7 @@ def test_the_flags_of_a_training_are_these() -> None:
     assert flags.pop("learning_rate") == 1.0
     assert set(flags) == TRAINING
     assert flags.pop("tuning_mode") == "none"
+    assert flags.pop("skip_bad_samples") is False
     assert set(flags.values()) == {None}
 
 

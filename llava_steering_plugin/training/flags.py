@@ -85,6 +85,7 @@ def extended(original: type) -> type:
         ("tuning_mode", str, _flag(NONE, f"parameter-efficient tuning mode: {NONE}, {', '.join(modes)}")),
         ("adapter_path", str | None, _flag(None, "continue training from this adapter (folder or hub id)")),
     ]
+    fields.append(("skip_bad_samples", bool, _flag(False, "train another sample in the place of one that is bad")))
     for mode in modes.values():
         fields += _flags_of(mode)
     taken = {field.name for field in dataclasses.fields(original)}
@@ -150,6 +151,8 @@ def _checked(flags: Namespace, unknown: list[str]) -> TrainingRequest:
             for mode, settings in given.items()
             for name in settings
         ]
+        if getattr(flags, "skip_bad_samples", False):
+            problems.append("--skip_bad_samples belongs to the tuning modes and none is on; add one with --tuning_mode")
         return TrainingRequest(None, flags, tuple(problems))
     mode: Mode | None = None
     adapter: AdapterFolder | None = None

@@ -1,17 +1,24 @@
-"""Number the samples of a batch, so that warnings can name them, and fix the order of samples for each epoch."""
+"""Number and check the samples of a batch, so that messages can name them, and fix their order for each epoch."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-# Key of a batch that holds the numbers of its samples, from the data loader to the training step.
-SAMPLE_NUMBERS = "steering_samples"
+from llava_steering_plugin.errors import DataError
+from llava_steering_plugin.training.data_source import SOURCE, DataSource, failure, refusal, with_sound_entries
+from llava_steering_plugin.training.sample_checks import Defect, name_of
+from llava_steering_plugin.training.stand_ins import StandIns
+
+# Keys of a batch, from the data loader to the training step. Each holds numbers of samples: those that are in it, and
+# the bad ones whose places some of them take. The third holds a message: a bad sample that is not skipped.
+SAMPLE_NUMBERS, SKIPPED, REFUSED = "steering_samples", "steering_skipped", "steering_refused"
 
 # The rules that make one seed of a training's seed and an epoch. Their names stand in checkpoints: never rename one.
 HASHED = "sha256(seed:epoch)"
@@ -25,13 +32,34 @@ SAME_ORDER: ContextVar[bool] = ContextVar("llava_steering_same_order", default=F
 
 
 class NumberedDataset(Dataset[dict[str, Any]]):
-    """Adds its number to each sample of a dataset; everything else is the wrapped dataset's."""
+    """Adds its number to each sample of a dataset, and checks it; everything else is the wrapped dataset's.
 
-    def __init__(self, dataset: Any):
+    A bad sample ends nothing here, because here is a worker process of the data loader, whose errors reach the training
+    as text with a traceback in it. The sample becomes a message, or another one takes its place.
+
+    Args:
+        dataset: LLaVA's, with the `source` that its constructor noted, if that is known.
+        skip_seed: seed that chooses what takes the place of a bad sample; None: a bad sample is an error.
+    """
+
+    def __init__(self, dataset: Any, skip_seed: int | None = None):
         self.dataset = dataset
+        self.source: DataSource | None = getattr(dataset, SOURCE, None)
+        self.stand_ins = None if skip_seed is None else StandIns(skip_seed, getattr(dataset, "list_data_dict", dataset))
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        return {**self.dataset[number], SAMPLE_NUMBERS: number}
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        read = self._read(number)
+        if isinstance(read, dict):
+            return {**read, SAMPLE_NUMBERS: number}
+        if self.stand_ins is None:
+            return _refused(self._describe(number, read))
+        for other in self.stand_ins.of(number):
+            instead = self._read(other)
+            if isinstance(instead, dict):
+                return {**instead, SAMPLE_NUMBERS: other, SKIPPED: number}
+        return _refused(f"none of the {len(self)} samples can be trained on. {self._describe(number, read)}")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -42,11 +70,61 @@ class NumberedDataset(Dataset[dict[str, Any]]):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
+    @property
+    def modality_lengths(self) -> list[int]:
+        """Return the lengths by which LLaVA groups samples; a sample whose length cannot be told counts one word."""
+        return list(with_sound_entries(self.dataset).modality_lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Return the lengths of the samples; a sample whose length cannot be told counts one word."""
+        return list(with_sound_entries(self.dataset).lengths)
+
+    def why_bad(self, number: int) -> list[Defect]:
+        """Return why LLaVA cannot be trained on a sample; nothing if it can."""
+        read = self._read(number)
+        return read if isinstance(read, list) else []
+
+    def _read(self, number: int) -> dict[str, Any] | list[Defect]:
+        """Return what LLaVA makes of a sample, or why it cannot."""
+        if found := self._defects(number, whole=False):
+            return found
+        try:
+            return self._made_by_llava(number)
+        except DataError as error:
+            return self._defects(number, whole=True) or [Defect("other", str(error))]
+
+    def _made_by_llava(self, number: int) -> dict[str, Any]:
+        try:
+            return dict(self.dataset[number])
+        except Exception as error:  # its tokenizer and its image processor raise all kinds of errors
+            raise DataError(failure(error)) from error
+
+    def _defects(self, number: int, *, whole: bool) -> list[Defect]:
+        return [] if self.source is None else self.source.checks.of(self.dataset.list_data_dict[number], whole=whole)
+
+    def _describe(self, number: int, defects: Sequence[Defect], others: int = 0) -> str:
+        entries = getattr(self.dataset, "list_data_dict", None)
+        entry = None if entries is None else entries[number]
+        return refusal(self.source, number, entry, defects, others)
+
+    def refuse_bad_entries(self) -> None:
+        """Look at all entries of the data file, at no picture, unless bad samples are skipped.
+
+        Raises:
+            DataError: LLaVA cannot be trained on a sample. The message names the first one.
+        """
+        if self.source is None or self.stand_ins is not None:
+            return
+        check = self.source.checks.structure
+        bad = [number for number, entry in enumerate(self.dataset.list_data_dict) if check(entry)]
+        if bad:
+            raise DataError(self._describe(bad[0], self._defects(bad[0], whole=True), len(bad) - 1))
+
     def name_of(self, number: int) -> str:
         """Return how a user finds a sample in the data file: its position, and its id if it has one."""
         entries = getattr(self.dataset, "list_data_dict", None)
-        identity = entries[number].get("id") if entries is not None else None
-        return f"sample {number}" + (f" (id {identity!r})" if identity is not None else "")
+        return name_of(number, None if entries is None else entries[number])
 
 
 class NumberedCollator:
@@ -56,8 +134,50 @@ class NumberedCollator:
         self.collator = collator
 
     def __call__(self, instances: list[dict[str, Any]]) -> dict[str, Any]:
+        refused = [instance for instance in instances if REFUSED in instance]
+        if refused:
+            return refused[0]
         numbers = torch.tensor([instance.pop(SAMPLE_NUMBERS) for instance in instances])
-        return {**self.collator(instances), SAMPLE_NUMBERS: numbers}
+        skipped = [instance.pop(SKIPPED) for instance in instances if SKIPPED in instance]
+        marks = {SAMPLE_NUMBERS: numbers} | ({SKIPPED: torch.tensor(skipped)} if skipped else {})
+        return {**self.collator(instances), **marks}
+
+
+def take_marks(batch: dict[str, Any], skipped: set[int]) -> Tensor | None:
+    """Take the numbers of its samples out of a batch, and return them; add those of skipped ones to `skipped`.
+
+    Raises:
+        DataError: the batch holds a bad sample, and they are not skipped.
+    """
+    if REFUSED in batch:
+        raise DataError(batch[REFUSED])
+    if SKIPPED in batch:
+        skipped.update(batch.pop(SKIPPED).tolist())
+    return batch.pop(SAMPLE_NUMBERS, None)
+
+
+def _refused(message: str) -> dict[str, Any]:
+    # transformers measures the `input_ids` of all samples for --group_by_length.
+    return {REFUSED: message, "input_ids": []}
+
+
+def checked_samples(dataset: Any, arguments: Any) -> NumberedDataset:
+    """Return LLaVA's dataset with numbers and checks, after a look at all its entries.
+
+    Args:
+        arguments: of the training.
+
+    Raises:
+        DataError: LLaVA cannot be trained on a sample, and bad samples are not skipped.
+    """
+    samples = NumberedDataset(dataset, data_seed(arguments) if arguments.skip_bad_samples else None)
+    samples.refuse_bad_entries()
+    return samples
+
+
+def data_seed(arguments: Any) -> int:
+    """Return the seed of the order of the data, and of what takes the places of bad samples."""
+    return int(arguments.seed if arguments.data_seed is None else arguments.data_seed)
 
 
 class EpochSeededSampler(Sampler[int]):

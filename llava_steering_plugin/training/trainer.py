@@ -29,12 +29,14 @@ from llava_steering_plugin.training.preemption import Preemption
 from llava_steering_plugin.training.samples import (
     HASHED,
     SAME_ORDER,
-    SAMPLE_NUMBERS,
     EpochSeededSampler,
     NumberedCollator,
-    NumberedDataset,
+    checked_samples,
+    data_seed,
     sampler_of,
+    take_marks,
 )
+from llava_steering_plugin.training.skipped import SkippedSamples
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ class SteeringTrainerMixin:
         self._attachment = _attach(model, arguments, kwargs.get("tokenizer"))
         if arguments.process_index == 0:
             checkpoints.prepare_output(Path(arguments.output_dir))
-        kwargs["train_dataset"] = NumberedDataset(kwargs["train_dataset"])
+        data = kwargs["train_dataset"] = checked_samples(kwargs["train_dataset"], arguments)
         kwargs["data_collator"] = NumberedCollator(kwargs["data_collator"])
         with _marked_as_peft(model):
             super().__init__(**kwargs)
@@ -73,6 +75,9 @@ class SteeringTrainerMixin:
         self._preemption = Preemption()
         self.add_callback(self._preemption)  # type: ignore[attr-defined]
         last_layer = self._attachment.shape.layers[-1].path
+        self._skipped: set[int] = set()
+        if arguments.skip_bad_samples:
+            self.add_callback(SkippedSamples(data, Path(arguments.output_dir), self._skipped))  # type: ignore[attr-defined]
         self.add_callback(GradientCheck(self._attachment.trained(), last_layer))  # type: ignore[attr-defined]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +107,7 @@ class SteeringTrainerMixin:
         return True
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
-        numbers = inputs.pop(SAMPLE_NUMBERS, None)
+        numbers = take_marks(inputs, self._skipped)
         loss: Tensor = super().training_step(model, inputs, *rest)  # type: ignore[misc]
         # The loss of a batch without targets is 0/0; transformers itself looks at the loss after every step.
         if numbers is not None and not self._loss_warned and bool(torch.isnan(loss)):
@@ -131,8 +136,7 @@ class SteeringTrainerMixin:
         sampler = super()._get_train_sampler(*rest)  # type: ignore[misc]
         if sampler is None or (self._attachment is None and not SAME_ORDER.get()):
             return sampler
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSeededSampler(sampler, seed, self._order)
+        return EpochSeededSampler(sampler, data_seed(self.args), self._order)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]

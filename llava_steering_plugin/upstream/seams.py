@@ -58,6 +58,8 @@ SEAMS = (
             "ModelArguments": "declares flags of a training",
             "DataArguments": "declares flags of a training",
             "TrainingArguments": "gets the flags of the tuning modes",
+            "LazySupervisedDataset": "reads the samples, which are checked",
+            "LazySupervisedDataset.__init__": "reads the data file, which is checked",
             "LLaVATrainer": "attaches the adapter, saves and resumes it",
             "safe_save_model_for_hf_trainer": "writes the adapter instead of the whole model",
         },
@@ -123,6 +125,11 @@ SEAMS = (
     *_seams("llava.constants", (SERVE,), {"LOGDIR": "is the folder into which the web page writes"}),
     *_seams("llava.conversation", (TRAIN, CHAT, EVAL), {"conv_templates": "holds the conversation templates"}),
     *_seams("llava.conversation", (TRAIN,), {"default_conversation": "is the template that a training uses"}),
+    *_seams(
+        "llava.conversation",
+        (TRAIN,),
+        {"Conversation.version": "says how a training reads turns"},
+    ),
     *_seams(
         "llava.conversation",
         (CHAT, EVAL),

@@ -16,8 +16,10 @@ from llava_steering_plugin.adapters.base_model import language_model, read_confi
 from llava_steering_plugin.adapters.compatibility import misfits
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.training.conflicts import DATA_PARALLEL, cpu_flag
+from llava_steering_plugin.training.data_source import early_problem
 from llava_steering_plugin.training.flags import CANNOT_START, TrainingRequest, extended, mode_is_on, read_request
 from llava_steering_plugin.training.trainer import REQUEST, SteeringTrainerMixin
+from llava_steering_plugin.upstream.samples import with_source
 from llava_steering_plugin.upstream.seams import require
 
 
@@ -31,6 +33,8 @@ def on_train_import(module: ModuleType) -> None:
     names["TrainingArguments"] = extended(require(module, "TrainingArguments"))
     require(module, "safe_save_model_for_hf_trainer")
     wrap_function_wrapper(module, "safe_save_model_for_hf_trainer", _save)
+    require(module, "LazySupervisedDataset")
+    wrap_function_wrapper(module, "LazySupervisedDataset.__init__", with_source)
     require(module, "train")
     wrap_function_wrapper(module, "train", _checked(module))
 
@@ -69,7 +73,10 @@ def _checked(module: ModuleType) -> Callable[..., Any]:
 
 def _problems_here(request: TrainingRequest) -> list[str]:
     """Return what base and machine tell before a model is loaded."""
-    return [*_misfits(request), *_data_parallel(request.flags)] if mode_is_on(request.flags) else []
+    if not mode_is_on(request.flags):
+        return []
+    data = getattr(request.flags, "data_path", None)
+    return [*_misfits(request), *_data_parallel(request.flags), *early_problem(data)]
 
 
 def _misfits(request: TrainingRequest) -> list[str]:
