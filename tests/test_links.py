@@ -40,6 +40,7 @@ FOREIGN = {
     "modality.png",
     "mores_pos_configs.json",
     "results.md",
+    "skipped_samples.json",
     "train.py",
     "train_mem.py",
     "zero2.json",

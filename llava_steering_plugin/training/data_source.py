@@ -23,7 +23,7 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where samples come from.
+    """Says where samples come from.
 
     Attributes:
         path: the data file.

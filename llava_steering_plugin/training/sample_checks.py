@@ -50,7 +50,7 @@ MOST_PIXELS = 1 << 30
 
 @dataclass(frozen=True)
 class Defect:
-    """Why LLaVA cannot be trained on a sample.
+    """Says why LLaVA cannot be trained on a sample.
 
     Attributes:
         kind: one of `KINDS`.
