@@ -1,11 +1,12 @@
-"""Let gradient checkpointing recompute a layer in the scope of its forward pass."""
+"""Let gradient checkpointing recompute a layer in the scope of its forward pass, and hand its gradients on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from llava_steering_plugin.hooks.scope import current, entered
 from llava_steering_plugin.modes.base import DecoderShape
@@ -16,11 +17,18 @@ def bound_to_scope(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 
     The recomputation runs in the backward pass, after the scope has closed and, on CUDA, in autograd's own thread.
     Without the wrapper the layers would be recomputed without the adapter, and no error would say so.
+
+    The wrapped function is called on hidden states that need a gradient. torch's reentrant checkpointing gives the
+    parameters in a layer none where its inputs need none. `enable_input_require_grads` sees to that with a hook on the
+    embeddings, which is lost when they are replaced, as a tokenizer that grows does; ready-made `inputs_embeds` pass it
+    by.
     """
     if hasattr(checkpoint, "_bound_to_scope"):
         return checkpoint
 
     def bound(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if args and torch.is_grad_enabled():
+            args = (_needing_gradient(args[0]), *args[1:])
         scope = current()
         if scope is None:
             return checkpoint(run, *args, **kwargs)
@@ -33,6 +41,13 @@ def bound_to_scope(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 
     bound._bound_to_scope = checkpoint  # type: ignore[attr-defined]
     return bound
+
+
+def _needing_gradient(hidden: Any) -> Any:
+    """Return the hidden states themselves if they need a gradient, and otherwise a view of them that does."""
+    if not isinstance(hidden, Tensor) or hidden.requires_grad or not hidden.is_floating_point():
+        return hidden
+    return hidden.detach().requires_grad_()
 
 
 def unbound(checkpoint: Callable[..., Any]) -> Callable[..., Any]:

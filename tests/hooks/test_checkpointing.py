@@ -10,8 +10,9 @@ import pytest
 import torch
 from gradient_runs import MODES, RUNS, batch_of, gradients, one_step, train_setup, train_teardown
 from steered import pictures, strengthen
+from tiny_llava import HIDDEN
 
-from llava_steering_plugin import attach, remove
+from llava_steering_plugin import attach, remove, token_map
 from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.modes.mores import MoReS
 
@@ -35,6 +36,37 @@ def test_gradient_checkpointing_gives_the_gradients_of_the_plain_run(
         assert plain.keys() == again.keys()
         for name, gradient in plain.items():
             torch.testing.assert_close(again[name], gradient, atol=1e-6, rtol=1e-6, msg=f"{checkpointing}: {name}")
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
+@pytest.mark.parametrize("mode", sorted(MODES))
+def test_no_hook_on_the_embeddings_is_needed_for_that(
+    model: Any, mode: str, run: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strengthen(attach(model, mode, **MODES[mode]), size=0.05)
+    hooked = gradients(model, run, "reentrant")
+    monkeypatch.setattr(type(model), "enable_input_require_grads", lambda model: None)
+    monkeypatch.setattr(type(model), "disable_input_require_grads", lambda model: None)
+    bare = gradients(model, run, "reentrant")
+    assert hooked.keys() == bare.keys()
+    assert not [name for name, gradient in hooked.items() if not torch.equal(bare[name], gradient)]
+
+
+def test_embeddings_of_the_callers_own_are_as_they_were(model: Any, steered: Steered) -> None:
+    attachment = steered()
+    embeddings = torch.randn(1, 6, HIDDEN)
+    visual = torch.tensor([[False, True, True, False, False, False]])
+    train_setup(model, "reentrant")
+    model.disable_input_require_grads()
+    try:
+        with token_map(visual):
+            loss = model(inputs_embeds=embeddings, labels=torch.full((1, 6), 7)).loss
+        loss.backward()
+    finally:
+        model.gradient_checkpointing_disable()
+    assert not embeddings.requires_grad
+    assert embeddings.grad is None
+    assert attachment.parameters()["layers.0.vis.steer_shift"].grad.any()
 
 
 def test_the_plain_runs_gradients_are_those_of_the_formula(model: Any, frozen: Any, steered: Steered) -> None:
