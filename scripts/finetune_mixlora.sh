@@ -10,5 +10,5 @@ MODEL=${MODEL:-lmsys/vicuna-$SIZE-v1.5}
 PROJECTOR=${PROJECTOR-./checkpoints/llava-v1.5-$SIZE-pretrain/mm_projector.bin}
 # Conditional Mixture of LoRA (arXiv 2402.15896).
 finetune mixlora \
-  --tuning_mode mixlora --mixlora_factors 16 --mixlora_rank 4 --mixlora_conditional True \
-  --learning_rate 4e-5 --num_train_epochs 3 "$@"
+  --tuning_mode mixlora --mixlora_factors 16 --mixlora_rank 4 --mixlora_conditional True --mixlora_dropout 0.05 \
+  --model_max_length 1792 --learning_rate 4e-5 --num_train_epochs 3 "$@"

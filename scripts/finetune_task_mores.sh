@@ -7,5 +7,5 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/finetune_common.sh"
 MODEL=${MODEL:-liuhaotian/llava-v1.5-$SIZE}
 finetune task-mores \
-  --tuning_mode mores --mores_rank 1 --mores_tokens 1% --freeze_mm_mlp_adapter True \
+  --tuning_mode mores --mores_rank 1 --mores_tokens 1% --mores_dropout 0.05 --freeze_mm_mlp_adapter True \
   --learning_rate 2e-4 --num_train_epochs 1 "$@"

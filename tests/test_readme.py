@@ -42,6 +42,7 @@ NOT_RUN_HERE = {
     "python -m llava.serve.model_worker": "tests/upstream/test_model_worker.py runs it, with its controller",
     "python -m llava.eval.": "it asks for CUDA; run below through launch --cpu",
     "python -m llava_steering_plugin.launch llava.train.train_mem": "as above, tests/test_launched_programs.py",
+    "python -m llava_steering_plugin.launch --same-order": "as above, and tests/training/test_same_order.py",
     "llava-steering serve": "tests/serving/test_launcher.py starts it, and stops it",
     "llava-steering convert": "tests/convert/test_convert_command.py runs it on the authors' layouts",
 }

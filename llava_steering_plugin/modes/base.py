@@ -136,6 +136,16 @@ class Mode(ABC):
         `enter` returns: the same numbers, with a backward pass of the module's own.
         """
 
+    def remarks(self, image_tokens: int) -> list[str]:
+        """Return what a user should know of the settings before a training, one or two sentences each; often nothing.
+
+        Unlike `problems`, none of it keeps the training from starting.
+
+        Args:
+            image_tokens: how many tokens the decoder gets for an image.
+        """
+        return []
+
     def report(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
         """Return figures to log beside the loss, by name, on the training passes since the last call.
 

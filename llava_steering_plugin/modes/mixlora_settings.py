@@ -31,7 +31,7 @@ class MixLoRASettings(Mode):
     )
     rank: int = setting(4, "r, how many of them are chosen for an instance")
     alpha: float | None = setting(None, "the update is scaled by alpha / rank; twice the factors if not given")
-    dropout: float = setting(0.0, "dropout on the adapter's input")
+    dropout: float = setting(0.0, "dropout on the adapter's input; 0.05 in the paper")
     conditional: bool = setting(True, "choose B also by the chosen A (CFS); else on their own (IFS)")
     ifs_weight: float = setting(
         1.0, "w, weight of the conditional scores beside the independent ones; 0: they do not count, nor are trained"

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from llava_steering_plugin.modes.base import DecoderShape, ForwardPass, Mode, has_float64, no_autocast, setting
 from llava_steering_plugin.modes.mores_selection import TokenSelection, parse_layers
 
+# The paper's 1% of 576 tokens. A percentage that comes to fewer is hardly what was meant.
+FEW_TOKENS = 6
 MODALITIES = {"vis": ("vis",), "text": ("text",), "vis+text": ("vis", "text")}
 
 
@@ -147,7 +149,7 @@ class MoReS(Mode):
     tokens: str = setting("1%", "which tokens of each image: all, f4+l5, uniform9, 1%")
     modality: str = setting("vis", "which tokens may be steered: vis, text or vis+text (own weights for each)")
     layers: str = setting("all", "which decoder layers: all, 0-15, every:2, 0-7,12")
-    dropout: float = setting(0.0, "dropout on the steering update")
+    dropout: float = setting(0.0, "dropout on the steering update; 0.05 in the paper")
 
     def problems(self, decoder: DecoderShape | None = None) -> list[str]:
         found = []
@@ -168,6 +170,17 @@ class MoReS(Mode):
         except ValueError as error:
             found.append(f"mores_layers: {error}")
         return found
+
+    def remarks(self, image_tokens: int) -> list[str]:
+        selection = TokenSelection.parse(self.tokens)
+        count = selection.count(image_tokens)
+        if not selection.has_percentage or count >= FEW_TOKENS or "vis" not in MODALITIES[self.modality]:
+            return []
+        return [
+            f"--mores_tokens {self.tokens} steers only {count} of the {image_tokens} tokens of an image. The paper's "
+            f"1% are {FEW_TOKENS} of 576: where images have few tokens, a percentage leaves almost none. Give a number "
+            f"instead (--mores_tokens uniform{FEW_TOKENS}), or all."
+        ]
 
     def build(self, decoder: DecoderShape) -> dict[str, nn.Module]:
         selection = TokenSelection.parse(self.tokens)

@@ -46,6 +46,15 @@ class TokenSelection:
             terms.append((kind, amount))
         return cls(spec, tuple(terms))
 
+    @property
+    def has_percentage(self) -> bool:
+        """Say whether the number of tokens depends on the size of an image."""
+        return any(kind == "percent" for kind, _ in self.terms)
+
+    def count(self, tokens: int) -> int:
+        """Return how many are selected of an image of `tokens` tokens."""
+        return int(self.mask(torch.ones(1, tokens, dtype=torch.bool)).sum())
+
     def mask(self, candidates: Tensor, *, per_row: bool = False) -> Tensor:
         """Select among the True positions of `candidates`; return bool [rows, positions].
 

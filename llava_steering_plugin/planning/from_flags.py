@@ -13,6 +13,7 @@ from llava_steering_plugin.planning.gpus import Gpu, named_gpu
 from llava_steering_plugin.planning.meta_step import Arithmetic, BatchShape, TrainingSetup, assemble, peak_of_step
 from llava_steering_plugin.planning.report import MemoryReport
 from llava_steering_plugin.planning.sharding import STATES, Memory, Sharding, memory_of, stored_tensors
+from llava_steering_plugin.planning.vision import image_tokens
 from llava_steering_plugin.training.deepspeed_config import ZERO, read_deepspeed
 
 # CLIP-L/336's, LLaVA-1.5's: assumed where the tower's config cannot be read.
@@ -104,8 +105,7 @@ def _batch_shape(setup: TrainingSetup, flags: Namespace, wanted: Wanted) -> tupl
             "be read here"
         )
     else:
-        tower = setup.tower.get("vision_config") or setup.tower
-        visual = (tower.get("image_size", 224) // tower.get("patch_size", 32)) ** 2
+        visual = image_tokens(setup.tower)
     if "anyres" in str(getattr(flags, "image_aspect_ratio", "")):
         notes.append("one tile an image is counted; anyres sends several through the vision tower")
     batch = BatchShape(

@@ -21,7 +21,7 @@ from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.planning.from_flags import Wanted, deepspeed_problems, memory_report
 from llava_steering_plugin.planning.meta_step import TrainingSetup
-from llava_steering_plugin.planning.vision import find_vision
+from llava_steering_plugin.planning.vision import find_vision, image_tokens
 from llava_steering_plugin.training.flags import extended, mode_is_on, read_request
 from llava_steering_plugin.upstream.install import install
 
@@ -41,7 +41,7 @@ class Plan:
         mode, settings: the tuning mode; None if the command line names none that is known.
         counts: None if the model or the mode cannot be built.
         memory: None if it was not asked for, or something that it needs is not known.
-        notes: what the plan does not know or has not checked.
+        notes: what the plan does not know or has not checked, and what the mode remarks on its settings.
         problems: why this training would not start.
     """
 
@@ -139,6 +139,8 @@ def plan(words: Sequence[str], wanted: Wanted | None = None) -> Plan:
             vision = find_vision(flags, base.described, width)
             if not flags.freeze_mm_mlp_adapter:
                 notes += vision.notes
+            if vision.tower is not None:
+                notes += mode.remarks(image_tokens(vision.tower))
             counts = count(base.model, mode, 0 if flags.freeze_mm_mlp_adapter else vision.parameters)
             if wanted is not None and not problems and not_importable is None:
                 setup = TrainingSetup(base.described, name, mode, vision.tower, vision.projector, vision.newline)

@@ -35,6 +35,13 @@ class Vision:
     notes: tuple[str, ...] = ()
 
 
+def image_tokens(tower: Mapping[str, Any]) -> int:
+    """Return how many tokens an image of one tile has, by config.json of the vision tower."""
+    # A CLIP of both halves keeps the vision tower's settings apart.
+    settings = tower.get("vision_config") or tower
+    return int((settings.get("image_size", 224) // settings.get("patch_size", 32)) ** 2)
+
+
 def find_vision(flags: Namespace, described: Mapping[str, Any], hidden_size: int) -> Vision:
     """Return the vision tower and the projector that a training uses.
 

@@ -26,6 +26,7 @@ from llava_steering_plugin.training.conflicts import DATA_PARALLEL, NO_FSDP
 from llava_steering_plugin.training.flags import CANNOT_START, TrainingRequest, mode_from, mode_is_on
 from llava_steering_plugin.training.gradient_check import GradientCheck
 from llava_steering_plugin.training.preemption import Preemption
+from llava_steering_plugin.training.remarks import warn_of_settings
 from llava_steering_plugin.training.samples import (
     HASHED,
     SAME_ORDER,
@@ -273,6 +274,7 @@ def _attach(model: Any, arguments: Any, tokenizer: Any) -> Attachment:
             parameter.data = parameter.data.float()
     provenance.record(attachment, arguments, None if request is None else request.flags, tokenizer, trained.keys())
     if arguments.process_index == 0:
+        warn_of_settings(attachment)
         # Counted in the model itself, so that packed and sharded weights count with their real size.
         other = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())
         Console().print(

@@ -86,7 +86,7 @@ SEAMS = (
     ),
     *_seams(
         "llava.model.llava_arch",
-        (LOAD, CHAT),
+        (TRAIN, LOAD, CHAT),
         {"LlavaMetaForCausalLM.get_vision_tower": "finds the vision tower of a loaded model"},
     ),
     *_seams(
@@ -104,7 +104,7 @@ SEAMS = (
     ),
     *_seams(
         "llava.model.multimodal_encoder.clip_encoder",
-        (CHAT,),
+        (TRAIN, CHAT),
         {"CLIPVisionTower.num_patches": "counts the tokens of an image"},
     ),
     *_seams(

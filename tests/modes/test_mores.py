@@ -213,3 +213,36 @@ def test_a_rank_above_the_width_and_layers_beyond_the_last_are_refused_on_the_mo
 def test_only_the_chosen_layers_get_a_module() -> None:
     assert list(MoReS(layers="every:2").build(decoder(8, 5))) == ["layers.0", "layers.2", "layers.4"]
     assert list(MoReS(layers="3,0-1").build(decoder(8, 5))) == ["layers.0", "layers.1", "layers.3"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "image", "steered"),
+    [
+        ("1%", 16, 1),
+        ("1%", 144, 1),
+        ("1%", 256, 3),
+        ("1%", 549, 5),
+        ("0.5%", 576, 3),
+        ("10%", 49, 5),
+        ("f4+1%", 144, 5),
+        ("1%", 550, None),
+        ("1%", 576, None),
+        ("f4+l5+1%", 144, None),
+        ("25%", 24, None),
+        *((spec, 16, None) for spec in ("all", "f4", "l5", "uniform3")),
+    ],
+)
+def test_a_percentage_that_comes_to_fewer_than_six_tokens_is_remarked_on(
+    tokens: str, image: int, steered: int | None
+) -> None:
+    """The paper's 1% are 6 of 576 tokens; who names a number means it."""
+    remarks = MoReS(tokens=tokens).remarks(image)
+    assert len(remarks) == (steered is not None)
+    for remark in remarks:
+        assert f"--mores_tokens {tokens} steers only {steered} of the {image} tokens of an image" in remark
+        assert "uniform6" in remark
+
+
+def test_nothing_is_remarked_where_images_are_not_steered() -> None:
+    assert MoReS(modality="text").remarks(16) == []
+    assert MoReS(modality="vis+text").remarks(16) != []

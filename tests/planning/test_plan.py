@@ -126,6 +126,20 @@ def test_a_plain_language_model_gets_the_projector_that_the_flags_and_the_towers
     assert counts is not None and counts.other == PROJECTOR_7B
 
 
+@pytest.mark.parametrize(("side", "notes"), [(64, 1), (336, 0)])
+def test_a_share_of_the_image_tokens_that_is_hardly_one_is_noted_once(
+    planned: Planned, tmp_path: Path, side: int, notes: int
+) -> None:
+    (tmp_path / "tower").mkdir()
+    (tmp_path / "tower" / "config.json").write_text(
+        json.dumps({"model_type": "clip_vision_model", "hidden_size": 1024, "image_size": side, "patch_size": 14})
+    )
+    made = planned(LLAVA_7B | {"mm_vision_tower": str(tmp_path / "tower")})
+
+    said = [note for note in made.notes if note.startswith("--mores_tokens 1% steers only 1 of the 16 tokens")]
+    assert (len(said), len(made.notes)) == (notes, notes) and not made.problems
+
+
 def test_a_projector_that_nothing_describes_is_unknown_rather_than_nothing(planned: Planned, tmp_path: Path) -> None:
     for flags, reason in (((), "--vision_tower is not given"), (("--vision_tower", str(tmp_path / "no")), "no folder")):
         made = planned(VICUNA_7B, *flags)
@@ -155,7 +169,8 @@ def test_the_language_model_is_found_in_every_kind_of_config(planned: Planned, c
 def test_a_training_scripts_flags_are_taken_as_they_are_and_count_what_training_counts(
     tiny: TinyLlava, tmp_path: Path
 ) -> None:
-    script = train_flags(tiny, tmp_path, {**plain_llm_overrides(tiny), "tuning_mode": "mores", "mores_rank": 2})
+    mode = {"tuning_mode": "mores", "mores_rank": 2, "mores_tokens": "all"}
+    script = train_flags(tiny, tmp_path, {**plain_llm_overrides(tiny), **mode})
 
     made = plan(["llava/train/train_mem.py", *script])
 

@@ -162,6 +162,9 @@ def test_the_papers_hyper_parameters_are_what_training_gets(checkout: Path, patc
         "mores_4bit": {"learning_rate": "2e-4", "bits": "4", "gradient_accumulation_steps": "4"},
         "task_mores": {"learning_rate": "2e-4", "freeze_mm_mlp_adapter": "True"},
     }
+    for name, flags in expected.items():
+        mode = "mixlora" if name == "mixlora" else "mores"
+        flags |= {f"{mode}_dropout": "0.05", "model_max_length": "1792" if name == "mixlora" else "2048"}
     common = {"lr_scheduler_type": "cosine", "warmup_ratio": "0.03", "gradient_checkpointing": "True"}
     for name, flags in expected.items():
         words = flags_of(name, patched_llava, checkout, "--seed", "7", GPUS="8")
