@@ -49,6 +49,13 @@ def listing(headline: str, problems: Sequence[str]) -> str:
     return "\n".join([f"{headline}:", *(f"  - {problem}" for problem in problems)])
 
 
+def shortened(problems: Sequence[str], longest: int = 20) -> list[str]:
+    """Keep the first problems and count the others: a large model may have thousands, all of one cause."""
+    if len(problems) <= longest:
+        return list(problems)
+    return [*problems[:longest], f"and {len(problems) - longest} more like these"]
+
+
 def nearest(word: str, known: Iterable[str], *, spelled: Callable[[str], str] = repr, at_most: int = 1) -> str:
     """Return "did you mean 'x'? " with the known words most like `word`; the empty string if none is like it.
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from llava_steering_plugin.adapters.files import read_json
 from llava_steering_plugin.errors import SteeringError
 
+CONFIG = "config.json"
 VISION_PREFIX = "llava"
 # Entries of a LLaVA's config that say how images are cut, encoded and marked begin with one of these.
 IMAGE_SETTINGS = ("image_", "mm_use_", "mm_patch_", "mm_vision_select_")
@@ -25,12 +27,10 @@ def read_config(name: str) -> dict[str, Any]:
     Raises:
         SteeringError: none there, not JSON, or without a model_type.
     """
-    from transformers import PretrainedConfig
-
-    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        raise SteeringError(f"{name} has no config.json. Give the folder of a model, or a model's name on the hub.")
+    if os.path.isdir(name) and not os.path.exists(os.path.join(name, CONFIG)):
+        raise SteeringError(f"{name} has no {CONFIG}. Give the folder of a model, or a model's name on the hub.")
     try:
-        described: dict[str, Any] = PretrainedConfig.get_config_dict(name)[0]
+        described = read_json(_config_file(name))
     except (OSError, ValueError) as error:
         if os.path.exists(name):
             raise SteeringError(f"the config of {name} cannot be read: {error}") from error
@@ -38,11 +38,26 @@ def read_config(name: str) -> dict[str, Any]:
             f"there is no folder {name}, and no model of that name can be fetched from the hub. "
             "Give a folder with a config.json."
         ) from error
-    except TypeError as error:  # what transformers makes of JSON that is no object
-        raise SteeringError(f"the config.json of {name} holds no settings: it is not that of a model.") from error
+    if not isinstance(described, dict):
+        raise SteeringError(f"the config.json of {name} holds no settings: it is not that of a model.")
     if not isinstance(described.get("model_type"), str):
         raise SteeringError(f"the config.json of {name} names no model_type, so it is not the config of a model.")
     return described
+
+
+def _config_file(name: str) -> str:
+    """Return the config.json of a folder, or of a model on the hub, which is downloaded.
+
+    Raises:
+        OSError, ValueError: there is no model of that name.
+    """
+    from transformers.utils import cached_file
+
+    if os.path.isdir(name):
+        return os.path.join(name, CONFIG)
+    if os.path.isfile(name):
+        return name
+    return str(cached_file(name, CONFIG))
 
 
 def language_model(described: Mapping[str, Any], name: str) -> nn.Module:

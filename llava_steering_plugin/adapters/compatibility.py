@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from llava_steering_plugin.adapters.config import AdapterConfig
+from llava_steering_plugin.adapters.files import brief, cut
 from llava_steering_plugin.adapters.fingerprint import check_base
 from llava_steering_plugin.adapters.folder import ADAPTER, ADDED, EXTRA, StoredAdapter
 from llava_steering_plugin.adapters.parameters import parameters_of, set_parameters, shape_of
-from llava_steering_plugin.errors import AdapterError, ArgumentsError, listing
+from llava_steering_plugin.errors import AdapterError, ArgumentsError, listing, shortened
 from llava_steering_plugin.hooks.decoder import find_decoder
 from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import DecoderShape, Mode, build_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# What torch and modes raise where sizes are beyond all measure.
+_UNBUILDABLE = (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, MemoryError)
 
 
 def prepare(model: PreTrainedModel, shape: DecoderShape, stored: StoredAdapter) -> tuple[Mode, dict[str, nn.Module]]:
@@ -38,16 +43,44 @@ def prepare(model: PreTrainedModel, shape: DecoderShape, stored: StoredAdapter) 
     return build(model, shape, stored)
 
 
+def fits(model: PreTrainedModel) -> Callable[[StoredAdapter], None]:
+    """Return a check for `AdapterFolder.read`: what is no match for `model` is refused before its tensors are read."""
+    shape = find_decoder(model)[1]
+
+    def check(outline: StoredAdapter) -> None:
+        check_base(model, outline)
+        check_shapes(model, shape, outline)
+
+    return check
+
+
 def build(model: PreTrainedModel, shape: DecoderShape, stored: StoredAdapter) -> tuple[Mode, dict[str, nn.Module]]:
     """Do what `prepare` does, on whatever base has the adapter's dimensions."""
+    mode = check_shapes(model, shape, stored)
+    modules = build_modules(mode, shape)
+    set_parameters(parameters_of(modules), stored.section(ADAPTER))
+    return mode, modules
+
+
+def check_shapes(model: PreTrainedModel, shape: DecoderShape, stored: StoredAdapter) -> Mode:
+    """Compare an adapter's tensors with what its settings need, without making that: settings may ask for terabytes.
+
+    Raises:
+        AdapterError: settings or tensors do not fit; all mismatches at once.
+    """
     mode = mode_of(stored.config)
     if problems := mode.problems(shape):
         raise AdapterError(listing(f"the adapter in {stored.path} does not fit this model", problems))
-    modules = build_modules(mode, shape)
-    parameters = parameters_of(modules)
+    try:
+        with torch.device("meta"):
+            parameters = parameters_of(build_modules(mode, shape))
+    except _UNBUILDABLE as error:
+        raise AdapterError(
+            f"the settings of the adapter in {stored.path} describe nothing that can be built ({brief(error, 200)}). "
+            "The file is damaged or was edited by hand; copy the adapter again."
+        ) from error
     check_tensors(model, parameters, stored)
-    set_parameters(parameters, stored.section(ADAPTER))
-    return mode, modules
+    return mode
 
 
 def mode_of(config: AdapterConfig) -> Mode:
@@ -74,6 +107,7 @@ def check_tensors(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]
     Raises:
         AdapterError: some are missing, have no place, or have another shape; all of them in one message.
     """
+    beyond: Mapping[str, int] = {}
     shapes = {ADAPTER + name: shape_of(parameter) for name, parameter in parameters.items()}
     for name in stored.section(EXTRA):
         if (shape := _extra_shape(model, name)) is not None:
@@ -87,32 +121,38 @@ def check_tensors(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]
             )
         for part, layer in zip(("input", "output"), embeddings, strict=True):
             shapes[ADDED + part] = (added, *shape_of(layer.weight)[1:])
+        rows = shape_of(embeddings[0].weight)[0]
+        # Each token may make the vocabulary one row larger; an id far beyond would make it as large as it says.
+        beyond = {token: number for token, number in stored.config.added_tokens.items() if number >= rows + added}
     kinds = (ADAPTER, EXTRA, ADDED)
     held = {name: tuple(value.shape) for name, value in stored.tensors.items() if name.startswith(kinds)}
     problems = [f"{name} is missing" for name in sorted(shapes.keys() - held.keys())]
-    problems += [f"{name} has no place in this model" for name in sorted(held.keys() - shapes.keys())]
+    problems += [f"{cut(name)} has no place in this model" for name in sorted(held.keys() - shapes.keys())]
     problems += [
         f"{name} is {list(held[name])} where the model needs {list(shapes[name])}"
         for name in sorted(shapes.keys() & held.keys())
         if held[name] != shapes[name]
     ]
+    problems += [f"the token {token} has id {number}, far above the model's" for token, number in beyond.items()]
     if problems:
         raise AdapterError(
-            listing(f"the adapter in {stored.path} does not fit its own settings or this model", problems)
+            listing(f"the adapter in {stored.path} does not fit its own settings or this model", shortened(problems))
         )
 
 
 def _extra_shape(model: PreTrainedModel, name: str) -> tuple[int, ...] | None:
     """Return the shape of a parameter of the base, of a quantised weight unpacked; None if there is none."""
     path, _, leaf = name.rpartition(".")
-    try:
-        host = model.get_submodule(path)
-    except AttributeError:
-        return None
+    host: nn.Module = model
+    for part in path.split(".") if path else []:
+        inner = host._modules.get(part)  # not by getattr, which would run a property of that name
+        if inner is None:
+            return None
+        host = inner
     if isinstance(host, nn.Linear) and leaf == "weight":
         return (host.out_features, host.in_features)
-    parameter = getattr(host, leaf, None)
-    return shape_of(parameter) if isinstance(parameter, nn.Parameter) else None
+    parameter = host._parameters.get(leaf)
+    return shape_of(parameter) if parameter is not None else None
 
 
 def misfits(model: Any, mode: Mode) -> list[str]:

@@ -1,4 +1,7 @@
-"""The config of an adapter: its mode, its settings, its base, and how its prompts are written. Format 1, as JSON."""
+"""The config of an adapter: its mode, its settings, its base, and how its prompts are written. Format 1, as JSON.
+
+Reading checks it whole (`schema.py`), so that everything behind it can rely on types and ranges.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava_steering_plugin import __version__
-from llava_steering_plugin.errors import AdapterError, listing
+from llava_steering_plugin.adapters.files import CONFIG_BYTES, brief, parse_json
+from llava_steering_plugin.adapters.schema import BASE, config_problems, llava_problems
+from llava_steering_plugin.errors import AdapterError, listing, shortened
 
 FORMAT_VERSION = 1
 PEFT_PREFIX = "LLAVA_"
-
-Kinds = dict[str, type | tuple[type, ...]]
-_KINDS: Kinds = {
-    "mode": str,
-    "settings": dict,
-    "base": dict,
-    "base_model_name_or_path": str,
-    "conversation": (str, type(None)),
-    "added_tokens": dict,
-    "trained_on": dict,
-}
-_BASE_KINDS: Kinds = {"model_type": str, "hidden_size": int, "num_layers": int, "vocab_size": int}
 
 
 @dataclass(frozen=True)
@@ -98,29 +91,26 @@ class AdapterConfig:
             AdapterError: not JSON, not ours, of another format, or with missing or mistyped entries (all listed).
         """
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            if len(text) > CONFIG_BYTES:
+                raise ValueError(f"it has {len(text):,} characters, and may have {CONFIG_BYTES:,}")
+            data = parse_json(text)
+        except ValueError as error:
             raise AdapterError(f"{where} is not JSON: {error}. The file is damaged; copy the adapter again.") from error
         peft_type = data.get("peft_type") if isinstance(data, dict) else None
         if not is_ours(peft_type):
             raise AdapterError(
-                f"{where} is not an adapter of this plugin: peft_type is {peft_type!r}. "
+                f"{where} is not an adapter of this plugin: peft_type is {brief(peft_type)}. "
                 "Load it with the library that made it" + (" (peft, or upstream's --model-base)." if peft_type else ".")
             )
         _check_format(data, where)
-        problems = _mistyped(data, _KINDS)
-        if not problems:
-            problems = _mistyped(data["base"], _BASE_KINDS, "base.")
-            problems += [
-                f"added_tokens.{token} is {number!r}"
-                for token, number in data["added_tokens"].items()
-                if type(number) is not int or number < 0
-            ]
-        if problems:
+        if problems := config_problems(data):
             raise AdapterError(
-                listing(f"{where} is damaged or was edited by hand; these entries are missing or wrong", problems)
+                listing(
+                    f"{where} is damaged or was edited by hand; these entries are missing or wrong",
+                    shortened(problems),
+                )
             )
-        base = BaseModel(data["base_model_name_or_path"], **{key: data["base"][key] for key in _BASE_KINDS})
+        base = BaseModel(data["base_model_name_or_path"], **{key: data["base"][key] for key in BASE})
         return cls(data["mode"], data["settings"], base, data["conversation"], data["added_tokens"], data["trained_on"])
 
 
@@ -136,17 +126,38 @@ def _check_format(data: dict[str, Any], where: str) -> None:
         return
     if type(number) is not int or number < FORMAT_VERSION:
         raise AdapterError(
-            f"{where} has adapter format {number!r}, and there is none of that number. The file is damaged or was "
+            f"{where} has adapter format {brief(number)}, and there is none of that number. The file is damaged or was "
             "edited by hand; copy the adapter again."
         )
-    known = isinstance(writer, str) and re.fullmatch(r"\d[\w.]*", writer) and writer != __version__
+    known = isinstance(writer, str) and re.fullmatch(r"\d[\w.]{0,40}", writer) and writer != __version__
     wanted = f"llava-steering-plugin>={writer}" if known else "llava-steering-plugin"
     raise AdapterError(
-        f"{where} has adapter format {number}; this is llava-steering-plugin {__version__}, which reads format "
+        f"{where} has adapter format {brief(number)}; this is llava-steering-plugin {__version__}, which reads format "
         f"{FORMAT_VERSION}. Install {f'version {writer}, which wrote it, or a newer one' if known else 'a newer one'}: "
         f"pip install -U '{wanted}'."
     )
 
 
-def _mistyped(data: dict[str, Any], kinds: Kinds, prefix: str = "") -> list[str]:
-    return [f"{prefix}{key} is {data.get(key)!r}" for key, kind in kinds.items() if not isinstance(data.get(key), kind)]
+def parse_llava_config(text: str, where: str) -> dict[str, Any]:
+    """Parse and check the LLaVA config that an adapter was trained with.
+
+    Args:
+        text: as config.json holds it.
+        where: names it in errors.
+
+    Raises:
+        AdapterError: not JSON, no settings, or settings of images and tokenizer that LLaVA cannot take (all listed).
+    """
+    try:
+        if len(text) > CONFIG_BYTES:
+            raise ValueError(f"it has {len(text):,} characters, and may have {CONFIG_BYTES:,}")
+        described = parse_json(text)
+        if not isinstance(described, dict):
+            raise ValueError("it holds no settings")
+    except ValueError as error:
+        raise AdapterError(f"{where} is damaged ({error}). Copy the adapter again.") from error
+    if problems := llava_problems(described):
+        raise AdapterError(
+            listing(f"{where} is damaged or was edited by hand; these settings are wrong", shortened(problems))
+        )
+    return described

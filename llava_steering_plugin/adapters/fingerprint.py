@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llava_steering_plugin.adapters.folder import FINGERPRINT, StoredAdapter
+from llava_steering_plugin.adapters.parameters import shape_of
 from llava_steering_plugin.distributed import gathered
 from llava_steering_plugin.errors import AdapterError, BaseMismatch, listing
 
@@ -30,6 +33,8 @@ def fingerprint_rows(count: int) -> Tensor:
 def check_base(model: PreTrainedModel, stored: StoredAdapter) -> None:
     """Compare the model with what the adapter knows of its base: dimensions, vocabulary, some embedding rows.
 
+    The rows are compared where they have been read; an adapter whose tensors are on the meta device has none yet.
+
     Raises:
         AdapterError: the adapter does not know its base.
         BaseMismatch: `model` is another base.
@@ -44,14 +49,15 @@ def check_base(model: PreTrainedModel, stored: StoredAdapter) -> None:
         )
     weight = model.get_input_embeddings().weight
     ids, rows = stored.tensors.get(FINGERPRINT + "ids"), stored.tensors.get(FINGERPRINT + "rows")
-    if ids is None or rows is None or rows.dim() != 2 or len(rows) != len(ids):
+    if ids is None or rows is None or rows.dim() != 2 or len(rows) != len(ids) or not rows.numel():
         raise AdapterError(
             f"{stored.path} has no whole fingerprint of its base, so it cannot be checked; the file is damaged."
         )
-    with gathered([weight]):
-        if len(ids) and int(ids.max()) >= weight.shape[0]:
-            problems.append(f"its base has {base.vocab_size} embedding rows; this model has {weight.shape[0]}")
-        elif not problems and not alike(weight.detach()[ids.to(weight.device), : rows.shape[1]].cpu(), rows):
+    read = not (ids.is_meta or rows.is_meta)
+    with gathered([weight]) if read else nullcontext():
+        if read and int(ids.max()) >= shape_of(weight)[0]:
+            problems.append(f"its base has {base.vocab_size} embedding rows; this model has {shape_of(weight)[0]}")
+        elif read and not problems and not alike(weight.detach()[ids.to(weight.device), : rows.shape[1]].cpu(), rows):
             problems.append("the embedding rows that identify the base differ: same shape, other weights")
     if problems:
         where = getattr(config, "_name_or_path", "") or type(model).__name__
@@ -68,6 +74,10 @@ def alike(here: Tensor, there: Tensor) -> bool:
     """Tell whether two tensors are equal but for the rounding of half precision."""
     if here.shape != there.shape:
         return False
+    if not here.numel():
+        return True
     here, there = here.float(), there.float()
     floor = FINGERPRINT_TOLERANCE * float(there.abs().mean())
+    if not math.isfinite(floor):  # values above those of float32, beside which everything would be alike
+        return False
     return torch.allclose(here, there, rtol=FINGERPRINT_TOLERANCE, atol=floor)

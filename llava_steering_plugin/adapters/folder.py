@@ -8,19 +8,18 @@ README.md                    the model card
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from safetensors import SafetensorError, safe_open
-
-from llava_steering_plugin.adapters.config import AdapterConfig
-from llava_steering_plugin.errors import AdapterError, listing
+from llava_steering_plugin.adapters.config import AdapterConfig, parse_llava_config
+from llava_steering_plugin.adapters.files import CONFIG_BYTES, WEIGHT_BYTES, brief, cut, read_text, readable
+from llava_steering_plugin.adapters.tensor_file import TensorFile, tensor_file
+from llava_steering_plugin.errors import AdapterError, listing, shortened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +37,8 @@ ADAPTER, EXTRA, ADDED, FINGERPRINT = "adapter.", "base.", "added_tokens.", "fing
 
 # What a tensor may be stored in: the types that models are trained and served in.
 FLOATS = ("torch.float32", "torch.float16", "torch.bfloat16", "torch.float64")
+# How many values are looked at together.
+_PART = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -112,95 +113,119 @@ class AdapterFolder(os.PathLike[str]):
         try:
             if text is None:
                 where = str(self.path / LLAVA_CONFIG)
-                text = (self.path / LLAVA_CONFIG).read_text(encoding="utf-8")
-            described = json.loads(text)
-            if not isinstance(described, dict):
-                raise ValueError("it holds no settings")
+                text = read_text(self.path / LLAVA_CONFIG)
         except (FileNotFoundError, IsADirectoryError):
             return None
         except (OSError, ValueError) as error:
             raise AdapterError(f"{where} is damaged ({error}). Copy the adapter again.") from error
-        return described
+        return parse_llava_config(text, where)
 
-    def read(self) -> StoredAdapter:
+    def read(self, fits: Callable[[StoredAdapter], None] | None = None) -> StoredAdapter:
         """Read the whole adapter and check everything that can be checked without a model.
+
+        Args:
+            fits: is called before any tensor is read, with the adapter as its header describes it: its tensors have
+                shapes and types, and no values. Whatever it raises ends the reading.
 
         Raises:
             AdapterError: not a folder, not ours, not to be read, damaged, of a newer format, with tensors that are not
                 finite or no floats.
         """
         weights = self.path / WEIGHTS
-        if not is_readable(weights):
+        if not is_readable(weights, WEIGHT_BYTES):
             refuse(self.path)
-        with _damage_of(weights), safe_open(weights, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if HEADER in header else {}
-        if HEADER not in header:
-            refuse(self.path)
-        # A folder of its own: what it says comes from the file that the tensors come from, whatever replaces that.
-        folder = AdapterFolder(self.path, self.source, header)
-        stored = StoredAdapter(folder.config, tensors, folder)
-        _check(weights, tensors)
-        return stored
+        with ExitStack() as stack:
+            with _damage_of(weights):
+                file = stack.enter_context(tensor_file(weights))
+            if HEADER not in file.metadata:
+                refuse(self.path)
+            # A folder of its own: what it says comes from the file that the tensors come from, whatever replaces that.
+            folder = AdapterFolder(self.path, self.source, file.metadata)
+            outline = StoredAdapter(folder.config, _described(file), folder)
+            problems = {name: wrong for name, value in outline.tensors.items() if (wrong := _wrong_type(name, value))}
+            if fits is not None and not problems:
+                fits(outline)
+            tensors = {}
+            for name in file.tensors.keys() - problems.keys():
+                with _damage_of(weights):
+                    tensor = file.read(name)
+                if wrong := _wrong_values(name, tensor):
+                    problems[name] = wrong
+                if not problems:  # else it is not kept
+                    tensors[name] = tensor
+        if problems:
+            found = [f"{cut(name)}: {problems[name]}" for name in file.tensors if name in problems]
+            raise AdapterError(listing(f"{weights} is damaged", shortened(found)))
+        return StoredAdapter(folder.config, {name: tensors[name] for name in file.tensors}, folder)
 
 
-def is_readable(file: Path) -> bool:
-    """Tell whether there is such a file.
+def is_readable(file: Path, limit: int = CONFIG_BYTES) -> bool:
+    """Tell whether there is such a file, of at most `limit` bytes.
 
     Raises:
-        AdapterError: there is one that cannot be read. safetensors would say that there is none.
+        AdapterError: there is one that cannot be read, or must not be: a pipe, a device, one that is too large.
     """
     try:
-        file.open("rb").close()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        return False
+        return readable(file, limit)
     except OSError as error:
         raise AdapterError(
             f"{file} cannot be read: {error.strerror}. This user must be allowed to read "
-            "the adapter's folder and the files in it."
+            "the adapter's folder and the files in it, and they must be files of an adapter's size."
         ) from error
-    return True
 
 
 def read_header(weights: Path) -> dict[str, str]:
     """Read the header of the weights; nothing where there is none that can be read."""
     try:
-        with safe_open(weights, framework="np") as file:  # torch is imported when tensors are read
-            return file.metadata() or {}
-    except (OSError, SafetensorError):
+        with tensor_file(weights) as file:
+            return file.metadata
+    except (OSError, ValueError):
         return {}
 
 
 @contextmanager
 def _damage_of(weights: Path) -> Iterator[None]:
-    """Make one error of what safetensors says of a file that it cannot read."""
+    """Make one error of what is wrong with a file of weights."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise AdapterError(
             f"{weights} cannot be read: {error}. The file is damaged or cut short; copy it again."
         ) from error
 
 
-def _check(weights: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Check the names, types and values of an adapter's tensors; `weights` names the file in errors."""
+def _described(file: TensorFile) -> dict[str, Tensor]:
+    """Return a file's tensors on the meta device: with their shapes and types, without values."""
     import torch
 
-    problems = []
-    for name, tensor in tensors.items():
-        if not name.startswith((ADAPTER, EXTRA, ADDED, FINGERPRINT)):
-            problems.append(f"{name}: unknown kind of tensor")
-        elif name == FINGERPRINT + "ids":
-            if tensor.dtype != torch.int64 or tensor.dim() != 1 or bool((tensor < 0).any()):
-                problems.append(f"{name}: {tensor.dtype} {list(tensor.shape)} where row numbers are expected")
-        elif str(tensor.dtype) not in FLOATS:
-            problems.append(f"{name}: {tensor.dtype} where one of {', '.join(FLOATS)} is expected")
-        elif not bool(torch.isfinite(tensor).all()):
-            problems.append(
-                f"{name}: {int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are NaN or infinite"
-            )
-    if problems:
-        raise AdapterError(listing(f"{weights} is damaged", problems))
+    return {
+        name: torch.empty(place.shape, dtype=getattr(torch, place.dtype), device="meta")
+        for name, place in file.tensors.items()
+    }
+
+
+def _wrong_type(name: str, tensor: Tensor) -> str:
+    """Return what is wrong with the name or the type of an adapter's tensor; the empty string if nothing is."""
+    import torch
+
+    if not name.startswith((ADAPTER, EXTRA, ADDED, FINGERPRINT)):
+        return "unknown kind of tensor"
+    if name == FINGERPRINT + "ids":
+        right = tensor.dtype == torch.int64 and tensor.dim() == 1
+        return "" if right else f"{tensor.dtype} {brief(list(tensor.shape))} where row numbers are expected"
+    return "" if str(tensor.dtype) in FLOATS else f"{tensor.dtype} where one of {', '.join(FLOATS)} is expected"
+
+
+def _wrong_values(name: str, tensor: Tensor) -> str:
+    """Return what is wrong with the values of an adapter's tensor."""
+    import torch
+
+    if name == FINGERPRINT + "ids":
+        return "numbers below 0 where row numbers are expected" if bool((tensor < 0).any()) else ""
+    # In parts: what is made for the comparison must not take as much memory as the tensor.
+    parts: tuple[Tensor, ...] = torch.split(tensor.reshape(-1), _PART)
+    wrong = sum(int((~torch.isfinite(part)).sum()) for part in parts)
+    return f"{wrong} of {tensor.numel()} values are NaN or infinite" if wrong else ""
 
 
 def _config_file(folder: Path) -> Path | None:
@@ -213,14 +238,16 @@ def refuse(path: Path) -> NoReturn:
     if not os.path.isdir(path):
         raise AdapterError(f"{path} is no folder. Give the adapter's folder, the one that holds {WEIGHTS}.")
     weights = path / WEIGHTS
-    there = is_readable(weights)
+    there = is_readable(weights, WEIGHT_BYTES)
     described = _config_file(path)
     if there:
-        with _damage_of(weights), safe_open(weights, framework="np"):
+        with _damage_of(weights), tensor_file(weights):
             pass
     if described is not None:
         # Bytes that are no text become marks that are no JSON either; the parser says so.
-        AdapterConfig.from_json(described.read_text(encoding="utf-8", errors="replace"), str(described))
+        with _damage_of(described):
+            text = read_text(described, errors="replace")
+        AdapterConfig.from_json(text, str(described))
     if there:
         raise AdapterError(f"{weights} is not an adapter of this plugin: its header has no {HEADER!r} entry.")
     if described is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from llava_steering_plugin.adapters.config import is_ours
+from llava_steering_plugin.adapters.files import WEIGHT_BYTES, read_json
 from llava_steering_plugin.adapters.folder import (
     CARD,
     CONFIG,
@@ -60,23 +61,26 @@ def locate(source: AdapterSource) -> AdapterFolder:
     return found
 
 
-def read(source: AdapterSource) -> StoredAdapter:
+def read(source: AdapterSource, fits: Callable[[StoredAdapter], None] | None = None) -> StoredAdapter:
     """Read the adapter of that name, unless it has been read already.
+
+    Args:
+        fits: as for `AdapterFolder.read`: ends the reading where the adapter's shapes do not fit.
 
     Raises:
         AdapterError: as `locate` and `AdapterFolder.read`.
     """
-    return source if isinstance(source, StoredAdapter) else locate(source).read()
+    return source if isinstance(source, StoredAdapter) else locate(source).read(fits)
 
 
 def _ours(folder: Path) -> bool:
     for name in (CONFIG, OLD_CONFIG):
         if is_readable(folder / name):
-            with suppress(ValueError):
-                described = json.loads((folder / name).read_text(encoding="utf-8"))
+            with suppress(OSError, ValueError):  # the weights may say more
+                described = read_json(folder / name)
                 if isinstance(described, dict) and is_ours(described.get("peft_type")):
                     return True
-    return is_readable(folder / WEIGHTS) and HEADER in read_header(folder / WEIGHTS)
+    return is_readable(folder / WEIGHTS, WEIGHT_BYTES) and HEADER in read_header(folder / WEIGHTS)
 
 
 def _from_hub(repository: str) -> AdapterFolder | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from llava_steering_plugin.adapters.added_tokens import add_tokens, check_tokens
 from llava_steering_plugin.adapters.attachment import Attachment, required
 from llava_steering_plugin.adapters.card import model_card
-from llava_steering_plugin.adapters.compatibility import check_tensors, prepare
+from llava_steering_plugin.adapters.compatibility import check_tensors, fits, prepare
 from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
 from llava_steering_plugin.adapters.fingerprint import FINGERPRINT_COLUMNS, fingerprint_rows
 from llava_steering_plugin.adapters.folder import ADAPTER, ADDED, EXTRA, FINGERPRINT, StoredAdapter
@@ -112,9 +112,9 @@ def load_adapter(model: PreTrainedModel, name_or_path: AdapterSource, tokenizer:
         BaseMismatch: `model` is not the base that the adapter was trained on.
         SteeringError: the model carries an adapter already.
     """
-    stored = read(name_or_path)
     if owner_of(model) is not None:
         raise SteeringError("this model carries an adapter already; call remove_adapter(model) first.")
+    stored = read(name_or_path, fits(model))
     mode, modules = prepare(model, find_decoder(model)[1], stored)
     check_tokens(stored, tokenizer)
     undo, attachment = Undo(model, stored), None

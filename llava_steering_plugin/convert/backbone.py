@@ -14,9 +14,16 @@ from llava_steering_plugin.adapters.base_model import language_model, read_confi
 from llava_steering_plugin.adapters.config import BaseModel
 from llava_steering_plugin.adapters.fingerprint import FINGERPRINT_COLUMNS, alike, fingerprint_rows
 from llava_steering_plugin.adapters.folder import ADDED, FINGERPRINT
-from llava_steering_plugin.convert.released import Note, Released, shortened
+from llava_steering_plugin.convert.released import Note, Released
 from llava_steering_plugin.convert.torch_files import Weights
-from llava_steering_plugin.errors import AdapterError, ArgumentsError, BaseMismatch, SteeringError, listing
+from llava_steering_plugin.errors import (
+    AdapterError,
+    ArgumentsError,
+    BaseMismatch,
+    SteeringError,
+    listing,
+    shortened,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from llava_steering_plugin.adapters.base_model import PROJECTOR_PREFIX
-from llava_steering_plugin.convert.released import Note, Released, shortened
+from llava_steering_plugin.convert.released import Note, Released
 from llava_steering_plugin.convert.torch_files import Weights, json_in, tensors_in
-from llava_steering_plugin.errors import AdapterError, BaseMismatch, listing
+from llava_steering_plugin.errors import AdapterError, BaseMismatch, listing, shortened
 from llava_steering_plugin.modes.base import DecoderShape
 from llava_steering_plugin.modes.mores import MoReS, Steering
 

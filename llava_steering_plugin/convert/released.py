@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,3 @@ class Released(ABC):
         Raises:
             AdapterError: tensors are missing or do not fit the decoder; all of them in one error.
         """
-
-
-def shortened(problems: Sequence[str], longest: int = 20) -> list[str]:
-    """Keep the first problems and count the others: a large model may have thousands, all of one cause."""
-    if len(problems) <= longest:
-        return list(problems)
-    return [*problems[:longest], f"and {len(problems) - longest} more like these"]

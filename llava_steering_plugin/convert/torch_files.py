@@ -6,7 +6,6 @@ plain containers and refuses everything else; before torch 2.6 it could be trick
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import struct
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from llava_steering_plugin.adapters.files import CONFIG_BYTES, INDEX_BYTES, cut, pinned, read_json
 from llava_steering_plugin.errors import AdapterError
 
 SAFE_SINCE = "2.6"
@@ -42,6 +42,7 @@ _DAMAGE = (
     AssertionError,
     OverflowError,
     struct.error,
+    MemoryError,
     zipfile.BadZipFile,
 )
 
@@ -62,8 +63,9 @@ def unpickled(path: Path, *allowed: type) -> Any:
             f"this is torch {torch.__version__}. Convert where a newer torch is installed: the result opens anywhere."
         )
     try:
-        with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with pinned(path) as pinned_path, torch.serialization.safe_globals(list(allowed)):
+            zipped = _check_zip(pinned_path)
+            return torch.load(pinned_path, map_location="cpu", weights_only=True, mmap=zipped)
     except FileNotFoundError as error:
         raise AdapterError(f"{path} is missing. Copy the checkpoint again, with all its files.") from error
     except _DAMAGE as error:
@@ -80,6 +82,20 @@ def unpickled(path: Path, *allowed: type) -> Any:
         ) from error
 
 
+def _check_zip(path: str) -> bool:
+    """Tell whether a file is a zip archive.
+
+    Raises:
+        BadZipFile: parts of it are compressed, which torch.save never does: a few bytes may become gigabytes.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise zipfile.BadZipFile("compressed")
+    return True
+
+
 def tensors_in(path: Path) -> dict[str, Tensor]:
     """Read the named tensors of a `.bin` file.
 
@@ -90,8 +106,20 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
     if not (isinstance(found, Mapping) and all(isinstance(name, str) for name in found)):
         raise AdapterError(f"{path} holds a {type(found).__name__} where a table of named tensors is expected.")
     if others := [name for name, value in found.items() if not isinstance(value, Tensor)]:
-        raise AdapterError(f"{path} holds entries that are no tensors: {', '.join(others[:5])}.")
+        raise AdapterError(f"{path} holds entries that are no tensors: {cut(', '.join(others[:5]))}.")
+    if hollow := [name for name, value in found.items() if not _is_whole(value)]:
+        raise AdapterError(
+            f"{path} holds tensors that are larger than what is stored of them: {cut(', '.join(hollow[:5]))}. Copy it "
+            "again from where it came from."
+        )
     return dict(found)
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Tell whether every number of a tensor is stored: one that repeats a few may claim any size."""
+    if tensor.layout != torch.strided:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def namespace_in(path: Path) -> dict[str, Any]:
@@ -106,17 +134,17 @@ def namespace_in(path: Path) -> dict[str, Any]:
     return vars(found)
 
 
-def json_in(path: Path) -> Any:
-    """Parse a JSON file.
+def json_in(path: Path, limit: int = CONFIG_BYTES) -> Any:
+    """Parse a JSON file of at most `limit` bytes.
 
     Raises:
         AdapterError: missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, limit)
     except FileNotFoundError as error:
         raise AdapterError(f"{path} is missing. Copy the checkpoint again, with all its files.") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise AdapterError(f"{path} cannot be read: {error}. Copy it again from where it came from.") from error
 
 
@@ -171,7 +199,8 @@ class Weights(Mapping[str, Tensor]):
 
 def _safetensors(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt")
+        with pinned(path) as pinned_path:
+            return safe_open(pinned_path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise AdapterError(
             f"{path} is missing, damaged or cut short ({error}). Copy it again from where it came from."
@@ -179,7 +208,7 @@ def _safetensors(path: Path) -> Any:
 
 
 def _indexed(index: Path) -> dict[str, Path]:
-    data = json_in(index)
+    data = json_in(index, INDEX_BYTES)
     listed = data.get("weight_map") if isinstance(data, dict) else None
     # A shard is named by its file name alone; a path could point anywhere.
     if not isinstance(listed, dict) or not all(Path(str(file)).name == file for file in listed.values()):

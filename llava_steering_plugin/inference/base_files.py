@@ -5,20 +5,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.adapters.config import AdapterConfig
+from llava_steering_plugin.adapters.files import INDEX_BYTES, check_folder, pinned, read_json
 from llava_steering_plugin.adapters.folder import WEIGHTS as ADAPTER_WEIGHTS
 from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.errors import ArgumentsError, UpstreamError
 
 CONFIG = "config.json"
-CONFIG_BYTES = 10 << 20  # a config.json has thousands
 VISION_TOWER = "mm_vision_tower"
 # The files of a model's weights in the order in which transformers looks for them; an index names several files.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -39,6 +37,7 @@ def check_base(path: str, advice: str = "") -> dict[str, Any]:
     Raises:
         ArgumentsError: it is an adapter, or a model without a vision tower.
         UpstreamError: there is no model, or some of its files are missing or damaged.
+        SteeringError: a pipe or a device is among them.
     """
     if find(path) is not None:
         raise ArgumentsError(f"{path} is an adapter, no base. Give it with --adapters.{advice}")
@@ -49,6 +48,9 @@ def check_base(path: str, advice: str = "") -> dict[str, Any]:
             f"were trained on.{advice}"
         )
     tower = config[VISION_TOWER]
+    check_folder(path, "the base")
+    if isinstance(tower, str):
+        check_folder(tower, "the vision tower")
     if isinstance(tower, str) and os.path.isabs(tower) and not os.path.exists(tower):
         raise UpstreamError(
             f"the config.json of {path} names a vision tower that is not there: {tower}. Put the tower there, or "
@@ -72,13 +74,10 @@ def read_base_files(path: str, advice: str = "") -> dict[str, Any]:
     else:
         file = _from_hub(path, advice)
     try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > CONFIG_BYTES:
-            raise ValueError(f"it is no file of up to {CONFIG_BYTES:,} bytes")
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
     except FileNotFoundError as error:
         raise UpstreamError(f"{path} holds no model: it has no {CONFIG}.{advice}") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UpstreamError(f"the {CONFIG} of {path} cannot be read: {error}.{advice}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UpstreamError(f"the {CONFIG} of {path} names no model_type, so it is not the config of a model.{advice}")
@@ -123,7 +122,7 @@ def _check_weights(folder: Path) -> None:
         raise UpstreamError(f"{folder} holds no weights: none of {', '.join(WEIGHTS)}.{hint}")
     try:
         names = [found] if not found.endswith(".json") else _indexed(folder / found)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UpstreamError(f"{folder / found} is damaged ({error!r}). Copy the model again.") from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -135,14 +134,17 @@ def _check_weights(folder: Path) -> None:
 
 def _indexed(index: Path) -> list[str]:
     """Return the names of the files that an index names."""
-    return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    return sorted({str(name) for name in read_json(index, INDEX_BYTES)["weight_map"].values()})
 
 
 def _check_whole(file: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="np"):  # reads the header, and compares it with the file's length
+        with (
+            pinned(file) as pinned_file,
+            safe_open(pinned_file, framework="np"),
+        ):  # reads the header, and compares it with the file's length
             pass
     except (OSError, SafetensorError) as error:
         raise UpstreamError(f"{file} is damaged or cut short ({error}). Copy the model again.") from error

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from llava_steering_plugin.adapters.base_model import read_config
+from llava_steering_plugin.adapters.files import check_folder
 from llava_steering_plugin.adapters.folder import StoredAdapter
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, UpstreamError
 from llava_steering_plugin.inference.base_files import is_llava
@@ -19,7 +20,19 @@ from llava_steering_plugin.pool.pool import AdapterPool
 from llava_steering_plugin.upstream.loading import name_for
 
 # What upstream, transformers and torch raise for a base that is damaged, unknown to them or too large.
-_FAILURES = (OSError, ValueError, TypeError, LookupError, ImportError, RuntimeError, AssertionError, SafetensorError)
+_FAILURES = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    ImportError,
+    RuntimeError,
+    MemoryError,
+    AssertionError,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,9 @@ def load_base(
     config = read_base_config(path, " Give the base that the adapters were trained on." if only_llava else "")
     if only_llava and not is_llava(config):
         raise ArgumentsError(f"{path} is no LLaVA (its config.json has no mm_vision_tower); give the adapters' base.")
+    check_folder(path, "the base")
+    if isinstance(tower := config.get("mm_vision_tower"), str):
+        check_folder(tower, "the vision tower")
     how = {"device": device, "load_4bit": load_4bit, "load_8bit": load_8bit}
     tokenizer, model, processor = load_with_upstream(path, None, loading_name(path, config), how)
     return LoadedBase(AdapterPool(model, tokenizer, max_resident=max_resident), tokenizer, processor)

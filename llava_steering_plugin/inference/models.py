@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.adapters.attachment import remove_adapter
+from llava_steering_plugin.adapters.files import read_json
 from llava_steering_plugin.adapters.folder import StoredAdapter
 from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, BaseMismatch
@@ -70,7 +70,7 @@ def _base_of_lora(config: Path) -> str:
         ArgumentsError: it names none.
     """
     try:
-        named = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        named = read_json(config).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise ArgumentsError(f"{config} cannot be read: {error}") from error
     if not isinstance(named, str) or not named:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from llava_steering_plugin.adapters.compatibility import fits
 from llava_steering_plugin.adapters.folder import StoredAdapter
 from llava_steering_plugin.adapters.locate import AdapterSource, read
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
@@ -71,7 +72,7 @@ class AdapterCatalog:
         checked_label(name)
         with self._change():
             try:
-                stored = read(source)
+                stored = read(source, fits(self.pool.model))
                 adapter = self._checked(name, stored)
                 self.pool.load(name, stored)
             except SteeringError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llava_steering_plugin.adapters.folder import WEIGHTS
@@ -49,7 +49,10 @@ class WatchedFolder(threading.Thread):
     def run(self) -> None:
         """Look at the folder every few seconds, until `stop`."""
         while not self._stopped.wait(self._every):
-            self.look()
+            try:
+                self.look()
+            except Exception as error:  # noqa: BLE001  # whatever a folder holds, the next look must come
+                self._complain([error])
 
     def stop(self) -> None:
         """End the thread."""
@@ -102,7 +105,7 @@ class WatchedFolder(threading.Thread):
             found[entry.name] = (status.st_mtime_ns, status.st_size, status.st_ino)
         return found, unread
 
-    def _complain(self, errors: list[OSError]) -> None:
+    def _complain(self, errors: Sequence[Exception]) -> None:
         """Log what cannot be read, once for the same errors."""
         trouble = "; ".join(map(str, errors))
         if trouble and trouble != self._trouble:

@@ -15,6 +15,7 @@ import torch
 from wrapt import wrap_function_wrapper
 
 from llava_steering_plugin.adapters.base_model import IMAGE_SETTINGS, read_config
+from llava_steering_plugin.adapters.files import check_folder
 from llava_steering_plugin.adapters.folder import LLAVA_CONFIG, AdapterFolder, StoredAdapter
 from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.adapters.save_load import load_adapter
@@ -65,6 +66,10 @@ def _load(original: Callable[..., Any], call: inspect.BoundArguments, stored: St
         )
     described = _base_config(base, folder)
     trained = folder.llava_config
+    check_folder(base, "the base")
+    tower = (described if "mm_vision_tower" in described else trained or {}).get("mm_vision_tower")
+    if isinstance(tower, str):
+        check_folder(tower, "the vision tower")
     with tempfile.TemporaryDirectory(prefix="llava-steering-") as staging:
         if "mm_vision_tower" in described:
             call.arguments |= {"model_path": base, "model_base": None, "model_name": name_for(described["model_type"])}

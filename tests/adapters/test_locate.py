@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
 from adapter_files import as_version_0_1
 from safetensors import safe_open
 from steered import strengthen
@@ -21,6 +19,7 @@ from llava_steering_plugin import AdapterPool, attach, load_adapter, remove, sav
 from llava_steering_plugin.adapters.folder import CONFIG, OLD_CONFIG, WEIGHTS, AdapterFolder
 from llava_steering_plugin.adapters.locate import find, locate, read
 from llava_steering_plugin.adapters.save_load import describe
+from llava_steering_plugin.adapters.tensor_file import TensorFile
 from llava_steering_plugin.errors import AdapterError
 from llava_steering_plugin.modes.mixlora import MixLoRA
 
@@ -43,29 +42,13 @@ def pets(model: Any, tmp_path: Path) -> Path:
 def tensor_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each tensor of an adapter was read, whoever did it."""
     reads: Counter[str] = Counter()
-    opener = safetensors.safe_open
+    original = TensorFile.read
 
-    class Counting:
-        def __init__(self, path: Any, *args: Any, **kwargs: Any):
-            self.path, self.file = Path(path), opener(path, *args, **kwargs)
+    def read(file: TensorFile, name: str) -> Any:
+        reads.update([name])
+        return original(file, name)
 
-        def __enter__(self) -> Counting:
-            self.file.__enter__()
-            return self
-
-        def __exit__(self, *error: Any) -> None:
-            self.file.__exit__(*error)
-
-        def get_tensor(self, name: str) -> Any:
-            reads.update([name] if self.path.name == WEIGHTS else [])
-            return self.file.get_tensor(name)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.file, name)
-
-    for module in list(sys.modules.values()):
-        if getattr(module, "safe_open", None) is opener:
-            monkeypatch.setattr(module, "safe_open", Counting)
+    monkeypatch.setattr(TensorFile, "read", read)
     return reads
 
 

@@ -34,7 +34,7 @@ MODES: dict[str, Mode] = {"mores": MoReS(rank=2, tokens="all"), "mixlora": MixLo
 ADDED = {"[PAD]": 700, "<im_start>": 701, "<im_end>": 702}
 
 # What cannot fail; the rest of the package relies on it, too.
-BOOKKEEPING = ("list.", "dict.", "set.", "str.", "tuple.", "lock.")
+BOOKKEEPING = ("list.", "dict.", "set.", "str.", "tuple.", "lock.", "device.")
 
 # Where a call is made, and of what.
 Call = tuple[str, int, str]

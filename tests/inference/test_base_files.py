@@ -54,7 +54,7 @@ def test_whatever_is_wrong_with_the_files_is_one_error_that_names_them(tmp_path:
         broken("lacks", weights=None, model_index='{"weight_map": {"a": "b.bin"}}'): r"lacks weights: b\.bin",
         str(empty): r"empty holds no model: it has no config\.json",
         str(tmp_path / "nowhere"): "there is no folder .*nowhere",
-        str(fifo): "fifo cannot be read: it is no file",
+        str(fifo): "fifo cannot be read: it is a named pipe",
         str(tmp_path / "good" / "config.json"): r"config\.json is no folder",
         "x" * 300: "there is no folder x",
     }.items():

@@ -89,5 +89,3 @@ def test_what_is_no_model_is_refused(tiny: TinyLlava, tmp_path: Path) -> None:
         open_model(str(tmp_path), None, HOW)
     with pytest.raises(ArgumentsError, match="is no LLaVA"):
         open_model(str(tiny.llm), None, HOW)
-
-

@@ -178,3 +178,62 @@ def test_a_file_that_is_still_being_copied_is_not_read(worker: Any, shelf: Path,
         assert not watched.look()
     assert watched.look() and not watched.look()
     assert changes == [None] and not worker.catalog.rejected
+
+
+def test_pipes_devices_and_files_without_end_are_refused_and_the_other_adapters_are_followed(
+    worker: Any, client: Client, shelf: Path, folder: Path, shown: set[str], alone: Alone, asked: list[Question],
+) -> None:  # fmt: skip
+    weights, config = "adapter_model.safetensors", "llava_steering_config.json"
+    os.mkfifo(folder / "a-pipe-for-a-folder")
+    for number, name in enumerate((weights, config, weights, config, weights, config)):
+        bad = Path(shutil.copytree(shelf / "cats", folder / f"bad{number}"))
+        (bad / name).unlink()
+        if number < 2:
+            os.mkfifo(bad / name)
+        elif number < 4:
+            (bad / name).symlink_to("/dev/zero")
+        else:
+            with (bad / name).open("wb") as file:
+                file.truncate(1 << 42)
+    watched = WatchedFolder(folder, worker.catalog, lambda: None)
+    assert not watched.look(settled=True)
+    assert set(worker.catalog.rejected) == {f"bad{number}" for number in range(6)}
+    assert all("no regular file" in worker.catalog.rejected[f"bad{number}"] for number in (0, 1, 3))
+    shutil.copytree(shelf / "cats", folder / "new")
+    assert watched.look(settled=True)
+    assert client.answer("new", asked[0]) == alone("cats", asked[0])
+
+    (folder / "new" / weights).unlink()
+    os.mkfifo(folder / "new" / weights)
+    assert not watched.look(settled=True)
+    assert "named pipe" in worker.catalog.rejected["new"]
+    assert client.answer("new", asked[0]) == alone("cats", asked[0]), "the last good one goes on"
+    for path in [*folder.glob("bad*"), folder / "new"]:
+        shutil.rmtree(path)
+    watched.look()
+    assert not worker.catalog.rejected
+
+
+def test_the_thread_goes_on_after_an_error_that_nobody_thought_of(
+    worker: Any, shelf: Path, folder: Path, shown: set[str], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    original, failures = WatchedFolder._found, iter([RuntimeError("odd"), RuntimeError("odd")])
+
+    def found(watched: WatchedFolder) -> Any:
+        for failure in failures:
+            raise failure
+        return original(watched)
+
+    monkeypatch.setattr(WatchedFolder, "_found", found)
+    shutil.copytree(shelf / "cats", folder / "new")
+    watched = WatchedFolder(folder, worker.catalog, lambda: None, every=0.01)
+    watched.start()
+    try:
+        wait_until(lambda: "new" in {adapter.name for adapter in worker.catalog.adapters()})
+    finally:
+        watched.stop()
+        watched.join(30)
+    assert caplog.text.count("odd") == 1
+    shutil.rmtree(folder / "new")
+    watched.look()
