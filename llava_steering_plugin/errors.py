@@ -1,8 +1,8 @@
 """The errors this package raises on purpose.
 
 Every message says what is wrong, where, and what to do. A check that finds several problems reports them in one error
-(`listing`), so that a user can mend them in one go; for an unknown word the error names the nearest known one
-(`nearest`). The command line turns a SteeringError into one message without a traceback; anything else is a bug and
+(`listing`, `Problems`), so that a user can mend them in one go; for an unknown word the error names the nearest known
+one (`nearest`). The command line turns a SteeringError into one message without a traceback; anything else is a bug and
 keeps its traceback.
 """
 
@@ -46,7 +46,48 @@ class TokenMapError(SteeringError):
 
 def listing(headline: str, problems: Sequence[str]) -> str:
     """Return one message for all problems found: the headline, then one indented line per problem."""
-    return "\n".join([f"{headline}:", *(f"  - {problem}" for problem in problems)])
+    return "\n".join([f"{headline}:", *("  - " + problem.replace("\n", "\n  ") for problem in problems)])
+
+
+class Noted:
+    """A block that ends with a SteeringError at most; the error is put into a list."""
+
+    def __init__(self, errors: list[SteeringError]):
+        self._errors = errors
+
+    def __enter__(self) -> None:
+        pass
+
+    # A class, for a return type which says that the block may end early.
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, SteeringError):
+            self._errors.append(error)
+            return True
+        return False
+
+
+class Problems:
+    """Collects the errors of several checks, each in a block of `noted`, and raises them as one."""
+
+    def __init__(self) -> None:
+        self.errors: list[SteeringError] = []
+
+    def noted(self) -> Noted:
+        """Return a block whose SteeringError is kept; what follows the block runs in any case."""
+        return Noted(self.errors)
+
+    def raise_any(self, headline: str) -> None:
+        """Raise what was noted: one error as it is, several as one of the kind that they share.
+
+        Raises:
+            SteeringError: something was noted.
+        """
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            kinds = type(self.errors[0]).__mro__
+            kind = next(kind for kind in kinds if all(isinstance(error, kind) for error in self.errors))
+            raise kind(listing(headline, list(dict.fromkeys(map(str, self.errors)))))
 
 
 def shortened(problems: Sequence[str], longest: int = 20) -> list[str]:

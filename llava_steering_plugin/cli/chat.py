@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import warnings
 from typing import Annotated
 
 import typer
 
-from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.inference import options
 
 
@@ -41,43 +39,34 @@ def chat(
 
     Answers go to standard output, everything else to standard error. Questions may come through a pipe.
     """
-    from llava_steering_plugin.checkout.find import find_llava
     from llava_steering_plugin.upstream.install import install
 
-    find_llava()  # its error says what to do if there is none
     quieten_libraries()
     # Standard output is for answers, but DeepSpeed, which the loader imports, logs there.
     with contextlib.redirect_stdout(sys.stderr):
-        chosen = options.choose_device(device)
         install()
-        from llava_steering_plugin.adapters.locate import AdapterSource, find
+        from llava_steering_plugin.chat.preflight import check_chat
+
+        checked = check_chat(
+            path,
+            [*(adapters or []), *(more or [])],
+            base=model_base,
+            image=image,
+            device=device,
+            load_4bit=load_4bit,
+            load_8bit=load_8bit,
+            conversation=conv_mode,
+        )
         from llava_steering_plugin.chat.session import open_chat
         from llava_steering_plugin.inference.base_model import skip_random_weights
-        from llava_steering_plugin.inference.images import read_image
-        from llava_steering_plugin.inference.sources import read_sources, split_word
 
-        if image is not None:
-            read_image(os.path.expanduser(image))  # refuse it now, not after the model has loaded
         skip_random_weights()
-        name, source = split_word(path)
-        own = find(source)
-        if name is not None and own is None:
-            raise ArgumentsError(
-                f"{path}: only adapters can be given a name, and {source} is no adapter. Give a base by its folder or "
-                "hub id alone."
-            )
-        words = [*([path] if own is not None else []), *(adapters or []), *(more or [])]
-        sources: dict[str, AdapterSource] = {**read_sources(words)}
-        first = None
-        if own is not None:
-            first = next(iter(sources))
-            sources[first] = own
         opened = open_chat(
-            source,
-            sources,
-            first=first,
+            checked.path,
+            checked.adapters,
+            first=checked.first,
             base=model_base,
-            device=chosen,
+            device=checked.device,
             load_4bit=load_4bit,
             load_8bit=load_8bit,
             conversation=conv_mode,

@@ -26,12 +26,19 @@ def convert(
     """Make an adapter folder from a MoReS or MixLoRA checkpoint that the papers' authors released."""
     from llava_steering_plugin.cli.tables import console, conversion_tables
     from llava_steering_plugin.convert.conversion import convert as converted
+    from llava_steering_plugin.errors import Problems
     from llava_steering_plugin.upstream.conversations import checked_template
 
+    problems = Problems()
     if conversation is not None:
-        with suppress(ImportError, RuntimeError, ValueError):  # without a LLaVA that imports, the name is not checked
+        with (
+            problems.noted(),
+            suppress(ImportError, RuntimeError, ValueError),
+        ):  # without a LLaVA that imports, the name is not checked
             checked_template(conversation)
-    done = converted(source, target, base, projector=projector, conversation=conversation, force=force)
+    done = converted(
+        source, target, base, projector=projector, conversation=conversation, force=force, problems=problems
+    )
     output = console(plain=True)
     for table in conversion_tables(done):
         output.print(table)

@@ -17,10 +17,10 @@ def run(options: ServeOptions) -> None:
     from llava_steering_plugin.serving import launcher
     from llava_steering_plugin.serving.preflight import check_server
 
-    sources = read_sources(options.adapter_words)
-    options = with_whole_paths(options, sources)
-    check_server(options)
-    launcher.serve(options, Console(highlight=False, emoji=False))
+    options = replace(options, base=absolute_path(options.base))
+    ports = check_server(options)
+    options = with_whole_paths(options, read_sources(options.adapter_words))
+    launcher.serve(options, Console(highlight=False, emoji=False), ports)
 
 
 def with_whole_paths(options: ServeOptions, sources: dict[str, str]) -> ServeOptions:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llava_steering_plugin.adapters.base_model import read_config
 from llava_steering_plugin.adapters.card import model_card
 from llava_steering_plugin.adapters.compatibility import build
 from llava_steering_plugin.adapters.config import AdapterConfig
@@ -22,7 +23,7 @@ from llava_steering_plugin.adapters.writing import write_folder
 from llava_steering_plugin.convert.backbone import Backbone, find_backbone
 from llava_steering_plugin.convert.layouts import read_released
 from llava_steering_plugin.convert.released import Note, Released
-from llava_steering_plugin.errors import AdapterError, BaseMismatch, listing
+from llava_steering_plugin.errors import AdapterError, BaseMismatch, Problems, listing
 from llava_steering_plugin.hooks.decoder import find_decoder
 from llava_steering_plugin.modes.base import build_modules
 
@@ -58,6 +59,7 @@ def convert(
     projector: bool = True,
     conversation: str | None = None,
     force: bool = False,
+    problems: Problems | None = None,
 ) -> Conversion:
     """Write the released checkpoint in `source` as an adapter folder to `target`.
 
@@ -68,14 +70,13 @@ def convert(
         projector: take along the checkpoint's projector, where the base lacks it or has another one.
         conversation: LLaVA's template that it was trained with; the checkpoints don't say.
         force: replace the adapter in a `target` that is not empty.
+        problems: what the caller has found wrong, to be said with the rest.
 
     Raises:
         SteeringError: anything is wrong with the checkpoint, the base or the target. Nothing has been written then.
     """
     path = Path(target).expanduser().absolute()
-    _check_target(path, force)
-    released = read_released(Path(source).expanduser())
-    backbone = find_backbone(released, base)
+    released, backbone = _checked(Path(source).expanduser(), path, base, force, problems or Problems())
     weights = _weights(released, backbone)
     parameters = sum(value.numel() for value in weights.values())
     checks, notes = _compared(released, backbone)
@@ -100,6 +101,30 @@ def convert(
     checks.append(f"read back: {len(tensors)} tensors equal to the bit, names and shapes as the base needs them")
     size = (path / WEIGHTS).stat().st_size
     return Conversion(path, config, parameters, size, tuple(sorted(extras)), tuple(checks), tuple(notes))
+
+
+def _checked(
+    source: Path, target: Path, base: str | None, force: bool, problems: Problems
+) -> tuple[Released, Backbone]:
+    """Return the checkpoint and its base.
+
+    Raises:
+        SteeringError: checkpoint, base or target cannot be used; the message names all of them.
+    """
+    with problems.noted():
+        _check_target(target, force)
+    released: Released | None = None
+    backbone: Backbone | None = None
+    with problems.noted():
+        released = read_released(source)
+    with problems.noted():
+        if released is not None:
+            backbone = find_backbone(released, base)
+        elif base is not None:
+            read_config(base)
+    problems.raise_any("this cannot be converted")
+    assert released is not None and backbone is not None
+    return released, backbone
 
 
 def _check_target(target: Path, force: bool) -> None:

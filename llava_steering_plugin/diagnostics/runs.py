@@ -112,9 +112,7 @@ def _records(request: ModalityRequest, name: str, path: str) -> Records:
     return Records(request.output / "modality" / f"{name}.jsonl", settings)
 
 
-def _measure(
-    request: ModalityRequest, name: str, path: str, records: Records, progress: Progress
-) -> Mapping[str, Any]:
+def _measure(request: ModalityRequest, name: str, path: str, records: Records, progress: Progress) -> Mapping[str, Any]:
     """Measure what is missing of one model, and return what is known of it."""
     questions = request.chosen.questions
     about = request.output / "modality" / f"{name}.json"

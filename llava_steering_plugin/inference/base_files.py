@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.adapters.files import INDEX_BYTES, check_folder, pinned, read_json
 from llava_steering_plugin.adapters.folder import WEIGHTS as ADAPTER_WEIGHTS
+from llava_steering_plugin.adapters.folder import AdapterFolder
 from llava_steering_plugin.adapters.locate import find
-from llava_steering_plugin.errors import ArgumentsError, UpstreamError
+from llava_steering_plugin.errors import ArgumentsError, UpstreamError, listing
 
 CONFIG = "config.json"
 VISION_TOWER = "mm_vision_tower"
@@ -84,19 +84,26 @@ def read_base_files(path: str, advice: str = "") -> dict[str, Any]:
     return config
 
 
-def check_adapter_fits(name: str, adapter: AdapterConfig, base: str, config: Mapping[str, Any]) -> None:
-    """Compare what an adapter knows of its base with the config.json of the base that is given.
+def check_adapters_fit(adapters: Mapping[str, AdapterFolder], base: str, config: Mapping[str, Any]) -> None:
+    """Compare what adapters know of their base with the config.json of the base that is given.
 
     Raises:
-        ArgumentsError: it was trained on a model of another size.
+        ArgumentsError: some were trained on a model of another size; the message names them all.
     """
     here = (config.get("num_hidden_layers"), config.get("hidden_size"))
-    there = (adapter.base.num_layers, adapter.base.hidden_size)
-    if all(isinstance(number, int) for number in here) and here != there:
-        raise ArgumentsError(
-            f"the adapter {name!r} was trained on {there[0]} layers of width {there[1]} ({adapter.base.name_or_path}); "
-            f"{base} has {here[0]} of width {here[1]}. Give it with its own base."
-        )
+    if not all(isinstance(number, int) for number in here):
+        return
+    problems = []
+    for name, folder in adapters.items():
+        trained_on = folder.config.base
+        there = (trained_on.num_layers, trained_on.hidden_size)
+        if here != there:
+            problems.append(
+                f"the adapter {name!r} was trained on {there[0]} layers of width {there[1]} "
+                f"({trained_on.name_or_path}); {base} has {here[0]} of width {here[1]}. Give it with its own base."
+            )
+    if problems:
+        raise ArgumentsError(listing("some adapters have another base", problems))
 
 
 def _from_hub(name: str, advice: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 from llava_steering_plugin.adapters.attachment import remove_adapter
 from llava_steering_plugin.adapters.files import read_json
-from llava_steering_plugin.adapters.folder import StoredAdapter
+from llava_steering_plugin.adapters.folder import AdapterFolder, StoredAdapter
 from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, BaseMismatch
 from llava_steering_plugin.inference.base_files import is_llava
@@ -78,6 +78,11 @@ def _base_of_lora(config: Path) -> str:
     return named
 
 
+def moved(adapter: AdapterFolder) -> str:
+    """Return advice on an adapter whose base is not where it says, with a leading space."""
+    return f" The adapter in {adapter} names it as its base; if it has moved, say where it is with --model-base."
+
+
 def load_adapter_and_base(name: str, stored: StoredAdapter, base: str | None, how: dict[str, Any]) -> LoadedBase:
     """Load the base of an adapter, and the adapter into a pool on it under `name`.
 
@@ -89,8 +94,7 @@ def load_adapter_and_base(name: str, stored: StoredAdapter, base: str | None, ho
         SteeringError: base or adapter cannot be loaded.
     """
     folder, where = stored.folder, base or stored.config.base.name_or_path
-    hint = f" The adapter in {folder} names it as its base; if it has moved, say where it is with --model-base."
-    if is_llava(read_base_config(where, "" if base else hint)):
+    if is_llava(read_base_config(where, "" if base else moved(folder))):
         loaded = load_base(where, **how)
         try:
             loaded.pool.load(name, stored)

@@ -20,6 +20,16 @@ MaxResident = Annotated[
 ]
 
 
+def check_bits(load_4bit: bool, load_8bit: bool) -> None:
+    """Check that at most one of the two is given: upstream would quietly take 8 bits.
+
+    Raises:
+        ArgumentsError: both are.
+    """
+    if load_4bit and load_8bit:
+        raise ArgumentsError("--load-4bit and --load-8bit exclude each other. Give one of them.")
+
+
 def choose_device(requested: str) -> str:
     """Return the device that `--device` requests; for the CPU, hide all GPUs from this process.
 

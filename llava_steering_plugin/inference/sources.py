@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
 from llava_steering_plugin.adapters.folder import AdapterFolder
 from llava_steering_plugin.adapters.locate import AdapterSource, locate
-from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError, listing
+from llava_steering_plugin.errors import AdapterError, ArgumentsError, Problems, SteeringError, listing
 from llava_steering_plugin.upstream.names import harmless
 
 Source = TypeVar("Source")
@@ -71,14 +72,17 @@ def split_word(word: str) -> tuple[str | None, str]:
     return (name, source) if equals and not os.path.exists(os.path.expanduser(word)) else (None, word)
 
 
-def read_sources(given: Sequence[str]) -> dict[str, str]:
+def read_sources(given: Sequence[str], problems: Problems | None = None) -> dict[str, str]:
     """Return the place of each adapter by name, from the words [NAME=]ADAPTER of a command line.
+
+    Args:
+        problems: gets the error, and the other adapters are returned; None: the error is raised.
 
     Raises:
         ArgumentsError: names are not allowed, or shared by several adapters; the message lists them all.
     """
     sources: dict[str, str] = {}
-    problems = []
+    wrong = []
     for word in given:
         name, source = split_word(word)
         folder = os.path.expanduser(source)
@@ -89,17 +93,19 @@ def read_sources(given: Sequence[str]) -> dict[str, str]:
                 raise ArgumentsError(f"{sources[name]} and {source} are both called {name!r}. Use NAME=PATH.")
             sources[name] = source
         except ArgumentsError as error:
-            problems.append(str(error))
-    if problems:
-        raise ArgumentsError(listing("some adapters have no name of their own", problems))
+            wrong.append(str(error))
+    with _noted(problems):
+        if wrong:
+            raise ArgumentsError(listing("some adapters have no name of their own", wrong))
     return sources
 
 
-def locate_all(sources: Mapping[str, AdapterSource]) -> dict[str, AdapterFolder]:
+def locate_all(sources: Mapping[str, AdapterSource], problems: Problems | None = None) -> dict[str, AdapterFolder]:
     """Find every adapter and read its config: this takes a second, loading a model takes minutes.
 
     Args:
         sources: the place of each adapter by name, as `read_sources` returns it.
+        problems: gets the error, and the other adapters are returned; None: the error is raised.
 
     Raises:
         AdapterError: some places hold no adapter, or a damaged one; the message lists them all.
@@ -107,11 +113,17 @@ def locate_all(sources: Mapping[str, AdapterSource]) -> dict[str, AdapterFolder]
     folders = {}
 
     def look(name: str, source: AdapterSource) -> None:
-        folders[name] = locate(source)
-        _ = folders[name].config
+        folder = locate(source)
+        _ = folder.config
+        folders[name] = folder
 
-    load_all(look, sources)
+    with _noted(problems):
+        load_all(look, sources)
     return folders
+
+
+def _noted(problems: Problems | None) -> AbstractContextManager[None]:
+    return nullcontext() if problems is None else problems.noted()
 
 
 def load_all(load: Callable[[str, Source], object], adapters: Mapping[str, Source]) -> None:

@@ -30,10 +30,10 @@ def main(words: Sequence[str]) -> None:
         description = "Run the controller of LLaVA, with its flags and one more."
         help_parser("serve/controller.py", f"{__spec__.name}", description, {}).print_help()
         return
-    from llava_steering_plugin.serving.http.access import HostCheck, checked_host
+    from llava_steering_plugin.serving.http.access import HostCheck, checked_hosts
 
     names, upstream_words = taken(words, ALLOWED_HOST)
-    allowed = [*map(checked_host, names), flag_value(upstream_words, "--host") or ""]
+    allowed = [*checked_hosts(names), flag_value(upstream_words, "--host") or ""]
     defer_compilation()
     bypass_proxies()
     register_post_import_hook(_without_access_log, "uvicorn")

@@ -4,43 +4,38 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 
-from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.serving.options import ServeOptions
 from llava_steering_plugin.serving.processes import Program, Programs
 from llava_steering_plugin.serving.proxies import EVERYTHING, bypassing, call
 from llava_steering_plugin.serving.upstream_program import ALLOWED_HOST
 
 START_SECONDS = 300.0
-PAGE_PORT = 7860  # gradio's default
 # Addresses that stand for all of this machine's, and the ones at which they can be reached from it.
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 LOAD_SECONDS = 3600.0  # a large model from a slow disk
 
 
-def serve(options: ServeOptions, console: Console) -> None:
+def serve(options: ServeOptions, console: Console, ports: Mapping[str, int]) -> None:
     """Serve until Ctrl-C or SIGTERM.
 
-    The page listens on the host of the options, controller and worker on localhost. A port that is not given is a free
-    one; the page tries `PAGE_PORT` first.
+    The page listens on the host of the options, controller and worker on localhost.
 
     Args:
         options: paths in them are absolute, because the programs run in another folder.
+        ports: the port of each program, as `find_ports` returns them.
 
     Raises:
-        ArgumentsError: a port is taken.
         ProgramDied: one of the three has ended; the others are stopped.
     """
-    ports = find_ports(options)
     controller, worker = (f"http://127.0.0.1:{ports[name]}" for name in ("controller", "worker"))
     worker_options = options.worker(port=ports["worker"], controller=controller)
     host = options.host.strip("[]")
@@ -129,46 +124,6 @@ def _checkout_path() -> dict[str, str]:
     if not (here / "llava" / "__init__.py").is_file():
         return {}
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")]))}
-
-
-def find_ports(options: ServeOptions) -> dict[str, int]:
-    """Return the port of each program by its name, each one free.
-
-    Raises:
-        ArgumentsError: a port that the options give is taken or given twice, or their host is not this machine's.
-    """
-    wanted = {"controller": options.controller_port, "worker": options.worker_port, "page": options.page_port}
-    for number in {port for port in wanted.values() if port is not None}:
-        named = [name for name, port in wanted.items() if port == number]
-        if len(named) > 1:  # unless somebody listens, the system gives a port to both
-            flags = ", ".join(f"--{name}-port" for name in named)
-            raise ArgumentsError(f"{flags}: all are {number}. Give each program a port of its own.")
-    ports: dict[str, int] = {}
-    with ExitStack() as held:  # hold all until all are found, or one could be found twice
-        for name, port in wanted.items():
-            host = options.host.strip("[]") if name == "page" else "127.0.0.1"
-            preferred = [PAGE_PORT, 0] if name == "page" else [0]
-            for choice in preferred if port is None else [port]:
-                try:
-                    ports[name] = _held(held, host, choice)
-                    if ":" in host:
-                        _held(held, "127.0.0.1", ports[name])  # gradio wants it free there too
-                    break
-                except OSError as error:
-                    reason = error.strerror
-            else:
-                where, flags = (host, "") if port is None else (f"{host}:{port}", f" or --{name}-port")
-                flags = f"--host{flags}" if name == "page" else f"--{name}-port"
-                raise ArgumentsError(f"the {name} cannot listen on {where}: {reason}. Give another {flags}.")
-    return ports
-
-
-def _held(held: ExitStack, host: str, port: int) -> int:
-    """Bind a port, 0 for a free one, so that nobody else takes it; raise OSError if it is taken."""
-    probe = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    probe.bind((host, port))
-    return int(probe.getsockname()[1])
 
 
 def _answers(method: str, url: str) -> bool:

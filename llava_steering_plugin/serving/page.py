@@ -49,10 +49,10 @@ def main(words: Sequence[str]) -> None:
         help_parser().print_help()
         return
     defer_compilation()
-    from llava_steering_plugin.serving.http.access import checked_host
+    from llava_steering_plugin.serving.http.access import checked_hosts
 
     names, upstream_words = taken([word for word in words if word != LOG_REQUESTS], ALLOWED_HOST)
-    allowed = list(map(checked_host, names))
+    allowed = checked_hosts(names)
     for flag, value in DEFAULTS.items():
         if flag_value(upstream_words, flag) is None:
             upstream_words += [flag, value]

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from llava_steering_plugin.errors import ArgumentsError, SteeringError
-from llava_steering_plugin.inference import options as inference_options
+from llava_steering_plugin.errors import ArgumentsError, Problems, SteeringError
 from llava_steering_plugin.lazy_imports import defer_compilation
 from llava_steering_plugin.serving.idle_memory import keep_few_operations, return_large_blocks
 from llava_steering_plugin.serving.options import WorkerOptions, command
-from llava_steering_plugin.serving.preflight import check_flags
+from llava_steering_plugin.serving.preflight import check_worker
 from llava_steering_plugin.serving.proxies import bypass_proxies, is_loopback
 
 if TYPE_CHECKING:
@@ -35,24 +34,29 @@ def run(options: WorkerOptions) -> None:
     """Serve a base and its adapters to LLaVA's controller and web page."""
     logging.basicConfig(level=logging.INFO)
     bypass_proxies(options.controller_address)
-    folders = check_flags(options)  # before the model is loaded
+    problems = Problems()
+    device, folders = check_worker(options, problems)
+    with problems.noted():
+        address = options.worker_address or _address(options.host, options.port)
+    with problems.noted():
+        # Bind the port before loading the model: that it is taken shows in a second, not in minutes.
+        listener = bind(options.host, options.port)
+        if problems.errors:
+            listener.close()
+    problems.raise_any("the worker cannot start")
     limits = options.limits()
     return_large_blocks()
     keep_few_operations()
-    device = inference_options.choose_device(options.device)
 
     import uvicorn
 
     from llava_steering_plugin.inference.sources import load_all
     from llava_steering_plugin.serving.folder_watch import WatchedFolder
-    from llava_steering_plugin.serving.http.access import checked_host
+    from llava_steering_plugin.serving.http.access import checked_hosts
     from llava_steering_plugin.serving.http.admin import Admin
     from llava_steering_plugin.serving.http.app import build, give_up_stalled
     from llava_steering_plugin.serving.http.connections import Connection
 
-    address = options.worker_address or _address(options.host, options.port)
-    # Bind the port before loading the model: that it is taken shows in a second, not in minutes.
-    listener = bind(options.host, options.port)
     give_up_stalled(listener, limits.stall_seconds)  # connections made from here on inherit it
     if not is_loopback(options.host):
         logger.warning("listening on %s: anyone who reaches this machine can send requests", options.host)
@@ -95,7 +99,7 @@ def run(options: WorkerOptions) -> None:
         limits,
         log_requests=options.log_requests,
         admin=admin,
-        allowed_hosts=[options.host, *map(checked_host, options.allowed_host or ())],
+        allowed_hosts=[options.host, *checked_hosts(options.allowed_host or ())],
     )
     if not options.no_register:
         controller_link.start()

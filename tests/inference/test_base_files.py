@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from base_folders import LLAVA, adapter_folder, base_folder
 
-from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
+from llava_steering_plugin.adapters.locate import locate
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, UpstreamError
-from llava_steering_plugin.inference.base_files import check_adapter_fits, check_base
+from llava_steering_plugin.inference.base_files import check_adapters_fit, check_base
 
 
 def test_the_files_of_a_llava_pass_also_in_several_parts(tmp_path: Path) -> None:
@@ -75,7 +75,9 @@ def test_models_that_are_no_base_for_adapters_are_refused(tmp_path: Path) -> Non
 
 
 def test_an_adapter_of_a_base_of_another_size_is_refused_with_both_sizes(tmp_path: Path) -> None:
-    config = AdapterConfig("mores", {}, BaseModel("a/base", "llava_llama", 4096, 32, 100))
-    with pytest.raises(SteeringError, match=r"'x' .* 32 layers of width 4096 \(a/base\); here has 4 of width 64"):
-        check_adapter_fits("x", config, "here", LLAVA)
-    check_adapter_fits("x", config, "here", {"model_type": "llava_odd"})  # a config that does not say
+    found = {name: locate(adapter_folder(tmp_path / name, hidden_size=4096)) for name in ("x", "y")}
+    with pytest.raises(SteeringError) as refused:
+        check_adapters_fit(found, "here", LLAVA)
+    for name in found:
+        assert f"{name!r} was trained on 4 layers of width 4096 (a/base); here has 4 of width 64" in str(refused.value)
+    check_adapters_fit(found, "here", {"model_type": "llava_odd"})  # a config that does not say

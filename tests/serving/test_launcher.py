@@ -22,10 +22,6 @@ from serving_fixtures import Alone, Client, Question
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 
-from llava_steering_plugin.errors import ArgumentsError
-from llava_steering_plugin.serving.launcher import find_ports
-from llava_steering_plugin.serving.options import ServeOptions
-
 pytest_plugins = ["serving_fixtures"]
 
 PATIENCE = 480  # for a machine with much else to do
@@ -150,29 +146,3 @@ def test_a_port_that_is_taken_is_said_before_anything_is_started(
             assert served.process.wait(60) == 1
             assert re.search(r"the worker cannot listen on .*in use. Give another --worker-port", served.output)
             assert "starting" not in served.output
-
-
-def test_a_host_that_is_not_this_machines_is_said_with_the_flag_that_names_it() -> None:
-    with pytest.raises(ArgumentsError) as refused:
-        find_ports(ServeOptions(base="no/model", host="192.0.2.1"))
-    assert re.search(r"the page cannot listen on 192\.0\.2\.1: .*\. Give another --host\.$", str(refused.value))
-    with pytest.raises(ArgumentsError, match=r"192\.0\.2\.1:7861: .*\. Give another --host or --page-port\.$"):
-        find_ports(ServeOptions(base="no/model", host="192.0.2.1", page_port=7861))
-
-
-def test_a_port_that_is_given_to_two_programs_is_refused() -> None:
-    port = free_port()
-    with pytest.raises(ArgumentsError, match=rf"--controller-port, --worker-port: all are {port}\."):
-        find_ports(ServeOptions(base="no/model", controller_port=port, worker_port=port))
-
-
-@pytest.mark.parametrize("host", ["::1", "[::1]", "::"])
-def test_the_page_may_be_on_an_ipv6_address(host: str) -> None:
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind(("::1", 0))
-    except OSError as error:
-        pytest.skip(f"this machine has no IPv6: {error}")
-    port = free_port()
-    assert find_ports(ServeOptions(base="no/model", host=host, page_port=port))["page"] == port
-    assert len(set(find_ports(ServeOptions(base="no/model", host=host)).values())) == 3

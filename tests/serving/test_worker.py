@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from base_folders import base_folder
 from ports import free_port
 from tiny_llava import TinyLlava, without_half_of_its_weights
 
-from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
 
 
 @pytest.mark.parametrize(
@@ -22,17 +23,21 @@ from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringE
         (["--adapters", "two words=x", "a/b", "c/b"], "both called 'b'"),
     ],
 )
-def test_a_command_line_that_cannot_work_is_refused_before_a_model_is_looked_for(words: list[str], said: str) -> None:
+@pytest.mark.usefixtures("patched_llava")
+def test_a_command_line_that_cannot_work_is_refused_with_all_that_is_wrong(words: list[str], said: str) -> None:
     from llava_steering_plugin.serving.worker import app
 
-    with pytest.raises(ArgumentsError, match=said):
-        app(["--model-path", "no/such-model", *words], standalone_mode=False)
+    with pytest.raises(SteeringError, match=rf"(?s){said}") as refused:
+        app(["--model-path", "no/such-model", "--port", str(free_port()), *words], standalone_mode=False)
+    assert "there is no folder no/such-model" in str(refused.value)
 
 
-def test_places_without_an_adapter_are_all_named_before_a_model_is_looked_for(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("patched_llava")
+def test_places_without_an_adapter_are_all_named_with_a_base_that_is_not_there(tmp_path: Path) -> None:
     from llava_steering_plugin.serving.worker import app
 
-    with pytest.raises(AdapterError, match=r"(?s)/no/such/cats is no folder.* holds no adapter"):
+    said = r"(?s)/no/such/cats is no folder.* holds no adapter.* there is no folder no/such-model"
+    with pytest.raises(SteeringError, match=said):
         words = ["--adapters", "/no/such/cats", f"pets={tmp_path}"]
         app(["--model-path", "no/such-model", *words], standalone_mode=False)
 
@@ -53,7 +58,9 @@ def test_a_base_that_cannot_be_loaded_is_a_message_and_no_traceback(tiny: TinyLl
 
 
 @pytest.mark.usefixtures("patched_llava")
-def test_a_second_worker_on_a_port_is_refused_before_its_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_worker_on_a_port_is_refused_before_its_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both bind with SO_REUSEADDR, which one that does not listen yet does not keep others from."""
     from llava_steering_plugin.serving import model_worker, worker
 
@@ -63,7 +70,7 @@ def test_a_second_worker_on_a_port_is_refused_before_its_model_is_loaded(monkeyp
     listeners: list[socket.socket] = []
     bound = worker.bind
     monkeypatch.setattr(worker, "bind", lambda *where: listeners.append(bound(*where)) or listeners[-1])
-    words = ["--model-path", "no/such-model", "--port", str(free_port()), "--stall-seconds", "7"]
+    words = ["--model-path", str(base_folder(tmp_path / "base")), "--port", str(free_port()), "--stall-seconds", "7"]
 
     def load(*_: Any, **__: Any) -> None:
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections that are made from now on take it over

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.errors import ArgumentsError, Problems
 from llava_steering_plugin.serving.http.protocol import refusal
 from llava_steering_plugin.serving.proxies import host_of, is_loopback
 
@@ -51,6 +51,20 @@ def checked_host(name: str) -> str:
         f"--allowed-host {name}: give a host's name or address alone, as it is in the browser's address bar between "
         "http:// and the port or the next slash."
     )
+
+
+def checked_hosts(names: Iterable[str]) -> list[str]:
+    """Return all hosts that `--allowed-host` gives, as `checked_host` does.
+
+    Raises:
+        ArgumentsError: some are none; the message names them all.
+    """
+    problems, hosts = Problems(), []
+    for name in names:
+        with problems.noted():
+            hosts.append(checked_host(name))
+    problems.raise_any("some names of this server cannot be used")
+    return hosts
 
 
 class HostCheck:

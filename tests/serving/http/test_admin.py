@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -137,16 +137,23 @@ def test_adapters_that_load_slowly_keep_no_request_from_being_checked(
 ) -> None:
     """Requests are checked in threads of asyncio's, of which there are 32 at most."""
     held = threading.Event()
+    arrived: list[str] = []
+    change = Admin._change
+
+    async def counted(self: Admin, what: Callable[..., Any], *args: str) -> Any:
+        arrived.append(args[0])
+        return await change(self, what, *args)
 
     def slow(*_: str) -> None:
         held.wait(60)
         raise AdapterError("it was slow")
 
+    monkeypatch.setattr(Admin, "_change", counted)
     monkeypatch.setattr(worker.catalog, "put", slow)
     with ThreadPoolExecutor(40) as administrators:
         try:
             answers = [administrators.submit(put, admin, "new", "nobody/nothing") for _ in range(40)]
-            time.sleep(0.5)
+            wait_until(lambda: len(arrived) == 40)
             assert admin.answer("cats", asked[0]) == alone("cats", asked[0])
             assert not any(answer.done() for answer in answers)
         finally:

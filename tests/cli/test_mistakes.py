@@ -1,0 +1,166 @@
+"""Two mistakes in one command are both named in one message: serve, worker, chat (`chat/preflight.py`) and convert.
+
+The test of eval is tests/inference/test_questions.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from base_folders import adapter_folder, base_folder
+from ports import free_port
+
+from llava_steering_plugin.errors import ArgumentsError, BaseMismatch, Problems, SteeringError
+
+# What is wrong, and a part of what is said. {here} is the test's folder.
+Mistakes = Mapping[str, tuple[dict[str, Any], str]]
+OF_THE_SERVER: Mistakes = {
+    "base": ({"base": "{here}/nowhere"}, "there is no folder {here}/nowhere"),
+    "adapter": ({"adapters": ["x=/nope"]}, "/nope is no folder"),
+    "name": ({"more_adapters": ["two words={here}/pets"]}, "'two words' cannot be the name"),
+    "folder": ({"adapter_dir": Path("/no-shelf")}, "--adapter-dir /no-shelf is no folder"),
+    "device": ({"device": "gpu"}, "--device gpu: torch knows no such device"),
+    "bits": ({"load_4bit": True, "load_8bit": True}, "exclude each other"),
+    "allowed host": ({"allowed_host": ["http://x/", "a b"]}, "--allowed-host a b"),
+    "token": ({"admin_token": "secret"}, "needs 16 at least"),
+    "seconds": ({"watch_every": float("nan")}, "--watch-every nan"),
+    "port": ({"worker_port": "{taken}"}, "the worker cannot listen on 127.0.0.1:{taken}"),
+    "host": ({"host": "192.0.2.1"}, "the page cannot listen on 192.0.2.1"),
+}
+OF_THE_WORKER: Mistakes = {
+    **{
+        name: OF_THE_SERVER[name]
+        for name in ("base", "adapter", "name", "folder", "device", "bits", "token", "seconds")
+    },
+    "port": ({"port": "{taken}"}, ":{taken}: [Errno 98]"),
+    "address": ({"host": "0.0.0.0"}, "give this machine's with --worker-address"),
+}
+OF_A_CHAT: Mistakes = {
+    "base": ({"path": "{here}/nowhere"}, "{here}/nowhere is no model that can be loaded"),
+    "adapter": ({"more": ["x=/nope"]}, "/nope is no folder"),
+    "image": ({"image": "{here}/nowhere.png"}, "there is no file {here}/nowhere.png"),
+    "device": ({"device": "gpu"}, "--device gpu"),
+    "bits": ({"load_4bit": True, "load_8bit": True}, "exclude each other"),
+    "template": ({"conversation": "klingon"}, "unknown conversation template 'klingon'"),
+}
+OF_A_CONVERSION: Mistakes = {
+    "source": ({"source": "{here}/nowhere"}, "{here}/nowhere"),
+    "target": ({"target": "{here}/pets"}, "pets is not empty"),
+    "base": ({"base": "no/such-base"}, "no/such-base"),
+}
+
+
+@pytest.fixture
+def here(tmp_path: Path, patched_llava: Path) -> Path:
+    base_folder(tmp_path / "base")
+    adapter_folder(tmp_path / "pets")
+    return tmp_path
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port that somebody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def check_all_pairs(
+    mistakes: Mistakes, right: dict[str, Any], check: Callable[[dict[str, Any]], object], here: Path, taken: int = 0
+) -> None:
+    """Make every two mistakes at once that do not need the same option; both have to be named."""
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [filled(each) for each in value]
+        if value == "{taken}":
+            return taken
+        return value.format(here=here) if isinstance(value, str) else value
+
+    pairs = 0
+    for (one, (first, said)), (other, (second, also)) in itertools.combinations(mistakes.items(), 2):
+        if first.keys() & second.keys():
+            continue
+        given = {name: filled(value) for name, value in (right | first | second).items()}
+        with pytest.raises(SteeringError) as refused:
+            check(given)
+        for expected in (said, also):
+            assert expected.format(here=here, taken=taken) in str(refused.value), (one, other)
+        pairs += 1
+    assert pairs >= 3
+
+
+def test_serve_names_every_two_mistakes(here: Path, taken: int) -> None:
+    from llava_steering_plugin.serving.options import ServeOptions
+    from llava_steering_plugin.serving.preflight import check_server
+
+    check_all_pairs(
+        OF_THE_SERVER, {"base": "{here}/base"}, lambda options: check_server(ServeOptions(**options)), here, taken
+    )
+
+
+def test_the_worker_names_every_two_mistakes(here: Path, taken: int) -> None:
+    from llava_steering_plugin.serving.options import WorkerOptions
+    from llava_steering_plugin.serving.worker import run
+
+    def check(options: dict[str, Any]) -> None:
+        run(WorkerOptions(**({"model_path": options.pop("base"), "port": free_port()} | options)))
+
+    check_all_pairs(OF_THE_WORKER, {"base": "{here}/base"}, check, here, taken)
+
+
+def test_a_chat_names_every_two_mistakes(here: Path) -> None:
+    from llava_steering_plugin.chat.preflight import check_chat
+
+    right = {"path": "{here}/base", "more": [], "base": None, "image": None, "device": "auto", "conversation": None}
+    right |= {"load_4bit": False, "load_8bit": False}
+    check_all_pairs(OF_A_CHAT, right, lambda options: check_chat(**options), here)
+
+
+def test_a_chat_with_an_adapter_names_its_lost_base_and_what_else_is_wrong(here: Path) -> None:
+    from llava_steering_plugin.chat.preflight import check_chat
+
+    none = {"base": None, "device": "auto", "conversation": None, "load_4bit": False, "load_8bit": False}
+    with pytest.raises(SteeringError, match=r"(?s)there is no file .*say where it is with --model-base"):
+        check_chat(str(here / "pets"), [], image=str(here / "nowhere.png"), **none)
+
+
+def test_a_conversion_names_every_two_mistakes(here: Path) -> None:
+    from llava_steering_plugin.convert.conversion import convert
+
+    right = {"source": "{here}/base", "target": "{here}/new", "base": None}
+    check_all_pairs(OF_A_CONVERSION, right, lambda options: convert(**options), here)
+
+
+def test_page_and_controller_name_all_hosts_that_are_none() -> None:
+    from llava_steering_plugin.serving import controller, page
+
+    for program in (page, controller):
+        with pytest.raises(ArgumentsError, match=r"(?s)--allowed-host http://x/: .*--allowed-host a b: "):
+            program.main(["--allowed-host", "http://x/", "--allowed-host=a b"])
+
+
+def test_one_problem_is_raised_as_it_is_and_several_as_the_kind_that_they_share() -> None:
+    """`errors.py`: Problems."""
+    for kinds, shared in (
+        ([BaseMismatch], BaseMismatch),
+        ([ArgumentsError, ArgumentsError], ArgumentsError),
+        ([ArgumentsError, BaseMismatch], SteeringError),
+    ):
+        problems = Problems()
+        for number, kind in enumerate(kinds):
+            with problems.noted():
+                raise kind(f"problem {number}:\n  - a part")
+        with pytest.raises(SteeringError) as refused:
+            problems.raise_any("it cannot be done")
+        assert type(refused.value) is shared
+        assert all(f"problem {number}" in str(refused.value) for number in range(len(kinds)))
+    with pytest.raises(KeyError), Problems().noted():
+        raise KeyError
+    Problems().raise_any("nothing is wrong")
