@@ -44,6 +44,30 @@ class TokenMapError(SteeringError):
     """Hidden states that no token map describes: steering them would be a guess."""
 
 
+class NotFiniteError(SteeringError):
+    """A generation in which the logits of every row became NaN or infinite.
+
+    Attributes:
+        rows: numbers of the rows.
+    """
+
+    def __init__(self, text: str, rows: Sequence[int] = ()):
+        super().__init__(text)
+        self.rows = tuple(rows)
+
+
+class NotFiniteWarning(UserWarning):
+    """A generation that ended some of its rows, because their logits became NaN or infinite.
+
+    Attributes:
+        rows: numbers of these rows.
+    """
+
+    def __init__(self, text: str, rows: Sequence[int] = ()):
+        super().__init__(text)
+        self.rows = tuple(rows)
+
+
 def listing(headline: str, problems: Sequence[str]) -> str:
     """Return one message for all problems found: the headline, then one indented line per problem."""
     return "\n".join([f"{headline}:", *("  - " + problem.replace("\n", "\n  ") for problem in problems)])

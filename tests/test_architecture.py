@@ -52,6 +52,8 @@ EXPORTED = {
     "BaseMismatch",
     "CheckpointError",
     "DataError",
+    "NotFiniteError",
+    "NotFiniteWarning",
     "ForwardPass",
     "MixLoRA",
     "MoReS",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from llava_steering_plugin.adapters.files import read_json
 from llava_steering_plugin.errors import SteeringError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG = "config.json"
 VISION_PREFIX = "llava"
@@ -19,6 +22,12 @@ IMAGE_SETTINGS = ("image_", "mm_use_", "mm_patch_", "mm_vision_select_")
 # LLaVA's name for the module between vision tower and decoder, and the beginning of its parameters' names.
 PROJECTOR = "mm_projector"
 PROJECTOR_PREFIX = f"model.{PROJECTOR}."
+
+
+def projector_of(model: PreTrainedModel) -> tuple[str, nn.Module] | None:
+    """Return LLaVA's projector and its name in the model; None if the model has none."""
+    found = (named for named in model.named_modules() if named[0].rpartition(".")[2] == PROJECTOR)
+    return next(found, None)
 
 
 def read_config(name: str) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from llava_steering_plugin.adapters.files import brief, cut
 from llava_steering_plugin.adapters.fingerprint import check_base
 from llava_steering_plugin.adapters.folder import ADAPTER, ADDED, EXTRA, StoredAdapter
 from llava_steering_plugin.adapters.parameters import parameters_of, set_parameters, shape_of
+from llava_steering_plugin.adapters.values import check_values
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, listing, shortened
 from llava_steering_plugin.hooks.decoder import find_decoder
 from llava_steering_plugin.modes import registry
-from llava_steering_plugin.modes.base import DecoderShape, Mode, build_modules
+from llava_steering_plugin.modes.base import DecoderShape, Mode, build_modules, meaning_of_absent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +37,8 @@ def prepare(model: PreTrainedModel, shape: DecoderShape, stored: StoredAdapter) 
         The mode, and its modules by the path of their host: what is left to do is to hang them.
 
     Raises:
-        AdapterError: of another kind, or with tensors that do not fit; all mismatches at once.
+        AdapterError: of another kind, with tensors that do not fit, or with values that do not compute; all mismatches
+            at once.
         BaseMismatch: `model` is not the base that the adapter was trained on.
     """
     check_base(model, stored)
@@ -59,6 +61,7 @@ def build(model: PreTrainedModel, shape: DecoderShape, stored: StoredAdapter) ->
     mode = check_shapes(model, shape, stored)
     modules = build_modules(mode, shape)
     set_parameters(parameters_of(modules), stored.section(ADAPTER))
+    check_values(model, mode, modules, stored)
     return mode, modules
 
 
@@ -87,10 +90,11 @@ def mode_of(config: AdapterConfig) -> Mode:
     """Return the mode with the adapter's settings.
 
     Raises:
-        AdapterError: the mode is not installed, or does not know these settings.
+        AdapterError: the mode is not installed, does not know these settings, or has others that the adapter lacks.
     """
     try:
-        mode = registry.configured(config.mode, config.settings)
+        meant, missing = meaning_of_absent(registry.get(config.mode), config.settings)
+        mode = registry.configured(config.mode, {**config.settings, **meant})
     except ArgumentsError as error:
         if config.mode in registry.names():
             raise AdapterError(f"the adapter is of another version of its mode, or damaged: {error}") from error
@@ -98,6 +102,11 @@ def mode_of(config: AdapterConfig) -> Mode:
     problems = mode.problems()
     if problems:
         raise AdapterError(listing("the adapter's settings are out of range", problems))
+    if missing:
+        raise AdapterError(
+            f"the adapter's settings lack {', '.join(missing)}, so it is unknown what it computes. Its header was "
+            "edited by hand or made by another program; copy the adapter again."
+        )
     return mode
 
 

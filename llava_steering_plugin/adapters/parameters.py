@@ -29,3 +29,11 @@ def set_parameters(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str,
     for name, parameter in parameters.items():
         with gathered([parameter], modify=True) if is_partitioned(parameter) else nullcontext():
             parameter.copy_(tensors[name])
+
+
+def flaw(tensor: Tensor) -> str | None:
+    """Say how many values are NaN or infinite; None if all are finite."""
+    finite = torch.isfinite(tensor)
+    if bool(finite.all()):
+        return None
+    return f"{int((~finite).sum())} of {tensor.numel()} values are NaN or infinite"

@@ -16,13 +16,15 @@ from llava_steering_plugin.adapters.compatibility import check_tensors, fits, pr
 from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
 from llava_steering_plugin.adapters.fingerprint import FINGERPRINT_COLUMNS, fingerprint_rows
 from llava_steering_plugin.adapters.folder import ADAPTER, ADDED, EXTRA, FINGERPRINT, StoredAdapter
+from llava_steering_plugin.adapters.image_settings import SELECTED, differing_settings
 from llava_steering_plugin.adapters.locate import AdapterSource, read
 from llava_steering_plugin.adapters.parameters import set_parameters
 from llava_steering_plugin.adapters.quantised import unquantise
 from llava_steering_plugin.adapters.undo import Undo
+from llava_steering_plugin.adapters.values import check_sizes
 from llava_steering_plugin.adapters.writing import write_folder
 from llava_steering_plugin.distributed import gathered, whole
-from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.errors import AdapterError, SteeringError, listing
 from llava_steering_plugin.hooks.decoder import find_decoder
 from llava_steering_plugin.hooks.owner import owner_of
 
@@ -116,6 +118,14 @@ def load_adapter(model: PreTrainedModel, name_or_path: AdapterSource, tokenizer:
         raise SteeringError("this model carries an adapter already; call remove_adapter(model) first.")
     stored = read(name_or_path, fits(model))
     mode, modules = prepare(model, find_decoder(model)[1], stored)
+    if problems := differing_settings(model, stored, SELECTED):
+        raise AdapterError(
+            listing(
+                f"the adapter in {stored.path} does not know the image features of this model. Load it with LLaVA's "
+                "load_pretrained_model, which selects them as in training",
+                problems,
+            )
+        )
     check_tokens(stored, tokenizer)
     undo, attachment = Undo(model, stored), None
     try:
@@ -135,9 +145,10 @@ def restore(attachment: Attachment, stored: StoredAdapter) -> None:
     """Copy a saved adapter's tensors into the modules that are on the model already, and into the base.
 
     Raises:
-        AdapterError: names or shapes do not fit (all listed); nothing is copied then.
+        AdapterError: names, shapes or the sizes of values do not fit (all listed); nothing is copied then.
     """
     check_tensors(attachment.model, attachment.parameters(), stored)
+    check_sizes(attachment.model, attachment.modules, stored)
     set_parameters(attachment.parameters(), stored.section(ADAPTER))
     _replace_parameters(attachment, stored)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.adapters.folder import CARD, CONFIG, HEADER, LLAVA_CONFIG, LLAVA_HEADER, OLD_CONFIG, WEIGHTS
-from llava_steering_plugin.errors import AdapterError
+from llava_steering_plugin.adapters.parameters import flaw
+from llava_steering_plugin.errors import AdapterError, listing
 
 
 def write_folder(
@@ -32,9 +33,19 @@ def write_folder(
         card: text of README.md.
 
     Raises:
-        AdapterError: the disk is full or the folder cannot be written; the message says which adapter it holds now.
+        AdapterError: values are NaN or infinite, the disk is full, or the folder cannot be written; the message says
+            which adapter it holds now.
     """
     path = Path(folder)
+    if broken := [f"{name}: {found}" for name, tensor in tensors.items() if (found := flaw(tensor))]:
+        raise AdapterError(
+            listing(
+                f"the adapter is not written to {path}, because nothing could be computed with it: the training has "
+                "diverged. An adapter that was there before is unharmed. Go on from an earlier checkpoint with a lower "
+                "learning rate",
+                broken,
+            )
+        )
     described = config.to_json()
     copies = {CONFIG: described + "\n", LLAVA_CONFIG: llava, CARD: card}
     staging = path / f".adapter.{os.getpid()}.partial"

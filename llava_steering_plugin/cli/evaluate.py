@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.errors import ArgumentsError, NotFiniteError
 from llava_steering_plugin.inference import options
 
 
@@ -82,10 +82,17 @@ def evaluate(
     )
     load_all(loaded.pool.load, folders)
     answers = BatchAnswers(loaded, image_folder, AnswerOptions(batch_size, conv_mode, generation))
+    failed = 0
     with answers_file.open("w", encoding="utf-8") as file:
         for line in answers.lines(questions):
             file.write(json.dumps(line) + "\n")
             file.flush()
+            failed += "error" in line["metadata"]
+    if failed:
+        raise NotFiniteError(
+            f"{failed} of {len(questions)} questions have no answer: the logits became NaN or infinite. In "
+            f"{answers_file}, `metadata` names the adapter."
+        )
     typer.echo(f"{len(questions)} answers in {answers_file}")
 
 

@@ -19,6 +19,7 @@ from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.adapters.folder import ADAPTER, EXTRA, WEIGHTS, AdapterFolder
 from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.adapters.parameters import parameters_of
+from llava_steering_plugin.adapters.values import too_large, unsound
 from llava_steering_plugin.adapters.writing import write_folder
 from llava_steering_plugin.convert.backbone import Backbone, find_backbone
 from llava_steering_plugin.convert.layouts import read_released
@@ -95,7 +96,11 @@ def convert(
         added_tokens=added,
         trained_on={"converted from": f"a {released.mode.name} checkpoint of the authors' code"},
     )
-    tensors = weights | {EXTRA + name: value for name, value in extras.items()} | rows
+    dtype = _dtype(backbone)
+    others = {EXTRA + name: value for name, value in extras.items()} | rows
+    if problems := too_large(others, {name: dtype for name, value in others.items() if value.is_floating_point()}):
+        raise AdapterError(listing(f"nothing can be computed with the checkpoint in {released.folder}", problems))
+    tensors = weights | others
     card = model_card(config, parameters, sorted(extras))
     _write(path, config, tensors, _llava_config(released, backbone), card, backbone)
     checks.append(f"read back: {len(tensors)} tensors equal to the bit, names and shapes as the base needs them")
@@ -147,7 +152,15 @@ def _weights(released: Released, backbone: Backbone) -> dict[str, Tensor]:
         raise BaseMismatch(listing(f"{released.folder} does not fit the base {backbone.as_config()}", problems))
     modules = build_modules(released.mode, shape)
     released.fill(shape, modules)
+    if problems := unsound(released.mode, modules, _dtype(backbone)):
+        raise AdapterError(listing(f"nothing can be computed with the checkpoint in {released.folder}", problems))
     return {ADAPTER + name: parameter.detach() for name, parameter in parameters_of(modules).items()}
+
+
+def _dtype(backbone: Backbone) -> torch.dtype:
+    """Return the dtype in which the base computes: upstream loads in float16 whatever its config names, or float32."""
+    named = str(backbone.described.get("torch_dtype"))
+    return torch.float32 if named == "float32" else torch.float16
 
 
 def _compared(released: Released, backbone: Backbone) -> tuple[list[str], list[Note]]:

@@ -20,6 +20,7 @@ from llava_steering_plugin.hooks.checkpointing import (
     unbound,
 )
 from llava_steering_plugin.hooks.decoder import find_decoder
+from llava_steering_plugin.hooks.finite_rows import FiniteRows, end_token, report, watched
 from llava_steering_plugin.hooks.passes import StackCall, describe_pass
 from llava_steering_plugin.hooks.scope import Scope, current, entered, opened
 from llava_steering_plugin.hooks.token_map import spliced
@@ -154,8 +155,20 @@ class ModelOwner:
         return original(*args, **kwargs)
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self._opened(args, kwargs, generating=True):
-            return original(*args, **kwargs)
+        with self._opened(args, kwargs, generating=True) as scope:
+            rows = FiniteRows(end_token(self.model, kwargs))
+            args, kwargs = watched(original, args, kwargs, rows)
+            result = original(*args, **kwargs)
+        report(rows, self._rows_of(scope), functools.partial(self._named, scope))
+        return result
+
+    def _rows_of(self, scope: Scope) -> int | None:
+        """Return the number of rows of a call; None if it is unknown."""
+        return None
+
+    def _named(self, scope: Scope, rows: list[int]) -> str:
+        """Name, in a message, the adapters of some of the rows of a call."""
+        return "the base" if id(self) in scope.disabled else "the adapter"
 
     def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         scope = current()

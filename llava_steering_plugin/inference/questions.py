@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava_steering_plugin.errors import ArgumentsError, listing
+from llava_steering_plugin.hooks.finite_rows import broken_rows
 from llava_steering_plugin.inference.base_model import LoadedBase
 from llava_steering_plugin.inference.images import image_arguments, read_image
 from llava_steering_plugin.pool.pool import BASE
@@ -145,13 +146,17 @@ class BatchAnswers:
     def lines(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
         """Yield the lines of the answer file in the order of the questions, a batch at a time.
 
+        Where the logits of a question became NaN or infinite, its text is empty and its metadata has an `error`.
+
         Raises:
             ArgumentsError: an image cannot be read; the batches before it have been answered.
         """
         for start in range(0, len(questions), self.options.batch_size):
             batch = questions[start : start + self.options.batch_size]
-            for question, text in zip(batch, self.texts(self.generated(batch)), strict=True):
-                yield _line(question, text)
+            with broken_rows() as broken:
+                texts = self.texts(self.generated(batch))
+            for row, (question, text) in enumerate(zip(batch, texts, strict=True)):
+                yield _line(question, text, broken.get(row))
 
     def prompt(self, question: Question) -> str:
         """Return the question in its conversation template, as upstream's eval scripts write it."""
@@ -240,13 +245,13 @@ class BatchAnswers:
             config.tokenizer_padding_side = before
 
 
-def _line(question: Question, text: str) -> dict[str, Any]:
+def _line(question: Question, text: str, error: str | None) -> dict[str, Any]:
     """Return a line of upstream's answer file."""
     return {
         "question_id": question.id,
         "prompt": question.text,
-        "text": text,
+        "text": text if error is None else "",
         "answer_id": uuid.uuid4().hex,
         "model_id": question.adapter,
-        "metadata": {},
+        "metadata": {} if error is None else {"error": error},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -146,6 +147,19 @@ class Mode(ABC):
         """
         return []
 
+    def unsound(self, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> list[str]:
+        """Return everything that does not compute in modules that a saved adapter has filled, one sentence each.
+
+        The values themselves are finite, in the file and in the modules. What follows from them need not be: a sum or a
+        product may leave the range of `dtype`, and a matrix may have no inverse. A sentence begins with the name of the
+        tensor, `<host path>.<name in the module>: `.
+
+        Args:
+            modules: as `build` returned them, filled, in CPU memory.
+            dtype: that the model computes in.
+        """
+        return []
+
     def report(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
         """Return figures to log beside the loss, by name, on the training passes since the last call.
 
@@ -159,9 +173,40 @@ class Mode(ABC):
         return dataclasses.asdict(self)
 
 
-def setting(default: Any, help: str) -> Any:
-    """Declare a setting of a mode: a dataclass field with a default and the help text of its flag."""
-    return field(default=default, metadata={"help": help})
+NEVER_ABSENT: Any = object()
+
+
+def setting(default: Any, help: str, *, absent: Any = NEVER_ABSENT) -> Any:
+    """Declare a setting of a mode: a dataclass field with a default and the help text of its flag.
+
+    Args:
+        absent: what an adapter means that was saved before the mode had this setting, and so does not name it. To be
+            given for every setting that is added to a mode of which adapters exist. Without it, an adapter that does
+            not name the setting is refused: a default that changes later must not change what adapters compute.
+    """
+    return field(default=default, metadata={"help": help, "absent": absent})
+
+
+def meaning_of_absent(mode: type[Mode], settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that a saved adapter leaves out: those with a declared meaning, and the names of the others.
+
+    Args:
+        settings: of the adapter.
+    """
+    meant, missing = {}, []
+    for each in dataclasses.fields(mode):
+        if each.name not in settings:
+            absent = each.metadata.get("absent", NEVER_ABSENT)
+            if absent is NEVER_ABSENT:
+                missing.append(each.name)
+            else:
+                meant[each.name] = absent
+    return meant, missing
+
+
+def largest_in(dtype: torch.dtype) -> float:
+    """Return the size that a hidden state may have in a model that computes in `dtype`: norms square it in float32."""
+    return min(torch.finfo(dtype).max, math.sqrt(torch.finfo(torch.float32).max))
 
 
 def no_autocast(device: torch.device) -> torch.autocast:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_steering_plugin.errors import TokenMapError
-from llava_steering_plugin.modes.base import DecoderShape, ForwardPass, no_autocast
+from llava_steering_plugin.modes.base import DecoderShape, ForwardPass, largest_in, no_autocast
 from llava_steering_plugin.modes.mixlora_factors import entrance, take, updated
 from llava_steering_plugin.modes.mixlora_routing import (
     Choice,
@@ -36,6 +36,9 @@ from llava_steering_plugin.modes.mixlora_routing import (
 )
 from llava_steering_plugin.modes.mixlora_settings import PROMPT, RELEASED, MixLoRASettings
 from llava_steering_plugin.modes.mixlora_targets import find_targets
+
+# Updates that a layer may multiply before a norm makes them small again: gate x up x down, and one to spare.
+MULTIPLIED = 4
 
 __all__ = ["RELEASED", "MixLoRA", "RoutedLinear"]
 
@@ -168,6 +171,22 @@ class RoutedLinear(nn.Module):
         a = take(self.routed_a, routing.a, dtype, gated=gated)
         return a, take(self.routed_b, routing.b, dtype, scale=self.mode.scale, gated=gated)
 
+    def unsound(self, dtype: torch.dtype) -> list[str]:
+        """Return what leaves the range of `dtype` for an input of the usual size, whichever factors are chosen."""
+        named = str(dtype).removeprefix("torch.")
+        limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max ** (1 / MULTIPLIED))
+        reach = math.sqrt(self.routed_a.shape[1])
+        narrow = float(self.routed_a.norm(dim=1).amax()) * reach
+        if not narrow <= limit:
+            return [f"routed_a: its products with hidden states overflow {named}"]
+        found = []
+        if not float(self.routed_b.abs().amax()) * abs(self.mode.scale) * narrow * self.mode.rank <= limit:
+            found.append(f"routed_b: the update, scaled by alpha / rank = {self.mode.scale:.3g}, overflows {named}")
+        for name, router in self.named_parameters():
+            if name.startswith("router") and not float(router.norm(dim=-1).amax()) * reach <= largest_in(torch.float32):
+                found.append(f"{name}: its products with hidden states overflow float32")
+        return found
+
     def _kept_factors(self, this_pass: ForwardPass, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         kept: _Kept | None = this_pass.kept.get(self)
         if kept is None:
@@ -211,6 +230,14 @@ class MixLoRA(MixLoRASettings):
         # Two routers a linear: the coefficient is that of the mean over all routers.
         balance = self.balance_weight / (2 * len(hosts))
         return {path: RoutedLinear(*features, mode=self, balance=balance) for path, features in hosts.items()}
+
+    def unsound(self, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> list[str]:
+        return [
+            f"{path}.{problem}"
+            for path, module in modules.items()
+            if isinstance(module, RoutedLinear)
+            for problem in module.unsound(dtype)
+        ]
 
     def report(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
         figures = {}

@@ -94,6 +94,8 @@ class MixLoRASettings(Mode):
             found.append(f"mixlora_rank is {self.rank}; it must be from 1 to mixlora_factors, {self.factors}")
         if self.alpha is not None and not (self.alpha > 0 and math.isfinite(self.alpha)):
             found.append(f"mixlora_alpha is {self.alpha}; it must be above 0")
+        elif min(self.rank, self.factors) >= 1 and not _FLOAT32.tiny <= self.scale <= _FLOAT32.max:
+            found.append(f"mixlora_alpha / mixlora_rank is {self.scale:.3g}; it must be within float32")
         if not 0 <= self.dropout < 1:
             found.append(f"mixlora_dropout is {self.dropout}; it must be at least 0 and below 1")
         for name in ("ifs_weight", "balance", "noise"):

@@ -8,15 +8,27 @@ matrix product, and M = b = 0 is the identity to start from. The paper's W is `M
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from llava_steering_plugin.modes.base import DecoderShape, ForwardPass, Mode, has_float64, no_autocast, setting
+from llava_steering_plugin.modes.base import (
+    DecoderShape,
+    ForwardPass,
+    Mode,
+    has_float64,
+    largest_in,
+    no_autocast,
+    setting,
+)
 from llava_steering_plugin.modes.mores_selection import TokenSelection, parse_layers
 
+# How far R R^T may be from I. Measured: 3e-8 at most up to a condition number of 1e4, 1e-6 at 1e5, 1e-2 at 1e7.
+ORTHONORMAL = 1e-5
+TRIED = 64  # random hidden states that a saved adapter is tried on
 # The paper's 1% of 576 tokens. A percentage that comes to fewer is hardly what was meant.
 FEW_TOKENS = 6
 MODALITIES = {"vis": ("vis",), "text": ("text",), "vis+text": ("vis", "text")}
@@ -138,6 +150,40 @@ class SteeredLayer(nn.Module):
         return this_pass.once(("mores", self.selection.spec, modality, device), lambda: everywhere.to(device))
 
 
+def _steering(module: nn.Module, kind: str) -> Steering:
+    found = module.get_submodule(kind)
+    assert isinstance(found, Steering)
+    return found
+
+
+def _unsound(steerings: Mapping[str, Steering], dtype: torch.dtype) -> list[str]:
+    """List what does not compute in the layers of one modality: bases, and updates that leave the range of `dtype`.
+
+    Layer after layer steers what the one before has made, so it is random hidden states that go through all of them.
+    """
+    problems = []
+    generator = torch.Generator().manual_seed(0)
+    hidden: Tensor | None = None
+    for name, steering in steerings.items():
+        basis = steering.basis()
+        error = float((basis.double() @ basis.double().T - torch.eye(len(basis))).abs().amax())
+        if not error <= ORTHONORMAL:
+            condition = float(torch.linalg.cond(steering.steer_basis.double()))
+            problems.append(
+                f"{name}.steer_basis: its {len(basis)} rows span no subspace of as many dimensions (condition number "
+                f"{condition:.0e}), so R R^T - I is {error:.0e} where it may be {ORTHONORMAL:.0e}"
+            )
+            continue
+        added = torch.randn(TRIED, basis.shape[1], generator=generator, dtype=torch.float32)
+        hidden = added if hidden is None else hidden + added
+        hidden = hidden + (nn.functional.linear(hidden, steering.steer_shift, steering.steer_offset) @ basis)
+        if not float(hidden.abs().amax()) <= largest_in(dtype):
+            named = str(dtype).removeprefix("torch.")
+            problems.append(f"{name}.steer_shift or steer_offset: the update of hidden states overflows {named}")
+            hidden = None
+    return problems
+
+
 @dataclass(frozen=True)
 class MoReS(Mode):
     """Holds the settings of MoReS, and puts one `SteeredLayer` on every chosen decoder layer."""
@@ -180,6 +226,15 @@ class MoReS(Mode):
             f"--mores_tokens {self.tokens} steers only {count} of the {image_tokens} tokens of an image. The paper's "
             f"1% are {FEW_TOKENS} of 576: where images have few tokens, a percentage leaves almost none. Give a number "
             f"instead (--mores_tokens uniform{FEW_TOKENS}), or all."
+        ]
+
+    def unsound(self, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> list[str]:
+        return [
+            problem
+            for kind in MODALITIES[self.modality]
+            for problem in _unsound(
+                {f"{path}.{kind}": _steering(module, kind) for path, module in modules.items()}, dtype
+            )
         ]
 
     def build(self, decoder: DecoderShape) -> dict[str, nn.Module]:

@@ -76,7 +76,7 @@ class TokenSelection:
                 chosen |= place >= length - amount
             elif kind == "uniform":
                 # No more than there are positions: an absurd number must not overflow the tensor.
-                chosen |= _evenly(place, length, torch.full_like(length, min(int(amount), candidates.shape[1])))
+                chosen |= _evenly(place, length, torch.full_like(length, int(min(amount, candidates.shape[1]))))
             else:
                 # Halves are rounded up, in integers: the count must not depend on a device's rounding.
                 thousandths = round(amount * 1000)

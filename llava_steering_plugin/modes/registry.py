@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, get_args, get_type_hints
@@ -80,7 +81,7 @@ def configured(name: str, settings: Mapping[str, Any]) -> Mode:
     known = [field.name for field in dataclasses.fields(kind)]
     problems = [f"it has no {setting}, only {', '.join(known)}" for setting in settings if setting not in known]
     problems += [
-        f"{setting} is {value!r} where {_spelled(types[setting])} is expected"
+        f"{setting} is {value!r:.100} where {_spelled(types[setting])} is expected"
         for setting, value in settings.items()
         if setting in known and not _is_a(value, types[setting])
     ]
@@ -92,7 +93,8 @@ def configured(name: str, settings: Mapping[str, Any]) -> Mode:
 def _is_a(value: object, expected: Any) -> bool:
     kinds = get_args(expected) or (expected,)
     # bool is an int and an int is a good float to Python; a rank of True is a mistake, a dropout of 0 is none.
-    return type(value) in kinds or (type(value) is int and float in kinds)
+    # An integer may be longer than a float can be.
+    return type(value) in kinds or (type(value) is int and float in kinds and abs(value) <= sys.float_info.max)
 
 
 def _spelled(expected: Any) -> str:

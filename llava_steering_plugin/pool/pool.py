@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.utils.hooks import RemovableHandle
 
-from llava_steering_plugin.adapters.base_model import PROJECTOR
+from llava_steering_plugin.adapters.base_model import PROJECTOR, projector_of
 from llava_steering_plugin.adapters.compatibility import fits
 from llava_steering_plugin.adapters.locate import AdapterSource, read
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, TokenMapError, nearest
@@ -30,7 +30,7 @@ from llava_steering_plugin.hooks.scope import Scope, current, naming
 from llava_steering_plugin.modes.base import ForwardPass
 from llava_steering_plugin.pool import row_names
 from llava_steering_plugin.pool.adapter import PooledAdapter
-from llava_steering_plugin.pool.projectors import ServedRows, project_by_row, projector_of
+from llava_steering_plugin.pool.projectors import ServedRows, project_by_row
 from llava_steering_plugin.pool.reading import pooled
 from llava_steering_plugin.pool.residency import Residency
 
@@ -243,6 +243,12 @@ class AdapterPool(ModelOwner):
                 yield scope
         finally:
             self._give_back(adapters)
+
+    def _rows_of(self, scope: Scope) -> int | None:
+        return scope.rows.count if isinstance(scope.rows, ServedRows) else None
+
+    def _named(self, scope: Scope, rows: list[int]) -> str:
+        return scope.rows.named(rows) if isinstance(scope.rows, ServedRows) else super()._named(scope, rows)
 
     def _enter_pass(self, scope: Scope, this_pass: ForwardPass) -> None:
         if scope.rows is not None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llava_steering_plugin.adapters.base_model import PROJECTOR
 from llava_steering_plugin.adapters.parameters import set_parameters
 from llava_steering_plugin.adapters.quantised import unquantise
 from llava_steering_plugin.errors import UpstreamError
@@ -22,15 +21,7 @@ from llava_steering_plugin.hooks.scope import current
 from llava_steering_plugin.hooks.token_map import nothing_to_splice, signature_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from llava_steering_plugin.pool.adapter import PooledAdapter
-
-
-def projector_of(model: PreTrainedModel) -> tuple[str, nn.Module] | None:
-    """Return LLaVA's projector and its name in the model; None if the model has none."""
-    found = (named for named in model.named_modules() if named[0].rpartition(".")[2] == PROJECTOR)
-    return next(found, None)
 
 
 def own_projector(projector: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
@@ -49,6 +40,16 @@ class ServedRows(Rows):
         self._pooled = tuple(adapters)
         self._tiles = 0
         self._projected: tuple[tuple[nn.Module, Tensor], ...] = ()
+
+    @property
+    def count(self) -> int | None:
+        """The number of rows of the call; None where one adapter is named for all of them."""
+        return len(self._pooled) if len(self._pooled) > 1 else None
+
+    def named(self, rows: Sequence[int]) -> str:
+        """Name the adapters of some rows of the call."""
+        own = dict.fromkeys(self._pooled[row if self.count else 0] for row in rows)
+        return ", ".join("the base" if each is None else f"the adapter {each.name!r}" for each in own)
 
     @property
     def brings_projectors(self) -> bool:

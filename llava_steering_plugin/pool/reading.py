@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,25 +9,17 @@ import torch
 from torch import Tensor
 
 from llava_steering_plugin.adapters.added_tokens import knows_tokens
-from llava_steering_plugin.adapters.base_model import IMAGE_SETTINGS
+from llava_steering_plugin.adapters.base_model import projector_of
 from llava_steering_plugin.adapters.compatibility import prepare
 from llava_steering_plugin.adapters.folder import EXTRA, StoredAdapter
+from llava_steering_plugin.adapters.image_settings import differing_settings
 from llava_steering_plugin.errors import AdapterError, listing
 from llava_steering_plugin.modes.base import DecoderShape
 from llava_steering_plugin.pool.adapter import PooledAdapter
-from llava_steering_plugin.pool.projectors import own_projector, projector_of
+from llava_steering_plugin.pool.projectors import own_projector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-# What upstream takes where a config lacks a setting.
-_DEFAULTS = {
-    "image_aspect_ratio": "square",
-    "mm_patch_merge_type": "flat",
-    "mm_use_im_patch_token": True,
-    "mm_vision_select_feature": "patch",
-}
 
 
 def pooled(
@@ -80,15 +71,4 @@ def _needs_of_its_own(model: PreTrainedModel, stored: StoredAdapter, tokenizer: 
     tokens = stored.config.added_tokens
     if tokens and not knows_tokens(model, stored, tokenizer):
         problems.append(f"it adds to the vocabulary: {', '.join(tokens)}")
-    trained = stored.folder.llava_config
-    if hasattr(model, "prepare_inputs_labels_for_multimodal") and trained is not None:
-        for key in sorted(key for key in trained if key.startswith(IMAGE_SETTINGS)):
-            here = getattr(model.config, key, None)
-            if _plain(key, here) != _plain(key, trained[key]):
-                problems.append(f"it was trained with {key} {trained[key]!r}; this model has {here!r}")
-    return problems
-
-
-def _plain(key: str, value: Any) -> str:
-    """Return a setting in a form that compares: missing, None and False are the same, and lists are tuples."""
-    return json.dumps((_DEFAULTS.get(key) if value is None else value) or None)
+    return problems + differing_settings(model, stored)

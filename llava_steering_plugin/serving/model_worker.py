@@ -16,13 +16,13 @@ from typing import Any
 
 from llava.mm_utils import get_model_name_from_path
 
-from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.errors import ArgumentsError, NotFiniteError, SteeringError
 from llava_steering_plugin.inference.base_files import check_base
 from llava_steering_plugin.inference.base_model import loading_name
 from llava_steering_plugin.inference.squares import process_images
 from llava_steering_plugin.pool.pool import AdapterPool
 from llava_steering_plugin.serving.catalog import AdapterCatalog
-from llava_steering_plugin.serving.http.protocol import FAILED, GONE, NO_ANSWER, chunk
+from llava_steering_plugin.serving.http.protocol import FAILED, GONE, NO_ANSWER, NOT_FINITE, chunk
 from llava_steering_plugin.serving.http.validation import CheckedRequest, decode_image
 from llava_steering_plugin.upstream.worker_seam import ClientGone, model_worker, replace_parts, set_globals
 
@@ -55,7 +55,8 @@ class RequestModel:
                 self._model.generate(*args, stopping_criteria=criteria, adapter_names=self._adapter, **kwargs)
         except SteeringError as error:
             # Only the adapter's name can be wrong by now: it was removed while the request waited.
-            self.failed = GONE if isinstance(error, ArgumentsError) else NO_ANSWER
+            known = {ArgumentsError: GONE, NotFiniteError: NOT_FINITE}
+            self.failed = known.get(type(error), NO_ANSWER)
             logger.warning("an answer failed: %s: %s", type(error).__name__, error)
         except Exception:
             self.failed = NO_ANSWER

@@ -17,9 +17,10 @@ from wrapt import wrap_function_wrapper
 from llava_steering_plugin.adapters.base_model import IMAGE_SETTINGS, read_config
 from llava_steering_plugin.adapters.files import check_folder
 from llava_steering_plugin.adapters.folder import LLAVA_CONFIG, AdapterFolder, StoredAdapter
+from llava_steering_plugin.adapters.image_settings import trained_settings
 from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.adapters.save_load import load_adapter
-from llava_steering_plugin.errors import AdapterError, BaseMismatch, SteeringError
+from llava_steering_plugin.errors import BaseMismatch, SteeringError
 from llava_steering_plugin.modes.base import default_dtype
 from llava_steering_plugin.upstream.names import display_name
 from llava_steering_plugin.upstream.seams import require
@@ -65,27 +66,21 @@ def _load(original: Callable[..., Any], call: inspect.BoundArguments, stored: St
             f"--model-base; this adapter was trained on {trained_on}."
         )
     described = _base_config(base, folder)
-    trained = folder.llava_config
+    trained = trained_settings(stored)
     check_folder(base, "the base")
-    tower = (described if "mm_vision_tower" in described else trained or {}).get("mm_vision_tower")
+    tower = (described if "mm_vision_tower" in described else trained).get("mm_vision_tower")
     if isinstance(tower, str):
         check_folder(tower, "the vision tower")
     with tempfile.TemporaryDirectory(prefix="llava-steering-") as staging:
         if "mm_vision_tower" in described:
             call.arguments |= {"model_path": base, "model_base": None, "model_name": name_for(described["model_type"])}
         else:
-            if trained is None:
-                raise AdapterError(
-                    f"{folder.path / LLAVA_CONFIG} is missing; an adapter over a plain language model needs it to "
-                    "rebuild LLaVA. Copy the adapter again."
-                )
             _stage_plain_base(Path(staging), trained, described)
             _leave_projector_unpacked(call)
             call.arguments |= {"model_path": staging, "model_base": base, "model_name": "llava-staged"}
         loaded = original(*call.args, **call.kwargs)
     tokenizer, model = loaded[0], loaded[1]
-    if trained is not None:
-        _prepare_inputs_as_trained(model, trained)
+    _prepare_inputs_as_trained(model, trained)
     load_adapter(model, stored, tokenizer)
     return loaded
 

@@ -92,6 +92,10 @@ BAD_MORES: dict[str, tuple[Spoil, str]] = {
         lambda folder: edit_tensors(layer_file(folder, 0), bias=torch.tensor([0.0, float("nan")])),
         "bias has values that are NaN",
     ),
+    "values beyond float32": (
+        lambda folder: edit_tensors(layer_file(folder, 1), weight=torch.full((2, 64), 1e300, dtype=torch.float64)),
+        "(?s)nothing can be computed with the checkpoint in.*steer_shift or steer_offset: .* overflows",
+    ),
     "a wrong shape": (
         lambda folder: edit_tensors(layer_file(folder, 0), weight=torch.zeros(2, 32)),
         r"layer 0: weight is \[2, 32\] where the base needs \[2, 64\]",
@@ -179,6 +183,14 @@ BAD_MIXLORA: dict[str, tuple[Spoil, str]] = {
         ),
         "q_proj.lora_A.default.1 has values that are NaN",
     ),
+    "values beyond float32": (
+        lambda folder: edit_tensors(
+            folder / "pytorch_model.bin",
+            **{f"{Q_PROJ}__lora_A__default__1": torch.full((1, 64), 1e300, dtype=torch.float64)},
+        ),
+        "(?s)nothing can be computed with the checkpoint in.*q_proj.routed_a: its products .* overflow",
+    ),
+    "a scale beyond float32": (lambda folder: edit_arguments(folder, lora_alpha=1e308), "within float32"),
     "independent settings over conditional tensors": (
         lambda folder: edit_arguments(folder, cond_type="input"),
         "(?s)loraB_selector.weight: missing.*without a place",

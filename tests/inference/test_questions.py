@@ -16,8 +16,9 @@ from pooled import BASE
 from tiny_llava import TinyLlava, without_half_of_its_weights
 from typer.testing import CliRunner
 
+from llava_steering_plugin import AdapterPool
 from llava_steering_plugin.cli import app
-from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.errors import NotFiniteError, SteeringError
 
 pytest_plugins = ["fork_fixtures", "pooled_fixtures", "steered_fixtures"]
 
@@ -145,6 +146,34 @@ def test_what_flags_and_files_can_tell_is_said_before_a_model_is_looked_for_and_
             evaluate([asked], *words, base=nowhere)
     assert old.read_text() == "old answers\n"
     assert not (tmp_path / "new").exists()
+
+
+def test_a_question_whose_adapter_overflows_has_an_error_for_its_answer_and_the_others_of_its_batch_have_theirs(
+    questions: list[dict[str, Any]], evaluate: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {line["question_id"]: line["text"] for line in evaluate(questions, "--batch-size", "4")}
+    load = AdapterPool.load
+
+    def spoil(pool: AdapterPool, name: str, source: Any) -> None:
+        load(pool, name, source)
+        if name == "pets":
+            for module in pool._adapters[name].modules.values():
+                for parameter in module.parameters():
+                    parameter.data.fill_(float("nan"))
+
+    monkeypatch.setattr(AdapterPool, "load", spoil)
+    asked = [question for question in questions if question["adapter"] == "pets"]
+    for way in (["--batch-size", "4"], ["--batch-size", "1", "--num-beams", "2"]):
+        with pytest.raises(NotFiniteError, match=f"{len(asked)} of {len(questions)} questions have no answer"):
+            evaluate(questions, *way)
+        lines = [json.loads(line) for line in (tmp_path / "made" / "answer.jsonl").read_text().splitlines()]
+        assert len(lines) == len(questions)
+        for line in lines:
+            if line["model_id"] == "pets":
+                assert line["text"] == "" and "with the adapter 'pets'" in line["metadata"]["error"]
+            else:
+                assert line["metadata"] == {}
+                assert "--num-beams" in way or line["text"] == expected[line["question_id"]]
 
 
 def test_a_damaged_image_is_named_with_its_question_after_the_answers_before_it_are_written(

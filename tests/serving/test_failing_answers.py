@@ -14,7 +14,7 @@ from ports import free_port
 from serving_fixtures import STRICT, Alone, Client, Question, listening, wait_until
 
 from llava_steering_plugin.serving.http.app import build
-from llava_steering_plugin.serving.http.protocol import FAILED, GONE, NO_ANSWER, chunk
+from llava_steering_plugin.serving.http.protocol import FAILED, GONE, NO_ANSWER, NOT_FINITE, chunk
 from llava_steering_plugin.serving.model_worker import RequestModel
 from llava_steering_plugin.upstream.worker_seam import PooledThread
 
@@ -71,6 +71,21 @@ def test_a_failure_while_an_answer_is_made_is_an_error_that_the_page_shows(
         handle.remove()
     assert states[-1]["error_code"] == 1
     assert "out of memory" not in states[-1]["text"]
+
+
+def test_a_model_whose_numbers_overflow_has_an_error_that_says_so_and_no_empty_answer(
+    strict: Client, worker: Any, shelf: Any, asked: list[Question], alone: Alone
+) -> None:
+    worker.catalog.put("diverged", str(shelf / "cats"))
+    try:
+        for module in worker.pool._adapters["diverged"].modules.values():
+            for parameter in module.parameters():
+                parameter.data.fill_(float("inf"))
+        for question in asked[:2]:
+            assert strict.states("diverged", question)[-1] == {"text": NOT_FINITE, "error_code": FAILED}
+        assert strict.answer("cats", asked[0]) == alone("cats", asked[0])
+    finally:
+        worker.catalog.drop("diverged")
 
 
 @pytest.mark.parametrize("kind", ["answering", "generating"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from llava_steering_plugin.adapters.folder import CONFIG, HEADER, LLAVA_CONFIG, LLAVA_HEADER, OLD_CONFIG, WEIGHTS
 
@@ -37,4 +39,21 @@ def as_version_0_1(folder: Path) -> Path:
     (folder / OLD_CONFIG).write_text(header_of(folder)[HEADER] + "\n")
     (folder / CONFIG).unlink()
     set_header(folder, **{LLAVA_HEADER: None})
+    return folder
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """Rewrite the weights with other tensors: `change` gets them by name."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, header_of(folder))
+    return folder
+
+
+def change_settings(folder: Path, *removed: str, **settings: Any) -> Path:
+    """Set entries of the mode's settings in the header, and remove others."""
+    config = json.loads(header_of(folder)[HEADER])
+    config["settings"] = {key: value for key, value in (config["settings"] | settings).items() if key not in removed}
+    set_header(folder, **{HEADER: json.dumps(config)})
     return folder

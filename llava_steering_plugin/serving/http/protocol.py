@@ -18,6 +18,7 @@ from llava_steering_plugin.serving.http.limits import Limits
 FAILED, REFUSED = 1, 4
 NO_ANSWER = "The worker could not finish this answer; its log says why. Please try again."
 TOO_BUSY = "The worker is too busy. Please try again in a moment."
+NOT_FINITE = "This model has no answer: its numbers became infinite. Please choose another model from the list."
 GONE = "This model is no longer served. Reload the page for the list."
 # For how long, and up to how many times the limit, an oversized body is read and discarded: a client that is still
 # sending would not see the answer.
