@@ -90,7 +90,7 @@ FLOAT32: dict[str, tuple[str, Change, str, str]] = {
     "huge router": ("pets", one(ROUTER, 1e19), ROUTER, "overflow float32"),
     "huge scale": ("pets", lambda folder: change_settings(folder, alpha=1e308), "alpha", "within float32"),
     "no scale": ("pets", lambda folder: change_settings(folder, alpha=1e-300), "alpha", "within float32"),
-    "endless scale": ("pets", lambda folder: change_settings(folder, alpha=10**400), "alpha", "float or nothing"),
+    "endless scale": ("pets", lambda folder: change_settings(folder, alpha=10**400), "alpha", "63 bits"),
     "scaled factors": ("pets", lambda folder: change_settings(folder, alpha=1e20), "routed_b", "alpha / rank = 5e+19"),
     "projector's product": ("birds", times(PROJECTOR, 1e19), PROJECTOR, "products with image features"),
     "no layers": ("cats", lambda folder: change_settings(folder, "layers"), "layers", "unknown what it computes"),
