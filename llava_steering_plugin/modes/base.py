@@ -131,6 +131,10 @@ class Mode(ABC):
         the other ranks wait for it for ever. Parameters are float32; `build` is called with float32 as torch's default
         dtype. One that is built with `requires_grad=False` is saved with the adapter and not trained.
 
+        A training stops if a parameter has ten steps of zero gradients. Steps count in which the module that holds it
+        was called on a tensor with elements, so what works on some tokens only should be a module of its own that is
+        called on those tokens alone.
+
         `output` belongs to the module, which may write into it.
 
         A module may also have a method `enter(inputs)`. In passes with gradients its host is then called on what

@@ -79,7 +79,8 @@ class SteeringTrainerMixin:
         self._skipped: set[int] = set()
         if arguments.skip_bad_samples:
             self.add_callback(SkippedSamples(data, Path(arguments.output_dir), self._skipped))  # type: ignore[attr-defined]
-        self.add_callback(GradientCheck(self._attachment.trained(), last_layer))  # type: ignore[attr-defined]
+        check = GradientCheck(self._attachment.trained(), self._attachment.modules, last_layer)
+        self.add_callback(check)  # type: ignore[attr-defined]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self._attachment is None:
