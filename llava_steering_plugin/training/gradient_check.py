@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
+from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.errors import SteeringError, listing
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,11 @@ class GradientCheck(TrainerCallback):
         self._gradients = {at: each.register_hook(self._hook(at)) for at, each in enumerate(parameters.values())}
         parts = {id(part): part for chain in self._chains for part in chain}
         self._calls = [part.register_forward_hook(self._note_call) for part in parts.values()]
+
+    @classmethod
+    def of(cls, attachment: Attachment) -> GradientCheck:
+        """Return the check of an adapter on its model."""
+        return cls(attachment.trained(), attachment.modules, attachment.shape.layers[-1].path)
 
     @property
     def handles(self) -> list[RemovableHandle]:

@@ -75,12 +75,10 @@ class SteeringTrainerMixin:
         self._loss_warned = False
         self._preemption = Preemption()
         self.add_callback(self._preemption)  # type: ignore[attr-defined]
-        last_layer = self._attachment.shape.layers[-1].path
         self._skipped: set[int] = set()
         if arguments.skip_bad_samples:
             self.add_callback(SkippedSamples(data, Path(arguments.output_dir), self._skipped))  # type: ignore[attr-defined]
-        check = GradientCheck(self._attachment.trained(), self._attachment.modules, last_layer)
-        self.add_callback(check)  # type: ignore[attr-defined]
+        self.add_callback(GradientCheck.of(self._attachment))  # type: ignore[attr-defined]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self._attachment is None:
