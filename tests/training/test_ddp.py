@@ -66,6 +66,7 @@ def test_two_ranks_write_one_adapter_and_the_random_states_of_both(ddp: Path) ->
         "optimizer.pt",
         "scheduler.pt",
         "trainer_state.json",
+        "steering_state.json",
         "rng_state_0.pth",
         "rng_state_1.pth",
     }
