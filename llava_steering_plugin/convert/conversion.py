@@ -98,8 +98,8 @@ def convert(
     )
     dtype = _dtype(backbone)
     others = {EXTRA + name: value for name, value in extras.items()} | rows
-    if problems := too_large(others, {name: dtype for name, value in others.items() if value.is_floating_point()}):
-        raise AdapterError(listing(f"nothing can be computed with the checkpoint in {released.folder}", problems))
+    if beyond := too_large(others, {name: dtype for name, value in others.items() if value.is_floating_point()}):
+        raise AdapterError(listing(f"nothing can be computed with the checkpoint in {released.folder}", beyond))
     tensors = weights | others
     card = model_card(config, parameters, sorted(extras))
     _write(path, config, tensors, _llava_config(released, backbone), card, backbone)
