@@ -25,12 +25,17 @@ from llava_steering_plugin.planning.plan import plan
 from llava_steering_plugin.training.flags import extended
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"patch", "unpatch", "doctor", "plan", "convert", "eval", "serve", "chat", "diagnose"}
+COMMANDS = {"patch", "unpatch", "doctor", "plan", "convert", "eval", "serve", "chat", "diagnose", "check-data"}
 OPTIONS = {
     "patch": {"--llava"},
     "unpatch": {"--llava"},
     "doctor": {"--llava", "--json"},
     "plan": {"--json", "--gpu", "--gpus", "--sequence"},
+    "check-data": {
+        *("file", "--image-folder", "--image_folder", "--model_name_or_path", "--model-name-or-path", "--version"),
+        *("--model_max_length", "--model-max-length", "--vision_tower", "--vision-tower", "--json", "--processes"),
+        *("--image_aspect_ratio", "--image-aspect-ratio"),
+    },
     "convert": {"source", "target", "--base", "--conversation", "--projector", "--no-projector", "--force"},
 }
 TRAINING = {

@@ -54,6 +54,7 @@ def workplace(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(tiny.llava, folder / "checkpoints" / "my-base")
     shutil.copytree(tiny.images, folder / "images")
+    shutil.copy(tiny.data, folder / "train.json")
     shutil.copy(next(tiny.images.glob("*.png")), folder / "cat.jpg")
     first = tiny.questions.read_text().splitlines()[0]
     (folder / "q.jsonl").write_text(first + "\n")

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from llava_steering_plugin.cli import chat, checkout, convert, diagnose, evaluate, plan, serve
+from llava_steering_plugin.cli import chat, check_data, checkout, convert, diagnose, evaluate, plan, serve
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.lazy_imports import defer_compilation
 
@@ -48,6 +48,7 @@ app.command("patch")(checkout.patch)
 app.command("unpatch")(checkout.unpatch)
 app.command("doctor")(checkout.doctor)
 app.command("plan", **plan.SETTINGS)(plan.plan)
+app.command("check-data")(check_data.check_data)
 app.command("convert")(convert.convert)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(diagnose.app, name="diagnose")

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from llava_steering_plugin.training.sample_checks import KINDS, name_of
+
 if TYPE_CHECKING:
     from llava_steering_plugin.checkout.doctor import Report
     from llava_steering_plugin.convert.conversion import Conversion
+    from llava_steering_plugin.planning.data_report import DataReport
 
 WIDTH_OF_A_FILE = 160
 
@@ -66,6 +69,22 @@ def conversion_tables(done: Conversion) -> list[Table]:
     for note in done.notes:
         lost.add_row(note.entry, note.what)
     return [table, lost]
+
+
+def data_table(report: DataReport) -> Table:
+    """Return the bad samples of a data file as a table: how many of each kind, and the first ones."""
+    table = Table(title="Bad samples", title_justify="left")
+    table.add_column("kind", no_wrap=True)
+    table.add_column("samples", justify="right")
+    table.add_column("the first ones", overflow="fold")
+    for kind, meaning in KINDS.items():
+        if count := report.kinds[kind]:
+            of_kind = [problem for problem in report.problems if problem.kind == kind]
+            lines = [f"{name_of(each.index, {'id': each.id})}: {each.reason}" for each in of_kind]
+            if more := count - len({each.index for each in of_kind}):
+                lines.append(f"... and {more:,} more")
+            table.add_row(meaning, f"{count:,}", "\n".join(lines))
+    return table
 
 
 def _key_value_table() -> Table:

@@ -6,7 +6,8 @@ import copy
 import json
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from llava_steering_plugin.training.sample_checks import Defect, SampleChecks, n
 
 # Attribute of LLaVA's dataset that holds its `DataSource`.
 SOURCE = "steering_source"
+NO_SAMPLES = "{} holds no samples."
 ADVICE = (
     "Mend or remove it, or give --skip_bad_samples: other samples then take the places of bad ones.\n"
     "All of them at once, before a training: {}"
@@ -45,14 +47,15 @@ class DataSource:
         return shlex.join(words + (["--version", self.version] if self.version else []))
 
 
-def read_data_file(path: str, read: Callable[[], None]) -> None:
-    """Read a data file, with errors that name it.
+@contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Name the data file in errors of the block that reads it.
 
     Raises:
         DataError: it is missing, or no JSON.
     """
     try:
-        read()
+        yield
     except json.JSONDecodeError as error:
         raise DataError(f"the training data in {path} is no JSON: {error}.{lines_hint(error.msg)}") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -76,10 +79,9 @@ def check_entries(entries: Any, source: DataSource, *, images_work: bool) -> Non
         DataError: they are no list of samples, or name images and flags for images are missing.
     """
     if not isinstance(entries, list):
-        kind = "an object" if isinstance(entries, dict) else f"{type(entries).__name__}"
-        raise DataError(f"{source.path} holds {kind} at its top level; LLaVA reads a list of samples, [...].")
+        raise DataError(no_list(source.path, entries))
     if not entries:
-        raise DataError(f"{source.path} holds no samples.")
+        raise DataError(NO_SAMPLES.format(source.path))
     pictured = next((n for n, entry in enumerate(entries) if isinstance(entry, Mapping) and "image" in entry), None)
     missing = [
         flag
@@ -89,6 +91,12 @@ def check_entries(entries: Any, source: DataSource, *, images_work: bool) -> Non
     if pictured is not None and missing:
         name = name_of(pictured, entries[pictured])
         raise DataError(f"{name} of {source.path} has an image, and the flags lack {' and '.join(missing)}.")
+
+
+def no_list(path: str, found: Any) -> str:
+    """Return the message for a data file that holds something else than a list of samples."""
+    kind = "an object" if isinstance(found, dict) else f"{type(found).__name__}"
+    return f"{path} holds {kind} at its top level; LLaVA reads a list of samples, [...]."
 
 
 def refusal(source: DataSource | None, number: int, entry: Any, defects: Sequence[Defect], others: int = 0) -> str:

@@ -164,7 +164,7 @@ class SampleChecks:
 
     def _read_turns(self, turns: Sequence[Any]) -> Sequence[Any]:
         """Return the turns that LLaVA reads."""
-        return turns[1:] if self.style == ALTERNATING and turns[0].get("from") != HUMAN else turns
+        return turns[1:] if self.style == ALTERNATING and turns[0].get("from") == ANSWERING else turns
 
     def _conversation_defects(self, turns: Sequence[Mapping[str, Any]]) -> list[Defect]:
         if self.style == PLAIN:

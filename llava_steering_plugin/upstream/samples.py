@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llava_steering_plugin.training.data_source import SOURCE, DataSource, check_entries, read_data_file
+from llava_steering_plugin.training.data_source import SOURCE, DataSource, check_entries, reading
 from llava_steering_plugin.training.flags import mode_is_on
 from llava_steering_plugin.training.sample_checks import ALTERNATING, PLAIN, SINGLE, SampleChecks
 from llava_steering_plugin.training.trainer import REQUEST
@@ -22,7 +22,8 @@ def with_source(original: Callable[..., Any], instance: Any, args: tuple[Any, ..
         original(*args, **kwargs)
         return
     path = str(args[0] if args else kwargs["data_path"])
-    read_data_file(path, lambda: original(*args, **kwargs))
+    with reading(path):
+        original(*args, **kwargs)
     settings = instance.data_args
     processor = getattr(settings, "image_processor", None)
     source = DataSource(

@@ -58,6 +58,8 @@ SEAMS = (
             "ModelArguments": "declares flags of a training",
             "DataArguments": "declares flags of a training",
             "TrainingArguments": "gets the flags of the tuning modes",
+            "preprocess": "turns samples into tokens, which are counted",
+            "preprocess_multimodal": "turns samples into tokens, which are counted",
             "LazySupervisedDataset": "reads the samples, which are checked",
             "LazySupervisedDataset.__init__": "reads the data file, which is checked",
             "LLaVATrainer": "attaches the adapter, saves and resumes it",

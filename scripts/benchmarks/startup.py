@@ -35,7 +35,7 @@ torch.compile = compile
 import llava.train.train
 """
 REFERENCE, AS_IT_IS, PLAN = "import llava.train.train, no compiler", "import llava.train.train", "llava-steering plan"
-COMMANDS = ("", "chat", "convert", "doctor", "eval", "patch", "plan", "serve", "unpatch")
+COMMANDS = ("", "chat", "check-data", "convert", "doctor", "eval", "patch", "plan", "serve", "unpatch")
 MODULES = ("launch", "serving.page", "serving.worker")
 
 LLAMA_7B = {

@@ -20,12 +20,14 @@ from tiny_llava import TinyLlava
 from training_runs import upstream_globals_restored
 
 from llava_steering_plugin.errors import DataError
+from llava_steering_plugin.planning.data_check import Checker
 from llava_steering_plugin.training.data_source import early_problem
 from llava_steering_plugin.training.flags import TrainingRequest
 from llava_steering_plugin.training.sample_checks import KINDS, PLAIN, SINGLE, SampleChecks, misread, style_of
 from llava_steering_plugin.training.samples import REFUSED, SAMPLE_NUMBERS, SKIPPED, NumberedDataset
 from llava_steering_plugin.training.stand_ins import StandIns
 from llava_steering_plugin.training.trainer import REQUEST
+from llava_steering_plugin.upstream.tokens import TokenCounter
 
 
 class Reader:
@@ -88,6 +90,27 @@ def test_a_bad_sample_is_named_with_file_id_and_reason_and_its_kind_is_known(rea
     assert message.startswith(f"LLaVA cannot be trained on {where} of {reader.folder / 'data.json'}:\n  - ")
     assert all(defect.reason in message for defect in found)
     assert "--skip_bad_samples" in message and "llava-steering check-data" in message
+
+
+@pytest.fixture(scope="module")
+def checker(reader: Reader, tiny: TinyLlava) -> Checker:
+    """That of `check-data`, with everything it can look at."""
+    return Checker(SampleChecks(str(reader.images)), True, TokenCounter(str(tiny.llava), "v1", 512))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_check_data_finds_the_same_defects_as_the_training(reader: Reader, checker: Checker, name: str) -> None:
+    sample, _ = BAD[name]
+    of_training, of_command = reader.dataset([sample]).why_bad(0), checker.check(sample).defects
+    assert list(of_command)[: len(of_training)] == of_training
+    # A training that has seen a header that will not do does not go on to decode the picture.
+    assert {defect.kind for defect in of_command} == {defect.kind for defect in of_training}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_check_data_finds_nothing_where_the_training_finds_nothing(checker: Checker, name: str) -> None:
+    found = checker.check(ODD[name])
+    assert found.defects == () and found.tokens and (found.learned or name in ("trailing-question", "one-answer-empty"))
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -1,0 +1,145 @@
+"""Count the tokens of samples as a training sees them: with LLaVA's own code, images as what they become."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_steering_plugin.adapters.base_model import read_config
+from llava_steering_plugin.adapters.locate import find
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.hooks.token_map import IGNORED
+
+USUAL_IMAGE_TOKENS = 576  # of LLaVA-1.5
+UNLIMITED = 1 << 30
+
+
+@dataclass(frozen=True)
+class Length:
+    """Tells how long a sample is.
+
+    Attributes:
+        tokens: all of them, before anything is cut off; an image counts as what it becomes.
+        learned: tokens of answers that are left for the loss.
+    """
+
+    tokens: int
+    learned: int
+
+
+class TokenCounter:
+    """Turns samples into tokens as LLaVA's train() does with these flags.
+
+    Args:
+        base: --model_name_or_path.
+        version: --version.
+        longest: --model_max_length.
+        vision_tower: --vision_tower; None: the one that the base names.
+
+    Raises:
+        SteeringError: the base, or its tokenizer, cannot be read.
+        ImportError: LLaVA cannot be imported.
+    """
+
+    def __init__(self, base: str, version: str, longest: int, vision_tower: str | None = None):
+        from llava import conversation
+        from llava.train.train import preprocess, preprocess_multimodal
+
+        self._preprocess, self._preprocess_multimodal = preprocess, preprocess_multimodal
+        if find(base) is not None:
+            raise ArgumentsError(f"--model_name_or_path {base} is an adapter; give its base there.")
+        described = read_config(base)
+        self.longest = longest
+        self.notes: list[str] = []
+        self.image_tokens = self._image_tokens(described, vision_tower or described.get("mm_vision_tower"))
+        self.tokenizer = _tokenizer(base, longest)
+        self.settings = SimpleNamespace(
+            is_multimodal=True, mm_use_im_start_end=bool(described.get("mm_use_im_start_end", False))
+        )
+        templates = conversation.conv_templates
+        self.template = conversation.default_conversation
+        if version not in ("v0", "v0.5"):
+            self.template = templates.get(version, templates["vicuna_v1"])
+        if version == "v0" and self.tokenizer.pad_token is None:
+            self.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        elif version != "v0":
+            self.tokenizer.pad_token = self.tokenizer.unk_token
+        if self.settings.mm_use_im_start_end:
+            from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
+
+            self.tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+
+    def count(self, sample: Mapping[str, Any]) -> Length:
+        """Return the length of a sound sample. Whatever LLaVA raises comes through."""
+        from llava.constants import IMAGE_TOKEN_INDEX
+
+        ids, labels = self._encoded(sample, self.longest)
+        tokens = len(ids)
+        if "image" not in sample and tokens >= self.longest:  # cut off already
+            tokens = len(self._encoded(sample, UNLIMITED)[0])
+        images = ids == IMAGE_TOKEN_INDEX
+        # LLaVA cuts twice: before it puts the image's tokens in the place of the mark, and after that.
+        ids, labels, kept = ids[: self.longest], labels[: self.longest], images[: self.longest]
+        more = self.image_tokens - 1
+        positions = torch.arange(len(ids)) + more * kept.cumsum(0)
+        learned = (labels != IGNORED) & (positions < self.longest)
+        return Length(tokens + more * int(images.sum()), int(learned.sum()))
+
+    def _encoded(self, sample: Mapping[str, Any], longest: int) -> tuple[Tensor, Tensor]:
+        sources, pictured = [copy.deepcopy(sample["conversations"])], "image" in sample
+        with self._template(), self._limit(longest), contextlib.redirect_stdout(io.StringIO()):  # LLaVA prints warnings
+            if pictured:
+                self._preprocess_multimodal(sources, self.settings)
+            made = self._preprocess(sources, self.tokenizer, has_image=pictured)
+        return made["input_ids"][0], made["labels"][0]
+
+    @contextlib.contextmanager
+    def _template(self) -> Iterator[None]:
+        from llava import conversation
+
+        before = conversation.default_conversation
+        conversation.default_conversation = self.template
+        try:
+            yield
+        finally:
+            conversation.default_conversation = before
+
+    @contextlib.contextmanager
+    def _limit(self, longest: int) -> Iterator[None]:
+        self.tokenizer.model_max_length = longest
+        try:
+            yield
+        finally:
+            self.tokenizer.model_max_length = self.longest
+
+    def _image_tokens(self, described: Mapping[str, Any], tower: Any) -> int:
+        try:
+            if not tower:
+                raise SteeringError("the base names no vision tower; give --vision_tower")
+            settings = read_config(str(tower))
+            settings = settings.get("vision_config", settings)
+            side = settings["image_size"] // settings["patch_size"]
+        except (SteeringError, LookupError, TypeError, ZeroDivisionError) as error:
+            self.notes.append(f"{USUAL_IMAGE_TOKENS} tokens are assumed for an image: {error}")
+            return USUAL_IMAGE_TOKENS
+        return int(side * side + (described.get("mm_vision_select_feature") == "cls_patch"))
+
+
+def _tokenizer(base: str, longest: int) -> Any:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # it would warn of the first sample that is too long
+    slow = {} if "mpt" in base else {"use_fast": False}
+    try:
+        return AutoTokenizer.from_pretrained(base, model_max_length=longest, padding_side="right", **slow)
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        raise SteeringError(f"the tokenizer of {base} cannot be loaded: {error}") from error
