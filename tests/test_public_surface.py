@@ -41,6 +41,7 @@ OPTIONS = {
 TRAINING = {
     "tuning_mode",
     "adapter_path",
+    "eval_data_path",
     "skip_bad_samples",
     *("mores_rank", "mores_tokens", "mores_modality", "mores_layers", "mores_dropout"),
     *("mixlora_factors", "mixlora_rank", "mixlora_alpha", "mixlora_dropout", "mixlora_start_layer"),

@@ -21,6 +21,7 @@ from llava_steering_plugin.adapters.locate import AdapterSource, read
 from llava_steering_plugin.adapters.parameters import set_parameters
 from llava_steering_plugin.adapters.quantised import unquantise
 from llava_steering_plugin.adapters.undo import Undo
+from llava_steering_plugin.adapters.unmerged import refuse_unmerged
 from llava_steering_plugin.adapters.values import check_sizes
 from llava_steering_plugin.adapters.writing import write_folder
 from llava_steering_plugin.distributed import gathered, whole
@@ -116,6 +117,7 @@ def load_adapter(model: PreTrainedModel, name_or_path: AdapterSource, tokenizer:
     """
     if owner_of(model) is not None:
         raise SteeringError("this model carries an adapter already; call remove_adapter(model) first.")
+    refuse_unmerged(model)
     stored = read(name_or_path, fits(model))
     mode, modules = prepare(model, find_decoder(model)[1], stored)
     if problems := differing_settings(model, stored, SELECTED):

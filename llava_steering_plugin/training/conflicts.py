@@ -7,6 +7,8 @@ from argparse import Namespace
 
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.training.deepspeed_config import ZERO, read_deepspeed
+from llava_steering_plugin.training.trainer_flags import trainer_problems
+from llava_steering_plugin.training.validation_flags import validation_problems
 
 DATA_PARALLEL = (
     "{0} GPUs in one process (nn.DataParallel) lose the token map. Start one process per GPU: "
@@ -16,8 +18,10 @@ NO_FSDP = "FSDP flattens adapter parameters together with frozen ones; use DeepS
 _REASONS = {
     "lora_enable": "LoRA is a tuning mode of its own; remove one of the two",
     "tune_mm_mlp_adapter": "it trains the projector alone (stage 1); run that first, without a mode",
-    "load_best_model_at_end": "LLaVA does not evaluate while it trains; evaluate the checkpoints afterwards",
     "fsdp": NO_FSDP,
+    "fsdp_config": NO_FSDP,
+    "fsdp_min_num_params": NO_FSDP,
+    "fsdp_transformer_layer_cls_to_wrap": NO_FSDP,
     "mm_tunable_parts": "it unfreezes parts of the model; with a mode, the adapter and the projector are trained",
 }
 
@@ -29,7 +33,7 @@ def conflicts(flags: Namespace) -> list[str]:
         for name, reason in _REASONS.items()
         if getattr(flags, name, None)
     ]
-    return found + _deepspeed_conflicts(flags)
+    return found + _deepspeed_conflicts(flags) + trainer_problems(flags) + validation_problems(flags)
 
 
 def _deepspeed_conflicts(flags: Namespace) -> list[str]:

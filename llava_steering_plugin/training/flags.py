@@ -8,15 +8,17 @@ from __future__ import annotations
 import dataclasses
 import re
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
 from llava_steering_plugin.adapters.folder import AdapterFolder
 from llava_steering_plugin.adapters.locate import find, locate
-from llava_steering_plugin.errors import ArgumentsError, SteeringError, nearest
+from llava_steering_plugin.adapters.unmerged import unmerged_lora
+from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing, nearest
 from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode
+from llava_steering_plugin.training import validation_flags
 from llava_steering_plugin.training.conflicts import conflicts
 
 NONE = "none"
@@ -84,6 +86,7 @@ def extended(original: type) -> type:
     fields: list[tuple[str, Any, Any]] = [
         ("tuning_mode", str, _flag(NONE, f"parameter-efficient tuning mode: {NONE}, {', '.join(modes)}")),
         ("adapter_path", str | None, _flag(None, "continue training from this adapter (folder or hub id)")),
+        (validation_flags.DATA, str | None, _flag(None, validation_flags.HELP)),
     ]
     fields.append(("skip_bad_samples", bool, _flag(False, "train another sample in the place of one that is bad")))
     for mode in modes.values():
@@ -93,9 +96,25 @@ def extended(original: type) -> type:
         raise SteeringError(
             f"the flags --{', --'.join(clashes)} exist in this LLaVA already; rename the mode's settings."
         )
-    new = dataclasses.make_dataclass(original.__name__, fields, bases=(original,))
+    new = dataclasses.make_dataclass(
+        original.__name__, fields, bases=(original,), namespace={"__post_init__": _checking(original)}
+    )
     new.__module__, new.__qualname__, new.__doc__ = original.__module__, original.__qualname__, original.__doc__
     return new
+
+
+def _checking(original: Any) -> Callable[[Any], None]:
+    """Return a `__post_init__` that makes one message of what transformers raises for values that it refuses."""
+
+    def check(arguments: Any) -> None:
+        try:
+            original.__post_init__(arguments)
+        except (ValueError, ImportError, OSError) as error:
+            if not mode_is_on(arguments):
+                raise
+            raise ArgumentsError(listing(CANNOT_START, [str(error).strip()])) from error
+
+    return check
 
 
 def _flags_of(mode: type[Mode]) -> list[tuple[str, Any, Any]]:
@@ -153,6 +172,8 @@ def _checked(flags: Namespace, unknown: list[str]) -> TrainingRequest:
         ]
         if getattr(flags, "skip_bad_samples", False):
             problems.append("--skip_bad_samples belongs to the tuning modes and none is on; add one with --tuning_mode")
+        if path := getattr(flags, validation_flags.DATA, None):
+            problems.append(f"--{validation_flags.DATA} {path} works with a tuning mode only; add --tuning_mode")
         return TrainingRequest(None, flags, tuple(problems))
     mode: Mode | None = None
     adapter: AdapterFolder | None = None
@@ -173,6 +194,8 @@ def _base_problems(flags: Namespace) -> list[str]:
             f"--model_name_or_path {base} is an adapter. Give its base there, and --adapter_path {base} "
             "to go on training it"
         ]
+    if base and mode_is_on(flags) and (advice := unmerged_lora(base)):
+        return [f"--model_name_or_path {advice}"]
     return []
 
 

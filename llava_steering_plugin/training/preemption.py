@@ -63,6 +63,17 @@ class Preemption(TrainerCallback):
             logger.warning("SIGTERM: saving checkpoint-%d in %s, then stopping.", state.global_step, args.output_dir)
             control.should_save = True
             control.should_training_stop = True
+            self._put_evaluation_off(state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.agreed:
+            self._put_evaluation_off(state, control)
+
+    @staticmethod
+    def _put_evaluation_off(state: Any, control: Any) -> None:
+        """Leave a validation to the training that resumes: the machine may be gone before it ends."""
+        if state.global_step < state.max_steps:
+            control.should_evaluate = False
 
     def _any_rank(self, device: torch.device) -> bool:
         """Return whether any rank has received SIGTERM. Every rank calls it after every step, so all stop together."""

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
-from llava_steering_plugin.adapters.attachment import Attachment, attach
-from llava_steering_plugin.adapters.counts import counted, parameter_table
+from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.adapters.folder import AdapterFolder
-from llava_steering_plugin.adapters.save_load import load_adapter, restore, save_adapter
-from llava_steering_plugin.errors import ArgumentsError, listing
+from llava_steering_plugin.adapters.save_load import restore, save_adapter
+from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.hooks.token_map import IGNORED
 from llava_steering_plugin.training import checkpoints, deepspeed, integrity, notes, provenance
-from llava_steering_plugin.training.conflicts import DATA_PARALLEL, NO_FSDP
-from llava_steering_plugin.training.flags import CANNOT_START, TrainingRequest, mode_from, mode_is_on
+from llava_steering_plugin.training.attaching import attach_mode, marked_as_peft, refuse_unsupported
+from llava_steering_plugin.training.best_checkpoint import (
+    ResumedValidation,
+    best_checkpoint,
+    refuse_lost_best,
+    without_nan,
+)
+from llava_steering_plugin.training.flags import mode_is_on
 from llava_steering_plugin.training.gradient_check import GradientCheck
 from llava_steering_plugin.training.preemption import Preemption
-from llava_steering_plugin.training.remarks import warn_of_settings
 from llava_steering_plugin.training.samples import (
     HASHED,
     SAME_ORDER,
@@ -38,14 +39,12 @@ from llava_steering_plugin.training.samples import (
     take_marks,
 )
 from llava_steering_plugin.training.skipped import SkippedSamples
+from llava_steering_plugin.training.validation import ValidationMixin, validation_data
 
 logger = logging.getLogger(__name__)
 
-# The training that this context runs: LLaVA's train() passes only a part of the flags on to its trainer.
-REQUEST: ContextVar[TrainingRequest | None] = ContextVar("llava_steering_training_request", default=None)
 
-
-class SteeringTrainerMixin:
+class SteeringTrainerMixin(ValidationMixin):
     """Comes before LLaVA's trainer in the bases of a new class; without a tuning mode it passes every call on."""
 
     model: Any
@@ -64,17 +63,21 @@ class SteeringTrainerMixin:
         if not mode_is_on(arguments):
             super().__init__(*positional, **kwargs)
             return
-        _refuse_unsupported(arguments)
-        self._attachment = _attach(model, arguments, kwargs.get("tokenizer"))
+        refuse_unsupported(arguments)
+        self._attachment = attach_mode(model, arguments, kwargs.get("tokenizer"))
         if arguments.process_index == 0:
             checkpoints.prepare_output(Path(arguments.output_dir))
         data = kwargs["train_dataset"] = checked_samples(kwargs["train_dataset"], arguments)
+        validated = validation_data(arguments, data) or kwargs.get("eval_dataset")
+        kwargs["eval_dataset"] = None if validated is None else checked_samples(validated, arguments)
         kwargs["data_collator"] = NumberedCollator(kwargs["data_collator"])
-        with _marked_as_peft(model):
+        with marked_as_peft(model):
             super().__init__(**kwargs)
         self._loss_warned = False
         self._preemption = Preemption()
         self.add_callback(self._preemption)  # type: ignore[attr-defined]
+        self._resumed_validation = ResumedValidation(self)
+        self.add_callback(self._resumed_validation)  # type: ignore[attr-defined]
         self._skipped: set[int] = set()
         if arguments.skip_bad_samples:
             self.add_callback(SkippedSamples(data, Path(arguments.output_dir), self._skipped))  # type: ignore[attr-defined]
@@ -87,10 +90,15 @@ class SteeringTrainerMixin:
         if found is not None:
             provenance.refuse_another_training(self._attachment, found)
             self._order = notes.order_of(found)
+            refuse_lost_best(self.args, found)
+        self._resumed_validation.checkpoint = found
         if found is not None and self._ended_with(found):
+            self._evaluate_at_the_end()
             return TrainOutput(self.state.global_step, float("nan"), {})
         with self._preemption.watched():
-            return super().train(None if found is None else str(found), *args, **kwargs)  # type: ignore[misc]
+            result = super().train(None if found is None else str(found), *args, **kwargs)  # type: ignore[misc]
+        self._evaluate_at_the_end()
+        return result
 
     def _ended_with(self, checkpoint: Path) -> bool:
         """Return whether a checkpoint is the end of this training; if so, load its adapter and state.
@@ -104,6 +112,9 @@ class SteeringTrainerMixin:
         logger.warning("%s is the end of this training; only its result is left to save.", checkpoint)
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
+        if self.args.load_best_model_at_end and (best := best_checkpoint(state, checkpoint)) is not None:
+            state.best_model_checkpoint = str(best)
+            self._load_best_model()
         return True
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
@@ -171,6 +182,12 @@ class SteeringTrainerMixin:
             # The training loop calls it at the start of every epoch if it is there.
             loader.set_epoch = set_epoch
         if self._attachment is not None:
+            if not len(loader):
+                raise ArgumentsError(
+                    f"--dataloader_drop_last leaves no batch of {len(self.train_dataset)} samples: they do not fill "
+                    f"one of {self.args.train_batch_size} on each of {self.args.world_size} rank(s). Leave it out, or "
+                    "lower --per_device_train_batch_size."
+                )
             self._preemption.shield(loader)
         return loader
 
@@ -184,19 +201,22 @@ class SteeringTrainerMixin:
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Adapter save")  # type: ignore[attr-defined]
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any, metrics: Any = None) -> None:
         if self._attachment is None:
-            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+            super()._save_checkpoint(model, trial, metrics)  # type: ignore[misc]
             return
         output, step = Path(self.args.output_dir), self.state.global_step
         if step == self._saved_step:
-            return  # after a SIGTERM, `--save_strategy epoch` asks again for the checkpoint of this step
+            # After a SIGTERM, `--save_strategy epoch` asks again for the checkpoint of this step.
+            if metrics is not None:
+                self._note_best(metrics, output / f"checkpoint-{step}")
+            return
         with checkpoints.explain_write_errors(output, f"checkpoint-{step}", tidy=self.args.should_save):
             if self.args.should_save:
                 checkpoints.remove_step(output, step)
             # Each rank checks whether the folder is there.
             self.args.distributed_state.wait_for_everyone()
-            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+            super()._save_checkpoint(model, trial, without_nan(metrics))  # type: ignore[misc]
         self._saved_step = step
 
     def _rotate_checkpoints(self, use_mtime: bool = False, output_dir: str | None = None) -> None:
@@ -238,62 +258,3 @@ class SteeringTrainerMixin:
                 checkpoint,
                 error,
             )
-
-
-def _refuse_unsupported(arguments: Any) -> None:
-    problems = []
-    if arguments.n_gpu > 1:
-        problems.append(DATA_PARALLEL.format(arguments.n_gpu))
-    if arguments.fsdp:
-        problems.append(NO_FSDP)
-    if problems:
-        raise ArgumentsError(listing(CANNOT_START, problems))
-
-
-def _attach(model: Any, arguments: Any, tokenizer: Any) -> Attachment:
-    """Attach the mode, freeze everything else but the projector, and print what is trained."""
-    request = REQUEST.get()
-    adapter = arguments.adapter_path if request is None or request.adapter is None else request.adapter
-    # `train()` seeds only inside the trainer; the adapter's first values must not depend on what ran before.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(arguments.seed)
-        if adapter:
-            attachment = load_adapter(model, adapter, tokenizer)
-        else:
-            attachment = attach(model, (request and request.mode) or mode_from(arguments))
-    model.requires_grad_(False)
-    for parameter in attachment.trained().values():
-        parameter.requires_grad_(True)
-    projector = provenance.projector_parameters(model)
-    trained = {} if arguments.freeze_mm_mlp_adapter else projector
-    for parameter in trained.values():
-        parameter.requires_grad_(True)
-        if arguments.fp16 and parameter.dtype == torch.float16:
-            # GradScaler refuses gradients in half precision; with --bits LLaVA leaves the projector in it.
-            parameter.data = parameter.data.float()
-    provenance.record(attachment, arguments, None if request is None else request.flags, tokenizer, trained.keys())
-    if arguments.process_index == 0:
-        warn_of_settings(attachment)
-        # Counted in the model itself, so that packed and sharded weights count with their real size.
-        other = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())
-        Console().print(
-            parameter_table(attachment.mode.name, counted(model, attachment.modules, attachment.shape, other))
-        )
-    return attachment
-
-
-@contextmanager
-def _marked_as_peft(model: Any) -> Iterator[None]:
-    """Mark a quantised model as PEFT's inside the block: the trainer's constructor refuses other quantised models.
-
-    Outside the constructor, the mark would change what `save_pretrained` writes.
-    """
-    if not getattr(model, "is_quantized", False):
-        yield
-        return
-    before = getattr(model, "_hf_peft_config_loaded", False)
-    model._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        model._hf_peft_config_loaded = before

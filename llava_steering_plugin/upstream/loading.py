@@ -20,6 +20,7 @@ from llava_steering_plugin.adapters.folder import LLAVA_CONFIG, AdapterFolder, S
 from llava_steering_plugin.adapters.image_settings import trained_settings
 from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.adapters.save_load import load_adapter
+from llava_steering_plugin.adapters.unmerged import unmerged_lora
 from llava_steering_plugin.errors import BaseMismatch, SteeringError
 from llava_steering_plugin.modes.base import default_dtype
 from llava_steering_plugin.upstream.names import display_name
@@ -65,6 +66,8 @@ def _load(original: Callable[..., Any], call: inspect.BoundArguments, stored: St
             f"{base}, given as the base of the adapter in {folder}, is an adapter itself. Give a model with "
             f"--model-base; this adapter was trained on {trained_on}."
         )
+    if advice := unmerged_lora(base):
+        raise BaseMismatch(f"the base of the adapter in {folder}: {advice} with --model-base.")
     described = _base_config(base, folder)
     trained = trained_settings(stored)
     check_folder(base, "the base")

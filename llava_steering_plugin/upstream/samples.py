@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from llava_steering_plugin.training.attaching import REQUEST
 from llava_steering_plugin.training.data_source import SOURCE, DataSource, check_entries, reading
 from llava_steering_plugin.training.flags import mode_is_on
 from llava_steering_plugin.training.sample_checks import ALTERNATING, PLAIN, SINGLE, SampleChecks
-from llava_steering_plugin.training.trainer import REQUEST
 
 
 def with_source(original: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -14,13 +14,18 @@ from wrapt import wrap_function_wrapper
 
 from llava_steering_plugin.adapters.base_model import language_model, read_config
 from llava_steering_plugin.adapters.compatibility import misfits
-from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
+from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing, nearest
+from llava_steering_plugin.training.attaching import REQUEST
 from llava_steering_plugin.training.conflicts import DATA_PARALLEL, cpu_flag
 from llava_steering_plugin.training.data_source import early_problem
 from llava_steering_plugin.training.flags import CANNOT_START, TrainingRequest, extended, mode_is_on, read_request
-from llava_steering_plugin.training.trainer import REQUEST, SteeringTrainerMixin
+from llava_steering_plugin.training.trainer import SteeringTrainerMixin
+from llava_steering_plugin.training.trainer_flags import machine_problems
 from llava_steering_plugin.upstream.samples import with_source
 from llava_steering_plugin.upstream.seams import require
+
+# Values of --version that LLaVA's train() knows without a conversation template of that name.
+TEMPLATES_OF_VERSIONS = ("v0", "v0.5")
 
 
 def on_train_import(module: ModuleType) -> None:
@@ -75,8 +80,23 @@ def _problems_here(request: TrainingRequest) -> list[str]:
     """Return what base and machine tell before a model is loaded."""
     if not mode_is_on(request.flags):
         return []
-    data = getattr(request.flags, "data_path", None)
-    return [*_misfits(request), *_data_parallel(request.flags), *early_problem(data)]
+    flags = request.flags
+    data = early_problem(getattr(flags, "data_path", None))
+    return [*_misfits(request), *_data_parallel(flags), *data, *_of_llava(flags), *machine_problems(flags)]
+
+
+def _of_llava(flags: Namespace) -> list[str]:
+    """Return what LLaVA's own flags lack, which it would notice late or not at all."""
+    problems = []
+    if not flags.vision_tower:
+        problems.append(
+            "--vision_tower is missing: LLaVA would train a plain language model, without images and projector"
+        )
+    templates = [*TEMPLATES_OF_VERSIONS, *sys.modules["llava.conversation"].conv_templates]
+    if flags.version not in templates:
+        hint = nearest(str(flags.version), templates)
+        problems.append(f"--version {flags.version} is no conversation template; {hint}LLaVA would take vicuna_v1")
+    return problems
 
 
 def _misfits(request: TrainingRequest) -> list[str]:

@@ -21,12 +21,12 @@ from training_runs import upstream_globals_restored
 
 from llava_steering_plugin.errors import DataError
 from llava_steering_plugin.planning.data_check import Checker
+from llava_steering_plugin.training.attaching import REQUEST
 from llava_steering_plugin.training.data_source import early_problem
 from llava_steering_plugin.training.flags import TrainingRequest
 from llava_steering_plugin.training.sample_checks import KINDS, PLAIN, SINGLE, SampleChecks, misread, style_of
 from llava_steering_plugin.training.samples import REFUSED, SAMPLE_NUMBERS, SKIPPED, NumberedDataset
 from llava_steering_plugin.training.stand_ins import StandIns
-from llava_steering_plugin.training.trainer import REQUEST
 from llava_steering_plugin.upstream.tokens import TokenCounter
 
 

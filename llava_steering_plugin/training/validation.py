@@ -1,0 +1,260 @@
+"""Validate while a training runs, without changing it, and end it with its best checkpoint.
+
+The loss of a validation is the mean over samples of each sample's own loss: that of training, for the sample alone.
+Batches and ranks do not change it, and nothing but losses is kept or gathered.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
+
+from llava_steering_plugin.adapters.attachment import Attachment
+from llava_steering_plugin.adapters.folder import AdapterFolder
+from llava_steering_plugin.adapters.save_load import restore
+from llava_steering_plugin.errors import UpstreamError
+from llava_steering_plugin.hooks.token_map import IGNORED
+from llava_steering_plugin.training.best_checkpoint import METRIC
+from llava_steering_plugin.training.integrity import STATE
+from llava_steering_plugin.training.samples import NumberedDataset, checked_samples, take_marks
+from llava_steering_plugin.training.validation_flags import DATA, NO, strategy
+
+logger = logging.getLogger(__name__)
+# LLaVA's method that puts images between texts, and moves the labels along.
+SPLICE = "prepare_inputs_labels_for_multimodal"
+
+
+def validation_data(arguments: Any, training_data: Any) -> Any:
+    """Return the samples of --eval_data_path, read as LLaVA reads those of --data_path; None without the flag."""
+    path = getattr(arguments, DATA, None)
+    if not path:
+        return None
+    kind = type(training_data.dataset)
+    return kind(data_path=path, tokenizer=training_data.tokenizer, data_args=training_data.data_args)
+
+
+class ValidationMixin:
+    """The part of `SteeringTrainerMixin` that evaluates; without a tuning mode it passes every call on."""
+
+    model: Any
+    args: Any
+    accelerator: Any
+    deepspeed: Any
+    is_deepspeed_enabled: bool
+    state: Any
+    control: Any
+    callback_handler: Any
+    data_collator: Any
+    eval_dataset: Any
+    lr_scheduler: Any
+    _attachment: Attachment | None = None
+    _preemption: Any
+    _eval_loader: Any = None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        if self._attachment is None:
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+        with _random_states_kept():
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        if self._attachment is None or (eval_dataset is None and self.eval_dataset is None):
+            return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            return self._loader_of(eval_dataset)
+        if self._eval_loader is None:  # once: its workers may be persistent
+            self._eval_loader = self._loader_of(self.eval_dataset)
+        return self._eval_loader
+
+    def _loader_of(self, dataset: Any) -> DataLoader[Any]:
+        """Return a loader of this rank's share, in the order of the file. All ranks get as many batches.
+
+        accelerate's loaders would take part in gradient accumulation, and their last batches need guessing.
+        """
+        numbered = dataset if isinstance(dataset, NumberedDataset) else checked_samples(dataset, self.args)
+        workers = self.args.dataloader_num_workers
+        loader: DataLoader[Any] = DataLoader(
+            numbered,
+            batch_size=self.args.eval_batch_size,
+            sampler=[place % len(numbered) for place in self._places(len(numbered))],
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+        )
+        self._preemption.shield(loader)
+        return loader
+
+    def _places(self, samples: int) -> Sequence[int]:
+        """Return the places of this rank's share; those behind the last sample only make the shares alike."""
+        world = self.args.world_size
+        return range(self.args.process_index, world * math.ceil(samples / world), world)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        if self._attachment is None:
+            return super().evaluation_loop(  # type: ignore[misc]
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        samples: NumberedDataset = dataloader.dataset
+        table = torch.zeros(len(samples), 2, dtype=torch.float64)
+        places = iter(self._places(len(samples)))
+        self.callback_handler.eval_dataloader = dataloader
+        with _evaluating(self._model_to_evaluate()) as model:
+            for batch in dataloader:
+                numbers = take_marks(batch, set())
+                assert numbers is not None
+                losses = self._losses(model, self._prepare_inputs(batch))  # type: ignore[attr-defined]
+                # The places last: zip() takes from the first before it notices that another has ended.
+                for number, loss, place in zip(numbers.tolist(), losses, places, strict=False):
+                    if place < len(samples):
+                        table[number] = loss
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if distributed.is_available() and distributed.is_initialized() and self.args.world_size > 1:
+            shared = table.to(self.args.device)
+            distributed.all_reduce(shared)
+            table = shared.cpu()
+        supervised = table[:, 1] > 0
+        self._warn_of_missing(samples, supervised)
+        loss = float((table[supervised, 0] / table[supervised, 1]).mean())
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(samples))
+
+    def _model_to_evaluate(self) -> Any:
+        if self.is_deepspeed_enabled and self.deepspeed is not None:
+            return self.deepspeed
+        if not self.accelerator._models:  # no training has prepared it
+            return self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        return self.model
+
+    def _losses(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Return the sum of the losses of each row's targets, and their number: float64 [rows, 2] on the CPU."""
+        with torch.no_grad(), _spliced_labels(self.model) as spliced:
+            with self.compute_loss_context_manager():  # type: ignore[attr-defined]
+                outputs = model(**inputs)
+            logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
+            labels = (spliced[-1] if spliced else inputs["labels"]).to(logits.device)
+            if logits.shape[:2] != labels.shape:
+                raise UpstreamError(
+                    f"this LLaVA returns logits of shape {list(logits.shape)} for labels of shape "
+                    f"{list(labels.shape)}, so a validation cannot tell the losses of samples."
+                )
+            rows = [
+                # Row by row: all at once would take another copy of the logits.
+                nn.functional.cross_entropy(
+                    row[:-1].float(), targets[1:], ignore_index=IGNORED, reduction="sum"
+                ).double()
+                for row, targets in zip(logits, labels, strict=True)
+            ]
+            return torch.stack([torch.stack(rows), (labels[:, 1:] != IGNORED).sum(1).double()], 1).cpu()
+
+    def _warn_of_missing(self, samples: NumberedDataset, supervised: Tensor) -> None:
+        missing = (~supervised).nonzero().flatten().tolist()
+        if missing and self.args.process_index == 0:
+            named = ", ".join(samples.name_of(number) for number in missing[:5]) + ", ..." * (len(missing) > 5)
+            logger.warning(
+                "%d validation sample(s) do not count, because they are bad or have no supervised token: %s",
+                len(missing),
+                named,
+            )
+
+    def _note_best(self, metrics: Mapping[str, float], checkpoint: Path) -> None:
+        """Note the checkpoint as the best one if its loss is the smallest, also in its own state."""
+        loss = metrics[METRIC]
+        if self.args.metric_for_best_model is None or math.isnan(loss):
+            return
+        state = self.state
+        if None in (state.best_metric, state.best_model_checkpoint) or loss < state.best_metric:
+            state.best_metric, state.best_model_checkpoint = loss, str(checkpoint)
+        if self.args.should_save:
+            partial = checkpoint / f".{STATE}.partial"
+            state.save_to_json(str(partial))
+            os.replace(partial, checkpoint / STATE)
+
+    def _load_best_model(self) -> None:
+        if self._attachment is None:
+            super()._load_best_model()  # type: ignore[misc]
+            return
+        best = self.state.best_model_checkpoint
+        logger.warning("the result is the adapter of %s, whose validation loss is %.4f.", best, self.state.best_metric)
+        restore(self._attachment, AdapterFolder(best).read())
+
+    def _evaluate_at_the_end(self) -> None:
+        """Evaluate once, where that was asked for and evaluations while training were not."""
+        if not self.args.do_eval or strategy(self.args) != NO or self.eval_dataset is None:
+            return
+        if self.is_deepspeed_enabled and self.deepspeed is None:
+            logger.warning("--do_eval: the training had ended before, and its engine is gone; nothing is evaluated.")
+            return
+        self.evaluate()
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Put the states of all random generators back at the end: a training must not notice a validation."""
+    python, numbers = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Switch dropout, and all that is for training only, off for the block."""
+    training = model.training
+    model.eval()
+    for module in model.modules():
+        if type(module).__module__.startswith("bitsandbytes"):
+            # On some processors their evaluation packs the weights for good, and training could not go on.
+            module.training = training
+    try:
+        yield model
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _spliced_labels(model: Any) -> Iterator[list[Tensor]]:
+    """Collect the labels as LLaVA moves them when it inserts images, for the block."""
+    found: list[Tensor] = []
+    if not hasattr(model, SPLICE):
+        yield found
+        return
+    splice = getattr(model, SPLICE)
+
+    def listening(*args: Any, **kwargs: Any) -> Any:
+        result = splice(*args, **kwargs)
+        if result[5] is not None:
+            found.append(result[5])
+        return result
+
+    shadowed = model.__dict__.get(SPLICE)
+    model.__dict__[SPLICE] = listening
+    try:
+        yield found
+    finally:
+        if shadowed is None:
+            del model.__dict__[SPLICE]
+        else:
+            model.__dict__[SPLICE] = shadowed
