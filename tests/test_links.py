@@ -36,6 +36,8 @@ FOREIGN = {
     "steering_state.json",
     "config.json",
     "intervention_config.json",
+    "interference.json",
+    "interference.png",
     "modality.json",
     "modality.png",
     "mores_pos_configs.json",

@@ -89,11 +89,16 @@ def test_help_names_every_option(group: Any, name: str) -> None:
 
 def test_the_options_of_a_diagnosis_are_these(group: Any) -> None:
     measures = group.commands["diagnose"].commands
-    assert set(measures) == {"modality"}
-    words = {word for each in measures["modality"].params for word in (*each.opts, *each.secondary_opts)}
+    words = {
+        name: {word for each in measure.params for word in (*each.opts, *each.secondary_opts)}
+        for name, measure in measures.items()
+    }
+    shared = {"models", "--image-folder", "--output", "--samples", "--seed", "--model-base"}
+    shared |= {"--device", "--load-4bit", "--load-8bit"}
     assert words == {
-        *("models", "--question-file", "--image-folder", "--output", "--samples", "--answers-file", "--seed"),
-        *("--model-base", "--batch-size", "--conv-mode", "--max-new-tokens", "--device", "--load-4bit", "--load-8bit"),
+        "modality": shared
+        | {"--question-file", "--answers-file", "--batch-size", "--conv-mode", "--max-new-tokens"},
+        "interference": shared | {"--data", "--version"},
     }
 
 

@@ -27,11 +27,7 @@ def draw_modality(models: Sequence[Mapping[str, Any]], target: Path) -> list[Pat
     Raises:
         ArgumentsError: matplotlib is not installed, or a file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ArgumentsError("pictures need matplotlib: pip install 'llava-steering-plugin[diagnostics]'") from error
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = new_figure((9, 3.6))
     ratio, share = figure.subplots(1, 2)
     for number, model in enumerate(models):
         look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)]}
@@ -51,6 +47,19 @@ def draw_modality(models: Sequence[Mapping[str, Any]], target: Path) -> list[Pat
     handles, labels = ratio.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
     return save_figure(figure, target)
+
+
+def new_figure(size: tuple[float, float]) -> Any:
+    """Return an empty figure of matplotlib, of this width and height in inches.
+
+    Raises:
+        ArgumentsError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ArgumentsError("pictures need matplotlib: pip install 'llava-steering-plugin[diagnostics]'") from error
+    return Figure(figsize=size, layout="constrained")
 
 
 def save_figure(figure: Any, target: Path) -> list[Path]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.diagnostics.modality_run import Chosen, measure_questions
 from llava_steering_plugin.diagnostics.plots import draw_modality
 from llava_steering_plugin.diagnostics.records import Records
-from llava_steering_plugin.diagnostics.summary import as_csv, summarise_model
+from llava_steering_plugin.diagnostics.summary import modality_rows, summarise_model
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.inference.models import open_model
 from llava_steering_plugin.inference.questions import AnswerOptions, BatchAnswers, Question
@@ -104,11 +105,35 @@ def digest(file: Path) -> str:
         raise ArgumentsError(f"{file} cannot be read: {error.strerror}.") from error
 
 
+def weights_of(path: str) -> str | None:
+    """Return the digest of an adapter's weights; None for what is no adapter of ours, whose files may be huge."""
+    found = find(path)
+    return None if found is None else digest(found.path / WEIGHTS)
+
+
+def write_tables(document: Mapping[str, Any], rows: Iterable[Sequence[Any]], target: Path) -> list[Path]:
+    """Write a result as JSON and its table as CSV, and return the files.
+
+    Args:
+        rows: of the table, the heading first.
+        target: the path of both, without the suffix.
+
+    Raises:
+        ArgumentsError: they cannot be written.
+    """
+    files = [target.with_name(f"{target.name}.{ending}") for ending in ("json", "csv")]
+    try:
+        files[0].write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        with files[1].open("w", encoding="utf-8", newline="") as sheet:
+            csv.writer(sheet, lineterminator="\n").writerows(rows)
+    except OSError as error:
+        raise ArgumentsError(f"{target.parent} cannot be written: {error.strerror}. Choose another.") from error
+    return files
+
+
 def _records(request: ModalityRequest, name: str, path: str) -> Records:
     """Open the measurements of a model, made before or not."""
-    found = find(path)
-    weights = None if found is None else digest(found.path / WEIGHTS)
-    settings = {**request.settings, "model": path, "weights": weights, "base": request.base}
+    settings = {**request.settings, "model": path, "weights": weights_of(path), "base": request.base}
     return Records(request.output / "modality" / f"{name}.jsonl", settings)
 
 
@@ -131,11 +156,6 @@ def _measure(request: ModalityRequest, name: str, path: str, records: Records, p
 
 def _write(summaries: Sequence[Mapping[str, Any]], request: ModalityRequest) -> list[Path]:
     """Write tables and pictures from the summaries."""
-    table, sheet = (request.output / f"modality.{ending}" for ending in ("json", "csv"))
     document = {"settings": dict(request.settings), "models": list(summaries)}
-    try:
-        table.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        sheet.write_text(as_csv(summaries), encoding="utf-8")
-    except OSError as error:
-        raise ArgumentsError(f"{request.output} cannot be written: {error.strerror}.") from error
-    return [table, sheet, *draw_modality(summaries, request.output / "modality")]
+    tables = write_tables(document, modality_rows(summaries), request.output / "modality")
+    return [*tables, *draw_modality(summaries, request.output / "modality")]

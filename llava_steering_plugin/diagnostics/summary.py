@@ -1,11 +1,9 @@
-"""Summarise the modality attention of several models: means over answers with bootstrap intervals, as JSON and CSV."""
+"""Summarise the modality attention of a model: means over answers with bootstrap intervals, for JSON and CSV."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -51,18 +49,15 @@ def summarise_model(
     }
 
 
-def as_csv(models: Sequence[Mapping[str, Any]]) -> str:
-    """Return the summaries as one table: a row for each model, layer and quantity."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "layer", "quantity", "of", "mean", "low", "high", "answers"])
+def modality_rows(models: Sequence[Mapping[str, Any]]) -> Iterator[list[Any]]:
+    """Yield the rows of modality.csv, the heading first: one for each model, layer and quantity."""
+    yield ["model", "layer", "quantity", "of", "mean", "low", "high", "answers"]
     for model in models:
         for quantity in ("lmar", "shares"):
             for what, values in model[quantity].items():
                 rows = zip(values["mean"], values["low"], values["high"], strict=True)
                 for layer, (mean, low, high) in enumerate(rows):
-                    writer.writerow([model["name"], layer, quantity, what, mean, low, high, model["answers"]])
-    return text.getvalue()
+                    yield [model["name"], layer, quantity, what, mean, low, high, model["answers"]]
 
 
 def _with_interval(values: Sequence[torch.Tensor]) -> dict[str, list[float | None]]:

@@ -57,13 +57,13 @@ def open_model(path: str, base: str | None, how: dict[str, Any]) -> AnsweringMod
         return AnsweringModel(load_adapter_and_base("adapter", stored, base, how), "adapter", stored.config.mode, where)
     peft = Path(path).expanduser() / PEFT_CONFIG
     if peft.is_file():
-        where = base or _base_of_lora(peft)
+        where = base or base_of_lora(peft)
         tokenizer, model, processor = load_with_upstream(path, where, "llava-lora", how)
         return AnsweringModel(LoadedBase(AdapterPool(model, tokenizer), tokenizer, processor), BASE, "lora", where)
     return AnsweringModel(load_base(path, only_llava=True, **how), BASE, "base", path)
 
 
-def _base_of_lora(config: Path) -> str:
+def base_of_lora(config: Path) -> str:
     """Return the base that a LoRA's config names.
 
     Raises:

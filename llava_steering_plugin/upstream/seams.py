@@ -18,8 +18,9 @@ from llava_steering_plugin.errors import UpstreamError
 from llava_steering_plugin.upstream.source import defined_names, module_file, package_folder
 
 # What a missing name stops: training, adapters in LLaVA's own programs, or a sub-command of `llava-steering`.
-TRAIN, LOAD, PLAN, CHAT, EVAL, SERVE = COMMANDS = ("train", "load", "plan", "chat", "eval", "serve")
-ANSWERING = (CHAT, EVAL, SERVE)
+COMMANDS = ("train", "load", "plan", "chat", "eval", "serve", "diagnose")
+TRAIN, LOAD, PLAN, CHAT, EVAL, SERVE, DIAGNOSE = COMMANDS
+ANSWERING = (CHAT, EVAL, SERVE, DIAGNOSE)
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,17 @@ SEAMS = (
             "TrainingArguments": "gets the flags of the tuning modes",
             "preprocess": "turns samples into tokens, which are counted",
             "preprocess_multimodal": "turns samples into tokens, which are counted",
-            "LazySupervisedDataset": "reads the samples, which are checked",
             "LazySupervisedDataset.__init__": "reads the data file, which is checked",
             "LLaVATrainer": "attaches the adapter, saves and resumes it",
             "safe_save_model_for_hf_trainer": "writes the adapter instead of the whole model",
+        },
+    ),
+    *_seams(
+        "llava.train.train",
+        (TRAIN, DIAGNOSE),
+        {
+            "LazySupervisedDataset": "reads the samples, which are checked",
+            "DataCollatorForSupervisedDataset": "makes a batch of samples",
         },
     ),
     *_seams(
@@ -88,7 +96,7 @@ SEAMS = (
     ),
     *_seams(
         "llava.model.llava_arch",
-        (TRAIN, LOAD, CHAT),
+        (TRAIN, LOAD, CHAT, DIAGNOSE),
         {"LlavaMetaForCausalLM.get_vision_tower": "finds the vision tower of a loaded model"},
     ),
     *_seams(
@@ -117,7 +125,7 @@ SEAMS = (
     *_seams("llava.constants", ANSWERING, {"IMAGE_TOKEN_INDEX": "stands for an image among the ids of a prompt"}),
     *_seams(
         "llava.constants",
-        (CHAT, EVAL),
+        (CHAT, EVAL, DIAGNOSE),
         {
             "DEFAULT_IMAGE_TOKEN": "stands for an image in the text of a prompt",
             "DEFAULT_IM_START_TOKEN": "stands before an image in a prompt",
@@ -125,8 +133,12 @@ SEAMS = (
         },
     ),
     *_seams("llava.constants", (SERVE,), {"LOGDIR": "is the folder into which the web page writes"}),
-    *_seams("llava.conversation", (TRAIN, CHAT, EVAL), {"conv_templates": "holds the conversation templates"}),
-    *_seams("llava.conversation", (TRAIN,), {"default_conversation": "is the template that a training uses"}),
+    *_seams(
+        "llava.conversation",
+        (TRAIN, CHAT, EVAL, DIAGNOSE),
+        {"conv_templates": "holds the conversation templates"},
+    ),
+    *_seams("llava.conversation", (TRAIN, DIAGNOSE), {"default_conversation": "is the template that a training uses"}),
     *_seams(
         "llava.conversation",
         (TRAIN,),
@@ -134,7 +146,7 @@ SEAMS = (
     ),
     *_seams(
         "llava.conversation",
-        (CHAT, EVAL),
+        (CHAT, EVAL, DIAGNOSE),
         {
             "Conversation.roles": "names who speaks",
             "Conversation.append_message": "adds a message",
@@ -157,10 +169,10 @@ SEAMS = (
     ),
     *_seams(
         "llava.mm_utils",
-        (CHAT, EVAL),
+        (CHAT, EVAL, DIAGNOSE),
         {"tokenizer_image_token": "turns a prompt into ids"},
     ),
-    *_seams("llava.mm_utils", (CHAT, EVAL, SERVE), {"process_images": "prepares images for the vision tower"}),
+    *_seams("llava.mm_utils", ANSWERING, {"process_images": "prepares images for the vision tower"}),
     *_seams("llava.utils", (CHAT,), {"disable_torch_init": "saves time when a model is loaded"}),
     *_seams("llava.utils", (SERVE,), {"handler": "is where LLaVA's worker writes its log"}),
     *_seams(

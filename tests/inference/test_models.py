@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from asking import Asker
+from lora_folders import save_lora
 from steered import IMAGE, generate, ids_of, load_llava, pictures, strengthen, words
 from tiny_llava import TinyLlava
 
@@ -31,20 +31,7 @@ def answer(opened: AnsweringModel) -> list[list[int]]:
 
 @pytest.fixture
 def lora(tiny: TinyLlava, patched_llava: Path, tmp_path: Path) -> Path:
-    """A strong LoRA as upstream's training leaves it, unmerged."""
-    from peft import LoraConfig, get_peft_model
-
-    model = load_llava(tiny.llava)
-    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, value in tuned.named_parameters():
-            if "lora_B" in name:
-                value.normal_(0, 0.5)
-    folder = tmp_path / "llava-lora"
-    tuned.save_pretrained(folder)
-    model.config.save_pretrained(folder)
-    torch.save({}, folder / "non_lora_trainables.bin")
-    return folder
+    return save_lora(load_llava(tiny.llava), tmp_path / "llava-lora", None)
 
 
 def test_bases_adapters_and_loras_answer_as_upstreams_loader_has_them(

@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).parents[2] / "llava_steering_plugin"
 # A class is listed with its members.
 LISTED = {f"{seam.module}.{name}" for seam in SEAMS for name in (seam.attribute, seam.attribute.split(".")[0])}
 # Rooms whose code serves one command alone.
-COMMAND_OF = {"training": "train", "planning": "plan", "chat": "chat", "serving": "serve"}
+COMMAND_OF = {"training": "train", "planning": "plan", "chat": "chat", "serving": "serve", "diagnostics": "diagnose"}
 # Members of LLaVA's classes whose names other objects have, too; and the constructor.
 COMMON = {"__init__", "config", "model", "forward", "generate", "vocab_size", "lm_head", "vision_tower"}
 
