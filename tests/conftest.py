@@ -97,6 +97,14 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"llava: copies of {copies.source}" if copies else "llava: none installed and no --llava-path"
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests have counted, also in xdist's processes: they `record_property("counts", TEXT)`."""
+    for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):
+        for name, text in getattr(report, "user_properties", ()):
+            if name == "counts":
+                terminalreporter.write_line(f"{report.nodeid}\n{text}")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # one of xdist's processes: the longest files first, or one waits for the other
         slow = {item.path for item in items if item.get_closest_marker("slow")}

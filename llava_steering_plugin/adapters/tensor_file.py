@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # One entry of a header takes about 130 bytes; a MixLoRA for 70B has 2,800.
 HEADER_BYTES = 4 * MIB
+HEADER_VALUES = 100_000  # 12,000 tensors, whose entries take a kilobyte each once they are read
 METADATA = "__metadata__"
 # The format's types: their names in torch, and the bytes of one number.
 _TYPES = {
@@ -85,7 +86,7 @@ class TensorFile:
         text = self._bytes(8, length).decode("utf-8")
         if not text.startswith("{"):
             raise ValueError("its header is no table")
-        header = parse_json(text)
+        header = parse_json(text, HEADER_VALUES)
         self.metadata: dict[str, str] = _strings(header.pop(METADATA, None))
         self.tensors = _places(header, 8 + length, size)
 

@@ -75,9 +75,7 @@ def choose_samples(
     problems += [f"the task {name!r} has one sample; it needs two" for name, found in by_task.items() if len(found) < 2]
     if problems:
         raise ArgumentsError(
-            listing(
-                'the tasks are not known; give each sample a "task", or --data TASK=FILE for every task', problems
-            )
+            listing('the tasks are not known; give each sample a "task", or --data TASK=FILE for every task', problems)
         )
     chosen = {}
     for name, found in by_task.items():

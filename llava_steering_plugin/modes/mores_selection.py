@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 _TERM = re.compile(r"(?P<all>all)|f(?P<first>\d+)|l(?P<last>\d+)|uniform(?P<uniform>\d+)|(?P<percent>\d+(\.\d+)?)%")
+# More tokens than any image has. A longer number is none to a float, and means the same.
+_ALL_OF_ANY = 1e15
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,10 @@ class TokenSelection:
             match = _TERM.fullmatch(part.strip())
             kind = match.lastgroup if match else None
             if match is None or kind is None:
-                raise ValueError(f"{part.strip()!r} is none of all, fN, lN, uniformN, P% (join terms with '+': f4+l5)")
-            amount = float(match[kind]) if kind != "all" else 0.0
+                raise ValueError(
+                    f"{part.strip()!r:.100} is none of all, fN, lN, uniformN, P% (join terms with '+': f4+l5)"
+                )
+            amount = min(float(match[kind]), _ALL_OF_ANY) if kind != "all" else 0.0
             if kind != "all" and (amount <= 0 or (kind == "percent" and amount > 100)):
                 raise ValueError(f"{part.strip()!r} selects nothing or more than everything")
             terms.append((kind, amount))

@@ -79,7 +79,7 @@ def configured(name: str, settings: Mapping[str, Any]) -> Mode:
     kind = get(name)
     types = get_type_hints(kind)
     known = [field.name for field in dataclasses.fields(kind)]
-    problems = [f"it has no {setting}, only {', '.join(known)}" for setting in settings if setting not in known]
+    problems = [f"it has no {setting:.100}, only {', '.join(known)}" for setting in settings if setting not in known]
     problems += [
         f"{setting} is {value!r:.100} where {_spelled(types[setting])} is expected"
         for setting, value in settings.items()
