@@ -22,11 +22,17 @@ from llava_steering_plugin.adapters.folder import CARD
 from llava_steering_plugin.adapters.writing import remove_leftovers
 from llava_steering_plugin.errors import AdapterError, CheckpointError, listing
 from llava_steering_plugin.training.integrity import NAME, checkpoint_problems, ranks_of, uses_deepspeed
+from llava_steering_plugin.training.output_folder import (
+    ELSEWHERE,
+    STAGED,
+    free_name,
+    is_foreign,
+    output_problems,
+    staged,
+)
 
 logger = logging.getLogger(__name__)
 
-# Prefix of transformers for folders that are being written, and ours for those that are being deleted.
-STAGED = "tmp-"
 # Prefix for a damaged checkpoint, which is renamed so that the training can write this step again.
 ASIDE = "damaged-"
 # Parts of torch's messages for a file that cannot be written; it has no error class for it.
@@ -48,15 +54,18 @@ def prepare_output(output: Path) -> None:
     """Check that the output folder can be written, and delete what killed processes have left in it.
 
     Raises:
-        CheckpointError: it cannot be written. It is better to know this now than at the first save.
+        CheckpointError: it cannot be written, or holds what others have made. It is better to know this now than at
+            the first save.
     """
     probe = output / f".{CARD}.{os.getpid()}.partial"
     try:
         output.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
+        if problems := output_problems(output):
+            raise CheckpointError(listing("this training cannot write its checkpoints", problems))
         remove_leftovers(output)
-        for folder in output.glob(f"{STAGED}checkpoint-*"):
+        for folder in staged(output):
             logger.warning("%s was left by a training that was killed; it is deleted.", folder)
             shutil.rmtree(folder)
     except OSError as error:
@@ -74,6 +83,8 @@ def newest_complete(output: Path, without_states: bool = False) -> int:
         CheckpointError: one of them cannot be renamed.
     """
     for step, folder in by_step(output).items():
+        if is_foreign(folder):
+            continue
         problems = checkpoint_problems(folder, without_states=without_states)
         if not problems:
             return step
@@ -83,10 +94,8 @@ def newest_complete(output: Path, without_states: bool = False) -> int:
 
 
 def _set_aside(folder: Path, problems: list[str]) -> Path:
-    aside = folder.with_name(ASIDE + folder.name)
+    aside = free_name(folder.with_name(ASIDE + folder.name))
     try:
-        if aside.exists():
-            shutil.rmtree(aside)
         folder.rename(aside)
     except OSError as error:
         headline = (
@@ -177,7 +186,7 @@ def explain_write_errors(output: Path, what: str, tidy: bool) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not any(mark in str(error) for mark in TORCH_CANNOT_WRITE):
             raise
         if tidy:
-            for folder in output.glob(f"{STAGED}checkpoint-*"):
+            for folder in staged(output):
                 shutil.rmtree(folder, ignore_errors=True)
         raise CheckpointError(
             f"{what} could not be written to {output}: {error}. Earlier checkpoints are unchanged. Free some space; "
@@ -186,9 +195,15 @@ def explain_write_errors(output: Path, what: str, tidy: bool) -> Iterator[None]:
 
 
 def remove_step(output: Path, step: int) -> None:
-    """Remove a checkpoint of this step from an earlier run: transformers would write into it, file by file."""
+    """Remove a checkpoint of this step from an earlier run: transformers would write into it, file by file.
+
+    Raises:
+        CheckpointError: it is of another kind of training.
+    """
     folder = output / f"checkpoint-{step}"
     if folder.is_dir():
+        if is_foreign(folder):
+            raise CheckpointError(f"{folder} is of another kind of training, and would be overwritten. {ELSEWHERE}.")
         _discard(folder)
 
 
@@ -217,7 +232,7 @@ def rotate(
     if current not in kept:
         return  # the checkpoint just written is damaged: keep the others until the reason is known
     for step, folder in found.items():
-        if step < max(kept) and step not in kept and (best is None or folder != Path(best)):
+        if step < max(kept) and step not in kept and (best is None or folder != Path(best)) and not is_foreign(folder):
             _discard(folder)
 
 

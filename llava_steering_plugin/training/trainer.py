@@ -28,6 +28,7 @@ from llava_steering_plugin.training.best_checkpoint import (
 from llava_steering_plugin.training.flags import mode_is_on
 from llava_steering_plugin.training.gradient_check import GradientCheck
 from llava_steering_plugin.training.preemption import Preemption
+from llava_steering_plugin.training.resuming import refuse_without_states, wish_of
 from llava_steering_plugin.training.samples import (
     HASHED,
     SAME_ORDER,
@@ -86,7 +87,8 @@ class SteeringTrainerMixin(ValidationMixin):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self._attachment is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-        found = checkpoints.checkpoint_to_resume(resume_from_checkpoint, self.args, self.is_deepspeed_enabled)
+        wish = wish_of(resume_from_checkpoint, self.args)
+        found = checkpoints.checkpoint_to_resume(wish, self.args, self.is_deepspeed_enabled)
         if found is not None:
             provenance.refuse_another_training(self._attachment, found)
             self._order = notes.order_of(found)
@@ -95,6 +97,8 @@ class SteeringTrainerMixin(ValidationMixin):
         if found is not None and self._ended_with(found):
             self._evaluate_at_the_end()
             return TrainOutput(self.state.global_step, float("nan"), {})
+        if found is not None:
+            refuse_without_states(found)
         with self._preemption.watched():
             result = super().train(None if found is None else str(found), *args, **kwargs)  # type: ignore[misc]
         self._evaluate_at_the_end()
@@ -118,7 +122,7 @@ class SteeringTrainerMixin(ValidationMixin):
         return True
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
-        numbers = take_marks(inputs, self._skipped)
+        numbers = None if self._attachment is None else take_marks(inputs, self._skipped)
         loss: Tensor = super().training_step(model, inputs, *rest)  # type: ignore[misc]
         # The loss of a batch without targets is 0/0; transformers itself looks at the loss after every step.
         if numbers is not None and not self._loss_warned and bool(torch.isnan(loss)):

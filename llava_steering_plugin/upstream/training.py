@@ -19,6 +19,7 @@ from llava_steering_plugin.training.attaching import REQUEST
 from llava_steering_plugin.training.conflicts import DATA_PARALLEL, cpu_flag
 from llava_steering_plugin.training.data_source import early_problem
 from llava_steering_plugin.training.flags import CANNOT_START, TrainingRequest, extended, mode_is_on, read_request
+from llava_steering_plugin.training.resuming import folder_problems
 from llava_steering_plugin.training.trainer import SteeringTrainerMixin
 from llava_steering_plugin.training.trainer_flags import machine_problems
 from llava_steering_plugin.upstream.samples import with_source
@@ -82,7 +83,14 @@ def _problems_here(request: TrainingRequest) -> list[str]:
         return []
     flags = request.flags
     data = early_problem(getattr(flags, "data_path", None))
-    return [*_misfits(request), *_data_parallel(flags), *data, *_of_llava(flags), *machine_problems(flags)]
+    return [
+        *_misfits(request),
+        *_data_parallel(flags),
+        *data,
+        *_of_llava(flags),
+        *machine_problems(flags),
+        *folder_problems(flags),
+    ]
 
 
 def _of_llava(flags: Namespace) -> list[str]:

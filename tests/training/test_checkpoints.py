@@ -107,10 +107,10 @@ def test_behind_a_damaged_checkpoint_the_training_ends_bit_equal(tiny: TinyLlava
 
 
 def test_a_damaged_checkpoint_that_cannot_be_set_aside_is_one_clear_error(
-    tiny: TinyLlava, run: Path, capsys: pytest.CaptureFixture[str]
+    tiny: TinyLlava, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut(run / "checkpoint-4" / "optimizer.pt")
-    (run / f"{checkpoints.ASIDE}checkpoint-4").write_text("a file where a folder is to go")
+    monkeypatch.setattr(checkpoints, "free_name", lambda path: path.parent / "no-such-folder" / path.name)
     with pytest.raises(SystemExit) as stopped:
         again(tiny, run)
     assert stopped.value.code == 2
