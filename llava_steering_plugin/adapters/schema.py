@@ -24,13 +24,21 @@ MOST_SETTINGS = 200
 
 
 def text(longest: int, *, empty: bool = True) -> Check:
-    """Return a check for strings of at most `longest` characters, without the character 0."""
+    """Return a check for strings of at most `longest` characters, without the character 0 and halves of others."""
 
     def check(value: Any) -> str:
-        right = isinstance(value, str) and len(value) <= longest and (empty or value) and "\0" not in value
+        right = isinstance(value, str) and len(value) <= longest and (empty or value) and _is_text(value)
         return "" if right else f"text of up to {longest:,} characters"
 
     return check
+
+
+def _is_text(value: str) -> bool:
+    try:
+        # The name of a file may have bytes that are no text; Python keeps them like this.
+        return "\0" not in value and value.encode(errors="surrogateescape") is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def number(least: int, most: int = LARGEST_SIZE) -> Check:
@@ -159,8 +167,8 @@ def _wrong_tokens(tokens: Mapping[str, Any]) -> list[str]:
 
 def _is_token(token: str) -> bool:
     try:
-        return 0 < len(token.encode()) <= 1000
-    except UnicodeEncodeError:  # half of a character that takes two
+        return 0 < len(token.encode()) <= 1000 and "\0" not in token
+    except UnicodeEncodeError:
         return False
 
 

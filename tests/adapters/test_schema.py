@@ -93,6 +93,8 @@ def test_an_entry_that_is_missing_is_named_if_it_is_needed(place: str) -> None:
         ({"added_tokens": {"\ud800": 700}}, "added_tokens has the token"),
         ({"added_tokens": {str(number): number for number in range(20_000)}}, "added_tokens has 20,000 entries"),
         ({"base_model_name_or_path": "a\0b"}, "base_model_name_or_path is"),
+        ({"base_model_name_or_path": "\ud800"}, "base_model_name_or_path is"),
+        ({"conversation": "\ud800"}, "conversation is"),
     ],
 )  # fmt: skip
 def test_types_ranges_and_lengths_are_checked(changes: dict[str, Any], expected: str) -> None:
@@ -133,6 +135,10 @@ def test_settings_of_images_that_llava_cannot_take_are_named(settings: dict[str,
     with pytest.raises(AdapterError) as error:
         parse_llava_config(json.dumps(settings | {"hidden_act": {"anything": [1]}}), "config.json")
     assert expected in str(error.value)
+
+
+def test_a_path_may_have_bytes_that_are_no_text() -> None:
+    assert parsed(GOOD | {"base_model_name_or_path": "/models/\udcff"}).base.name_or_path == "/models/\udcff"
 
 
 def test_settings_of_images_as_llava_writes_them_are_taken() -> None:
