@@ -30,8 +30,8 @@ def validation_problems(flags: Namespace) -> list[str]:
     asked = _asking(flags, when)
     if asked and not path:
         return [
-            f"{_joined(asked)} {'need' if len(asked) > 1 else 'needs'} samples to validate on: give a file like that "
-            f"of --data_path with --{DATA} FILE. LLaVA itself has none, and cannot evaluate while it trains"
+            f"{_joined(asked)} cannot be combined with a tuning mode without samples to validate on: give a file like "
+            f"that of --data_path with --{DATA} FILE. LLaVA itself has none, and cannot evaluate while it trains"
         ]
     problems = _best_model(flags, when)
     if path:

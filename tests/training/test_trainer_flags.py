@@ -118,7 +118,7 @@ def test_an_evaluation_without_data_is_refused_with_the_flag_that_brings_them(wo
 
 def test_all_that_asks_for_an_evaluation_is_one_problem() -> None:
     (problem,) = problems(*MORES, "--evaluation_strategy", "steps", "--do_eval", "True")
-    assert problem.startswith("--evaluation_strategy steps and --do_eval need samples to validate on")
+    assert problem.startswith("--evaluation_strategy steps and --do_eval cannot be combined with a tuning mode without")
 
 
 def test_data_to_validate_on_that_nothing_uses_is_refused(tiny: TinyLlava) -> None:
