@@ -1,21 +1,23 @@
-"""Puts a mode on a model, takes it off again, and switches it off for a while."""
+"""Put a mode on a model, take it off again, and switch it off for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from llava_steering_plugin.adapters.base_model import projector_of
 from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.adapters.counts import ParameterCounts, counted
+from llava_steering_plugin.adapters.original import Original
 from llava_steering_plugin.adapters.parameters import parameters_of
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.hooks.hosts import hang, unhang
 from llava_steering_plugin.hooks.owner import ModelOwner, owner_of
-from llava_steering_plugin.hooks.scope import without
+from llava_steering_plugin.hooks.scope import Scope, current, without
 from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode, build_modules
 
@@ -28,6 +30,7 @@ class Attachment(ModelOwner):
 
     Args:
         modules: the modules, built for this model; None builds fresh ones.
+        original: the model as it was, where more than hooks and modules is changed; None: it is as it was.
 
     Attributes:
         mode: the mode and its settings.
@@ -35,9 +38,16 @@ class Attachment(ModelOwner):
         extras: names of parameters of the model beside the modules that belong to the adapter: trained ones, and those
             that the base checkpoint does not hold.
         config: what training or loading knows of the adapter beside its mode; None for a fresh one.
+        original: the base's own parts, with which it answers while the adapter is off.
     """
 
-    def __init__(self, model: PreTrainedModel, mode: Mode, modules: dict[str, nn.Module] | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        mode: Mode,
+        modules: dict[str, nn.Module] | None = None,
+        original: Original | None = None,
+    ):
         super().__init__(model)
         if modules is None:
             if problems := mode.problems(self.shape):
@@ -48,9 +58,13 @@ class Attachment(ModelOwner):
         self._fixed = {name for name, parameter in self.parameters().items() if not parameter.requires_grad}
         self.extras: set[str] = set()
         self.config: AdapterConfig | None = None
+        self.original = Original(model) if original is None else original
+        self._projector_hook: RemovableHandle | None = None
         self._hung: list[RemovableHandle] = []
         try:
             self._hung = hang(self.stack, self.modules)
+            if (found := projector_of(model)) is not None:
+                self._projector_hook = found[1].register_forward_hook(self._project(*found))
             self.take()
         except BaseException:
             self.remove()
@@ -73,8 +87,38 @@ class Attachment(ModelOwner):
 
     def remove(self) -> None:
         """Take the adapter off: the model is again what it was, to the bit."""
+        self.hand_over().put_back()
+
+    def hand_over(self) -> Original:
+        """Take the modules off alone; the model keeps its other changes until the returned object puts them back."""
         unhang(self.stack, self.modules, self._hung)
+        if self._projector_hook is not None:
+            self._projector_hook.remove()
         self.release()
+        return self.original
+
+    def _base(self) -> PreTrainedModel | None:
+        return self.original.model()
+
+    @contextmanager
+    def _opened(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, generating: bool) -> Iterator[Scope]:
+        with super()._opened(args, kwargs, generating=generating) as scope:
+            if id(self) in scope.disabled:
+                self.original.check_ids(args, kwargs)
+            yield scope
+
+    def _project(self, path: str, projector: nn.Module) -> Callable[..., Tensor | None]:
+        """Return a forward hook for the projector: code that calls it by itself gets the base's, too."""
+
+        def hook(host: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            scope = current()
+            # The base's own is a copy with the same hooks.
+            if host is not projector or scope is None or id(self) not in scope.disabled:
+                return None
+            base = self.original.projector(path)
+            return None if base is None else base(*args)
+
+        return hook
 
 
 def attach(model: PreTrainedModel, mode: Mode | str, **settings: Any) -> Attachment:
@@ -102,7 +146,7 @@ def attachment_of(model: PreTrainedModel) -> Attachment | None:
 
 
 def remove_adapter(model: PreTrainedModel) -> None:
-    """Take the adapter, or the pool, off `model`. Tensors that came with an adapter (a trained projector) stay.
+    """Take the adapter, or the pool, off `model`: it is as it was before, to the bit, in its sizes and settings too.
 
     Raises:
         SteeringError: the model carries none.
@@ -113,6 +157,8 @@ def remove_adapter(model: PreTrainedModel) -> None:
 @contextmanager
 def disable_adapter(model: PreTrainedModel) -> Iterator[None]:
     """Switch the adapter of `model`, or its pool of adapters, off inside the block and in this thread.
+
+    The base answers with its own projector, vocabulary and image settings; other threads go on with the adapter.
 
     Raises:
         SteeringError: the model carries no adapter.

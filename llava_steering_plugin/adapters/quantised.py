@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -16,7 +17,12 @@ def quantised_linears(root: nn.Module, tensors: Iterable[str]) -> dict[str, nn.L
     """
     paths = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
     hosts = {path: root.get_submodule(path) for path in paths}
-    return {path: host for path, host in hosts.items() if isinstance(host, nn.Linear) and type(host) is not nn.Linear}
+    return {path: host for path, host in hosts.items() if is_quantised(host)}
+
+
+def is_quantised(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Tell whether a module is a linear whose weights are packed: those are subclasses of nn.Linear."""
+    return isinstance(module, nn.Linear) and type(module) is not nn.Linear
 
 
 def unquantise(root: nn.Module, tensors: Iterable[str], dtype: torch.dtype) -> None:

@@ -16,11 +16,12 @@ from llava_steering_plugin.adapters.compatibility import check_tensors, fits, pr
 from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
 from llava_steering_plugin.adapters.fingerprint import FINGERPRINT_COLUMNS, fingerprint_rows
 from llava_steering_plugin.adapters.folder import ADAPTER, ADDED, EXTRA, FINGERPRINT, StoredAdapter
-from llava_steering_plugin.adapters.image_settings import SELECTED, differing_settings
+from llava_steering_plugin.adapters.image_parts import takes_images
+from llava_steering_plugin.adapters.image_settings import SELECTED, differing_settings, trained_settings
 from llava_steering_plugin.adapters.locate import AdapterSource, read
+from llava_steering_plugin.adapters.original import Original
 from llava_steering_plugin.adapters.parameters import set_parameters
 from llava_steering_plugin.adapters.quantised import unquantise
-from llava_steering_plugin.adapters.undo import Undo
 from llava_steering_plugin.adapters.unmerged import refuse_unmerged
 from llava_steering_plugin.adapters.values import check_sizes
 from llava_steering_plugin.adapters.writing import write_folder
@@ -102,13 +103,16 @@ def _llava_config(model: PreTrainedModel) -> str:
     return json.dumps(data, indent=2, sort_keys=True, default=str) + "\n"
 
 
-def load_adapter(model: PreTrainedModel, name_or_path: AdapterSource, tokenizer: Any = None) -> Attachment:
+def load_adapter(
+    model: PreTrainedModel, name_or_path: AdapterSource, tokenizer: Any = None, *, as_trained: bool = True
+) -> Attachment:
     """Put a saved adapter on the base it was trained on. Model and tokenizer are untouched unless everything fits.
 
     Args:
         model: the base, as `load_pretrained_model` or `from_pretrained` gives it.
         name_or_path: adapter folder or hub id, or the adapter as it was read.
         tokenizer: the base's tokenizer; tokens that training added are added to it too.
+        as_trained: set the model's config to cut, encode and mark images as the adapter's training did.
 
     Raises:
         AdapterError: not found, damaged, of another kind, or with tensors that do not fit; all mismatches at once.
@@ -120,27 +124,36 @@ def load_adapter(model: PreTrainedModel, name_or_path: AdapterSource, tokenizer:
     refuse_unmerged(model)
     stored = read(name_or_path, fits(model))
     mode, modules = prepare(model, find_decoder(model)[1], stored)
-    if problems := differing_settings(model, stored, SELECTED):
-        raise AdapterError(
-            listing(
-                f"the adapter in {stored.path} does not know the image features of this model. Load it with LLaVA's "
-                "load_pretrained_model, which selects them as in training",
-                problems,
-            )
-        )
+    if not as_trained:
+        _check_features(model, stored)
     check_tokens(stored, tokenizer)
-    undo, attachment = Undo(model, stored), None
+    trained = trained_settings(stored) if as_trained and takes_images(model) else None
+    original = Original(model, stored, tokenizer)
+    attachment = None
     try:
-        attachment = Attachment(model, mode, modules)
+        attachment = Attachment(model, mode, modules, original)
         _replace_parameters(attachment, stored)
+        if trained is not None:
+            original.set_images(trained)
+            _check_features(model, stored)
         add_tokens(model, stored, tokenizer)
+        attachment.config = stored.config
+        original.settle()
     except BaseException:
         if attachment is not None:
             attachment.remove()
-        undo()
+        else:
+            original.put_back()
         raise
-    attachment.config = stored.config
     return attachment
+
+
+def _check_features(model: PreTrainedModel, stored: StoredAdapter) -> None:
+    """Refuse an adapter for other image features than the model's vision tower gives."""
+    if problems := differing_settings(model, stored, SELECTED):
+        raise AdapterError(
+            listing(f"the adapter in {stored.path} does not know the image features of this model", problems)
+        )
 
 
 def restore(attachment: Attachment, stored: StoredAdapter) -> None:

@@ -166,14 +166,14 @@ class Chat:
         return Answer(streamer.text.strip(), streamer.speed(), stop.interrupted)
 
     def _with_image(self, question: str) -> str:
-        return question if self._image is None else about_an_image(question, self.model.config)
+        return question if self._image is None else about_an_image(question, self.pool.config_of(self.adapter))
 
     def _generate(self, prompt: str, streamer: AnswerStreamer, stop: AnswerStop) -> None:
         ids = tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
         room = self._room(ids)
         options: dict[str, Any] = {"temperature": self.temperature} if self.temperature > 0 else {}
         if self._image is not None:
-            options |= image_arguments([self._image], self.processor, self.model)
+            options |= image_arguments([self._image], self.processor, self.model, self.pool.config_of(self.adapter))
         with torch.inference_mode():
             self.model.generate(
                 ids.to(self.model.device),

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,13 +153,13 @@ class ModelOwner:
         """
         if self.stack is self.model:
             self._describe_pass(self.stack, args, kwargs)
-        return original(*args, **kwargs)
+        return self._or_of_base("forward", original)(*args, **kwargs)
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self._opened(args, kwargs, generating=True) as scope:
             rows = FiniteRows(end_token(self.model, kwargs))
             args, kwargs = watched(original, args, kwargs, rows)
-            result = original(*args, **kwargs)
+            result = self._or_of_base("generate", original)(*args, **kwargs)
         report(rows, self._rows_of(scope), functools.partial(self._named, scope))
         return result
 
@@ -173,11 +174,30 @@ class ModelOwner:
     def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         scope = current()
         if scope is None or scope.owner is not self or id(self) in scope.disabled:
-            return original(*args, **kwargs)
+            return self._or_of_base("prepare_inputs_labels_for_multimodal", original)(*args, **kwargs)
         result, tokens = spliced(original, *args, **kwargs)
         if tokens is not None:
             scope.tokens = tokens
         return result
+
+    def _base(self) -> PreTrainedModel | None:
+        """Return the model as it is without what the owner has changed; None if hooks and modules are all of it."""
+        return None
+
+    def _or_of_base(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the method of the model or, where the owner is switched off, the same one of the base."""
+        scope = current()
+        base = self._base() if scope is not None and id(self) in scope.disabled else None
+        if base is None:
+            return original
+        base.__dict__.pop(ATTRIBUTE, None)
+        for each, (shadow, before) in self._overridden.items():
+            if base.__dict__.get(each) is shadow:
+                del base.__dict__[each]
+                if getattr(before, "__self__", None) is self.model:  # such as mixed precision, put on before
+                    base.__dict__[each] = MethodType(before.__func__, base)  # type: ignore[union-attr]
+        found: Callable[..., Any] = getattr(base, name)
+        return found
 
 
 def owner_of(model: PreTrainedModel) -> ModelOwner | None:

@@ -41,7 +41,7 @@ def like_channels(width: int, height: int) -> bool:
     return height in (1, 3) or max(width, height) in (1, 3)
 
 
-def image_arguments(pictures: Sequence[Image.Image], processor: Any, model: Any) -> dict[str, Any]:
+def image_arguments(pictures: Sequence[Image.Image], processor: Any, model: Any, config: Any = None) -> dict[str, Any]:
     """Return the arguments of `generate` that pass pictures to a LLaVA of `load_pretrained_model`.
 
     They are in half precision, as all of upstream's programs send them: the projector is in half precision, and the
@@ -49,8 +49,9 @@ def image_arguments(pictures: Sequence[Image.Image], processor: Any, model: Any)
 
     Args:
         processor: the image processor that `load_pretrained_model` returned with the model.
+        config: says how images are cut; None: the model's.
     """
     half = {"device": model.device, "dtype": torch.float16}
-    pixels = process_images(pictures, processor, model.config)
+    pixels = process_images(pictures, processor, model.config if config is None else config)
     images = [each.to(**half) for each in pixels] if isinstance(pixels, list) else pixels.to(**half)
     return {"images": images, "image_sizes": [picture.size for picture in pictures]}

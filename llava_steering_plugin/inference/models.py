@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin.adapters.attachment import remove_adapter
+from llava_steering_plugin.adapters.attachment import required
 from llava_steering_plugin.adapters.files import read_json
 from llava_steering_plugin.adapters.folder import AdapterFolder, StoredAdapter
 from llava_steering_plugin.adapters.locate import find
@@ -106,9 +106,8 @@ def load_adapter_and_base(name: str, stored: StoredAdapter, base: str | None, ho
             del loaded
             gc.collect()  # the model and its pool refer to each other; a second model would not fit beside them
     # This adapter needs more of its base than modules and a projector. Upstream's loader prepares the base for it, and
-    # the base stays so when the adapter's modules move to the pool.
+    # the model stays so when the adapter's modules move to the pool; the base answers with its own parts.
     tokenizer, model, processor = load_with_upstream(stored, base, "llava", how)
-    remove_adapter(model)
-    pool = AdapterPool(model, tokenizer)
+    pool = AdapterPool(model, tokenizer, original=required(model).hand_over())
     pool.load(name, stored)
     return LoadedBase(pool, tokenizer, processor)

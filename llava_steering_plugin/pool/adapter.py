@@ -5,10 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
+from llava_steering_plugin.adapters.base_model import PROJECTOR
 from llava_steering_plugin.adapters.config import AdapterConfig
+
+
+@dataclass(frozen=True)
+class AdapterDetails:
+    """The details of one adapter in a pool.
+
+    Attributes:
+        mode, settings: its tuning mode; "none" and nothing for the plain base.
+        parameters: how many numbers it holds, with a projector of its own.
+        bytes: the memory these take.
+        path: the folder it was read from; for the base, what the model was loaded from.
+        resident: on the model's device; else it waits in CPU memory.
+        conversation: LLaVA's conversation template that it was trained with; None if unknown.
+    """
+
+    name: str
+    mode: str
+    settings: dict[str, Any]
+    parameters: int
+    bytes: int
+    path: Path
+    resident: bool
+    conversation: str | None
 
 
 @dataclass(eq=False)
@@ -38,3 +63,21 @@ class PooledAdapter:
         """Return everything that it keeps in memory."""
         parts = [*self.modules.values(), *([self.projector] if self.projector is not None else [])]
         return [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+
+    def hosts(self) -> list[str]:
+        """Return the paths of the hosts that need a hook for it."""
+        return [*self.modules, *([PROJECTOR] if self.projector is not None else [])]
+
+    def details(self) -> AdapterDetails:
+        """Return its details."""
+        tensors, config = self.tensors(), self.config
+        return AdapterDetails(
+            self.name,
+            config.mode,
+            dict(config.settings),
+            sum(tensor.numel() for tensor in tensors),
+            sum(tensor.nbytes for tensor in tensors),
+            self.path,
+            self.resident,
+            config.conversation,
+        )

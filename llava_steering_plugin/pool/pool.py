@@ -14,7 +14,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,13 +22,14 @@ from torch.utils.hooks import RemovableHandle
 from llava_steering_plugin.adapters.base_model import PROJECTOR, projector_of
 from llava_steering_plugin.adapters.compatibility import fits
 from llava_steering_plugin.adapters.locate import AdapterSource, read
+from llava_steering_plugin.adapters.original import Original
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, TokenMapError, nearest
 from llava_steering_plugin.hooks.hosts import SharedHooks, dispatch
 from llava_steering_plugin.hooks.owner import ModelOwner, owner_of
 from llava_steering_plugin.hooks.scope import Scope, current, naming
 from llava_steering_plugin.modes.base import ForwardPass
 from llava_steering_plugin.pool import row_names
-from llava_steering_plugin.pool.adapter import PooledAdapter
+from llava_steering_plugin.pool.adapter import AdapterDetails, PooledAdapter
 from llava_steering_plugin.pool.projectors import ServedRows, project_by_row
 from llava_steering_plugin.pool.reading import pooled
 from llava_steering_plugin.pool.residency import Residency
@@ -38,29 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BASE = row_names.BASE
-
-
-@dataclass(frozen=True)
-class AdapterDetails:
-    """The details of one adapter in a pool.
-
-    Attributes:
-        mode, settings: its tuning mode; "none" and nothing for the plain base.
-        parameters: how many numbers it holds, with a projector of its own.
-        bytes: the memory these take.
-        path: the folder it was read from; for the base, what the model was loaded from.
-        resident: on the model's device; else it waits in CPU memory.
-        conversation: LLaVA's conversation template that it was trained with; None if unknown.
-    """
-
-    name: str
-    mode: str
-    settings: dict[str, Any]
-    parameters: int
-    bytes: int
-    path: Path
-    resident: bool
-    conversation: str | None
 
 
 class AdapterPool(ModelOwner):
@@ -74,6 +51,8 @@ class AdapterPool(ModelOwner):
         tokenizer: the base's; needed for adapters with tokens of their own, which it must know already.
         max_resident: how many adapters may be on the model's device. The least recently used of the others wait in
             CPU memory; those in use stay, also above this number.
+        original: the base's own parts, where the model was changed for adapters that need more than modules and a
+            projector; no row of the base can be in a batch with theirs then.
 
     Raises:
         SteeringError: the model carries an adapter or a pool already, or no decoder is found in it.
@@ -81,11 +60,19 @@ class AdapterPool(ModelOwner):
 
     BASE: ClassVar[str] = BASE
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any = None, *, max_resident: int | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        max_resident: int | None = None,
+        original: Original | None = None,
+    ):
         super().__init__(model)
         if max_resident is not None and max_resident < 1:
             raise ArgumentsError(f"max_resident is {max_resident}; at least one adapter must fit on the device")
         self._tokenizer = tokenizer
+        self._original = original
         self._lock = threading.Lock()
         self._adapters: dict[str, PooledAdapter] = {}
         self._retired: set[PooledAdapter] = set()
@@ -116,7 +103,7 @@ class AdapterPool(ModelOwner):
         with self._lock:
             if owner_of(self.model) is not self:
                 raise SteeringError("this pool has given its model back; make a new one with AdapterPool(model).")
-            self._hooks.need(_hosts(adapter))
+            self._hooks.need(adapter.hosts())
             try:
                 self._residency.add(adapter)
             except BaseException:  # the device is full
@@ -153,20 +140,10 @@ class AdapterPool(ModelOwner):
         """
         with self._lock:
             adapter = self._find(name)
-            if adapter is None:
-                path = Path(getattr(self.model.config, "_name_or_path", ""))
-                return AdapterDetails(BASE, "none", {}, 0, 0, path, True, None)
-            tensors, config = adapter.tensors(), adapter.config
-            return AdapterDetails(
-                name,
-                config.mode,
-                dict(config.settings),
-                sum(tensor.numel() for tensor in tensors),
-                sum(tensor.nbytes for tensor in tensors),
-                adapter.path,
-                adapter.resident,
-                config.conversation,
-            )
+            if adapter is not None:
+                return adapter.details()
+            path = Path(getattr(self.model.config, "_name_or_path", ""))
+            return AdapterDetails(BASE, "none", {}, 0, 0, path, True, None)
 
     def remove(self) -> None:
         """Give the model back as it was, to the bit.
@@ -182,6 +159,15 @@ class AdapterPool(ModelOwner):
                 self._retire(adapter)
             self._adapters.clear()
             self.release()
+            if self._original is not None:
+                self._original.put_back()
+
+    def config_of(self, name: str) -> Any:
+        """Return the model's config for prompts and images of an adapter, or the base's own for `BASE`."""
+        return self._original.config() if self._original is not None and name == BASE else self.model.config
+
+    def _base(self) -> PreTrainedModel | None:
+        return self._original.model() if self._original is not None else None
 
     def check(self, names: str | Sequence[str]) -> None:
         """Check names that rows are to give: ArgumentsError if one is unknown."""
@@ -200,7 +186,7 @@ class AdapterPool(ModelOwner):
         if adapter.users:
             self._retired.add(adapter)
         else:
-            self._hooks.release(_hosts(adapter))
+            self._hooks.release(adapter.hosts())
 
     def _find(self, name: object) -> PooledAdapter | None:
         if name == BASE:
@@ -223,7 +209,7 @@ class AdapterPool(ModelOwner):
             for adapter in used & self._retired:
                 if not adapter.users:
                     self._retired.remove(adapter)
-                    self._hooks.release(_hosts(adapter))
+                    self._hooks.release(adapter.hosts())
 
     @contextmanager
     def _opened(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, generating: bool) -> Iterator[Scope]:
@@ -240,6 +226,10 @@ class AdapterPool(ModelOwner):
                 scope.rows = rows = ServedRows(adapters)
                 if not rows.active:
                     scope.disabled |= {id(self)}
+                if self._original is not None:
+                    self._original.check_ids(args, kwargs) if id(self) in scope.disabled else row_names.check_alone(
+                        names
+                    )
                 yield scope
         finally:
             self._give_back(adapters)
@@ -265,11 +255,6 @@ class AdapterPool(ModelOwner):
             if scope.rows.brings_projectors and id(self) not in scope.disabled:
                 scope.rows.assign_images(original, *args, **kwargs)
         return super()._prepare(original, *args, **kwargs)
-
-
-def _hosts(adapter: PooledAdapter) -> list[str]:
-    """Return the paths of the hosts that need a hook for this adapter."""
-    return [*adapter.modules, *([PROJECTOR] if adapter.projector is not None else [])]
 
 
 @contextmanager

@@ -26,10 +26,19 @@ if TYPE_CHECKING:
 
 def own_projector(projector: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
     """Copy the base's projector and give the copy an adapter's tensors, by their names below it."""
-    own = copy.deepcopy(projector)
+    # accelerate binds the forward of what it places on a device to the module itself: the copy's would be the base's.
+    own = copy.deepcopy(projector, {id(hook): None for hook in _device_hooks(projector)})
+    for part in own.modules():
+        if "_hf_hook" in vars(part):
+            for name in ("_hf_hook", "_old_forward", "forward"):
+                vars(part).pop(name, None)
     unquantise(own, tensors, dtype)
     set_parameters({name: own.get_parameter(name) for name in tensors}, dict(tensors))
     return own.eval().requires_grad_(False)
+
+
+def _device_hooks(root: nn.Module) -> list[Any]:
+    return [vars(part)["_hf_hook"] for part in root.modules() if "_hf_hook" in vars(part)]
 
 
 class ServedRows(Rows):
@@ -104,8 +113,8 @@ class ServedRows(Rows):
             )
         output = output.clone() if output.requires_grad else output
         for projector, tiles in self._projected:
-            numbers = tiles.to(features.device)
-            output.index_copy_(0, numbers, projector(features[numbers]))
+            mine = features[tiles.to(features.device)].to(next(projector.parameters()).device)
+            output.index_copy_(0, tiles.to(output.device), projector(mine).to(output.device))
         return output
 
 

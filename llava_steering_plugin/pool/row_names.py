@@ -39,3 +39,12 @@ def check_count(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, A
             f"adapter_names has {len(names)} names and the batch {rows} rows. Give one name for each row, {BASE} for "
             "the plain model, or one text for them all."
         )
+
+
+def check_alone(names: str | Sequence[str]) -> None:
+    """Refuse rows of the base beside those of adapters: for models that were changed for the adapters."""
+    if not isinstance(names, str) and BASE in names:
+        raise ArgumentsError(
+            f"rows of {BASE} cannot be in a batch with these adapters, which changed the model's vocabulary or image "
+            "settings. Ask the base in a batch of its own."
+        )

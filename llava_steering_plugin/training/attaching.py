@@ -46,7 +46,7 @@ def attach_mode(model: Any, arguments: Any, tokenizer: Any) -> Attachment:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)
         if adapter:
-            attachment = load_adapter(model, adapter, tokenizer)
+            attachment = load_adapter(model, adapter, tokenizer, as_trained=False)
         else:
             attachment = attach(model, (request and request.mode) or mode_from(arguments))
     model.requires_grad_(False)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from wrapt import wrap_function_wrapper
 
-from llava_steering_plugin.adapters.base_model import IMAGE_SETTINGS, read_config
+from llava_steering_plugin.adapters.base_model import read_config
 from llava_steering_plugin.adapters.files import check_folder
 from llava_steering_plugin.adapters.folder import LLAVA_CONFIG, AdapterFolder, StoredAdapter
 from llava_steering_plugin.adapters.image_settings import trained_settings
@@ -83,8 +83,10 @@ def _load(original: Callable[..., Any], call: inspect.BoundArguments, stored: St
             call.arguments |= {"model_path": staging, "model_base": base, "model_name": "llava-staged"}
         loaded = original(*call.args, **call.kwargs)
     tokenizer, model = loaded[0], loaded[1]
-    _prepare_inputs_as_trained(model, trained)
-    load_adapter(model, stored, tokenizer)
+    parts = load_adapter(model, stored, tokenizer).original
+    parts.set_config({key: value for key, value in trained.items() if key.startswith("tokenizer_")})
+    if "mm_vision_tower" not in described:
+        parts.lend_projector(base)
     return loaded
 
 
@@ -108,18 +110,6 @@ def _leave_projector_unpacked(call: inspect.BoundArguments) -> None:
         bnb_4bit_quant_type="nf4",
     )
     call.arguments["kwargs"] = {**call.arguments.get("kwargs", {}), "quantization_config": quantisation}
-
-
-def _prepare_inputs_as_trained(model: Any, trained: dict[str, Any]) -> None:
-    """Cut, encode and mark images as in training, where the base's own config says otherwise."""
-    for key, value in trained.items():
-        if key.startswith((*IMAGE_SETTINGS, "tokenizer_")):
-            setattr(model.config, key, value)
-    tower = model.get_vision_tower()
-    for attribute in ("select_layer", "select_feature"):
-        # The tower has read these two when it was built, from the base's config.
-        if (value := trained.get(f"mm_vision_{attribute}")) is not None and hasattr(tower, attribute):
-            setattr(tower, attribute, value)
 
 
 _VOCABULARY_FLAGS = ("mm_use_im_patch_token", "mm_use_im_start_end")

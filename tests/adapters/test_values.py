@@ -285,7 +285,8 @@ def test_other_layers_of_the_tower_are_refused_whichever_side_names_them(
         folder = spoilt("cats", lambda folder: change_llava_config(folder, mm_vision_select_layer=None))
     else:
         monkeypatch.setattr(shared.config, "mm_vision_select_layer", -1)
-    with pytest.raises(AdapterError, match="it was trained with mm_vision_select_layer"):
-        load_adapter(shared, folder)
+    for as_trained in (False, True) if side == "adapter" else (False,):  # else the model is given the adapter's
+        with pytest.raises(AdapterError, match="it was trained with mm_vision_select_layer"):
+            load_adapter(shared, folder, as_trained=as_trained)
     with pytest.raises(AdapterError, match="it was trained with mm_vision_select_layer"):
         AdapterPool(shared).load("cats", folder)

@@ -55,8 +55,10 @@ def test_norms_are_those_of_the_updates_of_steered_tokens(model: Any, attachment
         handle.remove()
     # `seen` holds the text's pass, which changed nothing; the image's is seen again.
     assert all(torch.equal(*pair) for pair in seen.values())
-    handle = model.model.layers[1].get_submodule("steering").register_forward_hook(
-        lambda module, args, output: seen.update({1: (args[0].clone(), output.clone())})
+    handle = (
+        model.model.layers[1]
+        .get_submodule("steering")
+        .register_forward_hook(lambda module, args, output: seen.update({1: (args[0].clone(), output.clone())}))
     )
     logits_of(model, ids_of(PROMPT), pictures(1))
     handle.remove()

@@ -127,3 +127,19 @@ def test_a_projector_of_a_quantised_model_is_replaced_by_plain_linears(frozen: A
     with alone(frozen, folders["birds"]):
         features = torch.randn(2, 16, 64)
         torch.testing.assert_close(own(features), frozen.get_model().mm_projector(features))
+
+
+def test_a_projector_that_accelerate_has_placed_is_copied_with_its_own_forward(frozen: Any, folders: Folders) -> None:
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    prefix = "model.mm_projector."
+    tensors = {name.removeprefix(prefix): value for name, value in read(folders["birds"]).section(EXTRA).items()}
+    projector, features = frozen.get_model().mm_projector, torch.randn(2, 16, 64)
+    expected = own_projector(projector, tensors, torch.float32)(features)
+    add_hook_to_module(projector, AlignDevicesHook(execution_device="cpu"))
+    try:
+        own = own_projector(projector, tensors, torch.float32)
+        assert torch.equal(own(features), expected)
+        assert not torch.equal(projector(features), expected)
+    finally:
+        remove_hook_from_module(projector)

@@ -1,4 +1,4 @@
-"""Loading leaves model and tokenizer as they were wherever it fails (`adapters/undo.py`, `adapters/quantised.py`).
+"""Loading leaves model and tokenizer as they were wherever it fails (`adapters/original.py`, `adapters/quantised.py`).
 
 Wherever: an error is raised in turn at every call that the package makes while it loads, to its own functions, to
 torch, to transformers and to the tokenizer.
@@ -150,7 +150,7 @@ def test_wherever_loading_fails_model_and_tokenizer_are_as_they_were(
     before, values = traces(model, tokenizer), values_of(model)
     answer = logits_of(model, ids_of(PROMPT), pictures(1))
     made = calls(lambda: load_adapter(spare, folders[mode], copy.deepcopy(given)))
-    assert {"add_tokens", "Undo.__init__", "hang"} <= {name for _, _, name in made}
+    assert {"add_tokens", "Original.__init__", "hang"} <= {name for _, _, name in made}
     for point in Counter(made).items():  # the last of the calls of one kind: most is done by then
         with pytest.raises(REFUSED):
             calls(lambda: load_adapter(model, folders[mode], given), point)
