@@ -99,6 +99,34 @@ class ForwardPass:
 Pass = ForwardPass
 
 
+class StepStatistics(ABC):
+    """Hold what a mode's modules gather over the passes of an optimizer step, on all ranks.
+
+    A training leads them through it. Without a training that does, every pass stands alone.
+    """
+
+    @abstractmethod
+    def begin(self, passes: int) -> None:
+        """Learn how many passes make a step, over all ranks: accumulated micro-batches times ranks. Often 1."""
+
+    @abstractmethod
+    def end_step(self, add_up: Callable[[Tensor], Tensor]) -> None:
+        """End a step. Every rank calls it after every step.
+
+        Args:
+            add_up: returns the sum of a tensor over all ranks. Whether it is called, and the shape of the tensor, must
+                not depend on what a rank has seen: the ranks would wait for each other for ever.
+        """
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed training needs between two steps, the same on every rank, as plain JSON values."""
+
+    @abstractmethod
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+
+
 @dataclass(frozen=True)
 class Mode(ABC):
     """Parent of all tuning modes. Subclass it as a frozen dataclass; the fields are the mode's settings.
@@ -163,6 +191,14 @@ class Mode(ABC):
             dtype: that the model computes in.
         """
         return []
+
+    def statistics(self, modules: Mapping[str, nn.Module]) -> StepStatistics | None:
+        """Return what the modules gather over a step; None where every pass stands alone.
+
+        Args:
+            modules: as `build` returned them.
+        """
+        return None
 
     def report(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
         """Return figures to log beside the loss, by name, on the training passes since the last call.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from llava_steering_plugin.errors import TokenMapError
 from llava_steering_plugin.modes.base import DecoderShape, ForwardPass, largest_in, no_autocast
+from llava_steering_plugin.modes.mixlora_balance import BalanceOverSteps, Tally
 from llava_steering_plugin.modes.mixlora_factors import entrance, take, updated
 from llava_steering_plugin.modes.mixlora_routing import (
     Choice,
@@ -87,6 +88,7 @@ class RoutedLinear(nn.Module):
                 nn.init.uniform_(parameter, -1 / math.sqrt(in_features), 1 / math.sqrt(in_features))
         self.dropout = nn.Dropout(mode.dropout)
         self.observed = (Observed.nothing(), Observed.nothing())
+        self.tallies = (Tally(factors), Tally(factors))
 
     def enter(self, inputs: Tensor) -> Tensor:
         """Return the same numbers as `inputs`, to call the linear on: in training, their backward pass is cheaper."""
@@ -148,8 +150,15 @@ class RoutedLinear(nn.Module):
             for observed, choice in zip(self.observed, (a, b), strict=True):
                 observed.add(choice)
         if learning and self.balance:
-            a, b = balanced(a, self.balance, this_pass), balanced(b, self.balance, this_pass)
+            a, b = (self._balanced(choice, side, this_pass) for side, choice in enumerate((a, b)))
         return Routing(a, b)
+
+    def _balanced(self, choice: Choice, side: int, this_pass: ForwardPass) -> Choice:
+        def count() -> Tensor:
+            return self.tallies[side].shares(choice.factors, counted=self.training)
+
+        # Once for a pass: gradient checkpointing comes here again, with the same pass, when it recomputes.
+        return balanced(choice, self.balance, this_pass, this_pass.once(("mixlora balance", self, side), count))
 
     def _pooling_weights(self, hidden: Tensor, this_pass: ForwardPass) -> Tensor:
         def of_prompt() -> Tensor:
@@ -238,6 +247,18 @@ class MixLoRA(MixLoRASettings):
             if isinstance(module, RoutedLinear)
             for problem in module.unsound(dtype)
         ]
+
+    def statistics(self, modules: Mapping[str, nn.Module]) -> BalanceOverSteps | None:
+        if not (self.balance_weight and self.trained_routers):
+            return None
+        return BalanceOverSteps(
+            {
+                f"{path}.{side}": tally
+                for path, module in modules.items()
+                if isinstance(module, RoutedLinear)
+                for side, tally in zip("ab", module.tallies, strict=True)
+            }
+        )
 
     def report(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
         figures = {}

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llava_steering_plugin.modes.base import ForwardPass
+from llava_steering_plugin.modes.mixlora_balance import frequency
 
 # Half-precision hidden states are pooled in float32, this many positions at a time: a whole copy would cost memory.
 POOLED_AT_ONCE = 256
@@ -116,26 +117,24 @@ class _Balanced(torch.autograd.Function):
         return gradient + own * ctx.this_pass.loss_scale(), None, None
 
 
-def balanced(choice: Choice, coefficient: float, this_pass: ForwardPass) -> Choice:
+def balanced(choice: Choice, coefficient: float, this_pass: ForwardPass, share: Tensor | None = None) -> Choice:
     """Return the same choice; add the gradient of  coefficient * E * sum_e f_e P_e  to its backward pass.
 
-    f_e is the share of the batch's choices that fell on factor e, P_e its mean probability: the load-balance loss of
-    Switch Transformers (arXiv 2101.03961, eq. 4), which is 1 times the coefficient where all factors are chosen alike.
-    The gradient is scaled as the loss is (`ForwardPass.loss_scale`).
+    f_e is the share of the choices that fell on factor e, P_e its mean probability: the load-balance loss of Switch
+    Transformers (arXiv 2101.03961, eq. 4), which is 1 times the coefficient where all factors are chosen alike. The
+    gradient is scaled as the loss is (`ForwardPass.loss_scale`).
+
+    Args:
+        share: f, float32 [E]; None: of the choices of this pass.
     """
     chosen, probability = choice
     if probability is None:
         return choice
     rows, factors = probability.shape
-    share = _frequency(chosen.flatten(), factors)
+    if share is None:
+        share = frequency(chosen.flatten(), factors)
     gradient = (share * (coefficient * factors / rows)).expand_as(probability)
     return Choice(chosen, _Balanced.apply(probability, gradient, this_pass))  # type: ignore[no-untyped-call]
-
-
-def _frequency(chosen: Tensor, factors: int) -> Tensor:
-    """Return the share that each factor has of `chosen`, int64 [choices]; float32 [factors]."""
-    ones = torch.ones(chosen.shape, dtype=torch.float32, device=chosen.device)
-    return ones.new_zeros(factors).index_add_(0, chosen, ones) / len(ones)
 
 
 @dataclass
@@ -171,7 +170,7 @@ class Observed:
         self.choices.clear()
         factors = probability.shape[1]
         entropy = torch.special.entr(probability).sum(1).mean() / max(math.log(factors), 1.0)
-        in_use = torch.special.entr(_frequency(chosen, factors)).sum().exp()
+        in_use = torch.special.entr(frequency(chosen, factors)).sum().exp()
         return torch.stack([entropy, in_use])
 
 

@@ -1,27 +1,32 @@
-"""Note in a checkpoint by which rule the training orders its samples: a resumed training has to see the same batches.
+"""Note in a checkpoint what a resumed training needs besides transformers' state, to go on as if nothing had happened.
 
-transformers' own state cannot hold it: versions that do not know a field refuse to read it.
+By which rule the samples are ordered, and what the mode has gathered over the last steps. transformers' own state
+cannot hold it: versions that do not know a field refuse to read it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from llava_steering_plugin.errors import CheckpointError
 from llava_steering_plugin.training.samples import RULES, SUMMED
 
 NOTES = "steering_state.json"
-ORDER = "sample_order"
+ORDER, GATHERED, CHECKSUM = "sample_order", "step_statistics", "sha256"
 
 
-def write(folder: Path, order: str) -> None:
+def write(folder: Path, order: str, gathered: dict[str, Any] | None = None) -> None:
     """Write the notes into the folder of a checkpoint.
 
     Args:
         order: the name of the rule for the order of samples.
+        gathered: the state of the mode's `StepStatistics`; None where it has none.
     """
-    (folder / NOTES).write_text(json.dumps({ORDER: order}, indent=2) + "\n", encoding="utf-8")
+    content = {ORDER: order} | ({} if gathered is None else {GATHERED: gathered})
+    (folder / NOTES).write_text(json.dumps(content | {CHECKSUM: _checksum(content)}) + "\n", encoding="utf-8")
 
 
 def order_of(checkpoint: Path) -> str:
@@ -35,12 +40,13 @@ def order_of(checkpoint: Path) -> str:
     path = checkpoint / NOTES
     if not path.exists():
         return SUMMED
-    if (found := _order_in(path)) is None:
+    if (content := _read(path)) is None:
         raise CheckpointError(
-            f"{path} is cut short or damaged, so it is unknown in which order the training sees its samples. Resume "
+            f"{path} is damaged, so it is unknown in which order the training sees its samples. Resume "
             f"from another checkpoint, or start a new training from its weights: another --output_dir, and "
             f"{checkpoint} as --adapter_path."
         )
+    found: str = content[ORDER]
     if found not in RULES:
         raise CheckpointError(
             f"{path} orders the samples by the rule {found!r}, and this version knows {', '.join(map(repr, RULES))}. A "
@@ -49,15 +55,29 @@ def order_of(checkpoint: Path) -> str:
     return found
 
 
+def gathered_in(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the state of the mode's statistics; None where the training has none, or an earlier version wrote it."""
+    content = _read(checkpoint / NOTES) or {}
+    found: dict[str, Any] | None = content.get(GATHERED)
+    return found
+
+
 def problems(checkpoint: Path) -> list[str]:
     """Return what is wrong with the notes of a checkpoint; nothing is wrong where there are none."""
     path = checkpoint / NOTES
-    return [f"{NOTES} is cut short"] if path.exists() and _order_in(path) is None else []
+    return [f"{NOTES} is damaged"] if path.exists() and _read(path) is None else []
 
 
-def _order_in(path: Path) -> str | None:
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return the notes; None if they are missing or damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))[ORDER]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        checksum = found.pop(CHECKSUM)
+        whole = checksum == _checksum(found) and isinstance(found[ORDER], str)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return found if isinstance(found, str) else None
+    return found if whole else None
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -209,6 +209,21 @@ class EpochSeededSampler(Sampler[int]):
         return len(self.sampler)
 
 
+def follow_epochs(loader: Any) -> None:
+    """Let the training loop, which calls `loader.set_epoch` at the start of every epoch, set it on our sampler too."""
+    sampler = sampler_of(loader)
+    if sampler is None:
+        return
+    before = getattr(loader, "set_epoch", None)
+
+    def set_epoch(epoch: int) -> None:
+        sampler.set_epoch(epoch)
+        if before is not None:
+            before(epoch)
+
+    loader.set_epoch = set_epoch
+
+
 def sampler_of(loader: Any) -> EpochSeededSampler | None:
     """Return our sampler inside the data loader, which accelerate has rebuilt; None if there is none."""
     found = loader

@@ -17,7 +17,7 @@ from llava_steering_plugin.adapters.folder import AdapterFolder
 from llava_steering_plugin.adapters.save_load import restore, save_adapter
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.hooks.token_map import IGNORED
-from llava_steering_plugin.training import checkpoints, deepspeed, integrity, notes, provenance
+from llava_steering_plugin.training import checkpoints, deepspeed, integrity, notes, provenance, steps
 from llava_steering_plugin.training.attaching import attach_mode, marked_as_peft, refuse_unsupported
 from llava_steering_plugin.training.best_checkpoint import (
     ResumedValidation,
@@ -36,7 +36,7 @@ from llava_steering_plugin.training.samples import (
     NumberedCollator,
     checked_samples,
     data_seed,
-    sampler_of,
+    follow_epochs,
     take_marks,
 )
 from llava_steering_plugin.training.skipped import SkippedSamples
@@ -79,6 +79,8 @@ class SteeringTrainerMixin(ValidationMixin):
         self.add_callback(self._preemption)  # type: ignore[attr-defined]
         self._resumed_validation = ResumedValidation(self)
         self.add_callback(self._resumed_validation)  # type: ignore[attr-defined]
+        self._steps = steps.StepEnd(self._attachment.mode.statistics(self._attachment.modules), arguments)
+        self.add_callback(self._steps)  # type: ignore[attr-defined]
         self._skipped: set[int] = set()
         if arguments.skip_bad_samples:
             self.add_callback(SkippedSamples(data, Path(arguments.output_dir), self._skipped))  # type: ignore[attr-defined]
@@ -92,6 +94,7 @@ class SteeringTrainerMixin(ValidationMixin):
         if found is not None:
             provenance.refuse_another_training(self._attachment, found)
             self._order = notes.order_of(found)
+            self._steps.resume(notes.gathered_in(found))
             refuse_lost_best(self.args, found)
         self._resumed_validation.checkpoint = found
         if found is not None and self._ended_with(found):
@@ -174,17 +177,7 @@ class SteeringTrainerMixin(ValidationMixin):
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()  # type: ignore[misc]
-        sampler = sampler_of(loader)
-        if sampler is not None:
-            before = getattr(loader, "set_epoch", None)
-
-            def set_epoch(epoch: int) -> None:
-                sampler.set_epoch(epoch)
-                if before is not None:
-                    before(epoch)
-
-            # The training loop calls it at the start of every epoch if it is there.
-            loader.set_epoch = set_epoch
+        follow_epochs(loader)
         if self._attachment is not None:
             if not len(loader):
                 raise ArgumentsError(
@@ -201,7 +194,7 @@ class SteeringTrainerMixin(ValidationMixin):
             return
         save_adapter(self.model, output_dir or self.args.output_dir, write=self.args.should_save)
         if self.args.should_save and _internal_call and output_dir is not None:  # a checkpoint
-            notes.write(Path(output_dir), self._order)
+            notes.write(Path(output_dir), self._order, self._steps.state())
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Adapter save")  # type: ignore[attr-defined]
 

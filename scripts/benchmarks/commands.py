@@ -128,6 +128,18 @@ def routing(
 
 
 @app.command()
+def balance(
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 5,
+    quick: Quick = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure MixLoRA's load-balance loss on a problem made for routing, by the rows that it sees at once."""
+    from .balance import run
+
+    run(seeds, quick, json_file)
+
+
+@app.command()
 def startup(
     rounds: Annotated[int, typer.Option(min=1, help="Number of starts of every program.")] = 5,
     json_file: JsonFile = None,

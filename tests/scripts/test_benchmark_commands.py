@@ -18,6 +18,7 @@ OPTIONS = {
     "memory": {"--only", "--json"},
     "soak": {"--minutes", "--clients", "--tolerance", "--json"},
     "routing": {"--data", "--pictures", "--template", "--count", "--seed", "--json"},
+    "balance": {"--seeds", "--quick", "--json"},
     "startup": {"--rounds", "--json"},
     "gpu": {"--tiny", "--output", "--tests", "--no-tests"},
 }

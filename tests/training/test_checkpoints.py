@@ -82,7 +82,7 @@ DAMAGE = (
         for name in (WEIGHTS, integrity.STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth")
         for damage in (Path.unlink, cut, empty)
     ]
-    + [(NOTES, cut), (NOTES, empty)]
+    + [(NOTES, cut), (NOTES, empty), (NOTES, flip)]
     + [("optimizer.pt", flip), ("rng_state.pth", flip)]
 )
 

@@ -22,6 +22,8 @@ from rank_runs import (
 from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 
+from llava_steering_plugin.training.notes import gathered_in
+
 
 @pytest.fixture(scope="module")
 def ddp(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -29,6 +31,7 @@ def ddp(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp("ddp")
     mixed = {"data_path": mixed_data(tiny, folder)}
     mixlora = {**PARITY, **MIXLORA, "mores_rank": None, "mores_tokens": None}
+    mixlora |= {"mixlora_balance": 1.0, "save_strategy": "steps", "save_steps": 5}
     ranks.run_on_ranks(
         [
             train_flags(tiny, folder / "two-ranks", {**PARITY, **TWO_RANKS, **mixed}),
@@ -48,6 +51,14 @@ def ddp(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathF
 @pytest.mark.parametrize("mode", ["", "mixlora-"], ids=["mores", "mixlora"])
 def test_two_ranks_end_where_one_rank_with_accumulation_ends_also_when_one_has_no_image(ddp: Path, mode: str) -> None:
     assert_close(ddp / f"{mode}one-rank", ddp / f"{mode}two-ranks")
+
+
+@pytest.mark.slow
+def test_routers_are_balanced_over_the_choices_of_both_ranks(ddp: Path) -> None:
+    of_one, of_two = (gathered_in(ddp / f"mixlora-{ranks}" / "checkpoint-5") for ranks in ("one-rank", "two-ranks"))
+    assert of_one and of_one == of_two
+    # A row chose four factors: with one row a rank, a share of an eighth has been chosen on one rank alone.
+    assert {share for shares in of_two.values() for share in shares} == {0.0, 0.125, 0.25}
 
 
 @pytest.mark.slow
