@@ -188,15 +188,17 @@ class ModelOwner:
         """Return the method of the model or, where the owner is switched off, the same one of the base."""
         scope = current()
         base = self._base() if scope is not None and id(self) in scope.disabled else None
-        if base is None:
-            return original
-        base.__dict__.pop(ATTRIBUTE, None)
+        return original if base is None else self._method_of(base, name)
+
+    def _method_of(self, alike: PreTrainedModel, name: str) -> Callable[..., Any]:
+        """Return a method of a look-alike of the model, without what the owner does to the model's."""
+        alike.__dict__.pop(ATTRIBUTE, None)
         for each, (shadow, before) in self._overridden.items():
-            if base.__dict__.get(each) is shadow:
-                del base.__dict__[each]
+            if alike.__dict__.get(each) is shadow:
+                del alike.__dict__[each]
                 if getattr(before, "__self__", None) is self.model:  # such as mixed precision, put on before
-                    base.__dict__[each] = MethodType(before.__func__, base)  # type: ignore[union-attr]
-        found: Callable[..., Any] = getattr(base, name)
+                    alike.__dict__[each] = MethodType(before.__func__, alike)  # type: ignore[union-attr]
+        found: Callable[..., Any] = getattr(alike, name)
         return found
 
 

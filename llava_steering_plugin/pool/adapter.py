@@ -45,6 +45,7 @@ class PooledAdapter:
         config, path: as read.
         modules: in eval mode, by the path of their host below the decoder stack.
         projector: the adapter's own; None if it takes the base's.
+        newline: the adapter's own image_newline; None if it takes the base's.
         idle_at_decode: the modules change nothing at decode steps.
         resident: on the model's device rather than in CPU memory.
         users: calls in flight that use it.
@@ -56,13 +57,15 @@ class PooledAdapter:
     modules: Mapping[str, nn.Module]
     projector: nn.Module | None
     idle_at_decode: bool
+    newline: Tensor | None = None
     resident: bool = field(default=False, init=False)
     users: int = field(default=0, init=False)
 
     def tensors(self) -> list[Tensor]:
         """Return everything that it keeps in memory."""
         parts = [*self.modules.values(), *([self.projector] if self.projector is not None else [])]
-        return [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+        found = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+        return [*found, self.newline] if self.newline is not None else found
 
     def hosts(self) -> list[str]:
         """Return the paths of the hosts that need a hook for it."""

@@ -30,6 +30,7 @@ from llava_steering_plugin.hooks.scope import Scope, current, naming
 from llava_steering_plugin.modes.base import ForwardPass
 from llava_steering_plugin.pool import row_names
 from llava_steering_plugin.pool.adapter import AdapterDetails, PooledAdapter
+from llava_steering_plugin.pool.newlines import marking, newline_of, with_newlines
 from llava_steering_plugin.pool.projectors import ServedRows, project_by_row
 from llava_steering_plugin.pool.reading import pooled
 from llava_steering_plugin.pool.residency import Residency
@@ -78,6 +79,7 @@ class AdapterPool(ModelOwner):
         self._retired: set[PooledAdapter] = set()
         found = projector_of(model)
         self._projector = found[1] if found is not None else None
+        self._newline = newline_of(model)
         self._hooks = SharedHooks(self._hook)
         self._residency = Residency(self.stack.get_submodule, self._projector, max_resident)
         self.take()
@@ -254,6 +256,13 @@ class AdapterPool(ModelOwner):
         if scope is not None and scope.owner is self and isinstance(scope.rows, ServedRows):
             if scope.rows.brings_projectors and id(self) not in scope.disabled:
                 scope.rows.assign_images(original, *args, **kwargs)
+            if self._newline is not None and scope.rows.brings_newlines and id(self) not in scope.disabled:
+                splice = self._method_of(marking(self.model, self._newline), "prepare_inputs_labels_for_multimodal")
+                *parts, embeds, labels = super()._prepare(splice, *args, **kwargs)
+                if embeds is not None:
+                    base = self.model.get_parameter(self._newline)
+                    embeds = with_newlines(embeds, base, scope.rows.pooled)
+                return *parts, embeds, labels
         return super()._prepare(original, *args, **kwargs)
 
 

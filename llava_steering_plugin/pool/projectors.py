@@ -46,24 +46,29 @@ class ServedRows(Rows):
 
     def __init__(self, adapters: Sequence[PooledAdapter | None]):
         super().__init__(adapters)
-        self._pooled = tuple(adapters)
+        self.pooled = tuple(adapters)
         self._tiles = 0
         self._projected: tuple[tuple[nn.Module, Tensor], ...] = ()
 
     @property
     def count(self) -> int | None:
         """The number of rows of the call; None where one adapter is named for all of them."""
-        return len(self._pooled) if len(self._pooled) > 1 else None
+        return len(self.pooled) if len(self.pooled) > 1 else None
 
     def named(self, rows: Sequence[int]) -> str:
         """Name the adapters of some rows of the call."""
-        own = dict.fromkeys(self._pooled[row if self.count else 0] for row in rows)
+        own = dict.fromkeys(self.pooled[row if self.count else 0] for row in rows)
         return ", ".join("the base" if each is None else f"the adapter {each.name!r}" for each in own)
 
     @property
     def brings_projectors(self) -> bool:
         """True if any row's adapter has a projector of its own."""
-        return any(adapter is not None and adapter.projector is not None for adapter in self._pooled)
+        return any(adapter is not None and adapter.projector is not None for adapter in self.pooled)
+
+    @property
+    def brings_newlines(self) -> bool:
+        """True if any row's adapter has an image_newline of its own."""
+        return any(adapter is not None and adapter.newline is not None for adapter in self.pooled)
 
     def assign_images(self, splice: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Find out from the arguments of LLaVA's splice which tiles belong to which row."""
@@ -83,7 +88,7 @@ class ServedRows(Rows):
         tiles = _tiles(images)
         owners: list[PooledAdapter | None] = []
         for row, count in enumerate(present.sum(1).tolist()):
-            adapter = self._pooled[row if len(self._pooled) > 1 else 0]
+            adapter = self.pooled[row if len(self.pooled) > 1 else 0]
             # A row without a placeholder takes an image too, and none of its features.
             owners += [adapter] * max(1, count)
         # Images that no row takes are projected all the same; by whom does not matter.

@@ -16,6 +16,7 @@ from llava_steering_plugin.adapters.image_settings import differing_settings
 from llava_steering_plugin.errors import AdapterError, listing
 from llava_steering_plugin.modes.base import DecoderShape
 from llava_steering_plugin.pool.adapter import PooledAdapter
+from llava_steering_plugin.pool.newlines import newline_of
 from llava_steering_plugin.pool.projectors import own_projector
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def pooled(
     found = projector_of(model)
     prefix = f"{found[0]}." if found is not None else None
     problems = _needs_of_its_own(model, stored, tokenizer)
+    newline = extras.pop(newline_of(model) or "", None)
     problems += [f"it brings its own {key}" for key in extras if prefix is None or not key.startswith(prefix)]
     if problems:
         raise AdapterError(
@@ -52,7 +54,7 @@ def pooled(
     if found is not None and prefix is not None and extras:
         own = {key.removeprefix(prefix): tensor for key, tensor in extras.items()}
         projector = own_projector(found[1], own, model.dtype).cpu()
-    return PooledAdapter(name, stored.config, stored.path, modules, projector, mode.idle_at_decode)
+    return PooledAdapter(name, stored.config, stored.path, modules, projector, mode.idle_at_decode, newline)
 
 
 def _different(model: PreTrainedModel, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,12 +19,14 @@ from typing import Any
 
 import pytest
 import requests
+import torch
 from PIL import Image
 from ports import free_port
 from steered import load_llava, strengthen
 from tiny_llava import TinyLlava
 
 from llava_steering_plugin import attach, load_adapter, remove, save_adapter
+from llava_steering_plugin.adapters.image_parts import image_parameters
 from llava_steering_plugin.adapters.save_load import describe
 from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
@@ -32,6 +34,7 @@ from llava_steering_plugin.serving.http.limits import Limits
 
 PATIENCE = 120
 TOKEN = "a-token-that-is-long-enough"
+WITH_PROJECTOR = ("birds", "routed")
 NAMES = ("cats", "dogs", "pets", "birds", "fish", "mixlora-x", "my-mpt", "routed")
 BASE_NAME = "llava-v1.5-tiny"
 PROMPT = "A chat. USER: <image>\nWhat is in the picture? ASSISTANT:"
@@ -47,6 +50,11 @@ def shelf(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPat
         mode = MixLoRA(factors=4, rank=2) if name in ("routed", "mixlora-x") else MoReS(rank=2, tokens="all")
         attachment = strengthen(attach(model, mode), seed=seed)
         attachment.config = replace(describe(attachment), conversation="v1")
+        if name in WITH_PROJECTOR:
+            generator = torch.Generator().manual_seed(100 + seed)
+            for own, value in image_parameters(model).items():
+                value.data += 0.3 * torch.randn(value.shape, generator=generator)
+                attachment.extras.add(own)
         save_adapter(model, folder / name)
         remove(model)
     return folder

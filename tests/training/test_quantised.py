@@ -202,6 +202,24 @@ def test_an_adapter_trained_on_four_bits_loads_on_any_with_its_trained_projector
     assert bool(answer(loaded, tiny).isfinite().all())
 
 
+def test_over_four_bits_the_base_has_its_own_packed_projector_while_the_adapter_is_off_and_once_it_is_removed(
+    four_bit: tuple[Path, Any], tiny: TinyLlava
+) -> None:
+    from llava_steering_plugin import disabled, remove
+
+    plain, loaded = load(tiny.llava, load_4bit=True), load(four_bit[0], load_4bit=True)
+    model, expected = loaded[1], answer(plain, tiny)
+    kinds = [type(part) for part in plain[1].get_model().mm_projector]
+    assert bitsandbytes.nn.Linear4bit in kinds
+    with disabled(model):
+        assert torch.equal(answer(loaded, tiny), expected)
+    tuned = answer(loaded, tiny)
+    assert not torch.equal(tuned, expected)
+    remove(model)
+    assert [type(part) for part in model.get_model().mm_projector] == kinds
+    assert torch.equal(answer(loaded, tiny), expected)
+
+
 # All factors are chosen: over a tiny random model, rounding to 4 bits turns some choices, and with them the update.
 @pytest.mark.parametrize("mode", [{}, {**MIXLORA, "mixlora_factors": 4, "mixlora_rank": 4}], ids=["MoReS", "MixLoRA"])
 def test_an_adapter_trained_on_sixteen_bits_loads_on_four_and_works_there_too(
