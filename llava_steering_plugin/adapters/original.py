@@ -151,7 +151,8 @@ class Original:
     def projector(self, path: str) -> nn.Module | None:
         """Return the base's own projector, which is at `path` in the model; None if it is the model's."""
         base = self.model()
-        return None if base is None else base.get_submodule(path)
+        found = base.get_submodule(path) if base is not None else None
+        return None if found is self._model.get_submodule(path) else found
 
     def check_ids(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Refuse tokens that the base does not know, in the arguments of a call that is to be the base's.

@@ -173,6 +173,29 @@ def test_what_is_saved_is_the_adapters_also_inside_a_block_without_it(
     assert all(torch.equal(value, second.tensors[name]) for name, value in first.tensors.items())
 
 
+class Packed(torch.nn.Linear):
+    """Stands for a linear that a loader has quantised: a subclass whose weight cannot be set in place."""
+
+
+@pytest.mark.parametrize("kind", ["modules", "tokens", "projector"])
+def test_a_packed_projector_is_the_bases_own_whether_the_adapter_replaces_it_or_not(
+    tiny: TinyLlava, folders: dict[str, Path], kind: str
+) -> None:
+    model = base(tiny, kind)
+    projector = model.get_model().mm_projector
+    for number in (0, 2):
+        linear = projector[number]
+        projector[number] = Packed(linear.in_features, linear.out_features).requires_grad_(False)
+        projector[number].load_state_dict(linear.state_dict())
+    before, answers = snapshot(model), ask(model, kind)
+    load_adapter(model, folders[kind])
+    assert type(projector[0]) is (torch.nn.Linear if kind == "projector" else Packed)
+    with disabled(model):
+        assert equal(ask(model, kind), answers)
+    remove(model)
+    assert differences(before, snapshot(model)) == []
+
+
 def test_tokens_that_the_base_lacks_are_refused_while_the_adapter_is_off(
     tiny: TinyLlava, folders: dict[str, Path]
 ) -> None:
