@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from llava_steering_plugin.errors import SteeringError, listing, shortened
 from llava_steering_plugin.hooks.scope import current
 from llava_steering_plugin.modes.base import ForwardPass
 
@@ -33,9 +34,11 @@ def hang(stack: nn.Module, modules: dict[str, nn.Module]) -> list[RemovableHandl
 
     Raises:
         AttributeError: a path leads to no module; the stack is unchanged then.
+        SteeringError: a host is in several places of the stack.
         RuntimeError: a device has no memory for a module; the stack is unchanged then, too.
     """
     hosts = {path: stack.get_submodule(path) for path in modules}
+    refuse_shared(stack, hosts)
     for path, module in modules.items():  # this may run out of memory, so it comes before any host is touched
         module.train(hosts[path].training)
         device = device_of(hosts[path])
@@ -46,13 +49,31 @@ def hang(stack: nn.Module, modules: dict[str, nn.Module]) -> list[RemovableHandl
         for path, module in modules.items():
             host = hosts[path]
             host.add_module(CHILD, module)
-            if hasattr(module, "enter"):
-                handles.append(host.register_forward_pre_hook(_replace_input))
             handles.append(host.register_forward_hook(_replace_output, with_kwargs=True))
     except BaseException:
         unhang(stack, modules, handles)
         raise
     return handles
+
+
+def refuse_shared(stack: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse hosts that are in several places of the stack: what changes one output would change the others.
+
+    Raises:
+        SteeringError: some are; all in one message.
+    """
+    places: dict[int, list[str]] = {}
+    for path, part in stack.named_modules(remove_duplicate=False):
+        places.setdefault(id(part), []).append(path)
+    shared = {" and ".join(found) for path in paths if len(found := places[id(stack.get_submodule(path))]) > 1}
+    if shared:
+        raise SteeringError(
+            listing(
+                f"this {type(stack).__name__} has one module in several places, so an adapter on one of them would "
+                "change the others too. Give each place a copy of its own (copy.deepcopy)",
+                shortened(sorted(shared)),
+            )
+        )
 
 
 def device_of(host: nn.Module) -> torch.device | None:
@@ -78,21 +99,42 @@ def unhang(stack: nn.Module, modules: dict[str, nn.Module], handles: list[Remova
             delattr(host, CHILD)
 
 
-def _replace_input(host: nn.Module, args: tuple[Any, ...]) -> Any:
-    if not args or not torch.is_grad_enabled():
-        return None
-    if _this_pass() is None:
-        return None
-    module: Any = host.get_submodule(CHILD)
-    return (module.enter(args[0]), *args[1:])
-
-
 def _replace_output(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     this_pass = _this_pass()
     if this_pass is None:
         return None
     module: nn.Module = host.get_submodule(CHILD)
-    return replaced(output, module(hidden_of(output), inputs_of(args, kwargs), this_pass))
+    hidden, inputs = hidden_of(output), inputs_of(args, kwargs)
+    if shown_to_others(host, _replace_output):
+        return replaced(output, module(hidden.clone(), inputs, this_pass))
+    if getattr(module, "takes_backward", False) and (weight := frozen_weight(host, inputs, hidden)) is not None:
+        return module(hidden.detach(), inputs, this_pass, weight)
+    return replaced(output, module(hidden, inputs, this_pass))
+
+
+def shown_to_others(host: nn.Module, hook: Callable[..., Any]) -> bool:
+    """Say whether hooks run on `host` before `hook`: they may keep its output, which must then not be written into."""
+    hooks = tuple(host._forward_hooks.values())
+    return (bool(hooks) and hooks[0] is not hook) or bool(nn.modules.module._global_forward_hooks)
+
+
+def frozen_weight(host: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+    """Return the weight of a linear whose backward pass is a product with it and no more; else None.
+
+    Not with quantised linears, trained ones, autocast, weights that are elsewhere outside of the forward pass, and
+    linears whose `forward` other code has replaced.
+    """
+    if not torch.is_grad_enabled() or type(host) is not nn.Linear or "forward" in host.__dict__:
+        return None
+    weight, bias = host.weight, host.bias
+    if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    if type(inputs) is not Tensor or inputs.dim() != 3 or not inputs.dtype == weight.dtype == output.dtype:
+        return None
+    # An offloaded weight is on no device now, and one that ZeRO-3 has cut may be gone.
+    if weight.device != output.device or weight.shape != (output.shape[-1], inputs.shape[-1]):
+        return None
+    return weight
 
 
 def _this_pass() -> ForwardPass | None:
@@ -166,6 +208,8 @@ def dispatch(path: str) -> Callable[..., Any]:
             return None
         kwargs, output = rest
         hidden, inputs = hidden_of(output), inputs_of(args, kwargs)
+        if shown_to_others(host, hook):
+            hidden = hidden.clone()
         for group, module in mine:
             hidden = group.updated(module, hidden, inputs)
         return replaced(output, hidden)

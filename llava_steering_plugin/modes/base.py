@@ -165,8 +165,10 @@ class Mode(ABC):
 
         `output` belongs to the module, which may write into it.
 
-        A module may also have a method `enter(inputs)`. In passes with gradients its host is then called on what
-        `enter` returns: the same numbers, with a backward pass of the module's own.
+        A module whose host is a linear may also do the linear's backward pass, in one with its own. It says so with a
+        true `takes_backward`. In passes with gradients it is then called with `weight` too, the linear's, if that is a
+        plain linear that is not trained: `output` is detached, and the gradient of the result with respect to `inputs`
+        has to be the whole one.
         """
 
     def remarks(self, image_tokens: int) -> list[str]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llava_steering_plugin.errors import TokenMapError
 from llava_steering_plugin.modes.base import DecoderShape, ForwardPass, largest_in, no_autocast
 from llava_steering_plugin.modes.mixlora_balance import BalanceOverSteps, Tally
-from llava_steering_plugin.modes.mixlora_factors import entrance, take, updated
+from llava_steering_plugin.modes.mixlora_factors import take, updated
 from llava_steering_plugin.modes.mixlora_routing import (
     Choice,
     Observed,
@@ -90,12 +90,16 @@ class RoutedLinear(nn.Module):
         self.observed = (Observed.nothing(), Observed.nothing())
         self.tallies = (Tally(factors), Tally(factors))
 
-    def enter(self, inputs: Tensor) -> Tensor:
-        """Return the same numbers as `inputs`, to call the linear on: in training, their backward pass is cheaper."""
-        return entrance(inputs) if self.training else inputs
+    @property
+    def takes_backward(self) -> bool:
+        """Say whether the backward pass of a plain linear is to be done here too, which is cheaper than autograd's."""
+        return self.training and self.routed_a.requires_grad and not self.dropout.p
 
-    def forward(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass) -> Tensor:
+    def forward(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass, weight: Tensor | None = None) -> Tensor:
         """Return `output` plus the update of every row with the factors chosen for it.
+
+        Args:
+            weight: of the linear, if `output` is detached and its backward pass is to be done here.
 
         Raises:
             TokenMapError: the linear sees other positions than the pass has, or a decode step has no prefill.
@@ -109,15 +113,15 @@ class RoutedLinear(nn.Module):
             )
         if inputs.dim() == 2:
             by_rows = output.reshape(rows, positions, -1), inputs.reshape(rows, positions, -1)
-            return self._updated(by_rows[0], by_rows[1], this_pass).view_as(output)
-        return self._updated(output, inputs, this_pass)
+            return self._updated(by_rows[0], by_rows[1], this_pass, weight).view_as(output)
+        return self._updated(output, inputs, this_pass, weight)
 
-    def _updated(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass) -> Tensor:
+    def _updated(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass, weight: Tensor | None) -> Tensor:
         # No views here: autograd adds the base's gradient into the one that `updated` returns if nothing else refers
         # to that, and otherwise allocates a third tensor of the input's size for the sum.
         with no_autocast(output.device):
             a, b = self.factors_for(inputs, this_pass, output.dtype)
-            return updated(output, self.dropout(inputs.to(output.dtype)), a, b)
+            return updated(output, self.dropout(inputs.to(output.dtype)), a, b, weight)
 
     def factors_for(self, hidden: Tensor, this_pass: ForwardPass, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return A [rows, r, in] and alpha / r B [rows, r, out], of `dtype`, for `hidden` [rows, positions, in]."""

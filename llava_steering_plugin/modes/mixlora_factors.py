@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llava_steering_plugin.modes.mixlora_routing import Choice
 
@@ -32,7 +31,6 @@ class _Take(torch.autograd.Function):
         return taken
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         index, taken = ctx.saved_tensors
         gradient = gradient.float()
@@ -62,64 +60,40 @@ def take(pool: Tensor, choice: Choice, dtype: torch.dtype, *, scale: float = 1.0
     return taken
 
 
-class _Entrance(torch.autograd.Function):
-    """Pass the input of a linear on; add the update's part to its gradient in place.
-
-    Autograd would allocate one more tensor of the input's size for that part, and read and write three of them for the
-    sum. The gradient that a linear returns is a fresh tensor with no other holder, so it may be written into.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor) -> Tensor:
-        ctx.updates = {}  # from `_Updated`, whose backward comes before this one
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        for for_narrow, a in ctx.updates.values():
-            gradient.baddbmm_(for_narrow.transpose(1, 2), a)
-        ctx.updates.clear()
-        return gradient
-
-
-def entrance(hidden: Tensor) -> Tensor:
-    """Return `hidden`, [rows, positions, in], to call a linear and then `updated` on: its backward pass is cheaper."""
-    result: Tensor = _Entrance.apply(hidden)  # type: ignore[no-untyped-call]
-    return result
-
-
 class _Updated(torch.autograd.Function):
     """Compute the low-rank update, with a backward of its own: the narrow tensors have shape [rows, r, positions].
 
-    With autograd's backward, half of the products have a transposed narrow operand and take three times as long.
+    With autograd's backward, half of the products have a transposed narrow operand and take three times as long. Given
+    the linear's weight, the backward is that of the linear and of the update in one: their parts of the input's
+    gradient are then written into one tensor. Autograd would allocate a second one of the input's size, and read and
+    write three of them for the sum.
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, hidden: Tensor, a: Tensor, b: Tensor, way_in: Any) -> Tensor:
+    def forward(ctx: Any, output: Tensor, hidden: Tensor, a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:
         narrow = torch.bmm(a, hidden.transpose(1, 2))
-        ctx.way_in = way_in
-        ctx.save_for_backward(hidden, a, b, narrow)
+        ctx.save_for_backward(hidden, a, b, narrow, weight)
         ctx.mark_dirty(output)
         return output.baddbmm_(narrow.transpose(1, 2), b)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, a, b, narrow = ctx.saved_tensors
+        hidden, a, b, narrow, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this backward pass is to be differentiated, and `narrow` has no history
+            narrow = torch.bmm(a, hidden.transpose(1, 2))
         for_narrow = torch.bmm(b, gradient.transpose(1, 2))
         for_hidden = None
-        if ctx.way_in is not None:
-            # Keyed by this call: of several backward passes over one graph, not all need to reach the entrance.
-            ctx.way_in.updates[id(ctx)] = for_narrow, a
+        if ctx.needs_input_grad[1] and weight is not None:
+            for_hidden = torch.mm(gradient.reshape(-1, gradient.shape[-1]), weight).view_as(hidden)
+            for_hidden = for_hidden.baddbmm_(for_narrow.transpose(1, 2), a)
         elif ctx.needs_input_grad[1]:
             for_hidden = torch.bmm(for_narrow.transpose(1, 2), a)
         for_a = torch.bmm(for_narrow, hidden) if ctx.needs_input_grad[2] else None
         for_b = torch.bmm(narrow, gradient) if ctx.needs_input_grad[3] else None
-        return gradient, for_hidden, for_a, for_b, None
+        return gradient if weight is None else None, for_hidden, for_a, for_b, None
 
 
-def updated(output: Tensor, hidden: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def updated(output: Tensor, hidden: Tensor, a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
     """Add (hidden a^T) b to `output` in place and return it, [rows, positions, out].
 
     In place because a copy of `output`, which its linear has just made and needs no more, takes longer than the update.
@@ -129,12 +103,12 @@ def updated(output: Tensor, hidden: Tensor, a: Tensor, b: Tensor) -> Tensor:
         hidden: [rows, positions, in] in the same dtype.
         a: chosen factors, [rows, r, in] in the same dtype.
         b: chosen factors times alpha / r, [rows, r, out] in the same dtype.
+        weight: [out, in] of the linear that has made `output` from `hidden`, frozen; `output` is detached then, and the
+            result's gradient of `hidden` is that of both.
     """
     if torch.is_grad_enabled() and output._is_view():
         # Autograd forbids writing into a view that another function's forward has made, such as the output of
         # bitsandbytes' 8-bit linears. It looks like an ordinary view, such as that of a linear with a bias: copy both.
         output = output.clone()
-    # Only where `hidden` is the result of `entrance` itself, and not a cast, a view or a dropout of it.
-    way_in = hidden.grad_fn if type(hidden.grad_fn) is _Entrance._backward_cls else None
-    result: Tensor = _Updated.apply(output, hidden, a, b, way_in)  # type: ignore[no-untyped-call]
+    result: Tensor = _Updated.apply(output, hidden, a, b, weight)  # type: ignore[no-untyped-call]
     return result

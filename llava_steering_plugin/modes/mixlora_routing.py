@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llava_steering_plugin.modes.base import ForwardPass
 from llava_steering_plugin.modes.mixlora_balance import frequency
@@ -111,7 +110,6 @@ class _Balanced(torch.autograd.Function):
         return probability.view_as(probability)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (own,) = ctx.saved_tensors
         return gradient + own * ctx.this_pass.loss_scale(), None, None

@@ -24,7 +24,7 @@ from llava_steering_plugin.adapters.compatibility import fits
 from llava_steering_plugin.adapters.locate import AdapterSource, read
 from llava_steering_plugin.adapters.original import Original
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, TokenMapError, nearest
-from llava_steering_plugin.hooks.hosts import SharedHooks, dispatch
+from llava_steering_plugin.hooks.hosts import SharedHooks, dispatch, refuse_shared
 from llava_steering_plugin.hooks.owner import ModelOwner, owner_of
 from llava_steering_plugin.hooks.scope import Scope, current, naming
 from llava_steering_plugin.modes.base import ForwardPass
@@ -105,6 +105,7 @@ class AdapterPool(ModelOwner):
         with self._lock:
             if owner_of(self.model) is not self:
                 raise SteeringError("this pool has given its model back; make a new one with AdapterPool(model).")
+            refuse_shared(self.stack, adapter.modules)
             self._hooks.need(adapter.hosts())
             try:
                 self._residency.add(adapter)

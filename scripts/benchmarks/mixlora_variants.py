@@ -27,7 +27,9 @@ HIDDEN, INTERMEDIATE = 4096, 11008
 class DenseDelta(RoutedLinear):
     """Route in the same way, and compute the update as a full matrix for every row: [rows, in, out]."""
 
-    def forward(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass) -> Tensor:
+    takes_backward = False
+
+    def forward(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass, weight: Tensor | None = None) -> Tensor:
         a, b = self.factors_for(inputs, this_pass, output.dtype)
         return output + torch.matmul(inputs, torch.matmul(a.transpose(1, 2), b))
 

@@ -9,6 +9,7 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
 
+from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.hooks.hosts import CHILD, SharedHooks, device_of, dispatch, hang, unhang
 from llava_steering_plugin.hooks.row_groups import Group
 from llava_steering_plugin.hooks.scope import Scope, entered
@@ -75,23 +76,88 @@ def test_a_path_without_a_host_leaves_the_others_untouched() -> None:
     assert not hasattr(layers[0], CHILD) and not layers[0]._forward_hooks
 
 
-def test_enter_replaces_the_input_in_passes_with_gradients_only() -> None:
-    class Enters(Adds):
-        def enter(self, inputs: Tensor) -> Tensor:
-            entered_with.append(inputs)
-            return inputs + 1
+class Fuses(Adds):
+    """Does the backward pass of its linear too."""
 
-    entered_with: list[Tensor] = []
-    layers, this_pass = stack(), a_pass([[0, 0, 0], [0, 0, 0]])
+    def __init__(self) -> None:
+        super().__init__(0.0)
+        self.takes_backward = True
+        self.given: list[Tensor | None] = []
+
+    def forward(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass, weight: Tensor | None = None) -> Tensor:
+        self.given.append(weight)
+        assert (weight is None) or not output.requires_grad
+        return output if weight is None else output + 0 * inputs.sum()
+
+
+def test_a_module_takes_the_backward_pass_of_plain_frozen_linears_in_passes_with_gradients_only() -> None:
+    layers, module = stack(), Fuses()
+    linear = layers[0].linear.requires_grad_(False)
+    inputs = HIDDEN.clone().requires_grad_()
+    hang(layers, {"0.linear": module})
+
+    def takes(*, given: Tensor = inputs) -> bool:
+        with entered(Scope(this_pass=a_pass([[0, 0, 0], [0, 0, 0]]))):
+            linear(given)
+        return module.given[-1] is not None
+
+    assert takes() and module.given[-1] is linear.weight
+    with torch.no_grad():
+        assert not takes()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not takes()
+    linear.bias.requires_grad_(True)
+    assert not takes()
+    linear.bias.requires_grad_(False)
+    module.takes_backward = False
+    assert not takes()
+    module.takes_backward = True
+    linear.forward = linear.forward
+    assert not takes(), "another library has put its own forward there"
+    del linear.forward
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not takes(), "somebody sees the output before the module does"
+    hook.remove()
+    assert takes()
+    cpu_offload(linear, torch.device("cpu"))
+    assert not takes(), "the weight is on the meta device until the linear is called again"
+
+
+class Doubles(Adds):
+    """Writes into the output of its host, as modules may."""
+
+    def forward(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass) -> Tensor:
+        return output.mul_(2)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["a child", "a shared hook"])
+def test_a_hook_that_was_there_before_sees_the_hosts_own_output(shared: bool) -> None:
+    layers, seen, module = stack().requires_grad_(False), [], Doubles(0.0)
     linear = layers[0].linear
-    plain, above = linear(HIDDEN), linear(HIDDEN + 1)
-    hang(layers, {"0.linear": Enters(0.0)})
-    with entered(Scope(this_pass=this_pass)):
-        assert torch.equal(linear(HIDDEN), above)
-        with torch.no_grad():
-            assert torch.equal(linear(HIDDEN), plain)
-    assert torch.equal(linear(HIDDEN), plain)
-    assert len(entered_with) == 1
+    plain = linear(HIDDEN)
+    before = linear.register_forward_hook(lambda host, args, output: seen.append(output))
+    this_pass = a_pass(VISUAL)
+    if shared:
+        linear.register_forward_hook(dispatch("0.linear"), with_kwargs=True)
+        scope = Scope(groups=(Group({"0.linear": module}, this_pass, None, (2, 3)),))
+    else:
+        hang(layers, {"0.linear": module})
+        scope = Scope(this_pass=this_pass)
+    with entered(scope):
+        assert torch.equal(linear(HIDDEN), 2 * plain)
+        assert torch.equal(seen[0], plain)
+        before.remove()
+        assert torch.equal(linear(HIDDEN), 2 * plain)
+
+
+def test_a_host_in_two_places_is_refused_and_nothing_is_hung() -> None:
+    layers = nn.Sequential(Layer(), Layer(), Layer())
+    layers[2].linear = layers[0].linear
+    for paths in (["0.linear"], ["1.linear", "2.linear"], ["0.linear", "2.linear"]):
+        with pytest.raises(SteeringError, match=r"several places.*\n  - 0\.linear and 2\.linear"):
+            hang(layers, {path: Adds(1.0) for path in paths})
+    assert not any(hasattr(part, CHILD) or part._forward_hooks for part in layers.modules())
+    hang(layers, {"1.linear": Adds(1.0), "0": Adds(1.0)})  # not these
 
 
 def test_the_device_is_where_an_offloaded_host_computes() -> None:
