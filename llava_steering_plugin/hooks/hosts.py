@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from llava_steering_plugin.distributed import is_partitioned
 from llava_steering_plugin.errors import SteeringError, listing, shortened
 from llava_steering_plugin.hooks.scope import current
 from llava_steering_plugin.modes.base import ForwardPass
@@ -121,8 +122,8 @@ def shown_to_others(host: nn.Module, hook: Callable[..., Any]) -> bool:
 def frozen_weight(host: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
     """Return the weight of a linear whose backward pass is a product with it and no more; else None.
 
-    Not with quantised linears, trained ones, autocast, weights that are elsewhere outside of the forward pass, and
-    linears whose `forward` other code has replaced.
+    Not with quantised linears, trained ones, autocast, weights that are elsewhere outside of the forward pass or that
+    ZeRO-3 has cut, and linears whose `forward` other code has replaced.
     """
     if not torch.is_grad_enabled() or type(host) is not nn.Linear or "forward" in host.__dict__:
         return None
@@ -131,8 +132,8 @@ def frozen_weight(host: nn.Module, inputs: Any, output: Tensor) -> Tensor | None
         return None
     if type(inputs) is not Tensor or inputs.dim() != 3 or not inputs.dtype == weight.dtype == output.dtype:
         return None
-    # An offloaded weight is on no device now, and one that ZeRO-3 has cut may be gone.
-    if weight.device != output.device or weight.shape != (output.shape[-1], inputs.shape[-1]):
+    # An offloaded weight is on no device now, and one that ZeRO-3 has cut is gone after the linear's own backward.
+    if weight.device != output.device or is_partitioned(weight):
         return None
     return weight
 
