@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ranks
 from deepspeed_files import zero
-from rank_runs import RESUMABLE, assert_equal, losses
+from rank_runs import RESUMABLE, assert_equal, losses, resumed_from
 from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 
@@ -40,7 +40,7 @@ def validating(folder: Path, **overrides: object) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs on two ranks, without and with validation, and of the latter on one rank in this process."""
+    """A folder of runs on two ranks, without and with validation, and `one-rank`, a validation in this process."""
     folder = tmp_path_factory.mktemp("validated")
     samples = json.loads(tiny.data.read_text())
     # Seven: two ranks have shares of four, one of them with a sample of the other's. One sample has no image.
@@ -54,8 +54,10 @@ def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
             train_flags(tiny, folder / f"{kind}-best", {**STRAYING, **engine, **validating(folder)}),
         ]
     ranks.run_on_ranks(wanted, patched_llava, folder)
-    once = {**RESUMABLE, "per_device_train_batch_size": 4, **validating(folder)}
-    train_in_process(train_flags(tiny, folder / "one-rank", once))
+    # The adapter that two ranks have trained, validated on one: nothing is left to train.
+    again = {"evaluation_strategy": "no", "eval_steps": None, "do_eval": True}
+    ended = resumed_from(folder / "ddp-validated", 6, folder / "one-rank")
+    train_in_process(train_flags(tiny, ended, {**RESUMABLE, **validating(folder), **again}))
     return folder
 
 
@@ -76,10 +78,12 @@ def test_a_training_ends_bit_equal_with_and_without_validation(runs: Path, kind:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_sample_counts_once_however_many_ranks_there_are(runs: Path, kind: str) -> None:
-    # Before the first step differs: the ranks draw other dropout.
-    assert evaluations(runs / f"{kind}-validated")[1] == pytest.approx(evaluations(runs / "one-rank")[1], abs=0.02)
+def test_every_sample_counts_once_however_many_ranks_there_are(runs: Path) -> None:
+    by_two, by_one = [entry["eval_loss"] for entry in history(runs / "one-rank") if "eval_loss" in entry][-2:]
+    two = evaluations(runs / "ddp-validated")
+    assert by_two == two[6] and by_one == pytest.approx(by_two, rel=1e-6)
+    # Under ZeRO-3 the vision tower computes in float32, and the losses differ by a few 1e-4.
+    assert evaluations(runs / "zero-3-validated") == pytest.approx(two, rel=1e-3)
 
 
 @pytest.mark.slow
