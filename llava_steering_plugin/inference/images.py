@@ -11,6 +11,7 @@ from PIL import Image
 
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.inference.squares import process_images
+from llava_steering_plugin.training.sample_checks import misread
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -33,12 +34,8 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def like_channels(width: int, height: int) -> bool:
-    """Return whether a picture is so small that image processors of transformers misread it.
-
-    They take a first dimension of 1 or 3 for colour channels: one of 1 x 1 pixels fails, one of 3 x 3 gets wrong axes.
-    The dimension is the height, or the longer side where LLaVA pads to a square.
-    """
-    return height in (1, 3) or max(width, height) in (1, 3)
+    """Return whether a picture is so small that it is misread, padded to a square or not."""
+    return any(misread(width, height, padded=padded) for padded in (True, False))
 
 
 def image_arguments(pictures: Sequence[Image.Image], processor: Any, model: Any, config: Any = None) -> dict[str, Any]:
