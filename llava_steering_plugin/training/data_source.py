@@ -93,6 +93,19 @@ def check_entries(entries: Any, source: DataSource, *, images_work: bool) -> Non
         raise DataError(f"{name} of {source.path} has an image, and the flags lack {' and '.join(missing)}.")
 
 
+def refuse_bad_entries(entries: Sequence[Any], source: DataSource) -> None:
+    """Look at all entries of a data file, at no picture.
+
+    Raises:
+        DataError: LLaVA cannot be trained on one. The message names the first one, and counts the others.
+    """
+    check = source.checks.structure
+    bad = [number for number, entry in enumerate(entries) if check(entry)]
+    if bad:
+        entry = entries[bad[0]]
+        raise DataError(refusal(source, bad[0], entry, source.checks.of(entry, whole=True), len(bad) - 1))
+
+
 def no_list(path: str, found: Any) -> str:
     """Return the message for a data file that holds something else than a list of samples."""
     kind = "an object" if isinstance(found, dict) else f"{type(found).__name__}"

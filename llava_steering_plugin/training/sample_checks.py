@@ -115,14 +115,14 @@ class SampleChecks:
         try:
             status = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
-            return [Defect("image_missing", f"there is no image {path}")]
+            return [Defect("image_missing", f"there is no image {_printable(path)}")]
         except (OSError, ValueError) as error:
-            return [Defect("image_unreadable", f"the image {path!r} cannot be opened: {_words_of(error)}")]
+            return [Defect("image_unreadable", f"the image {_printable(path)} cannot be opened: {_words_of(error)}")]
         if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for its writer
             what = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
-            return [Defect("image_unreadable", f"the image {path} is {what}")]
+            return [Defect("image_unreadable", f"the image {_printable(path)} is {what}")]
         if status.st_size == 0:
-            return [Defect("image_unreadable", f"the image {path} is empty (0 bytes)")]
+            return [Defect("image_unreadable", f"the image {_printable(path)} is empty (0 bytes)")]
         return self._content_defects(path, whole)
 
     def _content_defects(self, path: str, whole: bool) -> list[Defect]:
@@ -137,7 +137,7 @@ class SampleChecks:
         return []
 
     def _size_defects(self, path: str, width: int, height: int) -> list[Defect]:
-        size = f"the image {path} has {width} x {height} pixels"
+        size = f"the image {_printable(path)} has {width} x {height} pixels"
         if misread(width, height, padded=self.padded):
             return [Defect("image_size", f"{size}, and LLaVA would take a side of 1 or 3 for the colours")]
         long, short = max(width, height), max(1, min(width, height))
@@ -210,9 +210,9 @@ def _size_of(path: str, *, whole: bool = False) -> tuple[int, int]:
                 file.convert("RGB")
             return file.size
     except UnidentifiedImageError as error:
-        raise DataError(f"the image {path} is of no format that can be read, or is damaged") from error
+        raise DataError(f"the image {_printable(path)} is of no format that can be read, or is damaged") from error
     except Exception as error:  # decoders raise all kinds of errors on a damaged file
-        raise DataError(f"the image {path} cannot be read: {_words_of(error)}") from error
+        raise DataError(f"the image {_printable(path)} cannot be read: {_words_of(error)}") from error
 
 
 def misread(width: int, height: int, *, padded: bool) -> bool:
@@ -257,6 +257,11 @@ def _turn_defects(number: int, turn: Any, *, roles_matter: bool) -> list[Defect]
     elif not _is_unicode(value):
         found.append(Defect("unicode", f"turn {number} holds half of a surrogate pair, which no tokenizer reads"))
     return found
+
+
+def _printable(path: str) -> str:
+    # Names may hold line ends, and halves of surrogate pairs, which no terminal takes.
+    return path if path.isprintable() else repr(path)
 
 
 def _is_unicode(text: str) -> bool:

@@ -8,11 +8,18 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import Dataset, Sampler
 
 from llava_steering_plugin.errors import DataError
-from llava_steering_plugin.training.data_source import SOURCE, DataSource, failure, refusal, with_sound_entries
+from llava_steering_plugin.training.data_source import (
+    SOURCE,
+    DataSource,
+    failure,
+    refusal,
+    refuse_bad_entries,
+    with_sound_entries,
+)
 from llava_steering_plugin.training.sample_checks import Defect, name_of
 from llava_steering_plugin.training.stand_ins import StandIns
 
@@ -103,10 +110,9 @@ class NumberedDataset(Dataset[dict[str, Any]]):
     def _defects(self, number: int, *, whole: bool) -> list[Defect]:
         return [] if self.source is None else self.source.checks.of(self.dataset.list_data_dict[number], whole=whole)
 
-    def _describe(self, number: int, defects: Sequence[Defect], others: int = 0) -> str:
+    def _describe(self, number: int, defects: Sequence[Defect]) -> str:
         entries = getattr(self.dataset, "list_data_dict", None)
-        entry = None if entries is None else entries[number]
-        return refusal(self.source, number, entry, defects, others)
+        return refusal(self.source, number, None if entries is None else entries[number], defects)
 
     def refuse_bad_entries(self) -> None:
         """Look at all entries of the data file, at no picture, unless bad samples are skipped.
@@ -114,12 +120,8 @@ class NumberedDataset(Dataset[dict[str, Any]]):
         Raises:
             DataError: LLaVA cannot be trained on a sample. The message names the first one.
         """
-        if self.source is None or self.stand_ins is not None:
-            return
-        check = self.source.checks.structure
-        bad = [number for number, entry in enumerate(self.dataset.list_data_dict) if check(entry)]
-        if bad:
-            raise DataError(self._describe(bad[0], self._defects(bad[0], whole=True), len(bad) - 1))
+        if self.source is not None and self.stand_ins is None:
+            refuse_bad_entries(self.dataset.list_data_dict, self.source)
 
     def name_of(self, number: int) -> str:
         """Return how a user finds a sample in the data file: its position, and its id if it has one."""
@@ -146,14 +148,27 @@ class NumberedCollator:
 def take_marks(batch: dict[str, Any], skipped: set[int]) -> Tensor | None:
     """Take the numbers of its samples out of a batch, and return them; add those of skipped ones to `skipped`.
 
+    Every rank calls this for each of its batches, so that all of them end when one has to: the others would wait for it
+    in the middle of their steps.
+
     Raises:
-        DataError: the batch holds a bad sample, and they are not skipped.
+        DataError: the batch, or that of another rank, holds a bad sample, and they are not skipped.
     """
-    if REFUSED in batch:
-        raise DataError(batch[REFUSED])
+    message = batch.get(REFUSED)
+    if _on_any_rank(message is not None):
+        raise DataError(message or "another rank has met a bad sample, which its own message names.")
     if SKIPPED in batch:
         skipped.update(batch.pop(SKIPPED).tolist())
     return batch.pop(SAMPLE_NUMBERS, None)
+
+
+def _on_any_rank(flag: bool) -> bool:
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return flag
+    on_gpu = distributed.get_backend() == "nccl"
+    flags = torch.tensor(float(flag), device=torch.cuda.current_device() if on_gpu else "cpu")
+    distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+    return bool(flags)
 
 
 def _refused(message: str) -> dict[str, Any]:

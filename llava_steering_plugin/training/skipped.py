@@ -71,8 +71,11 @@ class SkippedSamples(TrainerCallback):
             self._entries[number] = self._entry(number)
         entries = [self._entries[number] for number in sorted(self.numbers)]
         part = self.file.with_suffix(".partial")
-        part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, self.file)
+        try:
+            part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+            os.replace(part, self.file)
+        except OSError as error:
+            logger.warning("the list of skipped samples cannot be written to %s: %s", self.file, error.strerror)
         return entries
 
     def _entry(self, number: int) -> dict[str, Any]:

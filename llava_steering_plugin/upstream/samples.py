@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
 from llava_steering_plugin.training.attaching import REQUEST
-from llava_steering_plugin.training.data_source import SOURCE, DataSource, check_entries, reading
+from llava_steering_plugin.training.data_source import SOURCE, DataSource, check_entries, reading, refuse_bad_entries
 from llava_steering_plugin.training.flags import mode_is_on
 from llava_steering_plugin.training.sample_checks import ALTERNATING, PLAIN, SINGLE, SampleChecks
+
+QUICKLY_READ = 64 << 20  # bytes
+# Values of --version for which LLaVA leaves the template as it is.
+KEEPING_THE_TEMPLATE = ("v0", "v0.5")
 
 
 def with_source(original: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -40,11 +47,40 @@ def with_source(original: Callable[..., Any], instance: Any, args: tuple[Any, ..
     check_entries(instance.list_data_dict, source, images_work=processor is not None)
 
 
-def template_style() -> str:
-    """Return how LLaVA's `preprocess` reads turns in the conversation template that it has now."""
+def refuse_bad_data(flags: Namespace) -> None:
+    """Read the data files of a training with a mode and check their entries, if that takes a second at most.
+
+    LLaVA reads them once it has loaded the model, and the training looks at them again then.
+
+    Raises:
+        DataError: one cannot be read, is no list of samples, or holds a bad one and these are not skipped.
+    """
+    for path in filter(None, (flags.data_path, getattr(flags, "eval_data_path", None))):
+        if not os.path.isfile(path) or os.path.getsize(path) > QUICKLY_READ:
+            continue
+        with reading(path), open(path) as file:  # in the encoding of the locale, as LLaVA opens it
+            entries = json.load(file)
+        checks = SampleChecks(
+            flags.image_folder, padded=flags.image_aspect_ratio == "pad", style=template_style(flags.version)
+        )
+        source = DataSource(path, checks, flags.version)
+        check_entries(entries, source, images_work=flags.vision_tower is not None)
+        if not flags.skip_bad_samples:
+            refuse_bad_entries(entries, source)
+
+
+def template_style(version: str | None = None) -> str:
+    """Return how LLaVA's `preprocess` reads turns.
+
+    Args:
+        version: of the conversation template, as --version names it; None: the one that LLaVA has set.
+    """
     from llava import conversation
 
     template = conversation.default_conversation
+    if version is not None and version not in KEEPING_THE_TEMPLATE:
+        templates = conversation.conv_templates
+        template = templates.get(version, templates["vicuna_v1"])
     if template.sep_style.name == "PLAIN":
         return PLAIN
     if template.sep_style.name == "LLAMA_2" or template.version.startswith("v1") or template.version == "mpt":

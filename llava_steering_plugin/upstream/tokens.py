@@ -17,6 +17,7 @@ from llava_steering_plugin.adapters.base_model import read_config
 from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.hooks.token_map import IGNORED
+from llava_steering_plugin.upstream.samples import KEEPING_THE_TEMPLATE
 
 USUAL_IMAGE_TOKENS = 576  # of LLaVA-1.5
 UNLIMITED = 1 << 30
@@ -66,7 +67,7 @@ class TokenCounter:
         )
         templates = conversation.conv_templates
         self.template = conversation.default_conversation
-        if version not in ("v0", "v0.5"):
+        if version not in KEEPING_THE_TEMPLATE:
             self.template = templates.get(version, templates["vicuna_v1"])
         if version == "v0" and self.tokenizer.pad_token is None:
             self.tokenizer.add_special_tokens({"pad_token": "[PAD]"})

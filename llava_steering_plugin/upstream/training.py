@@ -22,7 +22,7 @@ from llava_steering_plugin.training.flags import CANNOT_START, TrainingRequest, 
 from llava_steering_plugin.training.resuming import folder_problems
 from llava_steering_plugin.training.trainer import SteeringTrainerMixin
 from llava_steering_plugin.training.trainer_flags import machine_problems
-from llava_steering_plugin.upstream.samples import with_source
+from llava_steering_plugin.upstream.samples import refuse_bad_data, with_source
 from llava_steering_plugin.upstream.seams import require
 
 # Values of --version that LLaVA's train() knows without a conversation template of that name.
@@ -68,6 +68,8 @@ def _checked(module: ModuleType) -> Callable[..., Any]:
             _exit(ArgumentsError(listing(CANNOT_START, problems)), every_rank=False)
         token = REQUEST.set(request)
         try:
+            if mode_is_on(request.flags):
+                refuse_bad_data(request.flags)
             return original(*args, **kwargs)
         except SteeringError as error:
             _exit(error, every_rank=True)

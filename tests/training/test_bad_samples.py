@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from rank_runs import MORES, ONE_RANK, PARITY, TWO_RANKS, assert_close, assert_e
 from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 
+from llava_steering_plugin.training.samples import NumberedDataset
 from llava_steering_plugin.training.skipped import LIST, SkippedSamples
 
 # All 28 samples are seen in the first epoch, and the bad ones again in the second.
@@ -77,12 +79,37 @@ def test_a_bad_picture_is_one_clear_error_also_from_a_worker_of_the_data_loader(
     )
 
 
-def test_a_bad_entry_is_an_error_before_the_first_step_wherever_it_stands(
+def test_a_bad_entry_is_an_error_before_a_model_is_loaded_wherever_it_stands(
     tiny: TinyLlava, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data = with_bad(tiny, tmp_path, BAD)
+    error = error_of(tiny, tmp_path, {"data_path": data, "model_name_or_path": tmp_path / "no-model"}, capfd)
+    assert f"cannot be trained on sample 7 (id 'bad') of {data} (2 more are bad):\n  - turn 1 says null\n" in error
+
+
+def test_a_bad_entry_of_a_large_file_is_an_error_before_the_first_step(
+    tiny: TinyLlava, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llava_steering_plugin.upstream import samples
+
+    monkeypatch.setattr(samples, "QUICKLY_READ", 100)
+    data = with_bad(tiny, tmp_path, BAD)
     error = error_of(tiny, tmp_path, {"data_path": data, "max_steps": 1}, capfd)
     assert f"cannot be trained on sample 7 (id 'bad') of {data} (2 more are bad):\n  - turn 1 says null\n" in error
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("{", "is no JSON: "), ("[]", "holds no samples"), ('{"a": 1}\n{"a": 2}', "Is it JSON Lines?")],
+    ids=["cut", "empty", "lines"],
+)
+def test_a_data_file_of_something_else_is_an_error_before_a_model_is_loaded(
+    tiny: TinyLlava, tmp_path: Path, capfd: pytest.CaptureFixture[str], content: str, reason: str
+) -> None:
+    data = tmp_path / "data.json"
+    data.write_text(content)
+    error = error_of(tiny, tmp_path, {"data_path": data, "model_name_or_path": tmp_path / "no-model"}, capfd)
+    assert str(data) in error and reason in error
 
 
 def test_a_data_file_that_is_missing_is_an_error_before_a_model_is_loaded(
@@ -152,8 +179,6 @@ def test_the_flag_changes_nothing_where_no_sample_is_bad(tiny: TinyLlava, tmp_pa
 
 
 def test_a_list_of_an_earlier_training_in_the_folder_goes(tmp_path: Path) -> None:
-    from types import SimpleNamespace
-
     (tmp_path / LIST).write_text("[]")
     callback = SkippedSamples(object(), tmp_path, set())  # type: ignore[arg-type]
     callback.on_train_begin(SimpleNamespace(process_index=1), SimpleNamespace(global_step=0), None)
@@ -177,6 +202,29 @@ def test_two_ranks_skip_what_one_rank_skips_and_an_error_of_one_ends_both(
         )
     assert "ended with" in str(stopped.value)
     assert str(stopped.value).count(f"LLaVA cannot be trained on sample 7 (id 'lost') of {lost}:") == 1
+    assert "another rank has met a bad sample, which its own message names." in str(stopped.value)
+    assert "Connection closed" not in str(stopped.value)
     train_in_process(train_flags(tiny, run / "one", {**flags, **ONE_RANK}))
     assert_close(run / "one", run / "two")
     assert (run / "two" / LIST).read_bytes() == (run / "whole" / LIST).read_bytes()
+
+
+def test_a_list_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / LIST).mkdir()
+    callback = SkippedSamples(NumberedDataset(Entries()), tmp_path, {1})
+    with caplog.at_level(logging.WARNING, "llava_steering_plugin"):
+        callback.on_train_end(SimpleNamespace(process_index=0), None, None)
+    assert "cannot be written" in caplog.messages[0]
+    assert "1 of 2 samples were skipped" in caplog.messages[1] and "sample 1 (id 'b')" in caplog.messages[1]
+
+
+class Entries:
+    """What `NumberedDataset` needs of LLaVA's dataset."""
+
+    list_data_dict = ({"id": "a"}, {"id": "b"})
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        raise ValueError(number)

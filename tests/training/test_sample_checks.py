@@ -296,6 +296,8 @@ def test_the_styles_of_versions_are_those_of_llavas_templates(reader: Reader, mo
             template = conversation.conv_templates.get(version, conversation.conv_templates["vicuna_v1"])
         monkeypatch.setattr(conversation, "default_conversation", template)
         assert template_style() == style_of(version), version
+        monkeypatch.setattr(conversation, "default_conversation", usual)
+        assert template_style(version) == style_of(version), version
 
 
 def test_captions_of_stage_1_are_a_picture_and_two_turns_of_any_role() -> None:
