@@ -17,6 +17,7 @@ from PIL import Image
 from llava_steering_plugin.chat.streaming import AnswerStop, AnswerStreamer, Speed, first_interrupt
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.inference.base_model import LoadedBase
+from llava_steering_plugin.inference.context import PromptTokens
 from llava_steering_plugin.inference.images import image_arguments, read_image
 from llava_steering_plugin.pool.pool import BASE
 from llava_steering_plugin.upstream.conversations import about_an_image, checked_template
@@ -187,14 +188,18 @@ class Chat:
             )
 
     def _room(self, ids: torch.Tensor) -> int:
-        """Return how many tokens the context holds after the prompt, counted as upstream's worker counts them."""
-        context = int(getattr(self.model.config, "max_position_embeddings", 2048))
-        length = ids.shape[1]
-        if self._image is not None:
-            length += self.model.get_vision_tower().num_patches
-        if length >= context:
+        """Return how many tokens the context holds after the prompt.
+
+        Raises:
+            ChatError: none, or LLaVA would cut the end of the prompt off.
+        """
+        tokens = PromptTokens.of_model(self.model)
+        length = tokens.count(ids[0].tolist(), [] if self._image is None else [self._image.size])
+        most = tokens.context.prompt(self._image is not None)
+        if most is not None and length > most:
             raise ChatError(
-                f"the conversation is too long: {length:,} tokens with this question; the model takes {context:,}. "
+                f"the conversation is too long: {length:,} tokens with this question; the model takes {most:,}. "
                 "/reset begins a new one."
             )
-        return context - length
+        positions = tokens.context.positions
+        return self.max_new_tokens if positions is None else positions - length

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llava_steering_plugin.errors import ArgumentsError, NotFiniteError
+from llava_steering_plugin.errors import ArgumentsError, NotFiniteError, Problems
 from llava_steering_plugin.inference import options
+
+if TYPE_CHECKING:
+    from llava_steering_plugin.inference.questions import Question
 
 
 def evaluate(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The base model, a LLaVA: folder or hub id.")],
     question_file: Annotated[Path, typer.Option(help="LLaVA's question.jsonl; a line may name an adapter.")],
     image_folder: Annotated[Path, typer.Option(help="Folder of the images that the questions name.")],
-    answers_file: Annotated[Path, typer.Option(help="LLaVA's answer.jsonl; an existing file is overwritten.")],
+    answers_file: Annotated[Path, typer.Option(help="LLaVA's answer.jsonl; a complete one is overwritten.")],
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="[NAME=]ADAPTER", help="An adapter: folder or hub id. May be repeated.")
     ] = None,
@@ -40,6 +42,7 @@ def evaluate(
         float | None, typer.Option(min=0, max=1, help="Sample from the most likely tokens of this total probability.")
     ] = None,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams of the beam search; 1: none.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the random numbers, where tokens are sampled.")] = 0,
     device: options.Device = "auto",
     load_4bit: options.Load4bit = False,
     load_8bit: options.Load8bit = False,
@@ -48,12 +51,20 @@ def evaluate(
     """Answer a file of questions in batches, each question with an adapter of its own, in LLaVA's formats.
 
     A line {"question_id": 3, "image": "3.png", "text": "...", "adapter": "cats"} asks the adapter `cats`; __base__
-    stands for the base without an adapter.
+    stands for the base without an adapter. After an interruption, the same command goes on where it ended.
     """
-    chosen = options.choose_device(device)
+    problems = Problems()
+    chosen = device
+    with problems.noted():
+        chosen = options.choose_device(device)
+    with problems.noted():
+        options.check_bits(load_4bit, load_8bit)
 
     from llava_steering_plugin.checkout.find import find_llava
-    from llava_steering_plugin.inference.base_model import load_base
+    from llava_steering_plugin.inference.answers_file import AnswersFile, contents_of
+    from llava_steering_plugin.inference.base_files import check_adapters_fit, is_llava
+    from llava_steering_plugin.inference.base_model import load_base, no_llava, read_base_config
+    from llava_steering_plugin.inference.question_lengths import check_lengths
     from llava_steering_plugin.inference.questions import AnswerOptions, BatchAnswers, check_questions, read_questions
     from llava_steering_plugin.inference.sources import load_all, locate_all, read_sources
     from llava_steering_plugin.pool.pool import BASE
@@ -61,36 +72,67 @@ def evaluate(
     from llava_steering_plugin.upstream.install import install
 
     # Check everything that flags and files tell before the model is loaded.
-    sources = read_sources(adapter or [])
-    default = ask or (next(iter(sources)) if len(sources) == 1 else BASE)
-    questions = read_questions(question_file, default)
-    check_questions(questions, (BASE, *sources), image_folder)
-    find_llava()  # its error says what to do if there is none
-    install()
-    if conv_mode is not None:
-        checked_template(conv_mode)
-    check_writable(answers_file)
-    folders = locate_all(sources)
+    with problems.noted():
+        find_llava()  # its error says what to do if there is none
+        install()
+        if conv_mode is not None:
+            checked_template(conv_mode)
+    sources = read_sources(adapter or [], problems)
+    folders = locate_all(sources, problems)
+    questions: list[Question] = []
+    with problems.noted():
+        questions = read_questions(question_file, ask or (next(iter(sources)) if len(sources) == 1 else BASE))
+    with problems.noted():
+        check_questions(questions, (BASE, *sources), image_folder)
+    with problems.noted():
+        check_writable(answers_file)
+    config: dict[str, Any] = {}
+    with problems.noted():
+        config = read_base_config(base, " Give the base that the adapters were trained on.")
+        if not is_llava(config):
+            raise no_llava(base)
+        check_adapters_fit(folders, base, config)
+    if config and questions and not problems.errors:
+        templates = {name: conv_mode or folder.config.conversation for name, folder in folders.items()}
+        with problems.noted():
+            notes = check_lengths(questions, image_folder, base, config, {BASE: conv_mode, **templates}, max_new_tokens)
+            for note in notes:
+                typer.echo(f"note: {note}", err=True)
     generation = {
         "max_new_tokens": max_new_tokens,
         "num_beams": num_beams,
         "use_cache": True,
         **({"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}),
     }
-    loaded = load_base(
-        base, device=chosen, load_4bit=load_4bit, load_8bit=load_8bit, max_resident=max_resident, only_llava=True
-    )
-    load_all(loaded.pool.load, folders)
-    answers = BatchAnswers(loaded, image_folder, AnswerOptions(batch_size, conv_mode, generation))
-    failed = 0
-    with answers_file.open("w", encoding="utf-8") as file:
-        for line in answers.lines(questions):
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            failed += "error" in line["metadata"]
-    if failed:
+    settings = {
+        "base": [str(base), contents_of(base, hashed=False)],
+        "adapters": {name: contents_of(folder, hashed=True) for name, folder in folders.items()},
+        "batch size": batch_size,
+        "conversation template": conv_mode,
+        "seed": seed,
+        "bits": 4 if load_4bit else 8 if load_8bit else 16,
+        "device": chosen.partition(":")[0],
+        **generation,
+    }
+    file = AnswersFile(answers_file, settings)
+    already = 0
+    with problems.noted():
+        already = file.answered(questions, batch_size) if not problems.errors else int(file.check())
+    problems.raise_any("these questions cannot be answered")
+    if already:
+        typer.echo(f"{already} of {len(questions)} answers are there; the rest follows", err=True)
+    if already < len(questions):
+        loaded = load_base(
+            base, device=chosen, load_4bit=load_4bit, load_8bit=load_8bit, max_resident=max_resident, only_llava=True
+        )
+        load_all(loaded.pool.load, folders)
+        answers = BatchAnswers(loaded, image_folder, AnswerOptions(batch_size, conv_mode, generation, seed))
+        file.write(answers.batches(questions, already), already)
+    else:
+        file.write((), already)
+    if file.failed:
         raise NotFiniteError(
-            f"{failed} of {len(questions)} questions have no answer: the logits became NaN or infinite. In "
+            f"{file.failed} of {len(questions)} questions have no answer: the logits became NaN or infinite. In "
             f"{answers_file}, `metadata` names the adapter."
         )
     typer.echo(f"{len(questions)} answers in {answers_file}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from llava_steering_plugin.errors import SteeringError, TokenMapError
+from llava_steering_plugin.hooks import padding
 from llava_steering_plugin.hooks.checkpointing import (
     bound_to_scope,
     change_checkpointing,
@@ -156,6 +157,7 @@ class ModelOwner:
         return self._or_of_base("forward", original)(*args, **kwargs)
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = padding.on_the_left(self.model, args, kwargs, spliced=self._takes_images)
         with self._opened(args, kwargs, generating=True) as scope:
             rows = FiniteRows(end_token(self.model, kwargs))
             args, kwargs = watched(original, args, kwargs, rows)
@@ -173,9 +175,12 @@ class ModelOwner:
 
     def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         scope = current()
-        if scope is None or scope.owner is not self or id(self) in scope.disabled:
-            return self._or_of_base("prepare_inputs_labels_for_multimodal", original)(*args, **kwargs)
-        result, tokens = spliced(original, *args, **kwargs)
+        splice = self._or_of_base("prepare_inputs_labels_for_multimodal", original)
+        if scope is None or scope.owner is not self or (id(self) in scope.disabled and not scope.generating):
+            return splice(*args, **kwargs)
+        result, tokens = spliced(splice, *args, **kwargs)
+        if tokens is not None and scope.generating:
+            result, tokens = padding.left_spliced(result, tokens)
         if tokens is not None:
             scope.tokens = tokens
         return result

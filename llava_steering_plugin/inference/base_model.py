@@ -76,6 +76,11 @@ def loading_name(path: str, config: Mapping[str, Any]) -> str:
     return str(get_model_name_from_path(path))
 
 
+def no_llava(path: str) -> ArgumentsError:
+    """Return the error for a plain language model where a LLaVA is needed."""
+    return ArgumentsError(f"{path} is no LLaVA (its config.json has no mm_vision_tower); give the adapters' base.")
+
+
 def load_base(
     path: str,
     *,
@@ -98,7 +103,7 @@ def load_base(
     """
     config = read_base_config(path, " Give the base that the adapters were trained on." if only_llava else "")
     if only_llava and not is_llava(config):
-        raise ArgumentsError(f"{path} is no LLaVA (its config.json has no mm_vision_tower); give the adapters' base.")
+        raise no_llava(path)
     check_folder(path, "the base")
     if isinstance(tower := config.get("mm_vision_tower"), str):
         check_folder(tower, "the vision tower")

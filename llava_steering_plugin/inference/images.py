@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any
 
 import torch
 from PIL import Image
@@ -31,6 +31,20 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     if like_channels(*image.size):
         raise ArgumentsError(f"{path} has {image.width} x {image.height} pixels, too few to be read as an image.")
     return image
+
+
+def image_size(path: str | os.PathLike[str] | IO[bytes]) -> tuple[int, int]:
+    """Return width and height of the image in a file, without reading its pixels.
+
+    Raises:
+        ArgumentsError: it cannot be read as an image.
+    """
+    try:
+        with Image.open(path) as file:
+            width, height = file.size
+    except Exception as error:
+        raise ArgumentsError(f"{path} cannot be read as an image, or is damaged.") from error
+    return width, height
 
 
 def like_channels(width: int, height: int) -> bool:

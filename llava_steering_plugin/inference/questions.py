@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
+import random
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +49,14 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """The answer to a question; `error` says why there is none."""
+
+    text: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
 class AnswerOptions:
     """Settings for answering questions.
 
@@ -56,11 +64,13 @@ class AnswerOptions:
         batch_size: questions answered at the same time.
         conversation: LLaVA's template for all of them; None: each adapter's own, `CONVERSATION` for the base.
         generation: further arguments of `generate`.
+        seed: of the random numbers, where tokens are sampled.
     """
 
     batch_size: int
     conversation: str | None
     generation: dict[str, Any]
+    seed: int = 0
 
 
 def read_questions(path: Path, adapter: str = BASE) -> list[Question]:
@@ -73,7 +83,8 @@ def read_questions(path: Path, adapter: str = BASE) -> list[Question]:
         ArgumentsError: the file cannot be read, or lines in it are no questions; the message lists them all.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # At line feeds only, as LLaVA does: JSON may hold other characters that end lines for str.splitlines().
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise ArgumentsError(f"the questions in {path} cannot be read: {error}") from error
     questions, problems = [], []
@@ -135,35 +146,41 @@ class BatchAnswers:
     """
 
     def __init__(self, loaded: LoadedBase, images: Path, options: AnswerOptions):
-        from llava.conversation import conv_templates
-
         self.pool, self.tokenizer, self.processor = loaded.pool, loaded.tokenizer, loaded.processor
         self.model: Any = loaded.pool.model
-        self.images, self.options, self.templates = images, options, conv_templates
+        self.images, self.options = images, options
         if not hasattr(self.model, "prepare_inputs_labels_for_multimodal"):
             raise ArgumentsError(f"{type(self.model).__name__} is no LLaVA; questions about images need one.")
 
-    def lines(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
-        """Yield the lines of the answer file in the order of the questions, a batch at a time.
+    def batches(
+        self, questions: Sequence[Question], first: int = 0
+    ) -> Iterator[tuple[int, Sequence[Question], Sequence[Answer]]]:
+        """Yield the number of the first question, the questions and the answers of each batch.
 
-        Where the logits of a question became NaN or infinite, its text is empty and its metadata has an `error`.
+        Args:
+            first: begin with this question. A batch is answered as it is in a run from the beginning, also if tokens
+                are sampled: every batch has random numbers of its own.
+
+        Where the logits of a question became NaN or infinite, its text is empty, and its error names the adapter.
 
         Raises:
             ArgumentsError: an image cannot be read; the batches before it have been answered.
         """
-        for start in range(0, len(questions), self.options.batch_size):
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        for start in range(first, len(questions), self.options.batch_size):
             batch = questions[start : start + self.options.batch_size]
-            with broken_rows() as broken:
+            with torch.random.fork_rng(devices=devices), broken_rows() as broken:
+                torch.manual_seed(random.Random(f"{self.options.seed} {start}").getrandbits(63))
                 texts = self.texts(self.generated(batch))
-            for row, (question, text) in enumerate(zip(batch, texts, strict=True)):
-                yield _line(question, text, broken.get(row))
+            yield (
+                start,
+                batch,
+                [Answer("" if row in broken else text, broken.get(row)) for row, text in enumerate(texts)],
+            )
 
     def prompt(self, question: Question) -> str:
         """Return the question in its conversation template, as upstream's eval scripts write it."""
-        conversation = self.templates[self.template(question)].copy()
-        conversation.append_message(conversation.roles[0], self.said(question))
-        conversation.append_message(conversation.roles[1], None)
-        return str(conversation.get_prompt())
+        return write_prompt(question, self.template(question), self.model.config)
 
     def template(self, question: Question) -> str:
         """Return the name of the conversation template that a question is asked in."""
@@ -173,7 +190,7 @@ class BatchAnswers:
 
     def said(self, question: Question) -> str:
         """Return what the user says: the question, after LLaVA's mark if there is an image."""
-        return question.text if question.image is None else about_an_image(question.text, self.model.config)
+        return said(question, self.model.config)
 
     def generated(self, batch: Sequence[Question]) -> Tensor:
         """Return the token ids of the answers to a batch, int64 [questions, longest answer].
@@ -184,7 +201,7 @@ class BatchAnswers:
         ids, attention = self._tokens(batch)
         padding = self.tokenizer.pad_token_id
         pad_token = {"pad_token_id": self.tokenizer.eos_token_id if padding is None else padding}
-        with torch.inference_mode(), self._padding_left():
+        with torch.inference_mode(), self._uncut():
             output: Tensor = self.model.generate(
                 ids,
                 attention_mask=attention,
@@ -234,24 +251,36 @@ class BatchAnswers:
             ) from error
 
     @contextmanager
-    def _padding_left(self) -> Iterator[None]:
-        """Pad on the left inside the block: generated tokens must follow the prompt, not the padding."""
+    def _uncut(self) -> Iterator[None]:
+        """Have LLaVA cut no prompt inside the block. It would cut one without an image too, for the others' images."""
         config = self.model.config
-        before = getattr(config, "tokenizer_padding_side", "right")
-        config.tokenizer_padding_side = "left"
+        before = getattr(config, "tokenizer_model_max_length", None)
+        config.tokenizer_model_max_length = None
         try:
             yield
         finally:
-            config.tokenizer_padding_side = before
+            config.tokenizer_model_max_length = before
 
 
-def _line(question: Question, text: str, error: str | None) -> dict[str, Any]:
-    """Return a line of upstream's answer file."""
-    return {
-        "question_id": question.id,
-        "prompt": question.text,
-        "text": text if error is None else "",
-        "answer_id": uuid.uuid4().hex,
-        "model_id": question.adapter,
-        "metadata": {} if error is None else {"error": error},
-    }
+def said(question: Question, config: Any) -> str:
+    """Return what the user says: the question, after LLaVA's mark if there is an image.
+
+    Args:
+        config: of the model that answers.
+    """
+    return question.text if question.image is None else about_an_image(question.text, config)
+
+
+def write_prompt(question: Question, template: str, config: Any) -> str:
+    """Return a question as upstream's eval scripts write it.
+
+    Args:
+        template: the name of one of LLaVA's conversation templates.
+        config: of the model that answers.
+    """
+    from llava.conversation import conv_templates
+
+    conversation = conv_templates[template].copy()
+    conversation.append_message(conversation.roles[0], said(question, config))
+    conversation.append_message(conversation.roles[1], None)
+    return str(conversation.get_prompt())

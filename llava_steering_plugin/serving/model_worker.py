@@ -7,23 +7,28 @@ stream of text whatever happens.
 
 from __future__ import annotations
 
+import base64
 import copy
+import io
 import logging
 import threading
 from asyncio import Semaphore
 from collections.abc import Iterator
 from typing import Any
 
-from llava.mm_utils import get_model_name_from_path
+from llava.mm_utils import get_model_name_from_path, tokenizer_image_token
 
 from llava_steering_plugin.errors import ArgumentsError, NotFiniteError, SteeringError
 from llava_steering_plugin.inference.base_files import check_base
 from llava_steering_plugin.inference.base_model import loading_name
+from llava_steering_plugin.inference.context import PromptTokens
+from llava_steering_plugin.inference.images import image_size
 from llava_steering_plugin.inference.squares import process_images
 from llava_steering_plugin.pool.pool import AdapterPool
 from llava_steering_plugin.serving.catalog import AdapterCatalog
-from llava_steering_plugin.serving.http.protocol import FAILED, GONE, NO_ANSWER, NOT_FINITE, chunk
+from llava_steering_plugin.serving.http.protocol import FAILED, GONE, NO_ANSWER, NOT_FINITE, REFUSED, chunk
 from llava_steering_plugin.serving.http.validation import CheckedRequest, decode_image
+from llava_steering_plugin.upstream.conversations import marked_as
 from llava_steering_plugin.upstream.worker_seam import ClientGone, model_worker, replace_parts, set_globals
 
 logger = logging.getLogger(__name__)
@@ -120,12 +125,33 @@ class AdapterWorker(model_worker.ModelWorker):
         """
         set_globals(slots, limit)
 
+    def _too_long(self, parameters: dict[str, Any]) -> str | None:
+        """Return what to tell the client of a prompt that upstream would cut, or answer with nothing; None if it fits.
+
+        Upstream cuts the end off where there are images, and streams the refusal of longer prompts as an answer.
+        """
+        images = parameters["images"]
+        sizes = [image_size(io.BytesIO(base64.b64decode(image))) for image in images]
+        ids = tokenizer_image_token(
+            marked_as(parameters["prompt"], self.model.config) if images else parameters["prompt"], self.tokenizer
+        )
+        tokens = PromptTokens.of_model(self.model)
+        length, most = tokens.count(ids, sizes), tokens.context.prompt(bool(images))
+        if most is None or length <= most:
+            return None
+        return f"The conversation has {length:,} tokens; this model takes {most:,}. Please start a new one."
+
     def answer(self, request: CheckedRequest, gone: threading.Event) -> Iterator[bytes]:
         """Yield the states of one answer, each with the whole text so far, as upstream's worker streams them.
 
         Args:
             gone: set it when the client has gone; generating ends then.
         """
+        problem = self._too_long(request.parameters)
+        if problem is not None:
+            logger.info("refused: %s", problem)
+            yield chunk(problem, REFUSED)
+            return
         view = copy.copy(self)
         view.model = model = RequestModel(self.model, request.adapter, gone)
         try:

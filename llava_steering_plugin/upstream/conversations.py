@@ -29,9 +29,19 @@ def about_an_image(question: str, config: Any) -> str:
         question: the text of the user.
         config: of the model that answers.
     """
+    from llava.constants import DEFAULT_IMAGE_TOKEN
+
+    return f"{marked_as(DEFAULT_IMAGE_TOKEN, config)}\n{question}"
+
+
+def marked_as(prompt: str, config: Any) -> str:
+    """Return a prompt with its marks for images as the model was trained with them.
+
+    Args:
+        config: of the model.
+    """
     from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 
-    mark = DEFAULT_IMAGE_TOKEN
-    if getattr(config, "mm_use_im_start_end", False):
-        mark = DEFAULT_IM_START_TOKEN + mark + DEFAULT_IM_END_TOKEN
-    return f"{mark}\n{question}"
+    if not getattr(config, "mm_use_im_start_end", False):
+        return prompt
+    return prompt.replace(DEFAULT_IMAGE_TOKEN, DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN)

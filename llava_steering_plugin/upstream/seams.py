@@ -96,7 +96,7 @@ SEAMS = (
     ),
     *_seams(
         "llava.model.llava_arch",
-        (TRAIN, LOAD, CHAT, DIAGNOSE),
+        (TRAIN, LOAD, DIAGNOSE, *ANSWERING),
         {"LlavaMetaForCausalLM.get_vision_tower": "finds the vision tower of a loaded model"},
     ),
     *_seams(
@@ -114,8 +114,13 @@ SEAMS = (
     ),
     *_seams(
         "llava.model.multimodal_encoder.clip_encoder",
-        (TRAIN, CHAT),
+        (TRAIN,),
         {"CLIPVisionTower.num_patches": "counts the tokens of an image"},
+    ),
+    *_seams(
+        "llava.model.multimodal_encoder.clip_encoder",
+        ANSWERING,
+        {"CLIPVisionTower.config": "tells how many tokens an image becomes"},
     ),
     *_seams(
         "llava.model.multimodal_projector.builder",
@@ -169,8 +174,11 @@ SEAMS = (
     ),
     *_seams(
         "llava.mm_utils",
-        (CHAT, EVAL, DIAGNOSE),
-        {"tokenizer_image_token": "turns a prompt into ids"},
+        (CHAT, EVAL, SERVE, DIAGNOSE),
+        {
+            "tokenizer_image_token": "turns a prompt into ids",
+            "get_anyres_image_grid_shape": "tells how many tiles an image becomes",
+        },
     ),
     *_seams("llava.mm_utils", ANSWERING, {"process_images": "prepares images for the vision tower"}),
     *_seams("llava.utils", (CHAT,), {"disable_torch_init": "saves time when a model is loaded"}),

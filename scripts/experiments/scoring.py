@@ -36,7 +36,9 @@ def accuracy(answers: Path, expected: Path, kinds: Sequence[str]) -> dict[str, f
         ValueError: the two files are not of the same questions.
     """
     wanted = json.loads(expected.read_text())
-    given = {line["question_id"]: line["text"] for line in map(json.loads, answers.read_text().splitlines())}
+    given = {
+        line["question_id"]: line["text"] for line in map(json.loads, filter(None, answers.read_text().split("\n")))
+    }
     if sorted(given) != list(range(len(wanted))):
         raise ValueError(f"{answers} has {len(given)} answers and {expected} {len(wanted)} questions")
     right = [given[place].strip().lower() == entry["answer"] for place, entry in enumerate(wanted)]

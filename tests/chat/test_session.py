@@ -124,3 +124,18 @@ def test_a_base_that_is_damaged_is_a_message_and_no_traceback(tiny: TinyLlava, t
     broken = without_half_of_its_weights(tiny.llava, tmp_path / "broken")
     with pytest.raises(SteeringError, match=r"broken cannot be loaded: .*all of its files are there and complete"):
         open_chat(str(broken), {})
+
+
+def test_a_conversation_that_llava_would_cut_is_refused_and_goes_on_after_a_reset(tiny: TinyLlava) -> None:
+    from llava_steering_plugin.chat.conversation import ChatError
+    from llava_steering_plugin.chat.session import open_chat
+
+    chat = open_chat(str(tiny.llava), {}, temperature=0, max_new_tokens=2)
+    chat.look_at(str(tiny.images / "01.png"))
+    chat.model.config.tokenizer_model_max_length = 100
+    with pytest.raises(ChatError, match=r"too long: \d+ tokens .* takes 100\. /reset begins a new one"):
+        chat.ask("What color is it? " * 30, lambda piece: None)
+    assert chat.turns == 0
+    chat.ask("What color is it?", lambda piece: None)
+    chat.drop_image()
+    chat.ask("What color is it? " * 30, lambda piece: None)  # without an image, LLaVA cuts nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -11,55 +12,16 @@ from typing import Any
 import pytest
 from asking import Asker
 from asking import Question as Asked
+from evaluating_fixtures import SHORT, Evaluate
 from forks import Forks
 from pooled import BASE
 from tiny_llava import TinyLlava, without_half_of_its_weights
-from typer.testing import CliRunner
 
 from llava_steering_plugin import AdapterPool
-from llava_steering_plugin.cli import app
 from llava_steering_plugin.errors import NotFiniteError, SteeringError
+from llava_steering_plugin.inference.questions import read_questions
 
-pytest_plugins = ["fork_fixtures", "pooled_fixtures", "steered_fixtures"]
-
-ADAPTERS = ("cats", "pets", "birds", "bats")
-SHORT = 12
-
-Evaluate = Callable[..., list[dict[str, Any]]]
-
-
-@pytest.fixture(scope="module")
-def questions(tiny: TinyLlava) -> list[dict[str, Any]]:
-    """Upstream's questions, one each without an image and with a longer text, asked of several adapters in turn."""
-    asked = [json.loads(line) for line in tiny.questions.read_text().splitlines()]
-    asked[1] |= {"text": "What color is the circle in the picture, and how many sides does a triangle have?"}
-    # In half precision a padded batch rounds otherwise than a row alone: no answer here may hang on a tie.
-    asked[2] |= {"text": "Is it red?"}
-    asked.append({"question_id": "text", "text": "How many sides does a triangle have?"})
-    for number, question in enumerate(asked):
-        question["adapter"] = (*ADAPTERS, BASE)[number % 5]
-    return asked
-
-
-@pytest.fixture
-def evaluate(tiny: TinyLlava, folders: dict[str, Path], tmp_path: Path) -> Evaluate:
-    """Runs `llava-steering eval` with all adapters; returns the lines of the answer file."""
-
-    def run(
-        questions: list[dict[str, Any]], *flags: str, base: Path = tiny.llava, images: Path = tiny.images
-    ) -> list[dict[str, Any]]:
-        file, answers = tmp_path / "question.jsonl", tmp_path / "made" / "answer.jsonl"
-        file.write_text("".join(json.dumps(question) + "\n" for question in questions))
-        given = [word for name in ADAPTERS for word in ("--adapter", f"{name}={folders[name]}")]
-        files = ["--question-file", file, "--image-folder", images, "--answers-file", answers]
-        words = ["eval", base, *files, "--device", "cpu", "--max-new-tokens", SHORT, *given, *flags]
-        result = CliRunner().invoke(app, [str(word) for word in words])
-        if isinstance(result.exception, SteeringError):
-            raise result.exception
-        assert result.exit_code == 0, result.output
-        return [json.loads(line) for line in answers.read_text().splitlines()]
-
-    return run
+pytest_plugins = ["evaluating_fixtures", "fork_fixtures", "pooled_fixtures", "steered_fixtures"]
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +72,40 @@ def test_all_that_is_wrong_with_the_questions_is_said_at_once_and_before_anythin
         evaluate(lost)
     with pytest.raises(SteeringError, match="unknown conversation template 'klingon'"):
         evaluate(questions[:1], "--conv-mode", "klingon")
+
+
+def test_lines_end_where_llava_ends_them(tmp_path: Path) -> None:
+    """JSON may hold U+2028, U+0085 and other characters that end lines for str.splitlines."""
+    texts = [f"Is this{end}one line?" for end in "\u2028\u2029\x85\x7f"]
+    lines = [json.dumps({"question_id": number, "text": text}, ensure_ascii=False) for number, text in enumerate(texts)]
+    file = tmp_path / "q.jsonl"
+    for before, end in (("", "\n"), ("", "\r\n"), ("\ufeff", "\n\n"), ("", "\n  \n")):
+        for after in ("", end):
+            file.write_bytes((before + end.join(lines) + after).encode())
+            assert [question.text for question in read_questions(file)] == texts
+    assert [json.loads(line)["text"] for line in file.open(encoding="utf-8") if line.strip()] == texts, "as upstream"
+
+
+def test_every_two_mistakes_are_named_in_one_message(
+    evaluate: Evaluate, questions: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    mistakes: dict[str, tuple[dict[str, Any], str]] = {
+        "questions": ({"questions": [{"text": "?"}]}, "line 1 lacks question_id"),
+        "image": ({"questions": [questions[0] | {"image": "lost.png"}]}, "there is no image lost.png"),
+        "adapter": ({"words": ["--adapter", "x=/nope"]}, "/nope is no folder"),
+        "name": ({"words": ["--adapter", "two words=/nope"]}, "'two words' cannot be the name"),
+        "template": ({"words": ["--conv-mode", "klingon"]}, "unknown conversation template 'klingon'"),
+        "device": ({"words": ["--device", "gpu"]}, "--device gpu"),
+        "bits": ({"words": ["--load-4bit", "--load-8bit"]}, "exclude each other"),
+        "answers": ({"words": ["--answers-file", str(tmp_path)]}, "cannot be written: Is a directory"),
+    }
+    for (first, said), (second, also) in itertools.combinations(mistakes.values(), 2):
+        asked = (first | second).get("questions", questions[:1])
+        with pytest.raises(SteeringError) as refused:
+            evaluate(asked, *first.get("words", []), *second.get("words", []), base=tmp_path / "nowhere")
+        for expected in (said, also)[first.keys() == second.keys() == {"questions"} :]:
+            assert expected in str(refused.value)
+        assert "nowhere is no model that can be loaded" in str(refused.value)
 
 
 def test_adapters_are_called_as_by_every_other_command_and_looked_for_before_a_model_is(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -125,6 +126,18 @@ def test_a_client_that_hangs_up_while_it_waits_for_a_slot_costs_no_pass_through_
     assert client.answer("dogs", asked[-1])
     wait_until(lambda: client.free() == 4)
     assert len(steps) == asked[-1].tokens
+
+
+def test_prompts_longer_than_the_context_are_refused_and_not_cut(
+    client: Client, worker: Any, asked: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLaVA cuts the end of prompts with images off, and streams its refusal of longer ones as an answer."""
+    for entry, question in (("tokenizer_model_max_length", asked[0]), ("max_position_embeddings", asked[-1])):
+        monkeypatch.setattr(worker.model.config, entry, 8)
+        (state,) = client.states("cats", question)
+        assert state["error_code"] == 4 and re.search(r"has \d+ tokens; this model takes (8|7)\.", state["text"])
+        monkeypatch.undo()
+        assert client.answer("cats", question)
 
 
 def test_a_base_that_is_an_adapter_or_that_is_not_there_is_refused_before_anything_is_loaded(shelf: Path) -> None:

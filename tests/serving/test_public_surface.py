@@ -86,6 +86,7 @@ OPTIONS = {
         "--temperature": 0.0,
         "--top-p": None,
         "--num-beams": 1,
+        "--seed": 0,
         "--device": "auto",
         "--load-4bit": False,
         "--load-8bit": False,

@@ -35,7 +35,7 @@ def main(
     tokenizer, model, processor, _ = load_pretrained_model(str(adapter), None, name, device="cpu")
     # The loader returns half precision, which is slow on a CPU.
     model = model.float().eval()
-    lines = [json.loads(line) for line in questions.read_text().splitlines()]
+    lines = [json.loads(line) for line in questions.read_text(encoding="utf-8").split("\n") if line]
     order: list[int] = []
     factors: dict[str, list[Tensor]] = defaultdict(list)
     with choices(required(model).modules) as chosen, torch.inference_mode():
