@@ -18,15 +18,21 @@ NOTES = "steering_state.json"
 ORDER, GATHERED, CHECKSUM = "sample_order", "step_statistics", "sha256"
 
 
-def write(folder: Path, order: str, gathered: dict[str, Any] | None = None) -> None:
+def write(folder: Path, order: str, gathered: dict[str, Any] | None = None, **more: Any) -> None:
     """Write the notes into the folder of a checkpoint.
 
     Args:
         order: the name of the rule for the order of samples.
         gathered: the state of the mode's `StepStatistics`; None where it has none.
+        more: other notes, as JSON values.
     """
-    content = {ORDER: order} | ({} if gathered is None else {GATHERED: gathered})
+    content = {ORDER: order} | more | ({} if gathered is None else {GATHERED: gathered})
     (folder / NOTES).write_text(json.dumps(content | {CHECKSUM: _checksum(content)}) + "\n", encoding="utf-8")
+
+
+def read(checkpoint: Path) -> dict[str, Any]:
+    """Return the notes of a checkpoint; none where there are none, or they are damaged."""
+    return _read(checkpoint / NOTES) or {}
 
 
 def order_of(checkpoint: Path) -> str:

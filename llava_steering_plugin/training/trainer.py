@@ -28,6 +28,7 @@ from llava_steering_plugin.training.best_checkpoint import (
 from llava_steering_plugin.training.flags import mode_is_on
 from llava_steering_plugin.training.gradient_check import GradientCheck
 from llava_steering_plugin.training.preemption import Preemption
+from llava_steering_plugin.training.resume_position import ResumePositionMixin
 from llava_steering_plugin.training.resuming import refuse_without_states, wish_of
 from llava_steering_plugin.training.samples import (
     HASHED,
@@ -45,7 +46,7 @@ from llava_steering_plugin.training.validation import ValidationMixin, validatio
 logger = logging.getLogger(__name__)
 
 
-class SteeringTrainerMixin(ValidationMixin):
+class SteeringTrainerMixin(ValidationMixin, ResumePositionMixin):
     """Comes before LLaVA's trainer in the bases of a new class; without a tuning mode it passes every call on."""
 
     model: Any
@@ -55,7 +56,6 @@ class SteeringTrainerMixin(ValidationMixin):
     is_deepspeed_enabled: bool
     state: Any
     _attachment: Attachment | None = None
-    _saved_step: int | None = None
     _order = HASHED  # the rule for the order of samples
 
     def __init__(self, *positional: Any, **kwargs: Any):
@@ -97,6 +97,7 @@ class SteeringTrainerMixin(ValidationMixin):
             self._steps.resume(notes.gathered_in(found))
             refuse_lost_best(self.args, found)
         self._resumed_validation.checkpoint = found
+        self._plan_course(found)
         if found is not None and self._ended_with(found):
             self._evaluate_at_the_end()
             return TrainOutput(self.state.global_step, float("nan"), {})
@@ -113,8 +114,7 @@ class SteeringTrainerMixin(ValidationMixin):
         The loop of transformers asks only after a step whether it was the last one, and would train one step too many.
         """
         state = TrainerState.load_from_json(str(checkpoint / integrity.STATE))
-        wanted = self.args.max_steps
-        if state.global_step < wanted if wanted > 0 else state.epoch < self.args.num_train_epochs:
+        if state.global_step < self._course.length(self.args)[0]:
             return False
         logger.warning("%s is the end of this training; only its result is left to save.", checkpoint)
         self._load_from_checkpoint(str(checkpoint))
@@ -186,7 +186,7 @@ class SteeringTrainerMixin(ValidationMixin):
                     "lower --per_device_train_batch_size."
                 )
             self._preemption.shield(loader)
-        return loader
+        return self._from_here(loader)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self._attachment is None:
@@ -194,7 +194,7 @@ class SteeringTrainerMixin(ValidationMixin):
             return
         save_adapter(self.model, output_dir or self.args.output_dir, write=self.args.should_save)
         if self.args.should_save and _internal_call and output_dir is not None:  # a checkpoint
-            notes.write(Path(output_dir), self._order, self._steps.state())
+            notes.write(Path(output_dir), self._order, self._steps.state(), data=self._data.as_json())
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Adapter save")  # type: ignore[attr-defined]
 
