@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,9 @@ def fix_preparation(accelerator: Any) -> None:
             if hasattr(engine, "load_checkpoint"):
                 engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
                 engine.load_checkpoint = functools.partial(engine.load_checkpoint, load_module_strict=False)
+                # accelerate 0.21 asks for it while gradients are accumulated. DeepSpeed counts batches itself, and 0.19
+                # refuses to be asked where it shards gradients.
+                engine.no_sync = nullcontext
         return results
 
     accelerator.prepare = prepared
