@@ -16,13 +16,15 @@ class StepEnd(TrainerCallback):
 
     Args:
         statistics: of the mode; None where it has none.
-        arguments: of the training.
     """
 
-    def __init__(self, statistics: StepStatistics | None, arguments: Any):
+    def __init__(self, statistics: StepStatistics | None):
         self.statistics = statistics
-        if statistics is not None:
-            statistics.begin(arguments.gradient_accumulation_steps * arguments.world_size)
+
+    def begin(self, arguments: Any) -> None:
+        """Tell them how many passes make a step of the training with these arguments."""
+        if self.statistics is not None:
+            self.statistics.begin(arguments.gradient_accumulation_steps * arguments.world_size)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.statistics is not None:

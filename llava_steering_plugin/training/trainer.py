@@ -79,7 +79,7 @@ class SteeringTrainerMixin(ValidationMixin, ResumePositionMixin):
         self.add_callback(self._preemption)  # type: ignore[attr-defined]
         self._resumed_validation = ResumedValidation(self)
         self.add_callback(self._resumed_validation)  # type: ignore[attr-defined]
-        self._steps = steps.StepEnd(self._attachment.mode.statistics(self._attachment.modules), arguments)
+        self._steps = steps.StepEnd(self._attachment.mode.statistics(self._attachment.modules))
         self.add_callback(self._steps)  # type: ignore[attr-defined]
         self._skipped: set[int] = set()
         if arguments.skip_bad_samples:
@@ -94,10 +94,12 @@ class SteeringTrainerMixin(ValidationMixin, ResumePositionMixin):
         if found is not None:
             provenance.refuse_another_training(self._attachment, found)
             self._order = notes.order_of(found)
-            self._steps.resume(notes.gathered_in(found))
             refuse_lost_best(self.args, found)
         self._resumed_validation.checkpoint = found
         self._plan_course(found)
+        self._steps.begin(self.args)
+        if found is not None:
+            self._steps.resume(notes.gathered_in(found))
         if found is not None and self._ended_with(found):
             self._evaluate_at_the_end()
             return TrainOutput(self.state.global_step, float("nan"), {})

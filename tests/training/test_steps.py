@@ -17,6 +17,7 @@ from torch import Tensor
 from training_runs import train_flags, train_in_process
 
 from llava_steering_plugin.modes.base import StepStatistics
+from llava_steering_plugin.modes.mixlora_balance import BalanceOverSteps
 from llava_steering_plugin.training import notes
 from llava_steering_plugin.training.samples import HASHED
 from llava_steering_plugin.training.steps import StepEnd
@@ -115,7 +116,8 @@ class Recorder(StepStatistics):
 def test_a_step_has_as_many_passes_as_all_ranks_accumulate(accumulated: int, ranks: int, passes: int) -> None:
     arguments = SimpleNamespace(gradient_accumulation_steps=accumulated, world_size=ranks, device=torch.device("cpu"))
     recorder = Recorder()
-    led = StepEnd(recorder, arguments)
+    led = StepEnd(recorder)
+    led.begin(arguments)
     led.on_step_end(arguments, None, None)
     led.resume({"said": 5})
     assert recorder.said == [passes, [1.0, 1.0], {"said": 5}] and led.state() == {"said": 3}
@@ -124,8 +126,26 @@ def test_a_step_has_as_many_passes_as_all_ranks_accumulate(accumulated: int, ran
     assert recorder.said[3:] == [1] and led.state() is None
 
 
+def test_statistics_are_told_of_the_accumulation_that_an_epoch_allows(
+    tiny: TinyLlava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    begin = BalanceOverSteps.begin
+    monkeypatch.setattr(BalanceOverSteps, "begin", lambda self, passes: (told.append(passes), begin(self, passes))[1])
+    train(
+        tiny,
+        tmp_path / "run",
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=8,
+        max_steps=1,
+        save_strategy="no",
+    )
+    assert told == [6]  # 24 samples
+
+
 def test_a_mode_without_statistics_is_left_alone(tmp_path: Path) -> None:
-    led = StepEnd(None, None)
+    led = StepEnd(None)
+    led.begin(None)
     led.on_step_end(None, None, None)
     led.resume(None)
     notes.write(tmp_path, HASHED, led.state())
