@@ -156,6 +156,7 @@ OTHERS = {
     "checkout",  # LLaVA's source
     "launch.py",
     "upstream/source.py",
+    "upstream/samples.py",  # the data of this very training
     "serving/upstream_program.py",
     "serving/http",  # bodies of requests, limited there
     "serving/page.py",
@@ -164,6 +165,7 @@ OTHERS = {
     "adapters/writing.py",  # writes
     "training",  # what this very training has written, and its flags' files
     "inference/questions.py",  # the user's questions and images
+    "inference/answers_file.py",  # answers that are written, and read again
     "inference/images.py",
     "evaluation",
     "diagnostics",
