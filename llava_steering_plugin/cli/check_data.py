@@ -60,7 +60,7 @@ def check_data(
         str, typer.Option("--image_aspect_ratio", "--image-aspect-ratio", help="As in the training: pad, or square.")
     ] = "pad",
     processes: Annotated[
-        int | None, typer.Option(min=1, help="How many work at the same time; default: one a processor, up to 8.")
+        int | None, typer.Option(min=1, help="How many work at the same time; default: one per processor, up to 8.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, all problems named.")] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""The sub-command `diagnose`: measures what models do with their images, and draws it."""
+"""The sub-command `diagnose`: measures attention to images, and interference between tasks, and draws it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Annotated
 
 import typer
 
+from llava_steering_plugin.errors import Problems
 from llava_steering_plugin.inference import options
 
-app = typer.Typer(no_args_is_help=True, help="Measure what models do with their images.")
+app = typer.Typer(no_args_is_help=True, help="Measure attention to images, or interference between tasks.")
 
 
 @app.callback()
 def _group() -> None:
-    """Measure what models do with their images."""
+    """Measure attention to images, or interference between tasks."""
 
 
 @app.command()
@@ -54,25 +55,29 @@ def modality(
 
     Writes modality.json, .csv, .png and .svg. An interrupted run goes on where it ended.
     """
-    chosen_device = options.choose_device(device)
+    from llava_steering_plugin.diagnostics.preflight import check_flags, check_models
 
-    from llava_steering_plugin.checkout.find import find_llava
-    from llava_steering_plugin.diagnostics.modality_run import choose_questions
+    problems = Problems()
+    chosen_device = check_flags(
+        output, device=device, load_4bit=load_4bit, load_8bit=load_8bit, conversation=conv_mode, problems=problems
+    )
+    from llava_steering_plugin.diagnostics.modality_run import Chosen, choose_questions
     from llava_steering_plugin.diagnostics.runs import ModalityRequest, digest, read_answers, run_modality
     from llava_steering_plugin.inference.questions import AnswerOptions, check_questions, read_questions
     from llava_steering_plugin.inference.sources import read_sources
     from llava_steering_plugin.pool.pool import BASE
-    from llava_steering_plugin.upstream.conversations import checked_template
-    from llava_steering_plugin.upstream.install import install
 
-    named = read_sources(models)
-    chosen = choose_questions(read_questions(question_file), samples, seed)
-    check_questions(chosen.questions, (BASE,), image_folder)
-    given = None if answers_file is None else read_answers(answers_file, chosen.questions)
-    find_llava()  # its error says what to do if there is none
-    install()
-    if conv_mode is not None:
-        checked_template(conv_mode)
+    named = read_sources(models, problems)
+    check_models(named, model_base, problems, bases=True)
+    chosen = Chosen((), 0)
+    with problems.noted():
+        chosen = choose_questions(read_questions(question_file), samples, seed)
+        check_questions(chosen.questions, (BASE,), image_folder)
+    given = None
+    if answers_file is not None:
+        with problems.noted():
+            given = read_answers(answers_file, chosen.questions)
+    problems.raise_any("this cannot be measured")
     if samples is not None and len(chosen.questions) < samples:
         typer.echo(f"{samples} questions are asked for; {len(chosen.questions)} are about an image.", err=True)
     request = ModalityRequest(
@@ -130,16 +135,19 @@ def interference(
 
     Writes interference.json, .csv, .png and .svg. An interrupted run goes on where it ended.
     """
-    chosen_device = options.choose_device(device)
+    from llava_steering_plugin.diagnostics.preflight import check_flags, check_models
 
-    from llava_steering_plugin.checkout.find import find_llava
+    problems = Problems()
+    chosen_device = check_flags(
+        output, device=device, load_4bit=load_4bit, load_8bit=load_8bit, conversation=version, problems=problems
+    )
     from llava_steering_plugin.diagnostics.task_runs import InterferenceRequest, read_tasks, run_interference
     from llava_steering_plugin.inference.sources import read_sources, split_word
-    from llava_steering_plugin.upstream.conversations import checked_template
-    from llava_steering_plugin.upstream.install import install
 
+    named = read_sources(models, problems)
+    check_models(named, model_base, problems, bases=False)
     request = InterferenceRequest(
-        models=read_sources(models),
+        models=named,
         files=[(task, Path(file)) for task, file in map(split_word, data)],
         images=image_folder,
         samples=samples,
@@ -149,13 +157,12 @@ def interference(
         how={"device": chosen_device, "load_4bit": load_4bit, "load_8bit": load_8bit},
         output=output,
     )
-    few = [name for name, chosen in read_tasks(request).items() if len(chosen.steps) < samples]
+    few: list[str] = []
+    with problems.noted():
+        few = [name for name, chosen in read_tasks(request).items() if len(chosen.steps) < samples]
+    problems.raise_any("this cannot be measured")
     if few:
         typer.echo(f"fewer than {2 * samples} samples, so smaller batches: {', '.join(few)}", err=True)
-    find_llava()  # its error says what to do if there is none
-    install()
-    if version is not None:
-        checked_template(version)
     with progress_bar() as progress:
         files = run_interference(request, progress)
     for file in files:

@@ -42,7 +42,7 @@ def evaluate(
         float | None, typer.Option(min=0, max=1, help="Sample from the most likely tokens of this total probability.")
     ] = None,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams of the beam search; 1: none.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the random numbers, where tokens are sampled.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: options.Device = "auto",
     load_4bit: options.Load4bit = False,
     load_8bit: options.Load8bit = False,

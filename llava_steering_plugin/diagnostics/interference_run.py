@@ -71,7 +71,7 @@ def choose_samples(
         if nameless:
             problems.append(f"{nameless} of {len(listed)} samples of file {file + 1} name no task")
     if len(by_task) < 2:
-        problems.append(f"there are {len(by_task)} tasks, and interference is between two or more")
+        problems.append(f"tasks: {len(by_task)}; interference is between two or more")
     problems += [f"the task {name!r} has one sample; it needs two" for name, found in by_task.items() if len(found) < 2]
     if problems:
         raise ArgumentsError(

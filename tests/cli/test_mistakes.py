@@ -1,4 +1,5 @@
-"""Two mistakes in one command are both named in one message: serve, worker, chat (`chat/preflight.py`) and convert.
+"""Two mistakes in one command are both named in one message: serve, worker, chat (`chat/preflight.py`), convert
+and diagnose (`diagnostics/preflight.py`).
 
 The test of eval is tests/inference/test_questions.py.
 """
@@ -6,6 +7,7 @@ The test of eval is tests/inference/test_questions.py.
 from __future__ import annotations
 
 import itertools
+import json
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +16,9 @@ from typing import Any
 import pytest
 from base_folders import adapter_folder, base_folder
 from ports import free_port
+from typer.testing import CliRunner
 
+from llava_steering_plugin.cli import app
 from llava_steering_plugin.errors import ArgumentsError, BaseMismatch, Problems, SteeringError
 
 # What is wrong, and a part of what is said. {here} is the test's folder.
@@ -47,6 +51,26 @@ OF_A_CHAT: Mistakes = {
     "device": ({"device": "gpu"}, "--device gpu"),
     "bits": ({"load_4bit": True, "load_8bit": True}, "exclude each other"),
     "template": ({"conversation": "klingon"}, "unknown conversation template 'klingon'"),
+}
+OF_A_DIAGNOSIS: Mistakes = {
+    "model": ({"models": ["{here}/pets", "x=/nope"]}, "/nope"),
+    "output": ({"--output": "{here}/base/config.json/out"}, "--output {here}/base/config.json/out cannot be written"),
+    "device": ({"--device": "gpu"}, "--device gpu"),
+    "bits": ({"--load-4bit": None, "--load-8bit": None}, "exclude each other"),
+}
+OF_MODALITY: Mistakes = {
+    **OF_A_DIAGNOSIS,
+    "questions": ({"--question-file": "{here}/no.jsonl"}, "the questions in {here}/no.jsonl cannot be read"),
+    "image": ({"--question-file": "{here}/lost.jsonl"}, "there is no image lost.png"),
+    "answers": ({"--answers-file": "{here}/no.jsonl"}, "the answers in {here}/no.jsonl cannot be read"),
+    "template": ({"--conv-mode": "klingon"}, "unknown conversation template 'klingon'"),
+    "other base": ({"--model-base": "{here}/other"}, "was trained on"),
+}
+OF_INTERFERENCE: Mistakes = {
+    **OF_A_DIAGNOSIS,
+    "data": ({"--data": "{here}/no.json"}, "the data in {here}/no.json cannot be read"),
+    "template": ({"--version": "klingon"}, "unknown conversation template 'klingon'"),
+    "other base": ({"--model-base": "{here}/other"}, "was trained on"),
 }
 OF_A_CONVERSION: Mistakes = {
     "source": ({"source": "{here}/nowhere"}, "{here}/nowhere"),
@@ -136,6 +160,36 @@ def test_a_conversion_names_every_two_mistakes(here: Path) -> None:
 
     right = {"source": "{here}/base", "target": "{here}/new", "base": None}
     check_all_pairs(OF_A_CONVERSION, right, lambda options: convert(**options), here)
+
+
+@pytest.mark.parametrize("measure", ["modality", "interference"])
+def test_a_diagnosis_names_every_two_mistakes(measure: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava_steering_plugin.diagnostics import runs, task_runs
+
+    for module, name in ((runs, "open_model"), (task_runs, "open_tunable")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("a model was loaded"))
+    base_folder(here / "other", hidden_size=32)
+    (here / "a.png").touch()
+    for file, image in (("q.jsonl", "a.png"), ("lost.jsonl", "lost.png")):
+        (here / file).write_text(json.dumps({"question_id": 1, "text": "What?", "image": image}))
+    sample = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
+    (here / "data.json").write_text(json.dumps([sample | {"task": task} for task in "aabb"]))
+    right = {
+        "models": ["{here}/pets"],
+        "--image-folder": "{here}",
+        "--output": "{here}/out",
+        "--model-base": "{here}/base",
+    }
+    right |= {"--question-file": "{here}/q.jsonl"} if measure == "modality" else {"--data": "{here}/data.json"}
+
+    def check(options: dict[str, Any]) -> None:
+        words = options.pop("models")
+        flags = [word for flag, value in options.items() for word in (flag, value) if word is not None]
+        result = CliRunner().invoke(app, ["diagnose", measure, *words, *flags])
+        assert result.exception is not None, result.output
+        raise result.exception
+
+    check_all_pairs(OF_MODALITY if measure == "modality" else OF_INTERFERENCE, right, check, here)
 
 
 def test_page_and_controller_name_all_hosts_that_are_none() -> None:

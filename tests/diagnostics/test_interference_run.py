@@ -25,7 +25,7 @@ from llava_steering_plugin import attach, save_adapter
 from llava_steering_plugin.adapters.save_load import describe
 from llava_steering_plugin.cli import app
 from llava_steering_plugin.diagnostics.interference_run import Place, choose_samples, grouped
-from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.modes.mixlora import MixLoRA
 
 Run = Callable[..., dict[str, Any]]
@@ -122,20 +122,20 @@ def test_a_task_may_be_a_file(diagnose: Run, tuned: dict[str, Path], tasks: Path
 
 def test_bad_input_is_refused_before_a_model_loads(diagnose: Run, tiny: TinyLlava, tasks: Path, tmp_path: Path) -> None:
     nowhere = {"x": Path("/nowhere")}
-    with pytest.raises(ArgumentsError, match=r'(?s)give each sample a "task".*24 of 24 samples.*there are 0 tasks'):
+    with pytest.raises(SteeringError, match=r'(?s)give each sample a "task".*24 of 24 samples.*tasks: 0;'):
         diagnose(nowhere, "--data", str(tiny.data))
-    with pytest.raises(ArgumentsError, match="there are 1 tasks"):
+    with pytest.raises(SteeringError, match="tasks: 1; interference is between two or more"):
         diagnose(nowhere, "--data", f"all={tiny.data}")
-    with pytest.raises(ArgumentsError, match="cannot be read"):
+    with pytest.raises(SteeringError, match="cannot be read"):
         diagnose(nowhere, "--data", str(tmp_path / "missing.json"))
     broken = json.loads(tasks.read_text())
     for sample in broken:
         if "image" in sample:
             sample["image"] = "gone.png"
     (tmp_path / "broken.json").write_text(json.dumps(broken))
-    with pytest.raises(ArgumentsError, match=r"(?s)cannot be trained on.*sample \d+ \(id 'image-\d+'\).*gone.png"):
+    with pytest.raises(SteeringError, match=r"(?s)cannot be trained on.*sample \d+ \(id 'image-\d+'\).*gone.png"):
         diagnose(nowhere, "--data", str(tmp_path / "broken.json"))
-    with pytest.raises(ArgumentsError, match="neither an adapter nor an unmerged LoRA"):
+    with pytest.raises(SteeringError, match="neither an adapter nor an unmerged LoRA"):
         diagnose({"base": tiny.llava}, "--data", str(tasks))
 
 

@@ -150,7 +150,7 @@ def test_answers_that_are_missing_are_all_named_before_a_model_loads(
 ) -> None:
     answers = tmp_path / "answers.jsonl"
     answers.write_text('{"question_id": 0, "text": "red"}\n{"text": "blue"}\n')
-    with pytest.raises(ArgumentsError, match=r"(?s)line 2 is no answer.*question 1 has no answer.*question 2"):
+    with pytest.raises(SteeringError, match=r"(?s)line 2 is no answer.*question 1 has no answer.*question 2"):
         diagnose("/nowhere", "--answers-file", str(answers))
     with pytest.raises(SteeringError, match="/nowhere"):
         diagnose("/nowhere")

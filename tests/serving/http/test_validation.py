@@ -6,6 +6,7 @@ import base64
 import gc
 import io
 import json
+import re
 import struct
 import time
 import weakref
@@ -202,6 +203,6 @@ def test_the_model_is_given_pictures_in_rgb_and_none_of_a_format_that_runs_other
         upstream.load_image_from_base64(EPS)
 
 
-def test_a_prompt_beyond_the_context_gets_upstreams_own_answer(client: Client) -> None:
+def test_a_prompt_beyond_the_context_is_told_both_lengths(client: Client) -> None:
     [state] = client.states("cats", Question("word " * 9000))
-    assert state["text"].endswith("Exceeds max token length. Please start a new conversation, thanks.")
+    assert re.search(r"has 27,0\d\d tokens; this model takes 2,047\. Please start a new one\.$", state["text"])
