@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
 EVERYWHERE = ("0.0.0.0", "::")  # listening addresses that are nobody's name
 FORBIDDEN = (
-    "This request comes from another site, or names this server as it does not know itself. If it is yours, start the "
-    "server with --allowed-host and the name in the browser's address bar."
+    "This request comes from another site, or calls this server by a name that it does not know. If it is yours, start "
+    "the server with --allowed-host and the name in the browser's address bar."
 )
 
 

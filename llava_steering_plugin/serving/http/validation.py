@@ -163,7 +163,7 @@ def _number(least: float, most: float, kinds: tuple[type, ...] = (int, float)) -
             return None  # upstream has a default
         # type(): True is an int too. NaN is not between anything.
         if type(value) not in kinds or not least <= value <= most:
-            return f"{key!r} is not {'a whole number' if kinds == (int,) else 'a number'} from {least:g} to {most:g}"
+            return f"{key!r} is not {'a whole number' if kinds == (int,) else 'a number'} from {least:,} to {most:,}"
         return None
 
     return check
