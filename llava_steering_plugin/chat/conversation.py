@@ -51,13 +51,13 @@ def template_by_name(model_name: str) -> str:
     return next((template for part, template in _RULES.items() if part in model_name.lower()), "llava_v0")
 
 
-def template_of_adapter(conversation: str | None) -> str:
+def template_of_adapter(conversation: str | None, adapter: str | None = None) -> str:
     """Return the template that upstream's chat uses for an adapter trained with `conversation`.
 
     Where upstream's rules lead to none, return the one that the adapter was trained with.
     """
     prefix = CHAT_PREFIXES.get(conversation or "v0")
-    return template_by_name(prefix) if prefix is not None else checked_template(str(conversation))
+    return template_by_name(prefix) if prefix is not None else checked_template(str(conversation), adapter)
 
 
 class Chat:

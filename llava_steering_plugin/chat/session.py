@@ -55,7 +55,7 @@ def open_chat(
     pool = loaded.pool
     load_all(pool.load, folders)
     templates = {BASE: template_by_name(shown)}
-    templates |= {name: template_of_adapter(pool.details(name).conversation) for name in adapters}
+    templates |= {name: template_of_adapter(pool.details(name).conversation, name) for name in adapters}
     return Chat(
         loaded,
         templates if conversation is None else dict.fromkeys(templates, conversation),

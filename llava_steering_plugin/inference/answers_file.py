@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from llava_steering_plugin.adapters.files import INDEX_BYTES, WEIGHT_BYTES, opened
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.inference.questions import Answer, Question
 
@@ -49,7 +50,7 @@ class AnswersFile:
             return False
         try:
             before = json.loads(self.unfinished.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             before = None
         if not isinstance(before, dict):  # it was killed before it had begun
             return False
@@ -167,24 +168,25 @@ def contents_of(folder: str | os.PathLike[str], *, hashed: bool) -> Any:
         if file.suffix not in (".safetensors", ".bin", ".json") or not file.is_file():
             continue
         status = file.stat()
-        if hashed or file.suffix == ".json":
-            found[file.name] = _digest(file)
+        limit = INDEX_BYTES if file.suffix == ".json" else WEIGHT_BYTES if hashed else 0
+        if status.st_size <= limit:  # nothing reads a larger one either
+            found[file.name] = _digest(file, limit)
         else:
             found[file.name] = f"{status.st_size} bytes of {status.st_mtime_ns}"
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 
-def _digest(file: Path) -> str:
+def _digest(file: Path, limit: int) -> str:
     digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while part := opened.read(1 << 20):
+    with opened(file, limit) as parts:
+        while part := parts.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
 
 
 def _object(line: bytes) -> dict[str, Any]:
     """Return the JSON object in a line; nothing if it is damaged."""
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         found = json.loads(line)
         if isinstance(found, dict):
             return found

@@ -81,7 +81,7 @@ def _lengths(
     from llava.mm_utils import tokenizer_image_token
 
     for question in questions:
-        template = checked_template(templates.get(question.adapter) or CONVERSATION)
+        template = checked_template(templates.get(question.adapter) or CONVERSATION, question.adapter)
         ids = tokenizer_image_token(write_prompt(question, template, config), tokenizer, IMAGE_TOKEN_INDEX)
         yield question, tokens.count(ids, [] if question.image is None else [_size(images / question.image, config)])
 

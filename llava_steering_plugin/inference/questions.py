@@ -7,7 +7,6 @@ are equally likely in half precision may a batch of unequal lengths round to the
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Collection, Iterator, Sequence
@@ -20,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llava_steering_plugin.adapters.files import parse_json
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.hooks.finite_rows import broken_rows
 from llava_steering_plugin.inference.base_model import LoadedBase
@@ -92,7 +92,7 @@ def read_questions(path: Path, adapter: str = BASE) -> list[Question]:
         if not line.strip():
             continue
         try:
-            given = json.loads(line)
+            given = parse_json(line)
         except ValueError as error:
             problems.append(f"line {number} is not valid JSON: {error}")
             continue
@@ -103,6 +103,9 @@ def read_questions(path: Path, adapter: str = BASE) -> list[Question]:
         if not isinstance(named, str) or not isinstance(image, str | None):
             problems.append(f"line {number}: adapter and image must be strings")
             continue
+        if not _is_text(given["text"]):
+            problems.append(f"line {number} has half a character (\\ud800 to \\udfff) in its text")
+            continue
         if IMAGE_MARK in given["text"]:
             problems.append(f"line {number} has {IMAGE_MARK} in its text; leave it out, it is added")
             continue
@@ -110,6 +113,14 @@ def read_questions(path: Path, adapter: str = BASE) -> list[Question]:
     if problems:
         raise ArgumentsError(listing(f"{path} is not a file of questions", problems))
     return questions
+
+
+def _is_text(value: str) -> bool:
+    """Tell whether no character is half of one, which JSON can write and no tokenizer takes."""
+    try:
+        return value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def check_questions(questions: Sequence[Question], adapters: Collection[str], images: Path) -> None:

@@ -7,8 +7,11 @@ from typing import Any
 from llava_steering_plugin.errors import ArgumentsError, nearest
 
 
-def checked_template(name: str) -> str:
+def checked_template(name: str, adapter: str | None = None) -> str:
     """Return the name of a conversation template, after checking that LLaVA has it.
+
+    Args:
+        adapter: the adapter that was trained with it, for the message; None: the user has chosen it.
 
     Raises:
         ArgumentsError: LLaVA has no template of that name.
@@ -18,7 +21,10 @@ def checked_template(name: str) -> str:
 
     if name not in conv_templates:
         hint = nearest(name, conv_templates)
-        raise ArgumentsError(f"unknown conversation template {name!r}: {hint}LLaVA has {', '.join(conv_templates)}")
+        whose = "" if adapter is None else f" of the adapter {adapter!r}"
+        raise ArgumentsError(
+            f"unknown conversation template {name!r}{whose}: {hint}LLaVA has {', '.join(conv_templates)}"
+        )
     return name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -111,6 +112,15 @@ def test_the_files_of_base_and_adapters_are_told_apart(tmp_path: Path) -> None:
     assert contents_of(tmp_path, hashed=True) == hashed and contents_of("owner/name", hashed=True) == "owner/name"
     (tmp_path / "model.safetensors").write_bytes(b"2")
     assert contents_of(tmp_path, hashed=True) != hashed
+
+
+def test_files_that_nothing_reads_because_of_their_size_are_not_read_here_either(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    before = contents_of(tmp_path, hashed=True)
+    for name in ("config.json", "more.safetensors"):
+        (tmp_path / name).touch()
+        os.truncate(tmp_path / name, 1 << 40)  # takes no block of the disk, and an hour to read
+        assert before != (before := contents_of(tmp_path, hashed=True))
 
 
 @pytest.mark.parametrize("flags", [(), SAMPLED], ids=["greedy", "sampled"])

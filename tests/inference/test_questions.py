@@ -18,7 +18,7 @@ from pooled import BASE
 from tiny_llava import TinyLlava, without_half_of_its_weights
 
 from llava_steering_plugin import AdapterPool
-from llava_steering_plugin.errors import NotFiniteError, SteeringError
+from llava_steering_plugin.errors import ArgumentsError, NotFiniteError, SteeringError
 from llava_steering_plugin.inference.questions import read_questions
 
 pytest_plugins = ["evaluating_fixtures", "fork_fixtures", "pooled_fixtures", "steered_fixtures"]
@@ -84,6 +84,14 @@ def test_lines_end_where_llava_ends_them(tmp_path: Path) -> None:
             file.write_bytes((before + end.join(lines) + after).encode())
             assert [question.text for question in read_questions(file)] == texts
     assert [json.loads(line)["text"] for line in file.open(encoding="utf-8") if line.strip()] == texts, "as upstream"
+
+
+def test_lines_that_no_tokenizer_and_no_parser_takes_are_named(tmp_path: Path) -> None:
+    texts = ['"half of \\ud83d"', '"a", "more": ' + "[" * 20_000 + "]" * 20_000, '"a", "more": ' + "9" * 5_000]
+    file = tmp_path / "q.jsonl"
+    file.write_text("".join(f'{{"question_id": 1, "text": {text}}}\n' for text in texts))
+    with pytest.raises(ArgumentsError, match=r"(?s)line 1 has half a character.*line 2 is not.*deep.*line 3 is not"):
+        read_questions(file)
 
 
 def test_every_two_mistakes_are_named_in_one_message(

@@ -19,6 +19,8 @@ def test_a_template_that_llava_has_is_taken_and_a_slip_of_the_pen_is_told_what_w
     assert checked_template("vicuna_v1") == "vicuna_v1"
     with pytest.raises(ArgumentsError, match=r"unknown conversation template 'vicuna_v2'.*did you mean 'vicuna_v1'\?"):
         checked_template("vicuna_v2")
+    with pytest.raises(ArgumentsError, match="unknown conversation template 'klingon' of the adapter 'pets'"):
+        checked_template("klingon", "pets")
 
 
 @pytest.mark.parametrize(("marked", "start"), [(False, "<image>"), (True, "<im_start><image><im_end>")])
