@@ -7,6 +7,7 @@ answers NaN, or nothing, and no error says why.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 # Rows of features that a projector is tried on.
 TRIED = 16
+# The part of the range that embeddings and scales may take: layers multiply by them, or add to them before they
+# normalise.
+ENTERING = 1 / 16
 
 
 def check_values(model: PreTrainedModel, mode: Mode, modules: Mapping[str, nn.Module], stored: StoredAdapter) -> None:
@@ -40,7 +44,7 @@ def check_values(model: PreTrainedModel, mode: Mode, modules: Mapping[str, nn.Mo
     """
     check_sizes(model, modules, stored)
     problems = [ADAPTER + problem for problem in unsound(mode, modules, model.dtype)]
-    _refuse(model, stored, problems + _projector(model, stored))
+    _refuse(model, stored, problems + _decoder(model, stored) + _projector(model, stored))
 
 
 def check_sizes(model: PreTrainedModel, modules: Mapping[str, nn.Module], stored: StoredAdapter) -> None:
@@ -103,6 +107,34 @@ def _dtypes(model: PreTrainedModel, modules: Mapping[str, nn.Module], stored: St
 
 
 @torch.no_grad()
+def _decoder(model: PreTrainedModel, stored: StoredAdapter) -> list[str]:
+    """List parts of the decoder, its embeddings and its head, whose values fit and whose products may not."""
+    found, extras = projector_of(model), stored.section(EXTRA)
+    weights: list[str] = []
+    others: list[str] = []
+    for name in extras:
+        path, _, leaf = name.rpartition(".")
+        if found is not None and name.startswith(f"{found[0]}."):
+            continue
+        multiplies = leaf == "weight" and isinstance(model.get_submodule(path), nn.Linear)
+        (weights if multiplies else others).append(EXTRA + name)
+    if stored.config.added_tokens:
+        weights.append(ADDED + "output")
+        others.append(ADDED + "input")
+    limit, dtype = largest_in(model.dtype), _named(model.dtype)
+    problems = []
+    for name in weights:
+        weight = stored.tensors[name]
+        if weight.numel() and not float(weight.float().norm(dim=1).amax()) * math.sqrt(weight.shape[1]) <= limit:
+            problems.append(f"{name}: its products with hidden states overflow {dtype}")
+    for name in others:
+        value = stored.tensors[name]
+        if value.numel() and not float(value.abs().amax()) <= limit * ENTERING:
+            problems.append(f"{name}: its largest value leaves no room for what the layers make of it in {dtype}")
+    return problems
+
+
+@torch.no_grad()
 def _projector(model: PreTrainedModel, stored: StoredAdapter) -> list[str]:
     """Try the adapter's own projector on features of the usual size, in a copy in float32."""
     found, extras = projector_of(model), stored.section(EXTRA)
@@ -120,8 +152,9 @@ def _projector(model: PreTrainedModel, stored: StoredAdapter) -> list[str]:
     features = torch.randn(1, TRIED, linears[0].in_features, generator=generator, dtype=torch.float32)
     with _largest(projector) as largest:
         projector.float()(features)
-    limit = largest_in(model.dtype)
-    overflowing = [f"{prefix}{name}" for name, size in largest.items() if not size <= limit]
+    limits = dict.fromkeys(largest, largest_in(model.dtype))
+    limits[list(limits)[-1]] *= ENTERING
+    overflowing = [f"{prefix}{name}" for name, size in largest.items() if not size <= limits[name]]
     return [
         f"{EXTRA}{name}.weight: its products with image features overflow {_named(model.dtype)}"
         for name in overflowing[:1]

@@ -1,6 +1,6 @@
-"""An adapter comes back from its folder to the bit, with its tokens and all parameters.
+"""An adapter comes back from its folder to the bit, with all parameters.
 
-Holds for `adapters/attachment.py`, `adapters/added_tokens.py` and `adapters/parameters.py`.
+Holds for `adapters/attachment.py` and `adapters/parameters.py`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from steered import IMAGE, PROMPT, contents, ids_of, load_llava, logits_of, pictures, strengthen, words
+from steered import PROMPT, contents, ids_of, load_llava, logits_of, pictures, strengthen
 from tiny_llava import HIDDEN, LAYERS, TinyLlava
 from torch import Tensor
 
 from llava_steering_plugin import attach, load_adapter, remove, save_adapter
 from llava_steering_plugin.adapters.attachment import Attachment
-from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.adapters.folder import WEIGHTS
 from llava_steering_plugin.adapters.locate import read
-from llava_steering_plugin.adapters.save_load import describe
-from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.modes.mores import MoReS
 
 pytest_plugins = ["steered_fixtures"]
@@ -228,74 +226,3 @@ def test_a_trained_projector_travels_with_the_adapter(model: Any, frozen: Any, t
     loaded.remove()
     assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
     assert torch.equal(answer(model), answer(frozen))
-
-
-ADDED = {"[PAD]": 700, "<im_start>": 701, "<im_end>": 702}
-
-
-@pytest.fixture
-def grown(tiny: TinyLlava, tmp_path: Path) -> tuple[Path, Tensor, Any]:
-    """An adapter trained with three tokens more than its base has; its logits on them; its tokenizer."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny.llava, use_fast=False)
-    tokenizer.add_tokens(list(ADDED), special_tokens=True)
-    model = load_llava(tiny.llava)
-    attachment = strengthen(attach(model, MoReS(tokens="all")))
-    config = describe(attachment)
-    model.resize_token_embeddings(703)
-    with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            layer.weight[700:].normal_()
-    attachment.config = AdapterConfig(config.mode, config.settings, config.base, "v0", dict(ADDED))
-    save_adapter(model, tmp_path / "grown")
-    return tmp_path / "grown", spoken(model), tokenizer
-
-
-def spoken(model: Any) -> Tensor:
-    ids = ids_of([1, 701, IMAGE, 702, *words(2)])
-    with torch.inference_mode():
-        return model(input_ids=ids, images=pictures(1)).logits
-
-
-@pytest.mark.parametrize("with_tokenizer", [True, False])
-def test_added_tokens_come_back_with_their_ids_and_their_rows(
-    tiny: TinyLlava, grown: tuple[Path, Tensor, Any], with_tokenizer: bool
-) -> None:
-    from transformers import AutoTokenizer
-
-    folder, expected, trained_tokenizer = grown
-    tokenizer = AutoTokenizer.from_pretrained(tiny.llava, use_fast=False) if with_tokenizer else None
-    model = load_llava(tiny.llava)
-    load_adapter(model, folder, tokenizer)
-    assert torch.equal(spoken(model), expected)
-    if tokenizer is not None:
-        text = "USER: <im_start> red <im_end>"
-        assert tokenizer(text).input_ids == trained_tokenizer(text).input_ids
-        assert {token: tokenizer.convert_tokens_to_ids(token) for token in ADDED} == ADDED
-
-
-def test_a_base_whose_vocabulary_was_grown_already_takes_the_rows(
-    tiny: TinyLlava, grown: tuple[Path, Tensor, Any]
-) -> None:
-    folder, expected, tokenizer = grown
-    model = load_llava(tiny.llava)
-    model.resize_token_embeddings(703)
-    load_adapter(model, folder, tokenizer)
-    assert torch.equal(spoken(model), expected)
-
-
-def test_a_tokenizer_with_other_tokens_under_these_ids_is_refused_and_left_alone(
-    tiny: TinyLlava, grown: tuple[Path, Tensor, Any]
-) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny.llava, use_fast=False)
-    tokenizer.add_tokens(["<mine>"])
-    model = load_llava(tiny.llava)
-    before = state(model)
-    with pytest.raises(AdapterError, match=r"\[PAD\] has id 701, trained as 700") as error:
-        load_adapter(model, grown[0], tokenizer)
-    assert str(error.value).count("trained as") == 3
-    assert len(tokenizer) == 701
-    assert_same_state(model, before)

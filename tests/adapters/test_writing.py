@@ -1,22 +1,30 @@
-"""A save that is killed leaves the adapter that was there before or the new one, and never a mixture."""
+"""A save that is killed or refused leaves the adapter that was there before or the new one, and never a mixture."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from adapter_files import as_version_0_1
 from killed_saves import KILL_INSIDE, KilledSaves, contents_of, write
+from steered import strengthen
 
+from llava_steering_plugin import attach, save_adapter
 from llava_steering_plugin.adapters.folder import CARD, CONFIG, LLAVA_CONFIG, OLD_CONFIG, WEIGHTS
 from llava_steering_plugin.adapters.locate import find, read
 from llava_steering_plugin.errors import AdapterError
+from llava_steering_plugin.modes.mixlora import MixLoRA
+from llava_steering_plugin.modes.mores import MoReS
+
+pytest_plugins = ["steered_fixtures"]
 
 OLD, NEW, NEXT, LARGE = 1, 2, 3, 10_000
 COPIES = (CONFIG, LLAVA_CONFIG, CARD)  # in the order in which they are written
@@ -130,3 +138,23 @@ def test_a_save_that_is_killed_inside_the_write_of_the_weights_leaves_the_old_ad
     [weights] = staging.iterdir()
     assert 0 < weights.stat().st_blocks * 512 < 4 * LARGE * 256 * 4, "a part of the data"
     check_next_save(folder)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("mode", [MoReS(), MixLoRA(factors=2, rank=1)], ids=["mores", "mixlora"])
+def test_a_diverged_adapter_is_not_written_and_the_one_before_stays(
+    model: Any, tmp_path: Path, mode: Any, value: float
+) -> None:
+    attachment = strengthen(attach(model, mode))
+    save_adapter(model, tmp_path / "it")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "it").iterdir()}
+    name, parameter = next(iter(attachment.parameters().items()))
+    with torch.no_grad():
+        parameter.view(-1)[1] = value
+    message = f"the training has diverged.*\n  - {re.escape(f'adapter.{name}')}: 1 of"
+    with pytest.raises(AdapterError, match=message):
+        save_adapter(model, tmp_path / "it")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "it").iterdir()} == before
+    with pytest.raises(AdapterError, match=message):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_llava import IMAGE_SIDE, VISUAL_TOKENS
+from tiny_llava import HIDDEN, IMAGE_SIDE, VISUAL_TOKENS
 from torch import Tensor
 
 from llava_steering_plugin.adapters.attachment import Attachment
@@ -76,6 +76,21 @@ def generate(model: Any, ids: Tensor, images: Tensor | None, **options: Any) -> 
 def logits_of(model: Any, ids: Tensor, images: Tensor | None, **rest: Any) -> Tensor:
     with torch.inference_mode():
         return model(input_ids=ids, images=images, **rest).logits
+
+
+def base_of(**sizes: int) -> Any:
+    """A Llama of the tiny LLaVA's sizes, or others, and with other weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(9)
+    tiny = {"vocab_size": 700, "hidden_size": HIDDEN, "intermediate_size": 128, "num_hidden_layers": 4}
+    return LlamaForCausalLM(LlamaConfig(**(tiny | {"num_attention_heads": 4} | sizes))).eval()
+
+
+def traces(model: torch.nn.Module) -> tuple[Any, ...]:
+    """All that an adapter leaves on a model."""
+    hooks = [(name, len(part._forward_hooks), len(part._forward_pre_hooks)) for name, part in model.named_modules()]
+    return hooks, sorted(model.__dict__), {name: value.shape for name, value in model.state_dict().items()}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
