@@ -46,14 +46,18 @@ def _options(
 
 app.command("patch")(checkout.patch)
 app.command("unpatch")(checkout.unpatch)
-app.command("doctor")(checkout.doctor)
-app.command("plan", **plan.SETTINGS)(plan.plan)
-app.command("check-data")(check_data.check_data)
-app.command("convert")(convert.convert)
-app.command("eval")(evaluate.evaluate)
+app.command("doctor", short_help="Show which LLaVA this is, and what the plugin finds in it.")(checkout.doctor)
+app.command("plan", short_help="Show what a training would train, and whether it fits on a GPU.", **plan.SETTINGS)(
+    plan.plan
+)
+app.command("check-data", short_help="Find the samples that LLaVA cannot be trained on; count tokens.")(
+    check_data.check_data
+)
+app.command("convert", short_help="Make an adapter folder from a MoReS or MixLoRA checkpoint.")(convert.convert)
+app.command("eval", short_help="Answer a file of questions in batches, each with its adapter.")(evaluate.evaluate)
 app.add_typer(diagnose.app, name="diagnose")
-app.command("serve")(serve.serve)
-app.command("chat")(chat.chat)
+app.command("serve", short_help="Serve many adapters on one base, with LLaVA's web page.")(serve.serve)
+app.command("chat", short_help="Chat with a model and its adapters in the terminal.")(chat.chat)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ def _group() -> None:
     """Measure attention to images, or interference between tasks."""
 
 
-@app.command()
+@app.command(short_help="Measure each layer's attention to image and text.")
 def modality(
     models: Annotated[
         list[str],
@@ -107,7 +107,7 @@ def modality(
         typer.echo(str(file))
 
 
-@app.command()
+@app.command(short_help="Measure how much tasks help or harm each other.")
 def interference(
     models: Annotated[
         list[str],

@@ -8,6 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from llava_steering_plugin.cli import app
 
 
 @pytest.mark.parametrize(
@@ -27,6 +30,14 @@ def test_the_command_line_answers_with_one_message_and_a_status(
     assert done.returncode == status
     assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("group", [[], ["diagnose"]], ids=["all", "diagnose"])
+def test_the_lists_of_sub_commands_are_not_cut_short_in_a_terminal_of_80_columns(group: list[str]) -> None:
+    shown = CliRunner().invoke(app, [*group, "--help"], env={"COLUMNS": "80"}).output
+    commands = shown.partition("Commands:")[2].strip().splitlines()
+    assert commands
+    assert all(line.endswith(".") and not line.endswith("...") for line in commands)
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
