@@ -254,6 +254,10 @@ class AdapterPool(ModelOwner):
 
     def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         scope = current()
+        if scope is not None and scope.owner is not self and id(self) in scope.names:
+            # On its own in a block of `use_adapter`, to get embeddings: they are those of the named adapters.
+            with self._opened(args, kwargs, generating=False):
+                return self._prepare(original, *args, **kwargs)
         if scope is not None and scope.owner is self and isinstance(scope.rows, ServedRows):
             if scope.rows.brings_projectors and id(self) not in scope.disabled:
                 scope.rows.assign_images(original, *args, **kwargs)

@@ -166,6 +166,29 @@ def test_using_names_adapters_for_code_that_cannot_and_a_keyword_wins(pool: Adap
         assert generate(shared, ids, images) == named["cats"]
 
 
+def test_embeddings_made_inside_using_are_those_of_the_named_adapters(
+    pool: AdapterPool, shared: Any, frozen: Any, folders: dict[str, Path]
+) -> None:
+    def embeddings(model: Any, rows: int = 1) -> Tensor:
+        ids, images = ids_of(*[PROMPT] * rows), pictures(1).repeat(rows, 1, 1, 1)
+        with torch.inference_mode():
+            return model.prepare_inputs_labels_for_multimodal(ids, None, None, None, None, images)[4]
+
+    base = embeddings(frozen)
+    with alone(frozen, folders["birds"]):
+        own = embeddings(frozen)
+    assert not torch.equal(own, base)
+    with using(shared, "birds"):
+        assert torch.equal(embeddings(shared), own)
+        with disabled(shared):
+            assert torch.equal(embeddings(shared), base)
+    with using(shared, ["cats", "birds"]):
+        torch.testing.assert_close(embeddings(shared, 2), torch.cat([base, own]))
+        with pytest.raises(ArgumentsError, match="2 names and the batch 1 rows"):
+            embeddings(shared)
+    assert torch.equal(embeddings(shared), base)
+
+
 def test_names_may_come_from_anything_that_yields_them(pool: AdapterPool, shared: Any) -> None:
     ids, images = ids_of(PROMPT, PROMPT), pictures(2)
     names = ["cats", "pets"]
