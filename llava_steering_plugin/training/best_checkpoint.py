@@ -44,16 +44,26 @@ class ResumedValidation(TrainerCallback):
             if isinstance(self.trainer.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 self.trainer.lr_scheduler.step(metrics[METRIC])
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # An epoch may end between two steps: a run that resumes from the last one comes to its end once more.
+        if _evaluated(state):
+            control.should_evaluate = False
+
     @staticmethod
     def _missed(args: Any, state: Any) -> bool:
         """Return whether the step of the checkpoint was to be evaluated: a SIGTERM leaves time for saving only."""
-        if any(METRIC in entry and entry.get("step") == state.global_step for entry in state.log_history):
+        if _evaluated(state):
             return False
         if strategy(args) == STEPS:
             return state.global_step % state.eval_steps == 0 and args.eval_delay <= state.global_step
         return (
             strategy(args) == EPOCH and abs(state.epoch - round(state.epoch)) < 1e-6 and args.eval_delay <= state.epoch
         )
+
+
+def _evaluated(state: Any) -> bool:
+    """Return whether a training has been evaluated at the step that it is at."""
+    return any(METRIC in entry and entry.get("step") == state.global_step for entry in state.log_history)
 
 
 def best_checkpoint(state: TrainerState, checkpoint: Path) -> Path | None:

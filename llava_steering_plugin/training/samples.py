@@ -27,6 +27,9 @@ from llava_steering_plugin.training.stand_ins import StandIns
 # the bad ones whose places some of them take. The third holds a message: a bad sample that is not skipped.
 SAMPLE_NUMBERS, SKIPPED, REFUSED = "steering_samples", "steering_skipped", "steering_refused"
 
+# The message of ranks that end because another one has met a bad sample.
+ELSEWHERE = "another rank has met a bad sample, which its own message names."
+
 # The rules that make one seed of a training's seed and an epoch. Their names stand in checkpoints: never rename one.
 HASHED = "sha256(seed:epoch)"
 SUMMED = "seed+epoch"  # of earlier versions: epoch 1 of seed 1 had the order of epoch 0 of seed 2
@@ -155,14 +158,15 @@ def take_marks(batch: dict[str, Any], skipped: set[int]) -> Tensor | None:
         DataError: the batch, or that of another rank, holds a bad sample, and they are not skipped.
     """
     message = batch.get(REFUSED)
-    if _on_any_rank(message is not None):
-        raise DataError(message or "another rank has met a bad sample, which its own message names.")
+    if on_any_rank(message is not None):
+        raise DataError(message or ELSEWHERE)
     if SKIPPED in batch:
         skipped.update(batch.pop(SKIPPED).tolist())
     return batch.pop(SAMPLE_NUMBERS, None)
 
 
-def _on_any_rank(flag: bool) -> bool:
+def on_any_rank(flag: bool) -> bool:
+    """Return whether `flag` is true on some rank; every rank calls it."""
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return flag
     on_gpu = distributed.get_backend() == "nccl"

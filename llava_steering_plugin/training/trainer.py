@@ -41,7 +41,7 @@ from llava_steering_plugin.training.samples import (
     take_marks,
 )
 from llava_steering_plugin.training.skipped import SkippedSamples
-from llava_steering_plugin.training.validation import ValidationMixin, validation_data
+from llava_steering_plugin.training.validation import ValidationMixin, refuse_bad_pictures, validation_data
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,10 @@ class SteeringTrainerMixin(ValidationMixin, ResumePositionMixin):
             checkpoints.prepare_output(Path(arguments.output_dir))
         data = kwargs["train_dataset"] = checked_samples(kwargs["train_dataset"], arguments)
         validated = validation_data(arguments, data) or kwargs.get("eval_dataset")
-        kwargs["eval_dataset"] = None if validated is None else checked_samples(validated, arguments)
+        if validated is not None:
+            validated = checked_samples(validated, arguments)
+            refuse_bad_pictures(validated, arguments)
+        kwargs["eval_dataset"] = validated
         kwargs["data_collator"] = NumberedCollator(kwargs["data_collator"])
         with marked_as_peft(model):
             super().__init__(**kwargs)

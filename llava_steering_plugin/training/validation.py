@@ -24,11 +24,12 @@ from transformers.trainer_utils import EvalLoopOutput
 from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.adapters.folder import AdapterFolder
 from llava_steering_plugin.adapters.save_load import restore
-from llava_steering_plugin.errors import UpstreamError
+from llava_steering_plugin.errors import DataError, UpstreamError
 from llava_steering_plugin.hooks.token_map import IGNORED
 from llava_steering_plugin.training.best_checkpoint import METRIC
+from llava_steering_plugin.training.data_source import refusal
 from llava_steering_plugin.training.integrity import STATE
-from llava_steering_plugin.training.samples import NumberedDataset, checked_samples, take_marks
+from llava_steering_plugin.training.samples import ELSEWHERE, NumberedDataset, checked_samples, on_any_rank, take_marks
 from llava_steering_plugin.training.validation_flags import DATA, NO, strategy
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,25 @@ def validation_data(arguments: Any, training_data: Any) -> Any:
         return None
     kind = type(training_data.dataset)
     return kind(data_path=path, tokenizer=training_data.tokenizer, data_args=training_data.data_args)
+
+
+def refuse_bad_pictures(samples: NumberedDataset, arguments: Any) -> None:
+    """Look at the pictures of all samples to validate on, unless bad samples are skipped; each rank at its share.
+
+    The first evaluation would end the training, perhaps after hours.
+
+    Raises:
+        DataError: one cannot be read, here or on another rank. The message names the first one, and counts the others.
+    """
+    source = samples.source
+    if source is None or samples.stand_ins is not None:
+        return
+    entries = samples.list_data_dict
+    share = range(arguments.process_index, len(entries), arguments.world_size)
+    bad = [(number, found) for number in share if (found := source.checks.of(entries[number], whole=True))]
+    if on_any_rank(bool(bad)):
+        message = refusal(source, bad[0][0], entries[bad[0][0]], bad[0][1], len(bad) - 1) if bad else ELSEWHERE
+        raise DataError(message)
 
 
 class ValidationMixin:

@@ -1,16 +1,14 @@
 """What LLaVA cannot be trained on is found and named; what it reads rightly stays as it is, to the bit.
 
-Covers `training/sample_checks.py`, `training/data_source.py`, `training/stand_ins.py` and `upstream/samples.py`, with
-LLaVA's own dataset and the tokenizer and image processor of the tiny LLaVA; test_bad_samples.py trains.
+Covers `training/sample_checks.py` and `training/data_source.py`, with LLaVA's own dataset and the tokenizer and image
+processor of the tiny LLaVA; test_bad_samples.py trains.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,9 +22,8 @@ from llava_steering_plugin.planning.data_check import Checker
 from llava_steering_plugin.training.attaching import REQUEST
 from llava_steering_plugin.training.data_source import early_problem
 from llava_steering_plugin.training.flags import TrainingRequest
-from llava_steering_plugin.training.sample_checks import KINDS, PLAIN, SINGLE, SampleChecks, misread, style_of
+from llava_steering_plugin.training.sample_checks import KINDS, PLAIN, SINGLE, SampleChecks, misread
 from llava_steering_plugin.training.samples import REFUSED, SAMPLE_NUMBERS, SKIPPED, NumberedDataset
-from llava_steering_plugin.training.stand_ins import StandIns
 from llava_steering_plugin.upstream.tokens import TokenCounter
 
 
@@ -215,19 +212,6 @@ def test_lengths_are_llavas_and_bad_samples_have_one(reader: Reader, property: s
     assert 0 not in lengths
 
 
-def test_stand_ins_depend_on_seed_and_sample_and_are_all_other_samples_those_with_images_first() -> None:
-    entries = [{"image": ""} if number % 3 else {} for number in range(30)]
-    order = list(StandIns(1, entries).of(4))
-    assert order == list(StandIns(1, entries).of(4))
-    assert sorted(order) == [number for number in range(30) if number != 4]
-    assert all("image" in entries[number] for number in order[:19])
-    assert order != list(StandIns(2, entries).of(4))
-    first = Counter(next(StandIns(seed, entries).of(4)) for seed in range(2000))
-    assert len(first) == 19 and max(first.values()) < 3 * min(first.values())
-    assert all("image" not in entries[number] for number in list(StandIns(1, entries).of(3))[:9])
-    assert list(StandIns(1, [{}]).of(0)) == []
-
-
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -282,24 +266,6 @@ def test_without_a_mode_llavas_dataset_is_as_it_was(reader: Reader) -> None:
         dataset[0]
 
 
-def test_the_styles_of_versions_are_those_of_llavas_templates(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llava import conversation
-
-    from llava_steering_plugin.upstream.samples import template_style
-
-    usual = conversation.default_conversation
-    for version in (*conversation.conv_templates, "unknown", "v0.5"):
-        # As train() does.
-        if version in ("v0", "v0.5"):
-            template = usual
-        else:
-            template = conversation.conv_templates.get(version, conversation.conv_templates["vicuna_v1"])
-        monkeypatch.setattr(conversation, "default_conversation", template)
-        assert template_style() == style_of(version), version
-        monkeypatch.setattr(conversation, "default_conversation", usual)
-        assert template_style(version) == style_of(version), version
-
-
 def test_captions_of_stage_1_are_a_picture_and_two_turns_of_any_role() -> None:
     def kinds(sample: Any) -> list[str]:
         return [defect.kind for defect in SampleChecks(None, style=PLAIN).structure(sample)]
@@ -315,10 +281,3 @@ def test_turns_may_come_in_any_order_where_llava_does_not_look_at_it() -> None:
     sample = said(("human", "A."), ("human", "B?"), ("gpt", "C."))
     assert SampleChecks(None, style=SINGLE).structure(sample) == []
     assert [defect.kind for defect in SampleChecks(None).structure(sample)] == ["order"]
-
-
-def test_an_edge_is_that_of_the_image_processor() -> None:
-    from llava_steering_plugin.upstream.samples import _shorter_edge
-
-    assert _shorter_edge(SimpleNamespace(size={"shortest_edge": 224})) == 224
-    assert _shorter_edge(SimpleNamespace(size={"height": 384, "width": 384})) == _shorter_edge(None) == 336

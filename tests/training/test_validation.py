@@ -224,15 +224,56 @@ def test_validation_at_the_end_of_epochs_and_once_at_the_end(
     assert list(evaluations(train(tiny, tmp_path / "once", MORES, validating, once))) == [4]
 
 
-def test_a_bad_sample_to_validate_on_is_refused_by_name(
-    tiny: TinyLlava, patched_llava: Path, tmp_path: Path, validating: dict[str, object], capsys: Any
+def test_an_epoch_whose_end_comes_again_after_a_resume_is_not_evaluated_twice(
+    tiny: TinyLlava, patched_llava: Path, tmp_path: Path, validating: dict[str, object]
 ) -> None:
+    # Of six batches, the first step takes four: the epoch ends between two steps. A second evaluation would be a
+    # second one without progress for this scheduler.
+    flags = {
+        **{"evaluation_strategy": "epoch", "eval_steps": None, "max_steps": None, "num_train_epochs": 2},
+        **{"save_strategy": "epoch", "save_steps": None, "gradient_accumulation_steps": 4},
+        **{"lr_scheduler_type": "reduce_lr_on_plateau"},
+    }
+    whole = train(tiny, tmp_path / "whole", MORES, validating, flags)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(whole / "checkpoint-1", resumed / "checkpoint-1")
+    train(tiny, resumed, MORES, validating, flags)
+    evaluated = [
+        [entry["step"] for entry in state_of(run)["log_history"] if "eval_loss" in entry] for run in (whole, resumed)
+    ]
+    assert evaluated == [[1, 2], [1, 2]]
+    assert_equal(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"id": "odd", "conversations": []}, "`conversations` is empty"),
+        ({"id": "odd", "image": "nothing.png"}, "there is no image"),
+        ({"id": "odd", "image": "cut.png"}, "cut.png cannot be read"),
+    ],
+    ids=["entry", "missing", "truncated"],
+)
+def test_a_bad_sample_to_validate_on_is_refused_by_name_before_the_first_step(
+    tiny: TinyLlava,
+    patched_llava: Path,
+    tmp_path: Path,
+    validating: dict[str, object],
+    capsys: pytest.CaptureFixture[str],
+    bad: dict[str, object],
+    reason: str,
+) -> None:
+    good = json.loads(tiny.data.read_text())[0]
+    images = Path(shutil.copytree(tiny.images, tmp_path / "images"))
+    picture = (images / good["image"]).read_bytes()
+    (images / "cut.png").write_bytes(picture[: len(picture) // 2])
     file = tmp_path / "bad.json"
-    file.write_text(json.dumps([{"id": "odd", "conversations": []}]))
+    file.write_text(json.dumps([good, {**good, **bad}]))
     with pytest.raises(SystemExit):
-        train(tiny, tmp_path / "run", MORES, validating, {"eval_data_path": file})
+        train(tiny, tmp_path / "run", MORES, validating, {"eval_data_path": file, "image_folder": images})
     error = capsys.readouterr().err
-    assert str(file) in error and "'odd'" in error and "Traceback" not in error
+    assert f"{file}:\n  - " in error and "sample 1 (id 'odd')" in error and reason in error
+    assert "Traceback" not in error and not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 def test_a_loss_that_is_no_number_is_never_the_best() -> None:
