@@ -14,8 +14,8 @@ from pathlib import Path
 from llava_steering_plugin.adapters.locate import find, locate
 from llava_steering_plugin.checkout.find import find_llava
 from llava_steering_plugin.errors import ArgumentsError, Problems
-from llava_steering_plugin.inference.base_files import check_adapters_fit, is_llava
-from llava_steering_plugin.inference.base_model import no_llava, read_base_config
+from llava_steering_plugin.inference.base_files import check_adapters_fit, check_base
+from llava_steering_plugin.inference.base_model import read_base_config
 from llava_steering_plugin.inference.models import PEFT_CONFIG, base_of_lora, moved
 from llava_steering_plugin.inference.options import check_bits, choose_device
 from llava_steering_plugin.upstream.conversations import checked_template
@@ -78,8 +78,7 @@ def _check_model(name: str, path: str, base: str | None, bases: bool) -> None:
     elif peft.is_file():
         read_base_config(base or base_of_lora(peft))
     elif bases:
-        if not is_llava(read_base_config(path)):
-            raise no_llava(path)
+        check_base(path)
     elif os.path.isdir(os.path.expanduser(path)):
         raise ArgumentsError(f"{path} is neither an adapter nor an unmerged LoRA, so there is nothing to measure.")
     else:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from llava_steering_plugin.adapters.base_model import read_config
 from llava_steering_plugin.adapters.files import check_folder
 from llava_steering_plugin.adapters.folder import StoredAdapter
+from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, UpstreamError
 from llava_steering_plugin.inference.base_files import is_llava
 from llava_steering_plugin.modes.base import default_dtype
@@ -56,8 +57,11 @@ def read_base_config(path: str, hint: str = "") -> dict[str, Any]:
         hint: advice for the error message, with a leading space.
 
     Raises:
+        ArgumentsError: an adapter is there: its folder holds the config.json of its base.
         UpstreamError: there is none, or it describes no model.
     """
+    if find(path) is not None:
+        raise ArgumentsError(f"{path} is an adapter, no base.{hint or ' Give the base that it was trained on.'}")
     try:
         return read_config(path)
     except SteeringError as error:

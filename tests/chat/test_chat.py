@@ -165,7 +165,7 @@ def test_wrong_input_gets_a_line_that_says_what_to_do_and_the_chat_goes_on(
         ". cannot be read as an image, or is damaged: Is a directory.",
         "unknown command /reste: did you mean /reset?",
         "a question cannot contain <image>, which stands for an image; use /image FILE.",
-        "tokens with this question; the model takes 2,048. /reset begins a new one.",
+        "tokens with this question; the model takes 2,047. /reset begins a new one.",
     ):
         assert line in notes
     assert "Traceback" not in notes

@@ -65,6 +65,7 @@ OF_MODALITY: Mistakes = {
     "answers": ({"--answers-file": "{here}/no.jsonl"}, "the answers in {here}/no.jsonl cannot be read"),
     "template": ({"--conv-mode": "klingon"}, "unknown conversation template 'klingon'"),
     "other base": ({"--model-base": "{here}/other"}, "was trained on"),
+    "adapter as base": ({"--model-base": "{here}/pets"}, "{here}/pets is an adapter, no base"),
 }
 OF_INTERFERENCE: Mistakes = {
     **OF_A_DIAGNOSIS,
@@ -153,6 +154,20 @@ def test_a_chat_with_an_adapter_names_its_lost_base_and_what_else_is_wrong(here:
     none = {"base": None, "device": "auto", "conversation": None, "load_4bit": False, "load_8bit": False}
     with pytest.raises(SteeringError, match=r"(?s)there is no file .*say where it is with --model-base"):
         check_chat(str(here / "pets"), [], image=str(here / "nowhere.png"), **none)
+
+
+def test_an_adapter_in_the_place_of_its_base_is_named_before_anything_is_loaded(here: Path) -> None:
+    from llava_steering_plugin.chat.preflight import check_chat
+
+    said = f"{here}/pets is an adapter, no base"
+    none = {"image": None, "device": "auto", "conversation": None, "load_4bit": False, "load_8bit": False}
+    with pytest.raises(ArgumentsError, match=said):
+        check_chat(str(here / "pets"), [], base=str(here / "pets"), **none)
+    (here / "q.jsonl").write_text(json.dumps({"question_id": 1, "text": "What?"}))
+    files = ["--question-file", f"{here}/q.jsonl", "--image-folder", str(here), "--answers-file", f"{here}/a.jsonl"]
+    result = CliRunner().invoke(app, ["eval", str(here / "pets"), *files])
+    assert isinstance(result.exception, ArgumentsError)
+    assert said in str(result.exception)
 
 
 def test_a_conversion_names_every_two_mistakes(here: Path) -> None:
