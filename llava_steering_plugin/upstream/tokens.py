@@ -68,6 +68,11 @@ class TokenCounter:
         templates = conversation.conv_templates
         self.template = conversation.default_conversation
         if version not in KEEPING_THE_TEMPLATE:
+            if version not in templates:
+                self.notes.append(
+                    f"--version {version} is no conversation template: LLaVA takes vicuna_v1, and a training with a "
+                    "tuning mode refuses it"
+                )
             self.template = templates.get(version, templates["vicuna_v1"])
         if version == "v0" and self.tokenizer.pad_token is None:
             self.tokenizer.add_special_tokens({"pad_token": "[PAD]"})

@@ -115,3 +115,8 @@ def test_a_base_that_is_none_is_named(tiny: TinyLlava, model: Any, tmp_path: Pat
         TokenCounter(str(tmp_path), "v1", 512)
     (tmp_path / "llava_steering_config.json").write_text("{}")
     assert issubclass(ArgumentsError, SteeringError)
+
+
+def test_a_version_that_llava_does_not_know_is_noted(tiny: TinyLlava, patched_llava: Path) -> None:
+    assert any("--version v9 is no" in note for note in TokenCounter(str(tiny.llava), "v9", 512).notes)
+    assert not any("--version" in note for note in TokenCounter(str(tiny.llava), "v0", 512).notes)
