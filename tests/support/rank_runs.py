@@ -63,13 +63,13 @@ def assert_trained(adapter: StoredAdapter) -> None:
     assert max(float(value.abs().max()) for value in moved) > 1e-4
 
 
-def assert_close(one: Path, other: Path, rtol: float = 1e-4) -> None:
+def assert_close(one: Path, other: Path, rtol: float = 1e-4, atol: float = 1e-7) -> None:
     first, second = read(one), read(other)
     assert first.tensors.keys() == second.tensors.keys()
     assert_trained(first)
     for name, value in first.tensors.items():
         torch.testing.assert_close(
-            second.tensors[name], value, rtol=rtol, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}"
+            second.tensors[name], value, rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 

@@ -81,7 +81,8 @@ def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
 def test_two_ranks_end_where_one_rank_with_accumulation_ends_also_when_one_has_no_image(
     runs: Path, mode: str, stage: int
 ) -> None:
-    assert_close(runs / f"{mode}one-{stage}", runs / f"{mode}two-{stage}")
+    # Adam turns the rounding of a gradient that is nearly zero into more than 1e-7: one weight in thousands.
+    assert_close(runs / f"{mode}one-{stage}", runs / f"{mode}two-{stage}", atol=1e-6)
 
 
 @pytest.mark.slow
