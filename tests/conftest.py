@@ -189,3 +189,18 @@ def same_random_numbers() -> None:
         import numpy
 
         numpy.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_state_stays() -> Iterator[None]:
+    """No test leaves this process without gradients, or with the DeepSpeed config of a training that was refused."""
+    yield
+    if deepspeed := sys.modules.get("transformers.integrations.deepspeed"):
+        deepspeed.unset_hf_deepspeed_config()
+    if "torch" in sys.modules:
+        import torch
+
+        left = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float32)
+        assert left == (True, False, torch.float32), "gradients, inference mode, default dtype"

@@ -6,7 +6,6 @@ answers NaN, or nothing, and no error says why.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from llava_steering_plugin.adapters.parameters import parameters_of, set_paramet
 from llava_steering_plugin.adapters.quantised import quantised_linears, unquantise
 from llava_steering_plugin.distributed import is_partitioned
 from llava_steering_plugin.errors import AdapterError, listing, shortened
+from llava_steering_plugin.hooks.look_alike import copied
 from llava_steering_plugin.modes.base import Mode, largest_in
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _projector(model: PreTrainedModel, stored: StoredAdapter) -> list[str]:
     own = {name.removeprefix(prefix): tensor for name, tensor in extras.items() if name.startswith(prefix)}
     if found is None or not own or any(each.is_meta or is_partitioned(each) for each in found[1].parameters()):
         return []
-    projector = copy.deepcopy(found[1]).cpu()
+    projector = copied(found[1]).cpu()
     unquantise(projector, own, model.dtype)
     set_parameters({name: projector.get_parameter(name) for name in own}, own)
     linears = [part for part in projector.modules() if isinstance(part, nn.Linear)]

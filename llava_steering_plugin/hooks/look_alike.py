@@ -1,4 +1,4 @@
-"""Make a model that shares all its modules with another one but for a few that differ.
+"""Make a model that shares all its modules with another one but for a few that differ, or copy a module whole.
 
 Calls of the copy and of the original may run at the same time: neither sees what the other has in its place. Nothing is
 copied but the dicts of the modules on the way from the model to what differs.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
@@ -94,3 +95,17 @@ def placed(value: Tensor, like: Tensor, host: nn.Module) -> Tensor:
         return value
     with torch.inference_mode(False):  # it is kept, and later calls may want gradients through it
         return value.to(device, like.dtype)
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """Copy a module and its values, without what accelerate has put on it.
+
+    accelerate binds the forward of what it places on a device to the module itself: the copy's would be the original's.
+    """
+    hooks = [vars(part)["_hf_hook"] for part in module.modules() if "_hf_hook" in vars(part)]
+    own = deepcopy(module, {id(hook): None for hook in hooks})
+    for part in own.modules():
+        if "_hf_hook" in vars(part):
+            for name in ("_hf_hook", "_old_forward", "forward"):
+                vars(part).pop(name, None)
+    return own

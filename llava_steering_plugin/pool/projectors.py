@@ -6,7 +6,6 @@ out in order: each row takes as many as it has placeholders, and one where it ha
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from llava_steering_plugin.adapters.parameters import set_parameters
 from llava_steering_plugin.adapters.quantised import unquantise
 from llava_steering_plugin.errors import UpstreamError
+from llava_steering_plugin.hooks.look_alike import copied
 from llava_steering_plugin.hooks.row_groups import Rows
 from llava_steering_plugin.hooks.scope import current
 from llava_steering_plugin.hooks.token_map import nothing_to_splice, signature_of
@@ -26,19 +26,10 @@ if TYPE_CHECKING:
 
 def own_projector(projector: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
     """Copy the base's projector and give the copy an adapter's tensors, by their names below it."""
-    # accelerate binds the forward of what it places on a device to the module itself: the copy's would be the base's.
-    own = copy.deepcopy(projector, {id(hook): None for hook in _device_hooks(projector)})
-    for part in own.modules():
-        if "_hf_hook" in vars(part):
-            for name in ("_hf_hook", "_old_forward", "forward"):
-                vars(part).pop(name, None)
+    own = copied(projector)
     unquantise(own, tensors, dtype)
     set_parameters({name: own.get_parameter(name) for name in tensors}, dict(tensors))
     return own.eval().requires_grad_(False)
-
-
-def _device_hooks(root: nn.Module) -> list[Any]:
-    return [vars(part)["_hf_hook"] for part in root.modules() if "_hf_hook" in vars(part)]
 
 
 class ServedRows(Rows):

@@ -68,11 +68,12 @@ def calls(action: Callable[[], object], stop: tuple[Call, int] | None = None) ->
             if not left:
                 raise Refused(str(call))
 
-    sys.setprofile(watch)
-    try:
-        action()
-    finally:
-        sys.setprofile(None)
+    with torch.enable_grad():  # a context manager of torch's that is refused its end leaves gradients off
+        sys.setprofile(watch)
+        try:
+            action()
+        finally:
+            sys.setprofile(None)
     return made
 
 

@@ -14,6 +14,8 @@ from llava_steering_plugin.checkout.find import find_llava
 from llava_steering_plugin.checkout.patch import patch
 from llava_steering_plugin.upstream.seams import SEAMS
 
+EVERYWHERE = ["chat", "eval", "serve", "diagnose"]
+
 
 @pytest.fixture
 def copy(pristine_llava: Path, tmp_path: Path) -> Path:
@@ -57,7 +59,7 @@ def test_missing_seams_are_all_reported_with_what_they_are_for_and_status_1(copy
 @pytest.mark.parametrize(
     ("file", "name", "seam", "stopped"),
     [
-        ("mm_utils.py", "tokenizer_image_token", "llava.mm_utils.tokenizer_image_token", ["chat", "eval", "diagnose"]),
+        ("mm_utils.py", "tokenizer_image_token", "llava.mm_utils.tokenizer_image_token", EVERYWHERE),
         ("serve/model_worker.py", "generate_stream_gate", "ModelWorker.generate_stream_gate", ["serve"]),
         ("model/multimodal_projector/builder.py", "build_vision_projector", "build_vision_projector", ["plan"]),
         ("serve/controller.py", "__main__", "llava.serve.controller.__main__", ["serve"]),

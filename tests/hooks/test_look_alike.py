@@ -9,7 +9,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
-from llava_steering_plugin.hooks.look_alike import look_alike, placed
+from llava_steering_plugin.hooks.look_alike import copied, look_alike, placed
 
 
 class Scaled(nn.Module):
@@ -78,3 +78,18 @@ def test_a_value_is_moved_once_and_may_have_gradients_behind_it() -> None:
     with torch.inference_mode():
         moved = placed(value, layer.half().weight, layer)
     assert moved.dtype == torch.float16 and not moved.is_inference()
+
+
+def test_a_copy_of_what_accelerate_has_placed_computes_with_its_own_values() -> None:
+    part = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+    for module in (part, *part):
+        add_hook_to_module(module, AlignDevicesHook("cpu"))
+    own = copied(part)
+    with torch.no_grad():
+        own[0].weight.zero_()
+        own[0].bias.fill_(2.0)
+    inputs = torch.randn(3, 4)
+    assert torch.equal(own(inputs), nn.functional.gelu(torch.full((3, 4), 2.0)))
+    assert not torch.equal(part(inputs), own(inputs))
+    assert not any(hasattr(module, "_hf_hook") for module in own.modules())
+    assert all(hasattr(module, "_hf_hook") for module in (part, *part))

@@ -15,7 +15,7 @@ import requests
 from ports import free_port
 from rich.console import Console
 
-from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.serving import page
 from llava_steering_plugin.serving.processes import Program, Programs
 from llava_steering_plugin.serving.proxies import bypass_proxies, bypassing, call, host_of, is_loopback
@@ -107,7 +107,7 @@ def test_a_worker_bypasses_proxies_before_it_calls_anything(proxy: str) -> None:
     from llava_steering_plugin.serving.worker import app
 
     words = ["--model-path", "no/model", "--adapter-dir", "nowhere", "--controller-address", "http://[::1]:9"]
-    with pytest.raises(ArgumentsError, match="nowhere"):
+    with pytest.raises(SteeringError, match="nowhere"):
         app(words, standalone_mode=False)
     assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "localhost,127.0.0.1,127.0.0.0/8,::1"
 

@@ -15,7 +15,7 @@ from quantising import quantised_asker, quantising_on_cpu
 from tiny_llava import TinyLlava
 from training_runs import plain_llm_overrides, subprocess_environment, train_flags, train_in_process
 
-from llava_steering_plugin.training import trainer
+from llava_steering_plugin.training.attaching import attach_mode
 
 QUANTISING = str(Path(__file__).parents[1] / "support" / "quantising.py")
 TOKENS = 8
@@ -72,7 +72,7 @@ def test_a_trained_projector_in_half_precision_becomes_what_gradscaler_accepts(
         **flags, fp16=True, bf16=False, bits=4, seed=0, process_index=1, quant_type="nf4", double_quant=True
     )
 
-    attachment = trainer._attach(model, given, None)
+    attachment = attach_mode(model, given, None)
 
     assert {parameter.dtype for parameter in projector.parameters()} == {torch.float32}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
