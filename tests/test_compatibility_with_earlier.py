@@ -5,16 +5,15 @@ The first version is taken out of git and run here, so the same processor rounds
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from earlier_package import earlier_package
 from earlier_version import (
     ADAPTERS,
     ADDED,
@@ -37,20 +36,12 @@ from llava_steering_plugin.training.notes import order_of
 from llava_steering_plugin.training.samples import HASHED, SUMMED
 
 ROOT = Path(__file__).resolve().parents[1]
-# The last commit of version 0.1: its config was called adapter_config.json, and its header held no LLaVA config.
-EARLIER = "9a7b282"
 
 
 @pytest.fixture(scope="module")
 def earlier(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the earlier version has made: adapters, their answers, and trainings."""
-    archive = ["git", "-C", str(ROOT), "archive", EARLIER, "llava_steering_plugin"]
-    packed = subprocess.run(archive, capture_output=True)
-    if packed.returncode:
-        pytest.skip(f"commit {EARLIER} is not in this clone: {packed.stderr.decode(errors='replace').strip()}")
-    package, out = tmp_path_factory.mktemp("package"), tmp_path_factory.mktemp("made")
-    with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as files:
-        files.extractall(package, filter="data")
+    package, out = earlier_package(tmp_path_factory.mktemp("package")), tmp_path_factory.mktemp("made")
     support = ROOT / "tests" / "support"
     environment = subprocess_environment(patched_llava)
     environment["PYTHONPATH"] = f"{package}:{patched_llava}:{support}"

@@ -67,7 +67,7 @@ class RequestModel:
             self.failed = NO_ANSWER
             logger.exception("an answer failed")
         finally:
-            streamer.text_queue.put(streamer.stop_signal)
+            streamer.finish()
 
 
 class AdapterWorker(model_worker.ModelWorker):

@@ -31,11 +31,20 @@ model_worker.logger.setLevel(logging.WARNING)  # otherwise it logs a line for ea
 class PatientStreamer(model_worker.TextIteratorStreamer):
     """Waits for text for as long as generating takes; upstream's streamer gives up after 15 seconds without text.
 
-    A long prefill or a busy machine can take longer. Whoever generates must end the stream in every case.
+    A long prefill or a busy machine can take longer. Whoever generates must call `finish` in every case: transformers
+    ends the text before it is known whether the generation has failed, and the reader would not learn of it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **(kwargs | {"timeout": None}))
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Pass a piece of text on; the last one ends nothing."""
+        super().on_finalized_text(text)
+
+    def finish(self) -> None:
+        """End the stream for its reader."""
+        self.text_queue.put(self.stop_signal)
 
 
 class ClientGone(StoppingCriteria):

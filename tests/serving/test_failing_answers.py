@@ -16,7 +16,7 @@ from serving_fixtures import STRICT, Alone, Client, Question, listening, wait_un
 from llava_steering_plugin.serving.http.app import build
 from llava_steering_plugin.serving.http.protocol import FAILED, GONE, NO_ANSWER, NOT_FINITE, chunk
 from llava_steering_plugin.serving.model_worker import RequestModel
-from llava_steering_plugin.upstream.worker_seam import PooledThread
+from llava_steering_plugin.upstream.worker_seam import PatientStreamer, PooledThread
 
 pytest_plugins = ["serving_fixtures"]
 pytestmark = pytest.mark.usefixtures("unharmed")
@@ -86,6 +86,22 @@ def test_a_model_whose_numbers_overflow_has_an_error_that_says_so_and_no_empty_a
         assert strict.answer("cats", asked[0]) == alone("cats", asked[0])
     finally:
         worker.catalog.drop("diverged")
+
+
+def test_the_text_of_an_answer_ends_only_when_it_is_known_whether_it_has_failed(worker: Any) -> None:
+    streamer = PatientStreamer(worker.tokenizer)
+    ended = []
+
+    class Failing:
+        def generate(self, *_: Any, **kwargs: Any) -> None:
+            kwargs["streamer"].end()  # as transformers does, before anybody looks at what came out
+            ended.append(streamer.stop_signal in list(streamer.text_queue.queue))
+            raise RuntimeError("these numbers are not finite")
+
+    model = RequestModel(Failing(), "cats", threading.Event())
+    model.generate(streamer=streamer)
+    assert ended == [False]
+    assert model.failed == NO_ANSWER and list(streamer) == [""] and streamer.text_queue.empty()
 
 
 @pytest.mark.parametrize("kind", ["answering", "generating"])
