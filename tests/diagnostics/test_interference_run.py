@@ -15,15 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from diagnosing import diagnosed
 from lora_folders import save_lora
 from PIL import Image
 from steered import load_llava, strengthen
 from tiny_llava import TinyLlava
-from typer.testing import CliRunner
 
 from llava_steering_plugin import attach, save_adapter
 from llava_steering_plugin.adapters.save_load import describe
-from llava_steering_plugin.cli import app
 from llava_steering_plugin.diagnostics.interference_run import Place, choose_samples, grouped
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.modes.mixlora import MixLoRA
@@ -60,14 +59,8 @@ def diagnose(tiny: TinyLlava, patched_llava: Path, tmp_path: Path) -> Run:
     """Runs `llava-steering diagnose interference` and returns interference.json."""
 
     def run(models: dict[str, Path], *words: str) -> dict[str, Any]:
-        command = ["diagnose", "interference", *(f"{name}={path}" for name, path in models.items())]
-        command += ["--image-folder", str(tiny.images), "--output", str(tmp_path / "out"), "--device", "cpu"]
-        result = CliRunner().invoke(app, [*command, "--samples", "2", *words])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        assert result.exit_code == 0, result.output
-        found: dict[str, Any] = json.loads((tmp_path / "out" / "interference.json").read_text())
-        return found
+        named = (f"{name}={path}" for name, path in models.items())
+        return diagnosed("interference", tiny, tmp_path / "out", *named, "--samples", "2", *words)
 
     return run
 

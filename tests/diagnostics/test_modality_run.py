@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from diagnosing import diagnosed
 from PIL import Image
 from steered import load_llava, strengthen
 from tiny_llava import VISUAL_TOKENS, TinyLlava
-from typer.testing import CliRunner
 
 from llava_steering_plugin import attach, remove, save_adapter
 from llava_steering_plugin.adapters.save_load import describe
-from llava_steering_plugin.cli import app
 from llava_steering_plugin.diagnostics.modality import Kind
 from llava_steering_plugin.diagnostics.modality_run import choose_questions
 from llava_steering_plugin.diagnostics.positions import forced_pass
@@ -55,14 +54,9 @@ def diagnose(tiny: TinyLlava, patched_llava: Path, tmp_path: Path) -> Run:
     """Runs `llava-steering diagnose modality` and returns modality.json."""
 
     def run(*words: str, questions: Path | None = None) -> dict[str, Any]:
-        command = ["diagnose", "modality", *words, "--image-folder", str(tiny.images), "--device", "cpu"]
-        command += ["--question-file", str(questions or tiny.questions), "--output", str(tmp_path / "out")]
-        result = CliRunner().invoke(app, [*command, "--max-new-tokens", "6", "--batch-size", "3"])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        assert result.exit_code == 0, result.output
-        found: dict[str, Any] = json.loads((tmp_path / "out" / "modality.json").read_text())
-        return found
+        short = ("--max-new-tokens", "6", "--batch-size", "3")
+        file = str(questions or tiny.questions)
+        return diagnosed("modality", tiny, tmp_path / "out", *words, "--question-file", file, *short)
 
     return run
 

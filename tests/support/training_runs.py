@@ -85,6 +85,16 @@ def with_other_weights(source: Path, target: Path) -> Path:
     return target
 
 
+# Four steps of MoReS with dropout, and a checkpoint after each second one; the last is in the middle of an epoch.
+FOUR_STEPS: dict[str, object] = {
+    "tuning_mode": "mores",
+    "mores_rank": 2,
+    "mores_tokens": "all",
+    "mores_dropout": 0.1,
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
 LORA: dict[str, object] = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "mm_projector_lr": 2e-4}
 
 

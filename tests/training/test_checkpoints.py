@@ -19,7 +19,7 @@ from disks import file_system, largest_file, mount
 from rank_runs import assert_equal, losses
 from steered import contents
 from tiny_llava import TinyLlava
-from training_runs import train_flags, train_in_process
+from training_runs import FOUR_STEPS, train_flags, train_in_process
 from transformers import TrainingArguments
 
 from llava_steering_plugin.adapters.folder import WEIGHTS
@@ -27,23 +27,12 @@ from llava_steering_plugin.errors import CheckpointError
 from llava_steering_plugin.training import checkpoints, integrity
 from llava_steering_plugin.training.notes import NOTES
 
-# The fourth step is the last, in the middle of an epoch.
-FLAGS: dict[str, object] = {
-    "tuning_mode": "mores",
-    "mores_rank": 2,
-    "mores_tokens": "all",
-    "mores_dropout": 0.1,
-    "max_steps": 4,
-    "save_strategy": "steps",
-    "save_steps": 2,
-}
-
 
 @pytest.fixture(scope="module")
 def whole(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training that nothing disturbed, with checkpoint-2 and checkpoint-4; read-only."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    train_in_process(train_flags(tiny, output, FLAGS))
+    train_in_process(train_flags(tiny, output, FOUR_STEPS))
     return output
 
 
@@ -58,7 +47,7 @@ def run(whole: Path, tmp_path: Path) -> Path:
 
 def again(tiny: TinyLlava, output: Path, **overrides: object) -> None:
     torch.manual_seed(1234)
-    train_in_process(train_flags(tiny, output, {**FLAGS, **overrides}))
+    train_in_process(train_flags(tiny, output, {**FOUR_STEPS, **overrides}))
 
 
 def cut(path: Path) -> None:

@@ -13,30 +13,20 @@ import pytest
 import torch
 from rank_runs import assert_equal, losses
 from tiny_llava import TinyLlava
-from training_runs import train_flags, train_in_process
-
-FLAGS: dict[str, object] = {
-    "tuning_mode": "mores",
-    "mores_rank": 2,
-    "mores_tokens": "all",
-    "mores_dropout": 0.1,
-    "max_steps": 4,
-    "save_strategy": "steps",
-    "save_steps": 2,
-}
+from training_runs import FOUR_STEPS, train_flags, train_in_process
 
 
 @pytest.fixture(scope="module")
 def whole(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training with checkpoint-2 and checkpoint-4; read-only."""
     output = tmp_path_factory.mktemp("resumed") / "run"
-    train_in_process(train_flags(tiny, output, FLAGS))
+    train_in_process(train_flags(tiny, output, FOUR_STEPS))
     return output
 
 
 def train(tiny: TinyLlava, output: Path, wish: object, **overrides: object) -> None:
     torch.manual_seed(1234)
-    train_in_process(train_flags(tiny, output, {**FLAGS, "resume_from_checkpoint": wish, **overrides}))
+    train_in_process(train_flags(tiny, output, {**FOUR_STEPS, "resume_from_checkpoint": wish, **overrides}))
 
 
 def refused(
