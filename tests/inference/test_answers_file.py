@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,25 @@ def batches(first: int = 0, end: int = len(ASKED)) -> Iterable[tuple[int, list[Q
             raise KeyboardInterrupt
         batch = ASKED[start : start + 2]
         yield start, batch, [Answer(f"It is {question.id}.") for question in batch]
+
+
+# The whole program, which `kill -9` ends where it is about to generate the fourth answer.
+KILLED_AT_THE_FOURTH = """
+import os, signal
+from llava_steering_plugin.cli import main
+from llava_steering_plugin.inference.questions import BatchAnswers
+
+generated, asked = BatchAnswers.generated, []
+
+def killed(answering, batch):
+    asked.append(batch)
+    if len(asked) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return generated(answering, batch)
+
+BatchAnswers.generated = killed
+main()
+"""
 
 
 @pytest.fixture
@@ -163,28 +181,18 @@ def test_a_program_that_is_killed_continues_to_the_same_file(
     patched_llava: Path,
     tmp_path: Path,
 ) -> None:
-    asked = [
-        question | {"question_id": f"{turn}-{question['question_id']}"} for turn in range(4) for question in questions
-    ]
     flags = ("--batch-size", "1", *SAMPLED)
-    evaluate(asked, *flags)
+    evaluate(questions, *flags)
     answers = tmp_path / "made" / "answer.jsonl"
     expected = answers.read_bytes()
     answers.unlink()
     words = ["eval", tiny.llava, "--question-file", tmp_path / "question.jsonl", "--image-folder", tiny.images]
     words += ["--answers-file", answers, "--device", "cpu", "--max-new-tokens", SHORT, *flags]
     words += [word for name in ADAPTERS for word in ("--adapter", f"{name}={folders[name]}")]
-    command = [sys.executable, "-m", "llava_steering_plugin", *map(str, words)]
-    process = subprocess.Popen(command, cwd=tmp_path, env=subprocess_environment(patched_llava))
-    try:
-        end = time.monotonic() + 300
-        while not answers.exists() or answers.read_bytes().count(b"\n") < 3:
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert answers.read_bytes().count(b"\n") < len(asked), "it was over before it was killed: nothing is shown"
+    command = [sys.executable, "-c", KILLED_AT_THE_FOURTH, *map(str, words)]
+    done = subprocess.run(command, cwd=tmp_path, env=subprocess_environment(patched_llava), timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    assert answers.read_bytes().count(b"\n") == 3
     assert Path(f"{answers}{SUFFIX}").exists()
-    evaluate(asked, *flags)
+    evaluate(questions, *flags)
     assert answers.read_bytes() == expected
