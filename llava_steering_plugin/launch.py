@@ -171,7 +171,7 @@ def run(request: LaunchRequest) -> None:
 
         torch.manual_seed(request.seed)
     if request.same_order:
-        from llava_steering_plugin.training.samples import SAME_ORDER
+        from llava_steering_plugin.training.data.samples import SAME_ORDER
 
         SAME_ORDER.set(True)
     exec(program, vars(module))

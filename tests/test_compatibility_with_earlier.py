@@ -32,8 +32,8 @@ from tiny_llava import TinyLlava
 from training_runs import subprocess_environment, train_in_process
 
 from llava_steering_plugin import AdapterPool, load_adapter
-from llava_steering_plugin.training.notes import order_of
-from llava_steering_plugin.training.samples import HASHED, SUMMED
+from llava_steering_plugin.training.data.samples import HASHED, SUMMED
+from llava_steering_plugin.training.saving.notes import order_of
 
 ROOT = Path(__file__).resolve().parents[1]
 

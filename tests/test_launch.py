@@ -95,7 +95,7 @@ class TestModules:
     @pytest.mark.parametrize("words", [[], ["--same-order"]], ids=["without", "with"])
     def test_the_program_runs_with_same_order_where_that_is_asked_for(self, llava: Path, words: list[str]) -> None:
         (llava / "llava" / "eval" / "ordered.py").write_text(
-            "from llava_steering_plugin.training.samples import SAME_ORDER\n"
+            "from llava_steering_plugin.training.data.samples import SAME_ORDER\n"
             'if __name__ == "__main__":\n'
             "    print(SAME_ORDER.get())\n"
         )

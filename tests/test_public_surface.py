@@ -22,7 +22,7 @@ from llava_steering_plugin.cli import app
 from llava_steering_plugin.launch import command_parser
 from llava_steering_plugin.planning.from_flags import Wanted
 from llava_steering_plugin.planning.plan import plan
-from llava_steering_plugin.training.flags import extended
+from llava_steering_plugin.training.settings.flags import extended
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {"patch", "unpatch", "doctor", "plan", "convert", "eval", "serve", "chat", "diagnose", "check-data"}

@@ -71,8 +71,8 @@ def check_data(
     from llava_steering_plugin.errors import ArgumentsError
     from llava_steering_plugin.planning.data_check import Checker, usable_processors
     from llava_steering_plugin.planning.data_check import check_data as checked
-    from llava_steering_plugin.training.data_source import early_problem
-    from llava_steering_plugin.training.sample_checks import SampleChecks, style_of
+    from llava_steering_plugin.training.data.sample_checks import SampleChecks, style_of
+    from llava_steering_plugin.training.data.source import early_problem
 
     problems = [problem.removeprefix("--data_path: ").removeprefix("--data_path ") for problem in early_problem(file)]
     if image_folder is not None and not os.path.isdir(image_folder):

@@ -33,7 +33,7 @@ def plan(
     from llava_steering_plugin.errors import ArgumentsError, listing
     from llava_steering_plugin.planning.from_flags import Wanted
     from llava_steering_plugin.planning.plan import plan as made_from
-    from llava_steering_plugin.training.flags import CANNOT_START
+    from llava_steering_plugin.training.settings.flags import CANNOT_START
 
     made = made_from(flags.args, Wanted(gpu, gpus, sequence))
     if as_json:

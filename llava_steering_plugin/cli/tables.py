@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from llava_steering_plugin.training.sample_checks import KINDS, name_of
+from llava_steering_plugin.training.data.sample_checks import KINDS, name_of
 
 if TYPE_CHECKING:
     from llava_steering_plugin.checkout.doctor import Report

@@ -24,7 +24,7 @@ from llava_steering_plugin.diagnostics.runs import Progress, digest, weights_of,
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.inference.training_samples import TrainingSamples
 from llava_steering_plugin.inference.tunable import open_tunable
-from llava_steering_plugin.training.sample_checks import SampleChecks, name_of, style_of
+from llava_steering_plugin.training.data.sample_checks import SampleChecks, name_of, style_of
 
 CONVERSATION = "v1"  # the --version that LLaVA-1.5 trains with
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.inference.squares import process_images
-from llava_steering_plugin.training.sample_checks import misread
+from llava_steering_plugin.training.data.sample_checks import misread
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from llava_steering_plugin.errors import DataError
 from llava_steering_plugin.planning.data_file import samples_in
 from llava_steering_plugin.planning.data_report import DataReport, Finding
-from llava_steering_plugin.training.data_source import failure
-from llava_steering_plugin.training.sample_checks import Defect, SampleChecks
+from llava_steering_plugin.training.data.sample_checks import Defect, SampleChecks
+from llava_steering_plugin.training.data.source import failure
 
 if TYPE_CHECKING:
     from llava_steering_plugin.upstream.tokens import TokenCounter

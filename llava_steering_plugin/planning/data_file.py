@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from llava_steering_plugin.errors import DataError
-from llava_steering_plugin.training.data_source import NO_SAMPLES, no_list, reading
+from llava_steering_plugin.training.data.source import NO_SAMPLES, no_list, reading
 
 BLOCK = 1 << 20
 # JSON that ends too early is an error here or further ahead: a number, an escape or a word can be cut in the middle.

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llava_steering_plugin.training.sample_checks import KINDS, Defect
+from llava_steering_plugin.training.data.sample_checks import KINDS, Defect
 
 if TYPE_CHECKING:
     from llava_steering_plugin.upstream.tokens import TokenCounter

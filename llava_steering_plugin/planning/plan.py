@@ -22,7 +22,7 @@ from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.planning.from_flags import Wanted, deepspeed_problems, memory_report
 from llava_steering_plugin.planning.meta_step import TrainingSetup
 from llava_steering_plugin.planning.vision import find_vision, image_tokens
-from llava_steering_plugin.training.flags import extended, mode_is_on, read_request
+from llava_steering_plugin.training.settings.flags import extended, mode_is_on, read_request
 from llava_steering_plugin.upstream.install import install
 
 if TYPE_CHECKING:

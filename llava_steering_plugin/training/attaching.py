@@ -15,9 +15,9 @@ from llava_steering_plugin.adapters.counts import counted, parameter_table
 from llava_steering_plugin.adapters.save_load import load_adapter
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.training import provenance
-from llava_steering_plugin.training.conflicts import DATA_PARALLEL, NO_FSDP
-from llava_steering_plugin.training.flags import CANNOT_START, TrainingRequest, mode_from
-from llava_steering_plugin.training.remarks import warn_of_settings
+from llava_steering_plugin.training.settings.conflicts import DATA_PARALLEL, NO_FSDP
+from llava_steering_plugin.training.settings.flags import CANNOT_START, TrainingRequest, mode_from
+from llava_steering_plugin.training.settings.remarks import warn_of_settings
 
 # The training that this context runs: LLaVA's train() passes only a part of the flags on to its trainer.
 REQUEST: ContextVar[TrainingRequest | None] = ContextVar("llava_steering_training_request", default=None)

@@ -17,20 +17,9 @@ from llava_steering_plugin.adapters.folder import AdapterFolder
 from llava_steering_plugin.adapters.save_load import restore, save_adapter
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.hooks.token_map import IGNORED
-from llava_steering_plugin.training import checkpoints, deepspeed, integrity, notes, provenance, steps
+from llava_steering_plugin.training import deepspeed, provenance, steps
 from llava_steering_plugin.training.attaching import attach_mode, marked_as_peft, refuse_unsupported
-from llava_steering_plugin.training.best_checkpoint import (
-    ResumedValidation,
-    best_checkpoint,
-    refuse_lost_best,
-    without_nan,
-)
-from llava_steering_plugin.training.flags import mode_is_on
-from llava_steering_plugin.training.gradient_check import GradientCheck
-from llava_steering_plugin.training.preemption import Preemption
-from llava_steering_plugin.training.resume_position import ResumePositionMixin
-from llava_steering_plugin.training.resuming import refuse_without_states, wish_of
-from llava_steering_plugin.training.samples import (
+from llava_steering_plugin.training.data.samples import (
     HASHED,
     SAME_ORDER,
     EpochSeededSampler,
@@ -40,7 +29,19 @@ from llava_steering_plugin.training.samples import (
     follow_epochs,
     take_marks,
 )
-from llava_steering_plugin.training.skipped import SkippedSamples
+from llava_steering_plugin.training.data.skipped import SkippedSamples
+from llava_steering_plugin.training.gradient_check import GradientCheck
+from llava_steering_plugin.training.saving import checkpoints, integrity, notes
+from llava_steering_plugin.training.saving.best_checkpoint import (
+    ResumedValidation,
+    best_checkpoint,
+    refuse_lost_best,
+    without_nan,
+)
+from llava_steering_plugin.training.saving.preemption import Preemption
+from llava_steering_plugin.training.saving.resume_position import ResumePositionMixin
+from llava_steering_plugin.training.saving.resuming import refuse_without_states, wish_of
+from llava_steering_plugin.training.settings.flags import mode_is_on
 from llava_steering_plugin.training.validation import ValidationMixin, refuse_bad_pictures, validation_data
 
 logger = logging.getLogger(__name__)

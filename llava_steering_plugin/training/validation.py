@@ -26,11 +26,17 @@ from llava_steering_plugin.adapters.folder import AdapterFolder
 from llava_steering_plugin.adapters.save_load import restore
 from llava_steering_plugin.errors import DataError, UpstreamError
 from llava_steering_plugin.hooks.token_map import IGNORED
-from llava_steering_plugin.training.best_checkpoint import METRIC
-from llava_steering_plugin.training.data_source import refusal
-from llava_steering_plugin.training.integrity import STATE
-from llava_steering_plugin.training.samples import ELSEWHERE, NumberedDataset, checked_samples, on_any_rank, take_marks
-from llava_steering_plugin.training.validation_flags import DATA, NO, strategy
+from llava_steering_plugin.training.data.samples import (
+    ELSEWHERE,
+    NumberedDataset,
+    checked_samples,
+    on_any_rank,
+    take_marks,
+)
+from llava_steering_plugin.training.data.source import refusal
+from llava_steering_plugin.training.saving.best_checkpoint import METRIC
+from llava_steering_plugin.training.saving.integrity import STATE
+from llava_steering_plugin.training.settings.validation_flags import DATA, NO, strategy
 
 logger = logging.getLogger(__name__)
 # LLaVA's method that puts images between texts, and moves the labels along.

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from llava_steering_plugin.training.attaching import REQUEST
-from llava_steering_plugin.training.data_source import SOURCE, DataSource, check_entries, reading, refuse_bad_entries
-from llava_steering_plugin.training.flags import mode_is_on
-from llava_steering_plugin.training.sample_checks import ALTERNATING, PLAIN, SINGLE, SampleChecks
+from llava_steering_plugin.training.data.sample_checks import ALTERNATING, PLAIN, SINGLE, SampleChecks
+from llava_steering_plugin.training.data.source import SOURCE, DataSource, check_entries, reading, refuse_bad_entries
+from llava_steering_plugin.training.settings.flags import mode_is_on
 
 QUICKLY_READ = 64 << 20  # bytes
 # Values of --version for which LLaVA leaves the template as it is.

@@ -16,12 +16,18 @@ from llava_steering_plugin.adapters.base_model import language_model, read_confi
 from llava_steering_plugin.adapters.compatibility import misfits
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing, nearest
 from llava_steering_plugin.training.attaching import REQUEST
-from llava_steering_plugin.training.conflicts import DATA_PARALLEL, cpu_flag
-from llava_steering_plugin.training.data_source import early_problem
-from llava_steering_plugin.training.flags import CANNOT_START, TrainingRequest, extended, mode_is_on, read_request
-from llava_steering_plugin.training.resuming import folder_problems
+from llava_steering_plugin.training.data.source import early_problem
+from llava_steering_plugin.training.saving.resuming import folder_problems
+from llava_steering_plugin.training.settings.conflicts import DATA_PARALLEL, cpu_flag
+from llava_steering_plugin.training.settings.flags import (
+    CANNOT_START,
+    TrainingRequest,
+    extended,
+    mode_is_on,
+    read_request,
+)
+from llava_steering_plugin.training.settings.trainer_flags import machine_problems
 from llava_steering_plugin.training.trainer import SteeringTrainerMixin
-from llava_steering_plugin.training.trainer_flags import machine_problems
 from llava_steering_plugin.upstream.samples import refuse_bad_data, with_source
 from llava_steering_plugin.upstream.seams import require
 

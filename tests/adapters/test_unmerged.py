@@ -32,7 +32,7 @@ def lora(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
 def test_a_training_refuses_it_with_how_to_merge_it(tiny: TinyLlava, lora: Path, tmp_path: Path) -> None:
     from llava.train import train
 
-    from llava_steering_plugin.training.flags import read_request
+    from llava_steering_plugin.training.settings.flags import read_request
     from llava_steering_plugin.upstream.training import flag_classes
 
     words = ["--output_dir", str(tmp_path), "--model_name_or_path", str(lora)]

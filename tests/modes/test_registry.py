@@ -181,7 +181,7 @@ def test_a_broken_foreign_mode_that_nobody_asked_for_costs_no_more_than_a_warnin
 ) -> None:
     from llava.train.train import TrainingArguments
 
-    from llava_steering_plugin.training.flags import extended
+    from llava_steering_plugin.training.settings.flags import extended
 
     installed("broken", "bad = broken_mode:Bad", "1 / 0")
     flags = {field.name for field in dataclasses.fields(extended(TrainingArguments.__bases__[0]))}

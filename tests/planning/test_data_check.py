@@ -1,7 +1,7 @@
 """`llava-steering check-data` (`cli/check_data.py`): the bad samples of a file, with counts and token lengths.
 
 Covers `planning/data_check.py` and `planning/data_report.py`. That it agrees with trainings:
-tests/training/test_sample_checks.py.
+tests/training/data/test_sample_checks.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llava_steering_plugin.errors import DataError, SteeringError
 from llava_steering_plugin.planning import data_check
 from llava_steering_plugin.planning.data_check import Checker
 from llava_steering_plugin.planning.data_report import DataReport, Finding
-from llava_steering_plugin.training.sample_checks import SampleChecks
+from llava_steering_plugin.training.data.sample_checks import SampleChecks
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Trainings with bad samples: one clear error, or other samples in their places, the same in every way of running.
 
-Covers `training/skipped.py`; what counts as bad: test_sample_checks.py.
+Covers `training/data/skipped.py`; what counts as bad: test_sample_checks.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from rank_runs import MORES, ONE_RANK, PARITY, TWO_RANKS, assert_close, assert_e
 from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 
-from llava_steering_plugin.training.samples import NumberedDataset
-from llava_steering_plugin.training.skipped import LIST, SkippedSamples
+from llava_steering_plugin.training.data.samples import NumberedDataset
+from llava_steering_plugin.training.data.skipped import LIST, SkippedSamples
 
 # All 28 samples are seen in the first epoch, and the bad ones again in the second.
 RUN: dict[str, object] = {

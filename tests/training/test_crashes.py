@@ -27,7 +27,7 @@ from torch.utils import cpp_extension
 from training_runs import train_flags
 
 from llava_steering_plugin.adapters.folder import WEIGHTS
-from llava_steering_plugin.training import checkpoints, integrity
+from llava_steering_plugin.training.saving import checkpoints, integrity
 
 pytest_plugins = ["fork_fixtures"]
 pytestmark = pytest.mark.slow

@@ -22,7 +22,7 @@ from rank_runs import (
 from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 
-from llava_steering_plugin.training.notes import gathered_in
+from llava_steering_plugin.training.saving.notes import gathered_in
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """LoRA under upstream sees its samples in another order than a mode at the same seed, and with `--same-order` in one.
 
-Covers `SAME_ORDER` of `training/samples.py`, and what the experiments make of it.
+Covers `SAME_ORDER` of `training/data/samples.py`, and what the experiments make of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 from tiny_llava import TinyLlava
 from training_runs import LORA, train_flags, train_in_process
 
-from llava_steering_plugin.training.samples import SAME_ORDER
+from llava_steering_plugin.training.data.samples import SAME_ORDER
 
 MORES: dict[str, object] = {"tuning_mode": "mores", "mores_tokens": "all"}
 BATCH, STEPS = 8, 5  # three steps an epoch

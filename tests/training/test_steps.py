@@ -18,8 +18,8 @@ from training_runs import train_flags, train_in_process
 
 from llava_steering_plugin.modes.base import StepStatistics
 from llava_steering_plugin.modes.mixlora_balance import BalanceOverSteps
-from llava_steering_plugin.training import notes
-from llava_steering_plugin.training.samples import HASHED
+from llava_steering_plugin.training.data.samples import HASHED
+from llava_steering_plugin.training.saving import notes
 from llava_steering_plugin.training.steps import StepEnd
 
 # One row a pass, four passes a step; the third step begins in the middle of the training.

@@ -1,6 +1,6 @@
 """Validation while training: it computes the right loss, the training does not notice it, and the best one is kept.
 
-Covers `training/validation.py` and `training/best_checkpoint.py`.
+Covers `training/validation.py` and `training/saving/best_checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 
 from llava_steering_plugin.adapters.locate import read
-from llava_steering_plugin.training import integrity
-from llava_steering_plugin.training.best_checkpoint import without_nan
+from llava_steering_plugin.training.saving import integrity
+from llava_steering_plugin.training.saving.best_checkpoint import without_nan
 from llava_steering_plugin.training.validation import _random_states_kept
 
 SAMPLES = 7

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llava_steering_plugin.training.sample_checks import style_of
+from llava_steering_plugin.training.data.sample_checks import style_of
 
 
 def test_the_styles_of_versions_are_those_of_llavas_templates(

@@ -12,7 +12,8 @@ from torch import Tensor, distributed
 from torch.utils.data import Dataset, Sampler
 
 from llava_steering_plugin.errors import DataError
-from llava_steering_plugin.training.data_source import (
+from llava_steering_plugin.training.data.sample_checks import Defect, name_of
+from llava_steering_plugin.training.data.source import (
     SOURCE,
     DataSource,
     failure,
@@ -20,8 +21,7 @@ from llava_steering_plugin.training.data_source import (
     refuse_bad_entries,
     with_sound_entries,
 )
-from llava_steering_plugin.training.sample_checks import Defect, name_of
-from llava_steering_plugin.training.stand_ins import StandIns
+from llava_steering_plugin.training.data.stand_ins import StandIns
 
 # Keys of a batch, from the data loader to the training step. Each holds numbers of samples: those that are in it, and
 # the bad ones whose places some of them take. The third holds a message: a bad sample that is not skipped.

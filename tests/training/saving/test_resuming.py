@@ -1,6 +1,6 @@
 """`--resume_from_checkpoint`, which LLaVA ignores, is followed, or refused with the reason.
 
-Covers `training/resuming.py`.
+Covers `training/saving/resuming.py`.
 """
 
 from __future__ import annotations

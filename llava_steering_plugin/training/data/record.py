@@ -12,7 +12,7 @@ from typing import Any
 from transformers.trainer_callback import TrainerState
 
 from llava_steering_plugin.errors import listing
-from llava_steering_plugin.training import integrity, notes
+from llava_steering_plugin.training.saving import integrity, notes
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from llava_steering_plugin.adapters.unmerged import unmerged_lora
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing, nearest
 from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode
-from llava_steering_plugin.training import validation_flags
-from llava_steering_plugin.training.conflicts import conflicts
+from llava_steering_plugin.training.settings import validation_flags
+from llava_steering_plugin.training.settings.conflicts import conflicts
 
 NONE = "none"
 CANNOT_START = "this training cannot start"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.errors import CheckpointError
-from llava_steering_plugin.training.samples import RULES, SUMMED
+from llava_steering_plugin.training.data.samples import RULES, SUMMED
 
 NOTES = "steering_state.json"
 ORDER, GATHERED, CHECKSUM = "sample_order", "step_statistics", "sha256"

@@ -7,8 +7,8 @@ from argparse import Namespace
 
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.training.deepspeed_config import ZERO, read_deepspeed
-from llava_steering_plugin.training.trainer_flags import trainer_problems
-from llava_steering_plugin.training.validation_flags import validation_problems
+from llava_steering_plugin.training.settings.trainer_flags import trainer_problems
+from llava_steering_plugin.training.settings.validation_flags import validation_problems
 
 DATA_PARALLEL = (
     "{0} GPUs in one process (nn.DataParallel) lose the token map. Start one process per GPU: "

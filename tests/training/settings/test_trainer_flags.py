@@ -1,6 +1,6 @@
 """Flags of transformers' Trainer that it would accept and then ignore, or die of, are refused before a model is loaded.
 
-Covers `training/trainer_flags.py`, `training/validation_flags.py` and `training/attaching.py`.
+Covers `training/settings/trainer_flags.py`, `training/settings/validation_flags.py` and `training/attaching.py`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from rank_runs import losses
 from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 
-from llava_steering_plugin.training.flags import read_request
-from llava_steering_plugin.training.trainer_flags import machine_problems
+from llava_steering_plugin.training.settings.flags import read_request
+from llava_steering_plugin.training.settings.trainer_flags import machine_problems
 from llava_steering_plugin.upstream.training import flag_classes
 
 MORES = ("--tuning_mode", "mores")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from llava_steering_plugin.training.stand_ins import StandIns
+from llava_steering_plugin.training.data.stand_ins import StandIns
 
 
 def test_stand_ins_depend_on_seed_and_sample_and_are_all_other_samples_those_with_images_first() -> None:

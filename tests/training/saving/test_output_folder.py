@@ -1,6 +1,6 @@
 """A training with a mode touches nothing in its output folder that is not its own.
 
-Covers `training/output_folder.py`.
+Covers `training/saving/output_folder.py`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from tiny_llava import TinyLlava
 from training_runs import LORA, train_flags, train_in_process
 
 from llava_steering_plugin.errors import CheckpointError
-from llava_steering_plugin.training import checkpoints
-from llava_steering_plugin.training.output_folder import free_name, is_foreign, output_problems
+from llava_steering_plugin.training.saving import checkpoints
+from llava_steering_plugin.training.saving.output_folder import free_name, is_foreign, output_problems
 
 SAVED: dict[str, object] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
 MORES: dict[str, object] = {**SAVED, "tuning_mode": "mores", "mores_rank": 2, "mores_tokens": "all"}

@@ -1,4 +1,4 @@
-"""Samples know their numbers, and the order of an epoch depends on seed and epoch alone (`training/samples.py`)."""
+"""Samples know their numbers, and seed and epoch alone make an epoch's order (`training/data/samples.py`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import RandomSampler
 
-from llava_steering_plugin.training.samples import (
+from llava_steering_plugin.training.data.samples import (
     HASHED,
     RULES,
     SAMPLE_NUMBERS,

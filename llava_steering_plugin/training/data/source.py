@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_steering_plugin.errors import DataError, listing
-from llava_steering_plugin.training.sample_checks import Defect, SampleChecks, name_of
+from llava_steering_plugin.training.data.sample_checks import Defect, SampleChecks, name_of
 
 # Attribute of LLaVA's dataset that holds its `DataSource`.
 SOURCE = "steering_source"

@@ -1,7 +1,7 @@
 """What LLaVA cannot be trained on is found and named; what it reads rightly stays as it is, to the bit.
 
-Covers `training/sample_checks.py` and `training/data_source.py`, with LLaVA's own dataset and the tokenizer and image
-processor of the tiny LLaVA; test_bad_samples.py trains.
+Covers `training/data/sample_checks.py` and `training/data/source.py`, with LLaVA's own dataset and the tokenizer and
+image processor of the tiny LLaVA; test_bad_samples.py trains.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from training_runs import upstream_globals_restored
 from llava_steering_plugin.errors import DataError
 from llava_steering_plugin.planning.data_check import Checker
 from llava_steering_plugin.training.attaching import REQUEST
-from llava_steering_plugin.training.data_source import early_problem
-from llava_steering_plugin.training.flags import TrainingRequest
-from llava_steering_plugin.training.sample_checks import KINDS, PLAIN, SINGLE, SampleChecks, misread
-from llava_steering_plugin.training.samples import REFUSED, SAMPLE_NUMBERS, SKIPPED, NumberedDataset
+from llava_steering_plugin.training.data.sample_checks import KINDS, PLAIN, SINGLE, SampleChecks, misread
+from llava_steering_plugin.training.data.samples import REFUSED, SAMPLE_NUMBERS, SKIPPED, NumberedDataset
+from llava_steering_plugin.training.data.source import early_problem
+from llava_steering_plugin.training.settings.flags import TrainingRequest
 from llava_steering_plugin.upstream.tokens import TokenCounter
 
 

@@ -1,7 +1,7 @@
 """A training that resumes between two epochs' steps goes on at the right batch, and ends bit-equal.
 
-Covers `training/resume_position.py` through LLaVA's own train(), from every checkpoint of a run, and
-`training/data_record.py`.
+Covers `training/saving/resume_position.py` through LLaVA's own train(), from every checkpoint of a run, and
+`training/data/record.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rank_runs import assert_equal, resumed_from
 from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 
-from llava_steering_plugin.training.resume_position import Course
+from llava_steering_plugin.training.saving.resume_position import Course
 
 # 24 samples: six batches of four, of which every step takes four.
 UNEVEN: dict[str, object] = {

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
-from llava_steering_plugin.training import integrity
-from llava_steering_plugin.training.data_record import DataRecord
+from llava_steering_plugin.training.data.record import DataRecord
+from llava_steering_plugin.training.saving import integrity
 
 logger = logging.getLogger(__name__)
 

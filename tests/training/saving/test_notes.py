@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from llava_steering_plugin.errors import CheckpointError
-from llava_steering_plugin.training import notes
-from llava_steering_plugin.training.samples import HASHED, RULES, SUMMED
+from llava_steering_plugin.training.data.samples import HASHED, RULES, SUMMED
+from llava_steering_plugin.training.saving import notes
 
 
 @pytest.mark.parametrize("rule", RULES)

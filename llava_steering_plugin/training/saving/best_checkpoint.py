@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
 from llava_steering_plugin.errors import CheckpointError
-from llava_steering_plugin.training.integrity import STATE
-from llava_steering_plugin.training.validation_flags import EPOCH, STEPS, strategy
+from llava_steering_plugin.training.saving.integrity import STATE
+from llava_steering_plugin.training.settings.validation_flags import EPOCH, STEPS, strategy
 
 METRIC = "eval_loss"
 

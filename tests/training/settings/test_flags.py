@@ -1,6 +1,6 @@
 """A training's command line as one request, and what is wrong with it: on LLaVA's own flags, without a model.
 
-Covers `training/flags.py`, `training/conflicts.py` and `training/deepspeed_config.py`.
+Covers `training/settings/flags.py`, `training/settings/conflicts.py` and `training/deepspeed_config.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
 from llava_steering_plugin.adapters.writing import write_folder
 from llava_steering_plugin.modes.mores import MoReS
-from llava_steering_plugin.training.flags import TrainingRequest, read_request
+from llava_steering_plugin.training.settings.flags import TrainingRequest, read_request
 from llava_steering_plugin.upstream.training import flag_classes
 
 BASE = BaseModel("/models/base", "llava_llama", 64, 4, 700)

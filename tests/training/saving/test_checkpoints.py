@@ -1,6 +1,6 @@
 """Checkpoints that are damaged, that cannot be written, or that are the end of a training; and which are deleted.
 
-Covers `training/checkpoints.py` and `training/integrity.py`.
+Covers `training/saving/checkpoints.py` and `training/saving/integrity.py`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from transformers import TrainingArguments
 
 from llava_steering_plugin.adapters.folder import WEIGHTS
 from llava_steering_plugin.errors import CheckpointError
-from llava_steering_plugin.training import checkpoints, integrity
-from llava_steering_plugin.training.notes import NOTES
+from llava_steering_plugin.training.saving import checkpoints, integrity
+from llava_steering_plugin.training.saving.notes import NOTES
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from torch import distributed
 from llava_steering_plugin.adapters.folder import CARD
 from llava_steering_plugin.adapters.writing import remove_leftovers
 from llava_steering_plugin.errors import AdapterError, CheckpointError, listing
-from llava_steering_plugin.training.integrity import NAME, checkpoint_problems, ranks_of, uses_deepspeed
-from llava_steering_plugin.training.output_folder import (
+from llava_steering_plugin.training.saving.integrity import NAME, checkpoint_problems, ranks_of, uses_deepspeed
+from llava_steering_plugin.training.saving.output_folder import (
     ELSEWHERE,
     STAGED,
     free_name,

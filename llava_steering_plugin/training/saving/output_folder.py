@@ -9,8 +9,8 @@ from pathlib import Path
 from llava_steering_plugin.adapters.folder import OLD_CONFIG
 from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.errors import AdapterError
-from llava_steering_plugin.training.integrity import LATEST, NAME, STATE, checkpoint_problems
-from llava_steering_plugin.training.notes import NOTES
+from llava_steering_plugin.training.saving.integrity import LATEST, NAME, STATE, checkpoint_problems
+from llava_steering_plugin.training.saving.notes import NOTES
 
 # Prefix of transformers for folders that are being written, and ours for those that are being deleted.
 STAGED = "tmp-"

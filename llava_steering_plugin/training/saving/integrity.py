@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llava_steering_plugin.adapters.folder import AdapterFolder
 from llava_steering_plugin.errors import AdapterError
-from llava_steering_plugin.training import notes
+from llava_steering_plugin.training.saving import notes
 
 NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "trainer_state.json"

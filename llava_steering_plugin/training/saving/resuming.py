@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.errors import CheckpointError, listing
-from llava_steering_plugin.training.checkpoints import by_step, model_only
-from llava_steering_plugin.training.integrity import NAME, STATE, checkpoint_problems
-from llava_steering_plugin.training.output_folder import output_problems, without_states
+from llava_steering_plugin.training.saving.checkpoints import by_step, model_only
+from llava_steering_plugin.training.saving.integrity import NAME, STATE, checkpoint_problems
+from llava_steering_plugin.training.saving.output_folder import output_problems, without_states
 
 logger = logging.getLogger(__name__)
 FLAG = "--resume_from_checkpoint"

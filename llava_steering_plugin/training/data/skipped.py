@@ -12,7 +12,7 @@ from torch import distributed
 from transformers import TrainerCallback
 
 from llava_steering_plugin.errors import listing
-from llava_steering_plugin.training.samples import NumberedDataset
+from llava_steering_plugin.training.data.samples import NumberedDataset
 
 logger = logging.getLogger(__name__)
 
