@@ -25,7 +25,7 @@ FLOORS = (
     ("errors", "lazy_imports"),
     ("modes", "distributed"),
     ("hooks",),
-    ("adapters",),
+    ("adapters", "measures"),
     ("training", "convert", "pool"),
     ("upstream",),
     ("planning", "checkout", "inference", "launch"),

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llava_steering_plugin.diagnostics.interference import EVERYTHING, Effects, Interference, gathered
 from llava_steering_plugin.diagnostics.records import KEY, Records
 from llava_steering_plugin.errors import ArgumentsError, listing
+from llava_steering_plugin.measures.interference import EVERYTHING, Effects, Interference, gathered
 
 # How the last part of a parameter's name is shown; other names stand for themselves.
 SIDES = {"routed_a": "A", "routed_b": "B", "lora_A": "A", "lora_B": "B"}

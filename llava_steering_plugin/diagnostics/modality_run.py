@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from llava_steering_plugin.diagnostics.modality import Kind, Shares, measure_shares
 from llava_steering_plugin.diagnostics.positions import forced_pass
 from llava_steering_plugin.diagnostics.records import KEY, Records
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.inference.forced import force_answer
 from llava_steering_plugin.inference.models import AnsweringModel
 from llava_steering_plugin.inference.questions import BatchAnswers, Question
+from llava_steering_plugin.measures.modality import Kind, Shares, measure_shares
 
 
 @dataclass(frozen=True)

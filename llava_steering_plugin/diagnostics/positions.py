@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.diagnostics.modality import PADDING, Kind
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.hooks.token_map import IGNORED, spliced
 from llava_steering_plugin.inference.forced import ForcedAnswer
+from llava_steering_plugin.measures.modality import PADDING, Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from typing import Any
 from llava_steering_plugin.adapters.folder import WEIGHTS
 from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.diagnostics.modality_run import Chosen, measure_questions
-from llava_steering_plugin.diagnostics.plots import draw_modality
+from llava_steering_plugin.diagnostics.pictures.plots import draw_modality
 from llava_steering_plugin.diagnostics.records import Records
 from llava_steering_plugin.diagnostics.summary import modality_rows, summarise_model
 from llava_steering_plugin.errors import ArgumentsError, listing

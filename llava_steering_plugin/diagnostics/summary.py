@@ -10,8 +10,8 @@ import numpy
 import torch
 from scipy import stats
 
-from llava_steering_plugin.diagnostics.modality import TEXTS, Kind, Shares
 from llava_steering_plugin.diagnostics.modality_run import shares_of
+from llava_steering_plugin.measures.modality import TEXTS, Kind, Shares
 
 CONFIDENCE = 0.95
 RESAMPLES = 2_000

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin.diagnostics.heat_maps import draw_interference
 from llava_steering_plugin.diagnostics.interference_run import (
     TaskSamples,
     choose_samples,
@@ -19,6 +18,7 @@ from llava_steering_plugin.diagnostics.interference_run import (
     measure_tasks,
     summarise_interference,
 )
+from llava_steering_plugin.diagnostics.pictures.heat_maps import draw_interference
 from llava_steering_plugin.diagnostics.records import Records
 from llava_steering_plugin.diagnostics.runs import Progress, digest, weights_of, write_tables
 from llava_steering_plugin.errors import ArgumentsError, listing

@@ -1,7 +1,7 @@
 """A run over a question file measures the answers that the models give, keeps them, and goes on where it ended.
 
 Modules: diagnostics/modality_run.py, diagnostics/positions.py, diagnostics/records.py, diagnostics/runs.py,
-diagnostics/summary.py, diagnostics/plots.py, inference/forced.py, cli/diagnose.py.
+diagnostics/summary.py, diagnostics/pictures/plots.py, inference/forced.py, cli/diagnose.py.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tiny_llava import VISUAL_TOKENS, TinyLlava
 
 from llava_steering_plugin import attach, remove, save_adapter
 from llava_steering_plugin.adapters.save_load import describe
-from llava_steering_plugin.diagnostics.modality import Kind
 from llava_steering_plugin.diagnostics.modality_run import choose_questions
 from llava_steering_plugin.diagnostics.positions import forced_pass
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.inference.forced import force_answer
 from llava_steering_plugin.inference.questions import Question
+from llava_steering_plugin.measures.modality import Kind
 from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
 

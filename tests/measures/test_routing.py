@@ -12,8 +12,8 @@ from routed import LONG, SETTINGS, SHORT, adapted, batch, small_llama
 
 from llava_steering_plugin import token_map
 from llava_steering_plugin.adapters.attachment import Attachment
-from llava_steering_plugin.diagnostics import routing
-from llava_steering_plugin.diagnostics.routing import Choices
+from llava_steering_plugin.measures import routing
+from llava_steering_plugin.measures.routing import Choices
 
 FACTORS, RANK = SETTINGS["factors"], SETTINGS["rank"]
 PLACE = ("layers.0.self_attn.q_proj", "A")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.diagnostics.attention import attention_taken, layers_of
+from llava_steering_plugin.measures.attention import attention_taken, layers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,12 @@ from tiny_llava import VISUAL_TOKENS, TinyLlava
 
 from llava_steering_plugin import attach
 from llava_steering_plugin.adapters.attachment import Attachment
-from llava_steering_plugin.diagnostics.steering import principal_cosines, steerings, watched_norms, without_layer
+from llava_steering_plugin.measures.steering import (
+    principal_cosines,
+    steerings,
+    watched_norms,
+    without_layer,
+)
 from llava_steering_plugin.modes.mores import MoReS
 
 

@@ -1,6 +1,6 @@
 """Interference between tasks is the paper's: worked out by hand, and on tasks built to agree and to conflict.
 
-Module: diagnostics/interference.py.
+Module: measures/interference.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tiny_llava import TinyLlava
 from torch import Tensor, nn
 
 from llava_steering_plugin import attach
-from llava_steering_plugin.diagnostics.interference import EVERYTHING, Effects, Groups, Interference, gathered
+from llava_steering_plugin.measures.interference import EVERYTHING, Effects, Groups, Interference, gathered
 from llava_steering_plugin.modes.mixlora import MixLoRA
 
 Losses = list[list[Callable[[], Tensor]]]

@@ -1,6 +1,6 @@
 """The layer-wise modality attention ratio is the paper's, worked out by hand and from whole attention matrices.
 
-Modules: diagnostics/modality.py, diagnostics/attention.py.
+Modules: measures/modality.py, measures/attention.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llava_steering_plugin import attach, remove, token_map
-from llava_steering_plugin.diagnostics.attention import CHUNK, attention_taken
-from llava_steering_plugin.diagnostics.modality import (
+from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.measures.attention import CHUNK, attention_taken
+from llava_steering_plugin.measures.modality import (
     PADDING,
     TEXTS,
     Kind,
@@ -26,7 +27,6 @@ from llava_steering_plugin.diagnostics.modality import (
     lmar,
     measure_shares,
 )
-from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
