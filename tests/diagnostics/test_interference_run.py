@@ -1,7 +1,7 @@
 """A run over training data measures the tasks of adapters and LoRAs, keeps what it has, and goes on where it ended.
 
 Modules: diagnostics/interference_run.py, diagnostics/task_runs.py, diagnostics/pictures/heat_maps.py,
-inference/tunable.py, inference/training_samples.py, cli/diagnose.py.
+inference/tunable.py, inference/training_samples.py, cli/diagnose/interference.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A run over a question file measures the answers that the models give, keeps them, and goes on where it ended.
 
 Modules: diagnostics/modality_run.py, diagnostics/positions.py, diagnostics/records.py, diagnostics/runs.py,
-diagnostics/summary.py, diagnostics/pictures/plots.py, inference/forced.py, cli/diagnose.py.
+diagnostics/summary.py, diagnostics/pictures/plots.py, inference/forced.py, cli/diagnose/modality.py,
+cli/diagnose/__init__.py, cli/diagnose/progress.py.
 """
 
 from __future__ import annotations

@@ -1,0 +1,19 @@
+"""The sub-command `diagnose`: measures what a tuned model does, and draws it. A file for each measure."""
+
+from __future__ import annotations
+
+import typer
+
+from llava_steering_plugin.cli.diagnose.interference import interference
+from llava_steering_plugin.cli.diagnose.modality import modality
+
+app = typer.Typer(no_args_is_help=True, help="Measure attention to images, or interference between tasks.")
+
+
+@app.callback()
+def _group() -> None:
+    """Measure attention to images, or interference between tasks."""
+
+
+app.command(short_help="Measure each layer's attention to image and text.")(modality)
+app.command(short_help="Measure how much tasks help or harm each other.")(interference)
