@@ -8,9 +8,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from llava_steering_plugin import __version__
 from llava_steering_plugin.adapters.folder import WEIGHTS
 from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.diagnostics.modality_run import Chosen, measure_questions
@@ -114,6 +116,8 @@ def weights_of(path: str) -> str | None:
 def write_tables(document: Mapping[str, Any], rows: Iterable[Sequence[Any]], target: Path) -> list[Path]:
     """Write a result as JSON and its table as CSV, and return the files.
 
+    The JSON also gets `plugin_version` and `date`.
+
     Args:
         rows: of the table, the heading first.
         target: the path of both, without the suffix.
@@ -123,12 +127,25 @@ def write_tables(document: Mapping[str, Any], rows: Iterable[Sequence[Any]], tar
     """
     files = [target.with_name(f"{target.name}.{ending}") for ending in ("json", "csv")]
     try:
-        files[0].write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        files[0].write_text(json.dumps(_dated(document, files[0]), indent=1) + "\n", encoding="utf-8")
         with files[1].open("w", encoding="utf-8", newline="") as sheet:
             csv.writer(sheet, lineterminator="\n").writerows(rows)
     except OSError as error:
         raise ArgumentsError(f"{target.parent} cannot be written: {error.strerror}. Choose another.") from error
     return files
+
+
+def _dated(document: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Add the version of the package and the time in UTC; a result that the file holds already keeps its time."""
+    result = {**document, "plugin_version": __version__}
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        date = earlier.pop("date") if isinstance(earlier, dict) else None
+    except (OSError, ValueError, KeyError):
+        date = None
+    if date is not None and earlier == json.loads(json.dumps(result)):
+        return {**result, "date": date}
+    return {**result, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 
 def _records(request: ModalityRequest, name: str, path: str) -> Records:

@@ -11,6 +11,7 @@ import csv
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from PIL import Image
 from steered import load_llava, strengthen
 from tiny_llava import VISUAL_TOKENS, TinyLlava
 
-from llava_steering_plugin import attach, remove, save_adapter
+from llava_steering_plugin import __version__, attach, remove, save_adapter
 from llava_steering_plugin.adapters.save_load import describe
 from llava_steering_plugin.diagnostics.modality_run import choose_questions
 from llava_steering_plugin.diagnostics.positions import forced_pass
@@ -96,11 +97,13 @@ def test_an_interrupted_run_goes_on_and_ends_as_the_whole_one(
     diagnose: Run, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     whole = diagnose(str(adapters["mores"]))
+    assert whole["plugin_version"] == __version__
+    assert datetime.fromisoformat(whole["date"]).tzinfo is not None
     kept = tmp_path / "out" / "modality" / "mores.jsonl"
     lines = kept.read_bytes().splitlines(keepends=True)
     assert len(lines) == 7  # the settings and six answers
     kept.write_bytes(b"".join(lines[:4]) + lines[4][:50])
-    assert diagnose(str(adapters["mores"])) == whole
+    assert diagnose(str(adapters["mores"])) == whole  # with the time at which it was measured first
     assert kept.read_bytes() == b"".join(lines)
 
     with pytest.raises(ArgumentsError, match=r"(?s)of other settings.*choose another --output.*seed: 0 there, 1 now"):
