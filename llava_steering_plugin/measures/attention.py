@@ -3,7 +3,8 @@
 PyTorch shows every call of its functions to a `TorchFunctionMode`. So the queries and keys are those that the model
 itself computed, with its rotations, caches and adapters, whatever its architecture: a fused kernel's are multiplied
 again for the wanted queries alone, and where a model computes its weights in the open ("eager"), they are taken as they
-are. Nothing of the size [heads, positions, positions] is made.
+are. Nothing of the size [heads, positions, positions] is made. Flash attention is none of PyTorch's functions;
+`without_flash` has one of them compute it for the pass.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.hooks.decoder import find_decoder
+from llava_steering_plugin.measures.flash import without_flash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +56,7 @@ def attention_taken(model: PreTrainedModel, wanted: Tensor, take: Take) -> Itera
         handles.append(layer.register_forward_pre_hook(reader.entering(number)))
         handles.append(layer.register_forward_hook(reader.leaving))
     try:
-        with reader:
+        with without_flash(model), reader:
             yield
     finally:
         for handle in handles:
@@ -62,7 +64,7 @@ def attention_taken(model: PreTrainedModel, wanted: Tensor, take: Take) -> Itera
     if unseen := [str(number) for number, calls in reader.calls(len(layers)).items() if not calls]:
         raise SteeringError(
             f"{type(model).__name__}: the attention of the layers {', '.join(unseen)} passes through none of PyTorch's "
-            "functions (flash_attention_2 does not). Load the model with attn_implementation='sdpa' or 'eager'."
+            "functions. Load the model with attn_implementation='sdpa' or 'eager'."
         )
 
 
