@@ -13,6 +13,7 @@ runs as `__main__`, a foreign package on the path.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -104,6 +105,7 @@ class Forks:
 def serve() -> None:
     from llava.train import train as upstream  # noqa: F401
 
+    gc.freeze()  # no process goes through all that was imported to find garbage, nor copies its memory for that
     # Answers alone go through the pipe: whatever the imports wrote on standard output went elsewhere.
     for line in sys.stdin:
         request = json.loads(line)

@@ -79,6 +79,7 @@ def main(listed: Path) -> None:
         start_on_cpu()
     from llava.train import train as upstream
 
+    gc.freeze()  # what was imported is no garbage: every training would look for it there
     for flags in runs:
         with upstream_globals_restored(), quantising_on_cpu() if "--bits" in flags else nullcontext():
             sys.argv = ["train.py", *flags]
