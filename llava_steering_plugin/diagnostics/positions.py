@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.hooks.scope import current
 from llava_steering_plugin.hooks.token_map import IGNORED, spliced
 from llava_steering_plugin.inference.forced import ForcedAnswer
 from llava_steering_plugin.measures.modality import PADDING, Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+TOO_LONG = "longer than the model's context"
+
+
+class NotMeasured(ArgumentsError):
+    """A question cannot be measured and is left out.
+
+    Attributes:
+        reason: the same for all such questions; the message says more.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -44,7 +60,7 @@ def forced_pass(
         adapter: whose name the pool on the model is to be asked by; None: the model carries no pool.
 
     Raises:
-        ArgumentsError: the model cuts the sequence, or it holds no answer.
+        NotMeasured: the model cuts the sequence, or it holds no answer.
     """
     ids = torch.tensor([forced.ids], device=model.device)
     labels = ids.clone()
@@ -58,6 +74,29 @@ def forced_pass(
             return model(**given, **named, use_cache=False)
 
     return ForcedPass(kinds, forward)
+
+
+def prompt_kinds(prompts: Sequence[ForcedAnswer]) -> Tensor:
+    """Return what the positions of the prompts hold that a model has begun to generate from, int64 [rows, positions].
+
+    It is called inside the decoder, where the model's owner knows what LLaVA's splice has made of the batch.
+
+    Args:
+        prompts: without answers.
+
+    Raises:
+        SteeringError: the model carries neither adapter nor pool, or another batch is in it.
+    """
+    scope = current()
+    tokens = None if scope is None else scope.tokens
+    if tokens is None or len(tokens.visual) != len(prompts):
+        raise SteeringError("the generation is not that of these prompts, one row each, on a model with a pool.")
+    visual, attention = tokens.visual.cpu(), tokens.attention.cpu()
+    kinds = torch.full(visual.shape, PADDING)
+    kinds[visual] = int(Kind.IMAGE)
+    # Masks are filled row by row, in the order of the text.
+    kinds[attention & ~visual] = torch.tensor([int(kind) for prompt in prompts for kind in _kinds_of_text(prompt)])
+    return kinds
 
 
 def _kinds_of_positions(model: Any, forced: ForcedAnswer, given: Mapping[str, Any]) -> Tensor:
@@ -76,19 +115,20 @@ def _kinds_of_positions(model: Any, forced: ForcedAnswer, given: Mapping[str, An
             image_sizes=given.get("image_sizes"),
         )
     if tokens is None:
-        raise ArgumentsError("the prompt is empty.")
+        raise NotMeasured("empty", "the prompt is empty.")
     visual = tokens.visual.cpu()
     text = tokens.attention.cpu() & ~visual
     kinds = torch.full(visual.shape, PADDING)
     kinds[visual] = int(Kind.IMAGE)
     of_text = _kinds_of_text(forced)
     if int(text.sum()) != len(of_text):
-        raise ArgumentsError(
+        raise NotMeasured(
+            TOO_LONG,
             f"with its answer it has {len(of_text) + int(visual.sum())} tokens or more, and the model reads "
-            f"{int(tokens.attention.sum())}."
+            f"{int(tokens.attention.sum())}.",
         )
     if Kind.ANSWER not in of_text:
-        raise ArgumentsError("its answer is empty.")
+        raise NotMeasured("no answer", "its answer is empty.")
     kinds[text] = torch.tensor([int(kind) for kind in of_text])
     return kinds
 

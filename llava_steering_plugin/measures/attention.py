@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # Called with the number of the layer, the number of the row, and float32 weights [heads, wanted queries, keys].
 Take = Callable[[int, int, Tensor], None]
+# Called with the number of the layer and float32 weights [rows, heads, keys].
+TakeLast = Callable[[int, Tensor], None]
 _SOFTMAX = (functional.softmax, torch.softmax, Tensor.softmax)
 # So many queries at a time: the weights of a long answer are larger than its keys.
 CHUNK = 64
@@ -48,12 +51,34 @@ def attention_taken(model: PreTrainedModel, wanted: Tensor, take: Take) -> Itera
     Raises:
         SteeringError: a layer's attention went through none of PyTorch's functions.
     """
+    with _reading(model, _WantedQueries(wanted, take)):
+        yield
+
+
+@contextmanager
+def last_attention_taken(model: PreTrainedModel, take: TakeLast) -> Iterator[None]:
+    """Hand `take` the attention weights of the last query of every forward pass in the block, layer by layer.
+
+    While a model generates, that is the position which predicts the next token.
+
+    Args:
+        model: a causal model of transformers; adapters on it work as they do otherwise. Padding is on the left.
+        take: gets the layer's number and the weights, float32 [rows, heads, keys], with sum 1 over the keys.
+
+    Raises:
+        SteeringError: a layer's attention went through none of PyTorch's functions.
+    """
+    with _reading(model, _LastQuery(take)):
+        yield
+
+
+@contextmanager
+def _reading(model: PreTrainedModel, reader: _Reader) -> Iterator[None]:
     stack, shape = find_decoder(model)
     layers = [stack.get_submodule(layer.path) for layer in shape.layers]
-    reader = _Reader(wanted, take)
     handles = []
     for number, layer in enumerate(layers):
-        handles.append(layer.register_forward_pre_hook(reader.entering(number)))
+        handles.append(layer.register_forward_pre_hook(reader.entering(number), with_kwargs=True))
         handles.append(layer.register_forward_hook(reader.leaving))
     try:
         with without_flash(model), reader:
@@ -61,7 +86,7 @@ def attention_taken(model: PreTrainedModel, wanted: Tensor, take: Take) -> Itera
     finally:
         for handle in handles:
             handle.remove()
-    if unseen := [str(number) for number, calls in reader.calls(len(layers)).items() if not calls]:
+    if unseen := [str(number) for number in range(len(layers)) if number not in reader.seen]:
         raise SteeringError(
             f"{type(model).__name__}: the attention of the layers {', '.join(unseen)} passes through none of PyTorch's "
             "functions. Load the model with attn_implementation='sdpa' or 'eager'."
@@ -69,23 +94,27 @@ def attention_taken(model: PreTrainedModel, wanted: Tensor, take: Take) -> Itera
 
 
 class _Reader(TorchFunctionMode):
-    """Sees all calls of PyTorch's functions, and reads those that compute the attention of a decoder layer."""
+    """Sees all calls of PyTorch's functions, and reads those that compute the attention of a decoder layer.
 
-    def __init__(self, wanted: Tensor, take: Take):
+    Args:
+        shape: numbers of rows and queries of the pass.
+
+    Attributes:
+        seen: the layers whose attention was read.
+    """
+
+    def __init__(self, shape: torch.Size) -> None:
         super().__init__()
-        self._wanted, self._take = wanted.cpu(), take
+        self._shape = shape
+        self.seen: set[int] = set()
         self._layer: int | None = None
-        self._calls: dict[int, int] = {}
-
-    def calls(self, layers: int) -> Mapping[int, int]:
-        """Return how often each layer's attention was read."""
-        return {number: self._calls.get(number, 0) for number in range(layers)}
 
     def entering(self, number: int) -> Callable[..., None]:
         """Return a pre-hook for layer `number`."""
 
-        def enter(*_: Any) -> None:
+        def enter(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             self._layer = number
+            self._enter(args[0] if args else kwargs["hidden_states"])
 
         return enter
 
@@ -98,44 +127,40 @@ class _Reader(TorchFunctionMode):
         result = function(*args, **kwargs)
         if self._layer is not None:
             if function is functional.scaled_dot_product_attention:
-                self._read_scores(*args, **kwargs)
-            elif function in _SOFTMAX and result.dim() == 4 and result.shape[0::2] == self._wanted.shape:
-                self._read_weights(result)
+                self._read_scores(self._layer, _Fused.of(*args, **kwargs))
+                self.seen.add(self._layer)
+            elif function in _SOFTMAX and result.dim() == 4 and result.shape[0::2] == self._shape:
+                self._read_weights(self._layer, result)
+                self.seen.add(self._layer)
         return result
 
-    def _read_scores(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> None:
-        """Compute the weights of a fused kernel, given its arguments, for the wanted queries."""
-        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        for row, positions in self._chunks():
-            places = positions.to(query.device)
-            keys = key[row].float()
-            if keys.shape[0] != query.shape[1]:  # grouped queries: several heads share a key
-                keys = keys.repeat_interleave(query.shape[1] // keys.shape[0], 0)
-            scores = query[row][:, places].float() @ keys.transpose(-1, -2) * scale
-            if attn_mask is not None:
-                mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])[row][:, places]
-                scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
-            elif is_causal:
-                future = torch.arange(key.shape[2], device=places.device)[None] > places[:, None]
-                scores = scores.masked_fill(future, -torch.inf)
-            self._take(self._now(), row, scores.softmax(-1))
-        self._count()
+    def _enter(self, hidden: Tensor) -> None:
+        """Get the hidden states [rows, queries, features] that a layer begins with."""
 
-    def _read_weights(self, weights: Tensor) -> None:
+    def _read_scores(self, layer: int, call: _Fused) -> None:
+        """Take weights that a fused kernel computes and does not show."""
+        raise NotImplementedError
+
+    def _read_weights(self, layer: int, weights: Tensor) -> None:
         """Take weights [rows, heads, queries, keys] that the model computed in the open."""
+        raise NotImplementedError
+
+
+class _WantedQueries(_Reader):
+    """Takes some queries of one pass, row by row."""
+
+    def __init__(self, wanted: Tensor, take: Take):
+        super().__init__(wanted.shape)
+        self._wanted, self._take = wanted.cpu(), take
+
+    def _read_scores(self, layer: int, call: _Fused) -> None:
         for row, positions in self._chunks():
-            self._take(self._now(), row, weights[row][:, positions.to(weights.device)].float())
-        self._count()
+            (weights,) = call.weights(slice(row, row + 1), positions.to(call.query.device))
+            self._take(layer, row, weights)
+
+    def _read_weights(self, layer: int, weights: Tensor) -> None:
+        for row, positions in self._chunks():
+            self._take(layer, row, weights[row][:, positions.to(weights.device)].float())
 
     def _chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the number of each row with some of its wanted positions."""
@@ -144,12 +169,74 @@ class _Reader(TorchFunctionMode):
                 if len(positions):
                     yield row, positions
 
-    def _now(self) -> int:
-        assert self._layer is not None
-        return self._layer
 
-    def _count(self) -> None:
-        self._calls[self._now()] = self._calls.get(self._now(), 0) + 1
+class _LastQuery(_Reader):
+    """Takes the last query of every pass, of all rows at once."""
+
+    def __init__(self, take: TakeLast):
+        super().__init__(torch.Size())
+        self._take = take
+
+    def _enter(self, hidden: Tensor) -> None:
+        self._shape = hidden.shape[:2]
+
+    def _read_scores(self, layer: int, call: _Fused) -> None:
+        last = torch.tensor([call.query.shape[2] - 1], device=call.query.device)
+        self._take(layer, call.weights(slice(None), last)[:, :, 0])
+
+    def _read_weights(self, layer: int, weights: Tensor) -> None:
+        self._take(layer, weights[:, :, -1].float())
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """Holds the arguments of a call of `scaled_dot_product_attention` that decide its weights.
+
+    Attributes:
+        query: [rows, heads, queries, features].
+        key: [rows, key heads, keys, features].
+        mask: what is added to the scores, or which are seen, for each row, head, query and key; None: all are seen.
+        causal: a query sees no key after its own position.
+        scale: of the scores.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> _Fused:
+        """Read the arguments of a call."""
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        return cls(query, key, attn_mask, is_causal, scale)
+
+    def weights(self, rows: slice, places: Tensor) -> Tensor:
+        """Compute the weights of the queries at some places, float32 [rows, heads, places, keys]."""
+        keys = self.key[rows].float()
+        if keys.shape[1] != self.query.shape[1]:  # grouped queries: several heads share a key
+            keys = keys.repeat_interleave(self.query.shape[1] // keys.shape[1], 1)
+        scores = self.query[rows][:, :, places].float() @ keys.transpose(-1, -2) * self.scale
+        if self.mask is not None:
+            mask = self.mask[rows][:, :, places]
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+        elif self.causal:
+            future = torch.arange(keys.shape[2], device=places.device)[None] > places[:, None]
+            scores = scores.masked_fill(future, -torch.inf)
+        return scores.softmax(-1)
 
 
 def layers_of(model: PreTrainedModel) -> int:

@@ -12,15 +12,17 @@ choices of `TEXTS` are given side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.measures.attention import attention_taken, layers_of
+from llava_steering_plugin.measures.attention import attention_taken, last_attention_taken, layers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,6 +110,75 @@ def measure_shares(model: PreTrainedModel, forward: Callable[[], Any], kinds: Te
         counts = {kind: int((kinds[row] == kind).sum()) for kind in Kind}
         measured.append(Shares(counts, number, torch.stack(taken) / number))
     return measured
+
+
+class GenerationShares:
+    """Measures how the attention of answers divides while a model generates them; no pass is needed for it.
+
+    A generation's first pass predicts the first token of every answer, and each later one the next token, so the
+    queries of eq. 2 are the last position of every pass.
+
+    Args:
+        model: the model that will generate, greedily or by sampling, not by beams.
+        prompt: called when the first pass has begun; returns what the prompts' positions hold, int64
+            [rows, positions], with padding on the left.
+
+    Attributes:
+        whole: False if a pass saw other keys than all before it, such as a window of them; then nothing is measured.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompt: Callable[[], Tensor]):
+        self._model, self._prompt, self._layers = model, prompt, layers_of(model)
+        self.whole = True
+        self._kinds: Tensor | None = None
+        self._members: Tensor | None = None  # float32 [rows, positions, kinds]: 1 where a position is of a kind
+        self._parts: list[Tensor] = []  # float32 [rows, heads, kinds] for each layer of each pass
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Measure the generation in the block.
+
+        Raises:
+            SteeringError: the model's attention cannot be read.
+        """
+        with last_attention_taken(self._model, self._take):
+            yield
+
+    @property
+    def prompts(self) -> Tensor:
+        """The kinds of the prompts' positions, int64 [rows, positions]."""
+        assert self._kinds is not None, "nothing was generated"
+        return self._kinds
+
+    def of(self, row: int, tokens: int) -> Shares:
+        """Return the measurement of one row.
+
+        Args:
+            tokens: how many of the row's first tokens are its answer, 1 or more.
+        """
+        shares = self._gathered[:tokens, :, row].double().mean(0)
+        counts = {kind: int((self.prompts[row] == kind).sum()) for kind in Kind} | {Kind.ANSWER: tokens}
+        return Shares(counts, tokens, shares)
+
+    @cached_property
+    def _gathered(self) -> Tensor:
+        """All parts, float32 [passes, layers, rows, heads, kinds]."""
+        parts = torch.stack([part.cpu() for part in self._parts])
+        return parts.view(-1, self._layers, *parts.shape[1:])
+
+    def _take(self, layer: int, weights: Tensor) -> None:
+        if self._members is None:
+            self._kinds = self._prompt()
+            self._members = torch.stack([self._kinds == kind for kind in Kind], -1).float()
+        self._members = self._members.to(weights.device)  # layers may be spread over devices
+        positions = self._members.shape[1]
+        passes, expected = divmod(len(self._parts), self._layers)
+        self.whole &= layer == expected and weights.shape[-1] == positions + passes
+        if not self.whole:
+            return
+        shares = weights[..., :positions] @ self._members
+        shares[..., Kind.ANSWER] += weights[..., positions:].sum(-1)
+        self._parts.append(shares)
 
 
 def lmar(answers: Sequence[Shares], text: Collection[Kind] = TEXTS["all text"]) -> Tensor:

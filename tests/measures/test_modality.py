@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from steered import load_llava, strengthen
+from steered import IMAGE as IMAGE_MARK
+from steered import NEW, generate, load_llava, pictures, strengthen, words
 from tiny_llava import TinyLlava
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llava_steering_plugin import attach, remove, token_map
+from llava_steering_plugin import AdapterPool, attach, remove, token_map
 from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.hooks.scope import current
 from llava_steering_plugin.measures.attention import CHUNK, attention_taken
 from llava_steering_plugin.measures.modality import (
     PADDING,
     TEXTS,
+    GenerationShares,
     Kind,
     Shares,
     answer_queries,
@@ -110,6 +113,65 @@ def test_shares_are_those_of_the_whole_attention_matrices(
             expected = torch.stack([mean[:, kinds[row] == kind].sum(-1) for kind in Kind], -1)
             torch.testing.assert_close(shares.shares[layer], expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(shares.shares.sum(-1), torch.ones(len(whole), 4).double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [None, MoReS(rank=2, tokens="all"), MixLoRA(factors=4, rank=2, alpha=1.0)], ids=str)
+@pytest.mark.parametrize("computed", ["sdpa", "eager"])
+def test_what_is_measured_during_a_generation_is_what_a_pass_over_the_answers_gives(
+    tiny: TinyLlava, patched_llava: Any, mode: Mode | None, computed: str
+) -> None:
+    model = load_llava(tiny.llava, attn_implementation=computed)
+    if mode is None:
+        AdapterPool(model)
+    else:
+        strengthen(attach(model, mode))
+    prompts = [[1, *words(3), IMAGE_MARK, *words(2, seed=1)], [1, IMAGE_MARK, *words(9, seed=2)]]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts])
+    present = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
+
+    def kinds_of_prompts() -> Tensor:
+        tokens = current().tokens  # type: ignore[union-attr]
+        kinds = torch.full(tokens.visual.shape, PADDING)  # type: ignore[union-attr]
+        kinds[tokens.attention] = int(PROMPT)  # type: ignore[union-attr]
+        return kinds.masked_fill(tokens.visual, int(IMAGE))  # type: ignore[union-attr]
+
+    measure = GenerationShares(model, kinds_of_prompts)
+    with measure.watching():
+        answers = [row[-NEW:] for row in generate(model, ids, pictures(2), attention_mask=present)]
+    assert measure.whole
+    assert int((measure.prompts == PADDING).sum()) == 4
+
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        given = {"input_ids": torch.tensor([[*prompt, *answer]]), "images": pictures(2)[row : row + 1]}
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        kinds = torch.cat([measure.prompts[row][measure.prompts[row] != PADDING], torch.full((NEW,), int(ANSWER))])
+
+        def forward(given: Any = given, labels: Tensor = labels) -> Any:
+            with torch.inference_mode():
+                return model(**given, labels=labels, use_cache=False)
+
+        (expected,) = measure_shares(model, forward, kinds[None])
+        for tokens in (NEW, 2):
+            found = measure.of(row, tokens)
+            assert (found.queries, found.counts[ANSWER]) == (tokens, tokens)
+            if tokens == NEW:
+                assert found.counts == expected.counts
+                torch.testing.assert_close(found.shares, expected.shares, rtol=1e-5, atol=1e-6)
+            else:
+                assert not torch.allclose(found.shares, expected.shares, atol=1e-4)
+
+
+def test_a_cache_that_forgets_keys_is_noticed() -> None:
+    model = OneLayer(torch.ones(4, 4))
+    weights: Callable[[Tensor], Tensor] = lambda hidden: functional.softmax(torch.ones(1, 2, hidden.shape[1], 4), -1)  # noqa: E731
+    model.layers[0].forward = weights  # type: ignore[assignment]
+    measure = GenerationShares(model, lambda: kinds_of([(FIRST, 1), (IMAGE, 2), (PROMPT, 1)]))  # type: ignore[arg-type]
+    with measure.watching():
+        model.layers[0](torch.ones(1, 4, 8))
+        assert measure.whole
+        model.layers[0](torch.ones(1, 1, 8))  # the fifth position sees four
+    assert not measure.whole
 
 
 def test_the_adapter_changes_the_shares(tiny: TinyLlava, patched_llava: Any) -> None:

@@ -11,6 +11,9 @@ from llava_steering_plugin.cli.diagnose.progress import progress_bar
 from llava_steering_plugin.errors import Problems
 from llava_steering_plugin.inference import options
 
+# Whatever a checkpoint's generation_config.json says.
+GREEDY = {"do_sample": False, "num_beams": 1}
+
 
 def modality(
     models: Annotated[
@@ -87,7 +90,7 @@ def modality(
             "load_4bit": load_4bit,
             "load_8bit": load_8bit,
         },
-        options=AnswerOptions(batch_size, conv_mode, {"max_new_tokens": max_new_tokens, "do_sample": False}),
+        options=AnswerOptions(batch_size, conv_mode, GREEDY | {"max_new_tokens": max_new_tokens}),
         base=model_base,
         how={"device": chosen_device, "load_4bit": load_4bit, "load_8bit": load_8bit},
         output=output,
