@@ -43,6 +43,7 @@ FOREIGN = {
     "mores_pos_configs.json",
     "results.md",
     "skipped_samples.json",
+    "steering.json",
     "train.py",
     "train_mem.py",
     "zero2.json",

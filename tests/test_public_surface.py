@@ -98,6 +98,7 @@ def test_the_options_of_a_diagnosis_are_these(group: Any) -> None:
     assert words == {
         "modality": shared | {"--question-file", "--answers-file", "--batch-size", "--conv-mode", "--max-new-tokens"},
         "interference": shared | {"--data", "--version"},
+        "steering": shared | {"--question-file", "--answers-file", "--data", "--conv-mode", "--max-new-tokens"},
     }
 
 

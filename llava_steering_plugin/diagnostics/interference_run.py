@@ -21,6 +21,7 @@ from llava_steering_plugin.measures.interference import EVERYTHING, Effects, Int
 # How the last part of a parameter's name is shown; other names stand for themselves.
 SIDES = {"routed_a": "A", "routed_b": "B", "lora_A": "A", "lora_B": "B"}
 ROUTERS = "routers"
+UNKNOWN_TASKS = 'the tasks are not known; give each sample a "task", or --data TASK=FILE for every task'
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,29 @@ class TaskSamples:
     losses: Sequence[Sample]
 
 
+def samples_by_task(
+    entries: Sequence[tuple[str | None, Sequence[Mapping[str, Any]]]],
+) -> tuple[dict[str, list[Sample]], list[str]]:
+    """Return the samples of each task in the order in which the tasks appear, and what is wrong with the names.
+
+    Args:
+        entries: as in `choose_samples`.
+    """
+    by_task: dict[str, list[Sample]] = defaultdict(list)
+    problems = []
+    for file, (task, listed) in enumerate(entries):
+        nameless = 0
+        for number, entry in enumerate(listed):
+            name = task or entry.get("task")
+            if isinstance(name, str) and name:
+                by_task[name].append(Sample(file, number))
+            else:
+                nameless += 1
+        if nameless:
+            problems.append(f"{nameless} of {len(listed)} samples of file {file + 1} name no task")
+    return dict(by_task), problems
+
+
 def choose_samples(
     entries: Sequence[tuple[str | None, Sequence[Mapping[str, Any]]]], samples: int, seed: int
 ) -> dict[str, TaskSamples]:
@@ -58,25 +82,12 @@ def choose_samples(
     Raises:
         ArgumentsError: samples name no task, there is only one, or a task has a single sample; all problems at once.
     """
-    by_task: dict[str, list[Sample]] = defaultdict(list)
-    problems = []
-    for file, (task, listed) in enumerate(entries):
-        nameless = 0
-        for number, entry in enumerate(listed):
-            name = task or entry.get("task")
-            if isinstance(name, str) and name:
-                by_task[name].append(Sample(file, number))
-            else:
-                nameless += 1
-        if nameless:
-            problems.append(f"{nameless} of {len(listed)} samples of file {file + 1} name no task")
+    by_task, problems = samples_by_task(entries)
     if len(by_task) < 2:
         problems.append(f"tasks: {len(by_task)}; interference is between two or more")
     problems += [f"the task {name!r} has one sample; it needs two" for name, found in by_task.items() if len(found) < 2]
     if problems:
-        raise ArgumentsError(
-            listing('the tasks are not known; give each sample a "task", or --data TASK=FILE for every task', problems)
-        )
+        raise ArgumentsError(listing(UNKNOWN_TASKS, problems))
     chosen = {}
     for name, found in by_task.items():
         order = random.Random(f"{seed}:{name}").sample(found, len(found))

@@ -13,6 +13,7 @@ from llava_steering_plugin.diagnostics.positions import TOO_LONG, NotMeasured, f
 from llava_steering_plugin.diagnostics.records import KEY, Records
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.inference.forced import force_answer
+from llava_steering_plugin.inference.greedy import until_end
 from llava_steering_plugin.inference.models import AnsweringModel
 from llava_steering_plugin.inference.questions import BatchAnswers, Question
 from llava_steering_plugin.measures.modality import PADDING, GenerationShares, Kind, Shares, measure_shares
@@ -151,9 +152,4 @@ def _rounded(values: torch.Tensor) -> list[list[float]]:
 
 def _cut(generated: torch.Tensor, tokenizer: Any) -> list[list[int]]:
     """Return the token ids of each row's answer, up to its end."""
-    answers = []
-    for row in generated.tolist():
-        if row[:1] == [tokenizer.bos_token_id]:  # some versions of transformers put it before what is generated
-            row = row[1:]
-        answers.append(row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row)
-    return answers
+    return [until_end(row, tokenizer) for row in generated.tolist()]

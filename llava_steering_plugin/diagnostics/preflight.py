@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from llava_steering_plugin.adapters.fingerprint import alike
+from llava_steering_plugin.adapters.folder import FINGERPRINT, StoredAdapter
 from llava_steering_plugin.adapters.locate import find, locate
 from llava_steering_plugin.checkout.find import find_llava
 from llava_steering_plugin.errors import ArgumentsError, Problems
-from llava_steering_plugin.inference.base_files import check_adapters_fit, check_base
+from llava_steering_plugin.inference.base_files import CONFIG, check_adapters_fit, check_base
 from llava_steering_plugin.inference.base_model import read_base_config
 from llava_steering_plugin.inference.models import PEFT_CONFIG, base_of_lora, moved
 from llava_steering_plugin.inference.options import check_bits, choose_device
@@ -22,24 +24,29 @@ from llava_steering_plugin.upstream.conversations import checked_template
 from llava_steering_plugin.upstream.install import install
 
 PACKAGES = ("matplotlib", "scipy")
+# How pip calls a package that is imported under another name.
+INSTALLED_AS = {"sklearn": "scikit-learn"}
+# The command that looks into the adapters of a mode.
+FITTING = {"mores": "diagnose steering", "mixlora": "diagnose routing"}
 
 
 def check_flags(
-    output: Path, *, device: str, load_4bit: bool, load_8bit: bool, conversation: str | None, problems: Problems
+    output: Path,
+    *,
+    device: str,
+    load_4bit: bool,
+    load_8bit: bool,
+    conversation: str | None,
+    problems: Problems,
+    packages: Sequence[str] = PACKAGES,
 ) -> str:
-    """Check what both diagnoses are told in the same way; return the device.
+    """Check what all diagnoses are told in the same way, and that `packages` are there; return the device.
 
     Args:
         problems: gets the errors.
-
-    Raises:
-        ArgumentsError: a package is missing without which nothing can be measured.
     """
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise ArgumentsError(
-            f"diagnoses need {' and '.join(missing)}: pip install 'llava-steering-plugin[diagnostics]'"
-        )
+    with problems.noted():
+        _check_packages(packages)
     chosen = device
     with problems.noted():
         chosen = choose_device(device)
@@ -67,6 +74,80 @@ def check_models(models: Mapping[str, str], base: str | None, problems: Problems
     for name, path in models.items():
         with problems.noted():
             _check_model(name, path, base, bases)
+
+
+def check_mode(models: Mapping[str, str], base: str | None, problems: Problems, mode: str) -> None:
+    """Check that all models are adapters of one mode, of the size of their bases.
+
+    Args:
+        models: the path of each, by name.
+        base: as in `check_models`.
+        problems: gets the errors, with the command that fits what is there instead.
+    """
+    for name, path in models.items():
+        with problems.noted():
+            own = find(path)
+            if own is not None and own.config.mode != mode:
+                other = FITTING.get(own.config.mode, "diagnose modality")
+                raise ArgumentsError(
+                    f"{path} is a {own.config.mode} adapter, and `{FITTING[mode]}` is for {mode}: use "
+                    f"`llava-steering {other}`."
+                )
+            if own is None and (kind := _other_kind(path)) is not None:
+                raise ArgumentsError(f"{path} is {kind}, and `{FITTING[mode]}` is for adapters of the mode {mode}.")
+            _check_model(name, path, base, bases=False)
+
+
+def check_same_base(models: Mapping[str, str], problems: Problems) -> None:
+    """Check that adapters whose weights are compared have one base, by the rows of it that they keep.
+
+    Args:
+        models: the path of each, by name; those that are no adapters are passed over.
+        problems: gets the error.
+    """
+    first: tuple[str, StoredAdapter] | None = None
+    for name, path in models.items():
+        with problems.noted():
+            found = find(path)
+            if found is None:
+                continue
+            stored = found.read()
+            if first is None:
+                first = name, stored
+            elif not _one_base(first[1], stored):
+                raise ArgumentsError(
+                    f"{first[0]} and {name} have different bases ({first[1].config.base}; {stored.config.base}), so "
+                    "what they steer cannot be compared. Measure them one by one, each with its own --output."
+                )
+
+
+def _one_base(one: StoredAdapter, other: StoredAdapter) -> bool:
+    sizes = [(each.config.base.num_layers, each.config.base.hidden_size) for each in (one, other)]
+    here, there = (each.tensors.get(FINGERPRINT + "rows") for each in (one, other))
+    return sizes[0] == sizes[1] and (here is None or there is None or alike(here, there))
+
+
+def _other_kind(path: str) -> str | None:
+    """Return what is at a path that holds no adapter of ours, with the command that fits it; None: nothing known."""
+    folder = Path(path).expanduser()
+    if (folder / PEFT_CONFIG).is_file():
+        return "a LoRA (use `llava-steering diagnose interference` or `diagnose modality`)"
+    if (folder / CONFIG).is_file():
+        return "a base (use `llava-steering diagnose modality`)"
+    return None
+
+
+def _check_packages(packages: Sequence[str]) -> None:
+    """Check that packages can be imported, without importing them.
+
+    Raises:
+        ArgumentsError: some cannot.
+    """
+    missing = [INSTALLED_AS.get(name, name) for name in packages if find_spec(name) is None]
+    if missing:
+        raise ArgumentsError(
+            f"diagnoses need {' and '.join(missing)}: pip install -e '.[diagnostics]' in this plugin's folder"
+        )
 
 
 def _check_model(name: str, path: str, base: str | None, bases: bool) -> None:

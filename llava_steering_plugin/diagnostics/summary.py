@@ -8,13 +8,10 @@ from typing import Any
 
 import numpy
 import torch
-from scipy import stats
 
+from llava_steering_plugin.diagnostics.intervals import plain, with_interval
 from llava_steering_plugin.diagnostics.modality_run import shares_of
 from llava_steering_plugin.measures.modality import TEXTS, Kind, Shares
-
-CONFIDENCE = 0.95
-RESAMPLES = 2_000
 
 
 def summarise_model(
@@ -36,11 +33,10 @@ def summarise_model(
         **about,
         "answers": len(measured),
         "left_out": {"about no image": text_only, **reasons},
-        "lmar": {text: _with_interval([shares.ratio(kinds) for shares in measured]) for text, kinds in TEXTS.items()},
+        "lmar": {text: _table([shares.ratio(kinds) for shares in measured]) for text, kinds in TEXTS.items()},
         "lmar_by_head": [] if not measured else _by_head(measured),
         "shares": {
-            kind.name.lower(): _with_interval([shares.shares[..., kind].mean(1) for shares in measured])
-            for kind in Kind
+            kind.name.lower(): _table([shares.shares[..., kind].mean(1) for shares in measured]) for kind in Kind
         },
         "tokens": {
             kind.name.lower(): float(numpy.mean([shares.counts[kind] for shares in measured])) if measured else None
@@ -60,25 +56,9 @@ def modality_rows(models: Sequence[Mapping[str, Any]]) -> Iterator[list[Any]]:
                     yield [model["name"], layer, quantity, what, mean, low, high, model["answers"]]
 
 
-def _with_interval(values: Sequence[torch.Tensor]) -> dict[str, list[float | None]]:
+def _table(values: Sequence[torch.Tensor]) -> dict[str, list[float | None]]:
     """Return the mean over answers [layers] and its bootstrap interval."""
-    if not values:
-        return {"mean": [], "low": [], "high": []}
-    table = torch.stack(list(values)).numpy()
-    mean = _plain(table.mean(0))
-    if len(table) < 2:
-        return {"mean": mean, "low": [None] * len(mean), "high": [None] * len(mean)}
-    found = stats.bootstrap(
-        (table,),
-        numpy.mean,
-        axis=0,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        batch=100,
-        random_state=numpy.random.default_rng(0),
-    ).confidence_interval
-    return {"mean": mean, "low": _plain(found.low), "high": _plain(found.high)}
+    return with_interval(torch.stack(list(values)).numpy() if values else [])
 
 
 def _by_head(measured: Sequence[Shares]) -> list[list[float | None]]:
@@ -88,9 +68,4 @@ def _by_head(measured: Sequence[Shares]) -> list[list[float | None]]:
     for shares in measured:
         image = shares.shares[..., Kind.IMAGE] / shares.counts[Kind.IMAGE]
         ratios.append(image / (shares.shares[..., text].sum(-1) / sum(shares.counts[kind] for kind in text)))
-    return [_plain(row) for row in torch.stack(ratios).mean(0).numpy()]
-
-
-def _plain(values: Any) -> list[float | None]:
-    """Return numbers as JSON has them: null for those that are not defined."""
-    return [float(f"{value:.6g}") if numpy.isfinite(value) else None for value in numpy.asarray(values)]
+    return [plain(row) for row in torch.stack(ratios).mean(0).numpy()]

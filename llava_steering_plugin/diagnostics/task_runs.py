@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.diagnostics.interference_run import (
+    Sample,
     TaskSamples,
     choose_samples,
     effects_in,
@@ -62,27 +63,57 @@ def read_tasks(request: InterferenceRequest) -> dict[str, TaskSamples]:
     Raises:
         ArgumentsError: a file cannot be read, the tasks are not known, or LLaVA cannot be trained on a chosen sample.
     """
-    entries = []
-    for task, file in request.files:
+    entries = read_entries(request.files)
+    chosen = choose_samples(entries, request.samples, request.seed)
+    samples = [sample for batches in chosen.values() for sample in (*batches.steps, *batches.losses)]
+    check_samples(request.files, entries, samples, request.images, request.conversation)
+    return chosen
+
+
+Entries = Sequence[tuple[str | None, Sequence[Mapping[str, Any]]]]
+
+
+def read_entries(files: Sequence[tuple[str | None, Path]]) -> Entries:
+    """Read data files: the samples of each, with the task of all of them; None: each sample names its own.
+
+    Raises:
+        ArgumentsError: some cannot be read; the message lists them all.
+    """
+    entries, problems = [], []
+    for task, file in files:
         try:
             listed = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
                 raise ValueError("it is no list of samples")
+            entries.append((task, listed))
         except (OSError, ValueError) as error:
-            raise ArgumentsError(f"the data in {file} cannot be read: {error}") from error
-        entries.append((task, listed))
-    chosen = choose_samples(entries, request.samples, request.seed)
-    checks = SampleChecks(str(request.images), style=style_of(request.conversation or CONVERSATION))
+            problems.append(f"{file}: {error}")
+    if problems:
+        raise ArgumentsError(listing("the data cannot be read", problems))
+    return entries
+
+
+def check_samples(
+    files: Sequence[tuple[str | None, Path]],
+    entries: Entries,
+    samples: Sequence[Sample],
+    images: Path,
+    conversation: str | None,
+) -> None:
+    """Check samples as a training would.
+
+    Raises:
+        ArgumentsError: LLaVA cannot be trained on some of them; the message lists them all.
+    """
+    checks = SampleChecks(str(images), style=style_of(conversation or CONVERSATION))
     problems = [
-        f"{request.files[sample.file][1]}: {name_of(sample.number, entry)}: {defect.reason}"
-        for batches in chosen.values()
-        for sample in (*batches.steps, *batches.losses)
+        f"{files[sample.file][1]}: {name_of(sample.number, entry)}: {defect.reason}"
+        for sample in samples
         for entry in [entries[sample.file][1][sample.number]]
         for defect in checks.of(entry, whole=True)
     ]
     if problems:
         raise ArgumentsError(listing("LLaVA cannot be trained on some of the chosen samples", problems))
-    return chosen
 
 
 def run_interference(request: InterferenceRequest, progress: Progress) -> list[Path]:

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.hooks.token_map import IGNORED, spliced
 from llava_steering_plugin.upstream.conversations import checked_template
+
+
+class Score(NamedTuple):
+    """Says how well a model predicts the tokens of a sample's answers; NaN if there are none.
+
+    Attributes:
+        loss: their mean negative log-likelihood.
+        accuracy: the share of them that is the likeliest.
+        tokens: how many they are.
+    """
+
+    loss: float
+    accuracy: float
+    tokens: int
+
+
+def score_of(logits: Tensor, labels: Tensor) -> Score:
+    """Return how well logits [rows, positions, vocabulary] predict labels, int64 [rows, positions]."""
+    following = labels[:, 1:]
+    counted = following != IGNORED
+    predicted, wanted = logits[:, :-1][counted].float(), following[counted].to(logits.device)
+    loss = torch.nn.functional.cross_entropy(predicted, wanted)
+    right = (predicted.argmax(-1) == wanted).float().mean()
+    return Score(float(loss), float(right), len(wanted))
 
 
 class TrainingSamples:
@@ -49,14 +76,35 @@ class TrainingSamples:
 
     def loss(self, number: int) -> Tensor:
         """Return the training loss of the sample of that number, a scalar with a graph if gradients are on."""
+        loss: Tensor = self.model(**self.batch(number), use_cache=False).loss
+        return loss
+
+    def batch(self, number: int) -> dict[str, Tensor]:
+        """Return the arguments of the model's `forward` for the sample of that number, on the model's device."""
         with self._template():
             batch = self._collated([self.dataset[number]])
         half = {"device": self.model.device, "dtype": self.model.get_vision_tower().dtype}
-        batch = {
+        return {
             name: value.to(**half) if name == "images" else value.to(self.model.device) for name, value in batch.items()
         }
-        loss: Tensor = self.model(**batch, use_cache=False).loss
-        return loss
+
+    def scored(self, number: int) -> Callable[[], Score]:
+        """Return a function that passes the sample of that number through the model, and scores its answers' tokens.
+
+        The sample is prepared once, for any number of passes.
+        """
+        batch = self.batch(number)
+        # The class's own method: an adapter on the model has shadowed the model's, and is not asked here.
+        splice = types.MethodType(type(self.model).prepare_inputs_labels_for_multimodal, self.model)
+        given = {name: batch.get(name) for name in ("input_ids", "attention_mask", "labels", "images")}
+        with torch.inference_mode():
+            (*_, labels), _ = spliced(splice, **given, position_ids=None, past_key_values=None)
+
+        def score() -> Score:
+            with torch.inference_mode():
+                return score_of(self.model(**batch, use_cache=False).logits, labels)
+
+        return score
 
     @contextmanager
     def _template(self) -> Iterator[None]:

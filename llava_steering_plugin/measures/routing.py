@@ -22,6 +22,8 @@ from llava_steering_plugin.modes.mixlora_routing import Choice, Routing
 SIDES = ("A", "B")
 # The choices of one row in all linears: int64 [r] each, by the linear's path and the side.
 Choices = dict[tuple[str, str], Tensor]
+# The scores that they follow from, as probabilities: float32 [E] each, by the same keys.
+Scores = dict[tuple[str, str], Tensor]
 
 
 def routed_linears(modules: Mapping[str, nn.Module]) -> dict[str, RoutedLinear]:
@@ -30,10 +32,13 @@ def routed_linears(modules: Mapping[str, nn.Module]) -> dict[str, RoutedLinear]:
 
 
 @contextmanager
-def watched_choices(linears: Mapping[str, RoutedLinear]) -> Iterator[list[Choices]]:
+def watched_choices(linears: Mapping[str, RoutedLinear], scores: list[Scores] | None = None) -> Iterator[list[Choices]]:
     """Note the choices of the forward passes in the block: one entry for each row of each pass, in order.
 
     Decode steps reuse the choice of their prefill and are not noted.
+
+    Args:
+        scores: gets the scores that the choices follow from, an entry for each row; None: they are not computed.
     """
     rows: list[Choices] = []
     first = next(iter(linears), None)
@@ -42,12 +47,28 @@ def watched_choices(linears: Mapping[str, RoutedLinear]) -> Iterator[list[Choice
         count = len(routing.a.factors)
         if path == first:
             rows.extend({} for _ in range(count))
+            if scores is not None:
+                scores.extend({} for _ in range(count))
         for row in range(count):
             for side, choice in zip(SIDES, routing, strict=True):
                 rows[len(rows) - count + row][path, side] = choice.factors[row].cpu()
+                if scores is not None and choice.probability is not None:
+                    scores[len(scores) - count + row][path, side] = choice.probability[row].detach().cpu()
 
-    with _routes(linears, lambda path, route, hidden, this_pass: _noted(note, path, route(hidden, this_pass))):
-        yield rows
+    def watch(path: str, route: Any, hidden: Tensor, this_pass: ForwardPass) -> Routing:
+        routing: Routing = route(hidden, this_pass)
+        note(path, routing)
+        return routing
+
+    before = {path: module.shows_probabilities for path, module in linears.items()}
+    try:
+        for module in linears.values():
+            module.shows_probabilities |= scores is not None
+        with _routes(linears, watch):
+            yield rows
+    finally:
+        for path, module in linears.items():
+            module.shows_probabilities = before[path]
 
 
 @contextmanager
@@ -108,22 +129,38 @@ def multi_hot(rows: Sequence[Choices], factors: int) -> Tensor:
 
 
 def most_frequent(rows: Sequence[Choices], factors: int) -> Choices:
-    """Return the r factors that most rows choose, at every linear and side; of equals, those of lower number."""
+    """Return the r factors that most rows choose, at every linear and side; of equals, those of lower number.
+
+    They stand in the order of their mean place in the choices, since the k-th factors of both sides go together. So
+    routers that choose alike for all rows lose nothing.
+    """
     found = {}
     for place, chosen in rows[0].items():
         order = torch.sort(use(rows, place, factors), descending=True, stable=True).indices
-        found[place] = order[: len(chosen)]
+        kept = order[: len(chosen)].sort().values
+        table = torch.stack([row[place] for row in rows])
+        found[place] = kept[torch.tensor([_mean_place(table, factor) for factor in kept]).sort(stable=True).indices]
     return found
+
+
+def _mean_place(table: Tensor, factor: Tensor) -> float:
+    """Return the mean place of a factor in the choices [rows, r] that hold it; r if none does."""
+    places = (table == factor).nonzero()[:, 1]
+    return float(places.double().mean()) if len(places) else float(table.shape[1])
+
+
+def cycled(count: int, generator: torch.Generator) -> list[int]:
+    """Return a random order of `count` numbers in which none is at its own place: one cycle of all (Sattolo's)."""
+    order = list(range(count))
+    for last in range(count - 1, 0, -1):
+        other = int(torch.randint(last, (1,), generator=generator))
+        order[last], order[other] = order[other], order[last]
+    return order
 
 
 def at_random(places: Choices, factors: int, generator: torch.Generator) -> Choices:
     """Return r different factors for each linear and side, drawn alike for all."""
     return {place: torch.randperm(factors, generator=generator)[: len(chosen)] for place, chosen in places.items()}
-
-
-def _noted(note: Any, path: str, routing: Routing) -> Routing:
-    note(path, routing)
-    return routing
 
 
 @contextmanager

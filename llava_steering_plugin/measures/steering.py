@@ -6,8 +6,8 @@ rows of R span.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,26 @@ def principal_cosines(one: Tensor, other: Tensor) -> Tensor:
     return cosines
 
 
+def similarity(one: Tensor, other: Tensor) -> float:
+    """Return the mean cosine of the principal angles between two subspaces, from 0 to 1; 1: one holds the other.
+
+    Args:
+        one, other: as in `principal_cosines`.
+    """
+    return float(principal_cosines(one, other).mean())
+
+
+def chance_similarity(one: int, other: int, width: int, draws: int = 20) -> float:
+    """Return the mean similarity of random subspaces of these ranks in `width` dimensions, from a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(rank: int) -> Tensor:
+        rotation: Tensor = torch.linalg.qr(torch.randn(width, rank, generator=generator, dtype=torch.float32)).Q.T
+        return rotation
+
+    return sum(similarity(drawn(one), drawn(other)) for _ in range(draws)) / draws
+
+
 @dataclass
 class Norms:
     """Holds the relative norms |R^T (M h + b)| / |h| of the steered tokens of one layer.
@@ -53,6 +73,14 @@ class Norms:
     def mean(self) -> float:
         """Return the mean over all tokens; NaN if none was steered."""
         return float(torch.cat(self.values).mean()) if self.values else float("nan")
+
+    def spread(self) -> float:
+        """Return the standard deviation over all tokens; NaN if none was steered."""
+        return float(torch.cat(self.values).std(correction=0)) if self.values else float("nan")
+
+    def tokens(self) -> int:
+        """Return how many tokens were steered."""
+        return sum(map(len, self.values))
 
 
 @contextmanager
@@ -90,3 +118,12 @@ def without_layer(layer: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def without_layers(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Switch the steering of several layers off inside the block, for all threads."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(without_layer(layer))
+        yield

@@ -87,6 +87,8 @@ class RoutedLinear(nn.Module):
                 # As nn.Linear's: kaiming_uniform with a = sqrt(5).
                 nn.init.uniform_(parameter, -1 / math.sqrt(in_features), 1 / math.sqrt(in_features))
         self.dropout = nn.Dropout(mode.dropout)
+        # Whether choices have probabilities in eval mode too, which a measure may look at.
+        self.shows_probabilities = False
         self.observed = (Observed.nothing(), Observed.nothing())
         self.tallies = (Tally(factors), Tally(factors))
 
@@ -137,7 +139,7 @@ class RoutedLinear(nn.Module):
             # The routers learn from the hidden states; the hidden states get no gradient from the routers.
             pooled = masked_mean(hidden, self._pooling_weights(hidden, this_pass))
         learning = self.learns and torch.is_grad_enabled()
-        watched = learning or self.training
+        watched = learning or self.training or self.shows_probabilities
         logits_a, logits_b = (self._logits(pooled, router) for router in (self.router_a, self.router_b))
         a = Choice(best(logits_a.detach(), self.mode.rank), logits_a.softmax(-1) if watched else None)
         if self.mode.conditional:

@@ -107,3 +107,35 @@ def test_choices_as_one_vector_for_each_row() -> None:
         {PLACE: torch.tensor([1, 3]), other: torch.tensor([0])},
     ]
     assert routing.multi_hot(rows, 4).int().tolist() == [[1, 0, 1, 0, 0, 1, 0, 0], [0, 1, 0, 1, 1, 0, 0, 0]]
+
+
+def test_most_frequent_factors_keep_the_order_in_which_they_were_chosen() -> None:
+    """The k-th A goes with the k-th B, so a router that is constant must not be reordered."""
+    assert routing.most_frequent([row_of([3, 1]), row_of([3, 1])], 4)[PLACE].tolist() == [3, 1]
+    rows = [row_of([1, 3]), row_of([2, 3]), row_of([1, 3]), row_of([3, 1])]  # 3: all rows, mostly second
+    assert routing.most_frequent(rows, 4)[PLACE].tolist() == [1, 3]
+
+
+def test_a_cycle_leaves_no_number_at_its_place() -> None:
+    for seed in range(20):
+        order = routing.cycled(5, torch.Generator().manual_seed(seed))
+        assert sorted(order) == list(range(5))
+        assert all(place != number for place, number in enumerate(order))
+    assert routing.cycled(1, torch.Generator()) == [0]
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_scores_are_seen_in_eval_mode_and_lead_to_the_choices(base: Any, conditional: bool) -> None:
+    with adapted(base, conditional=conditional) as attachment:
+        linears = routing.routed_linears(attachment.modules)
+        scores: list[routing.Scores] = []
+        with routing.watched_choices(linears, scores) as rows:
+            logits(base, SHORT, LONG)
+        assert len(scores) == len(rows) == 2
+        for row, scored in zip(rows, scores, strict=True):
+            for place, chosen in row.items():
+                assert float(scored[place].sum()) == pytest.approx(1, abs=1e-5)
+                assert scored[place].topk(RANK).indices.tolist() == chosen.tolist()
+        with routing.watched_choices(linears):
+            logits(base, SHORT)
+        assert not any(module.shows_probabilities for module in linears.values())

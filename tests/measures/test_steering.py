@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,13 +10,16 @@ import torch
 from steered import BEFORE, PROMPT, TEXT, ids_of, load_llava, logits_of, pictures, strengthen
 from tiny_llava import VISUAL_TOKENS, TinyLlava
 
-from llava_steering_plugin import attach
+from llava_steering_plugin import attach, disable_adapter
 from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.measures.steering import (
+    chance_similarity,
     principal_cosines,
+    similarity,
     steerings,
     watched_norms,
     without_layer,
+    without_layers,
 )
 from llava_steering_plugin.modes.mores import MoReS
 
@@ -69,6 +73,8 @@ def test_norms_are_those_of_the_updates_of_steered_tokens(model: Any, attachment
     handle.remove()
     before, after = (each[0, BEFORE : BEFORE + VISUAL_TOKENS].double() for each in seen[1])
     (values,) = norms["layers.1", "vis"].values
+    assert norms["layers.1", "vis"].tokens() == VISUAL_TOKENS
+    assert norms["layers.1", "vis"].spread() == pytest.approx(values.std(correction=0).item())
     torch.testing.assert_close(values, (after - before).norm(dim=-1) / before.norm(dim=-1), rtol=1e-4, atol=1e-6)
     assert norms["layers.1", "vis"].mean() == pytest.approx(values.mean().item())
     with watched_norms(found) as norms:
@@ -92,3 +98,19 @@ def test_a_layer_that_is_switched_off_steers_nothing_and_the_others_go_on(model:
     with torch.no_grad():
         for name, value in kept.items():
             offset.get_parameter(name).copy_(value)
+
+
+def test_similarity_is_the_mean_cosine_and_chance_shrinks_with_the_width() -> None:
+    basis = torch.eye(6)
+    tilted = (basis[1:2] + basis[3:4]) / 2**0.5
+    one, other = basis[:2], torch.cat([basis[:1], tilted])
+    assert similarity(one, other) == pytest.approx((1 + 0.5**0.5) / 2)
+    # For rank 1 the mean of |cosine| in D dimensions is close to sqrt(2 / (pi D)).
+    assert chance_similarity(1, 1, 4096, draws=200) == pytest.approx((2 / math.pi / 4096) ** 0.5, rel=0.2)
+
+
+def test_all_layers_off_are_the_base(model: Any, attachment: Attachment) -> None:
+    with without_layers(attachment.modules.values()):
+        off = logits_of(model, ids_of(PROMPT), pictures(1))
+    with disable_adapter(model):
+        assert torch.equal(logits_of(model, ids_of(PROMPT), pictures(1)), off)

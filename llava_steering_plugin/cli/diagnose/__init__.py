@@ -6,14 +6,16 @@ import typer
 
 from llava_steering_plugin.cli.diagnose.interference import interference
 from llava_steering_plugin.cli.diagnose.modality import modality
+from llava_steering_plugin.cli.diagnose.steering import steering
 
-app = typer.Typer(no_args_is_help=True, help="Measure attention to images, or interference between tasks.")
+app = typer.Typer(no_args_is_help=True, help="Measure attention to images, interference, steering or routing.")
 
 
 @app.callback()
 def _group() -> None:
-    """Measure attention to images, or interference between tasks."""
+    """Measure attention to images, interference, steering or routing."""
 
 
 app.command(short_help="Measure each layer's attention to image and text.")(modality)
 app.command(short_help="Measure how much tasks help or harm each other.")(interference)
+app.command(short_help="Measure how MoReS steers, and which layers matter.")(steering)

@@ -58,7 +58,9 @@ def new_figure(size: tuple[float, float]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ArgumentsError("pictures need matplotlib: pip install 'llava-steering-plugin[diagnostics]'") from error
+        raise ArgumentsError(
+            "pictures need matplotlib: pip install -e '.[diagnostics]' in this plugin's folder"
+        ) from error
     return Figure(figsize=size, layout="constrained")
 
 
