@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import sys
 from collections.abc import Mapping
@@ -41,6 +42,9 @@ def get(name: str) -> type[Mode]:
         SteeringError: the registered object cannot be imported, is no mode, or several packages register the name.
     """
     found = _found()
+    if name not in found:
+        _found_on.cache_clear()  # it may have been installed while this process runs
+        found = _found()
     if name not in found:
         known = ", ".join(sorted(found)) or "none; is llava-steering-plugin installed with pip?"
         raise ArgumentsError(f"unknown tuning mode {name!r}: {nearest(name, found)}Registered: {known}")
@@ -102,6 +106,12 @@ def _spelled(expected: Any) -> str:
 
 
 def _found() -> dict[str, list[EntryPoint]]:
+    return _found_on(tuple(sys.path))
+
+
+@functools.cache
+def _found_on(path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
+    """Return what the packages on `path`, which is sys.path, register. Reading that takes as long as a small load."""
     found: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
         same = found.setdefault(entry.name, [])

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,27 @@ def test_two_distributions_that_claim_one_name_are_both_named(installed: Callabl
     installed("second", "twice = second_mode:Mode")
     with pytest.raises(SteeringError, match=r"(first.*second)|(second.*first)"):
         registry.get("twice")
+
+
+def test_packages_are_read_once_and_again_when_a_name_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+
+    def counted(*, group: str) -> EntryPoints:
+        reads.append(group)
+        return entry_points(group=group)
+
+    monkeypatch.setattr(registry, "entry_points", counted)
+    monkeypatch.syspath_prepend(tmp_path)
+    for _ in range(3):
+        assert registry.get("mores").name in registry.names()
+    assert len(reads) == 1, "as long as the path is the same"
+
+    described = tmp_path / "late-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: late\nVersion: 1.0\n")
+    (described / "entry_points.txt").write_text("[llava_steering.modes]\nlate = late_mode:Late\n")
+    with pytest.raises(SteeringError, match="cannot be loaded: ModuleNotFoundError"):
+        registry.get("late")  # pip has installed it while this process runs
+    assert "late" in registry.names()
