@@ -140,6 +140,20 @@ def balance(
 
 
 @app.command()
+def launches(
+    mode: Annotated[list[str] | None, typer.Option(help="A tuning mode; may be repeated. Default: both.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Count the operations that an adapter adds to the frozen model: what a GPU launches.
+
+    For each host, in every kind of pass, beside PEFT's LoRA. Exact, and the same on every machine.
+    """
+    from .launches import run
+
+    raise typer.Exit(run(tuple(mode or ()), json_file))
+
+
+@app.command()
 def startup(
     rounds: Annotated[int, typer.Option(min=1, help="Number of starts of every program.")] = 5,
     json_file: JsonFile = None,

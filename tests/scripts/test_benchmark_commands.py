@@ -19,6 +19,7 @@ OPTIONS = {
     "soak": {"--minutes", "--clients", "--tolerance", "--json"},
     "routing": {"--data", "--pictures", "--template", "--count", "--seed", "--json"},
     "balance": {"--seeds", "--quick", "--json"},
+    "launches": {"--mode", "--json"},
     "startup": {"--rounds", "--json"},
     "gpu": {"--tiny", "--output", "--tests", "--no-tests"},
 }
