@@ -46,6 +46,7 @@ FOREIGN = {
     "steering.json",
     "train.py",
     "train_mem.py",
+    "trainer_state.json",
     "zero2.json",
     "zero3.json",
     "zero3_offload.json",

@@ -25,7 +25,19 @@ from llava_steering_plugin.planning.plan import plan
 from llava_steering_plugin.training.settings.flags import extended
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"patch", "unpatch", "doctor", "plan", "convert", "eval", "serve", "chat", "diagnose", "check-data"}
+COMMANDS = {
+    "patch",
+    "unpatch",
+    "doctor",
+    "plan",
+    "convert",
+    "eval",
+    "serve",
+    "chat",
+    "diagnose",
+    "check-data",
+    "report",
+}
 OPTIONS = {
     "patch": {"--llava"},
     "unpatch": {"--llava"},
@@ -36,6 +48,7 @@ OPTIONS = {
         *("--model_max_length", "--model-max-length", "--vision_tower", "--vision-tower", "--json", "--processes"),
         *("--image_aspect_ratio", "--image-aspect-ratio"),
     },
+    "report": {"results", "--output", "-o", "--title"},
     "convert": {"source", "target", "--base", "--conversation", "--projector", "--no-projector", "--force"},
 }
 TRAINING = {

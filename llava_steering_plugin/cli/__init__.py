@@ -12,7 +12,17 @@ from typing import Annotated
 
 import typer
 
-from llava_steering_plugin.cli import chat, check_data, checkout, convert, diagnose, evaluate, plan, serve
+from llava_steering_plugin.cli import (
+    chat,
+    check_data,
+    checkout,
+    convert,
+    diagnose,
+    evaluate,
+    plan,
+    report,
+    serve,
+)
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.lazy_imports import defer_compilation
 
@@ -56,6 +66,7 @@ app.command("check-data", short_help="Find the samples that LLaVA cannot be trai
 app.command("convert", short_help="Make an adapter folder from a MoReS or MixLoRA checkpoint.")(convert.convert)
 app.command("eval", short_help="Answer a file of questions in batches, each with its adapter.")(evaluate.evaluate)
 app.add_typer(diagnose.app, name="diagnose")
+app.command("report", short_help="Draw results of diagnose and of trainings as one page.")(report.report)
 app.command("serve", short_help="Serve many adapters on one base, with LLaVA's web page.")(serve.serve)
 app.command("chat", short_help="Chat with a model and its adapters in the terminal.")(chat.chat)
 

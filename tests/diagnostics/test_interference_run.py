@@ -18,6 +18,7 @@ import torch
 from diagnosing import diagnosed
 from lora_folders import save_lora
 from PIL import Image
+from reports import reported
 from steered import load_llava, strengthen
 from tiny_llava import TinyLlava
 
@@ -87,6 +88,8 @@ def test_an_adapter_and_a_lora_over_two_tasks(
     with Image.open(tmp_path / "out" / "interference.png") as picture:
         assert picture.height > 300
     assert "knowing" in (tmp_path / "out" / "interference.svg").read_text()
+    maps = reported(tmp_path / "report.html", tmp_path / "out").maps()
+    assert lora["sides"]["all"]["ratio_of_means"] in [each["z"] for each in maps]
 
 
 def test_an_interrupted_run_goes_on_and_ends_as_the_whole_one(

@@ -19,6 +19,7 @@ import pytest
 import torch
 from diagnosing import diagnosed
 from PIL import Image
+from reports import reported
 from steered import load_llava, strengthen
 from tiny_llava import VISUAL_TOKENS, TinyLlava
 
@@ -91,6 +92,11 @@ def test_bases_and_adapters_in_one_run(
     with Image.open(tmp_path / "out" / "modality.png") as picture:
         assert picture.width > 800
     assert "mixlora" in (tmp_path / "out" / "modality.svg").read_text()
+
+    lines = reported(tmp_path / "report.html", tmp_path / "out").traces("attention ratio")
+    assert {name: line["y"] for name, line in lines.items()} == {
+        name: model["lmar"]["all text"]["mean"] for name, model in models.items()
+    }
 
 
 def test_an_interrupted_run_goes_on_and_ends_as_the_whole_one(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ from training_runs import subprocess_environment
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-pytest_plugins = ["serving_fixtures"]
+pytest_plugins = ["serving_fixtures", "browser_fixtures"]
 pytestmark = pytest.mark.slow
 
 PATIENCE = 240  # seconds, for everything on a busy machine
@@ -82,22 +81,6 @@ def address(
     finally:
         process.terminate()  # and it ends the other three
         process.wait(timeout=60)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e .[dev]")
-    with api.sync_playwright() as playwright:
-        names = ("chromium-headless-shell", "chromium", "google-chrome")
-        installed = next(filter(None, map(shutil.which, names)), playwright.chromium.executable_path)
-        if not Path(installed).is_file():
-            missing = "there is no Chromium; scripts/setup.sh --browser installs it from apt, as root"
-            # A CI in which this test quietly stopped to run would look as green as before.
-            pytest.fail(missing, pytrace=False) if os.environ.get("CI") else pytest.skip(missing)
-        # root may start Chromium in no other way, and it sees no page but ours.
-        browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 class Tab:

@@ -1,0 +1,36 @@
+"""The measures that a report draws: where their results are, how they are made, and which section shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llava_steering_plugin.diagnostics.report.interference import interference_section
+from llava_steering_plugin.diagnostics.report.modality import modality_section
+from llava_steering_plugin.diagnostics.report.parts import Run, Section
+from llava_steering_plugin.diagnostics.report.training import training_section
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Holds what a report knows of a measure.
+
+    Attributes:
+        file: the name of its results.
+        made_by: the command that writes them.
+        section: draws the results of one or more runs. What it raises of KeyError, TypeError, ValueError and
+            IndexError means that a document has another form.
+    """
+
+    file: str
+    made_by: str
+    section: Callable[[Sequence[Run]], Section]
+
+
+TRAINING = "training"
+# In the order in which a report shows them.
+MEASURES = {
+    "modality": Measure("modality.json", "llava-steering diagnose modality", modality_section),
+    "interference": Measure("interference.json", "llava-steering diagnose interference", interference_section),
+    TRAINING: Measure("trainer_state.json", "any training of LLaVA's", training_section),
+}
