@@ -111,6 +111,7 @@ def test_the_options_of_a_diagnosis_are_these(group: Any) -> None:
     assert words == {
         "modality": shared | {"--question-file", "--answers-file", "--batch-size", "--conv-mode", "--max-new-tokens"},
         "interference": shared | {"--data", "--version"},
+        "routing": shared | {"--data", "--version", "--repeats"},
         "steering": shared | {"--question-file", "--answers-file", "--data", "--conv-mode", "--max-new-tokens"},
     }
 

@@ -6,6 +6,7 @@ import typer
 
 from llava_steering_plugin.cli.diagnose.interference import interference
 from llava_steering_plugin.cli.diagnose.modality import modality
+from llava_steering_plugin.cli.diagnose.routing import routing
 from llava_steering_plugin.cli.diagnose.steering import steering
 
 app = typer.Typer(no_args_is_help=True, help="Measure attention to images, interference, steering or routing.")
@@ -19,3 +20,4 @@ def _group() -> None:
 app.command(short_help="Measure each layer's attention to image and text.")(modality)
 app.command(short_help="Measure how much tasks help or harm each other.")(interference)
 app.command(short_help="Measure how MoReS steers, and which layers matter.")(steering)
+app.command(short_help="Measure what MixLoRA chooses, and what is lost with other choices.")(routing)
