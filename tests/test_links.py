@@ -38,6 +38,7 @@ FOREIGN = {
     "intervention_config.json",
     "interference.json",
     "interference.png",
+    "modality-heads.png",
     "modality.json",
     "modality.png",
     "mores_pos_configs.json",

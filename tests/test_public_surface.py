@@ -109,7 +109,8 @@ def test_the_options_of_a_diagnosis_are_these(group: Any) -> None:
     shared = {"models", "--image-folder", "--output", "--samples", "--seed", "--model-base"}
     shared |= {"--device", "--load-4bit", "--load-8bit"}
     assert words == {
-        "modality": shared | {"--question-file", "--answers-file", "--batch-size", "--conv-mode", "--max-new-tokens"},
+        "modality": shared
+        | {"--question-file", "--answers-file", "--batch-size", "--conv-mode", "--max-new-tokens", "--per-head"},
         "interference": shared | {"--data", "--version"},
         "routing": shared | {"--data", "--version", "--repeats"},
         "steering": shared | {"--question-file", "--answers-file", "--data", "--conv-mode", "--max-new-tokens"},

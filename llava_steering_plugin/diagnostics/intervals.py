@@ -8,6 +8,7 @@ import numpy
 
 CONFIDENCE = 0.95
 RESAMPLES = 2_000
+BATCH = 2_000_000  # numbers that are resampled at a time
 
 
 def with_interval(table: Any) -> dict[str, list[float | None]]:
@@ -37,7 +38,7 @@ def with_interval(table: Any) -> dict[str, list[float | None]]:
         n_resamples=RESAMPLES,
         confidence_level=CONFIDENCE,
         method="percentile",
-        batch=100,
+        batch=max(1, BATCH // values.size),
         random_state=numpy.random.default_rng(0),
     ).confidence_interval
     return {"mean": plain(values.mean(0)), "low": plain(found.low), "high": plain(found.high)}

@@ -16,11 +16,10 @@ KEY = "question_id"
 class Records:
     """Holds the measurements of one model, one JSON object a line after a line with the settings.
 
+    The file alone holds the measurements: in memory are their keys, so that thousands fit.
+
     Args:
         settings: what the measurements depend on. Measurements of other settings are not mixed with these.
-
-    Attributes:
-        rows: the measurements so far.
 
     Raises:
         ArgumentsError: the file holds measurements of other settings, is none of ours, or cannot be written.
@@ -28,7 +27,6 @@ class Records:
 
     def __init__(self, file: Path, settings: Mapping[str, Any]):
         self.file, self.settings = file, dict(settings)
-        self.rows: list[dict[str, Any]] = []
         self._keys: set[str] = set()
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -43,15 +41,14 @@ class Records:
         return json.dumps(key) in self._keys
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.rows)
+        with self.file.open(encoding="utf-8") as file:
+            next(file)  # the settings
+            for line in file:
+                yield json.loads(line)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep a measurement."""
         self._append(row)
-        self._take(row)
-
-    def _take(self, row: Mapping[str, Any]) -> None:
-        self.rows.append(dict(row))
         self._keys.add(json.dumps(row[KEY]))
 
     def _append(self, row: Mapping[str, Any]) -> None:
@@ -62,13 +59,20 @@ class Records:
 
     def _read(self) -> None:
         """Take over what an interrupted run has measured; drop the line that it was writing."""
-        text = self.file.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
+        found, end = None, 0
         try:
-            lines = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
-            found, rows = (lines[0], lines[1:]) if lines else (None, [])
-            if not all(isinstance(line, dict) for line in lines) or not all(KEY in row for row in rows):
-                raise ValueError("a line is no measurement")
+            with self.file.open("rb") as file:
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    end += len(line)
+                    row = json.loads(line)
+                    if not isinstance(row, dict) or (found is not None and KEY not in row):
+                        raise ValueError("a line is no measurement")
+                    if found is None:
+                        found = row
+                    else:
+                        self._keys.add(json.dumps(row[KEY]))
         except ValueError as error:
             raise ArgumentsError(
                 f"{self.file} holds no measurements ({error}). Remove it, or choose another --output."
@@ -86,8 +90,6 @@ class Records:
                     [f"{name}: {found.get(name)!r} there, {self.settings.get(name)!r} now" for name in changed],
                 )
             )
-        if len(whole) < len(text):
+        if end < self.file.stat().st_size:
             with self.file.open("r+b") as file:
-                file.truncate(len(whole))
-        for row in rows:
-            self._take(row)
+                file.truncate(end)

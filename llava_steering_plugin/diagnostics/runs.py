@@ -16,9 +16,10 @@ from llava_steering_plugin import __version__
 from llava_steering_plugin.adapters.folder import WEIGHTS
 from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.diagnostics.modality_run import Chosen, measure_questions
+from llava_steering_plugin.diagnostics.pictures.heat_maps import draw_heads
 from llava_steering_plugin.diagnostics.pictures.plots import draw_modality
 from llava_steering_plugin.diagnostics.records import Records
-from llava_steering_plugin.diagnostics.summary import modality_rows, summarise_model
+from llava_steering_plugin.diagnostics.summary import modality_rows, notes_on, summarise_model
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.inference.models import open_model
 from llava_steering_plugin.inference.questions import AnswerOptions, BatchAnswers, Question
@@ -41,6 +42,7 @@ class ModalityRequest:
         base: where the base of adapters is, if it has moved.
         how: `device`, `load_4bit`, `load_8bit`.
         output: the folder of everything that is written.
+        per_head: whether tables and a picture also show single heads.
     """
 
     models: Mapping[str, str]
@@ -52,10 +54,11 @@ class ModalityRequest:
     base: str | None
     how: Mapping[str, Any]
     output: Path
+    per_head: bool = False
 
 
-def run_modality(request: ModalityRequest, progress: Progress) -> list[Path]:
-    """Measure all models, and return the files of the result.
+def run_modality(request: ModalityRequest, progress: Progress) -> tuple[list[Path], list[str]]:
+    """Measure all models, and return the files of the result, and notes on questions that were left out.
 
     Raises:
         SteeringError: a model cannot be loaded or measured; what was measured before is kept.
@@ -64,9 +67,10 @@ def run_modality(request: ModalityRequest, progress: Progress) -> list[Path]:
     summaries = []
     for name, path in request.models.items():
         about = _measure(request, name, path, kept[name], progress)
-        summaries.append(summarise_model(name, about, kept[name].rows, request.chosen.text_only))
         gc.collect()  # model and pool refer to each other, and the next model needs the memory
-    return _write(summaries, request)
+        text_only = request.chosen.text_only
+        summaries.append(summarise_model(name, about, kept[name], text_only, per_head=request.per_head))
+    return _write(summaries, request), notes_on(summaries)
 
 
 def read_answers(file: Path, questions: Sequence[Question]) -> dict[Any, str]:
@@ -175,4 +179,7 @@ def _write(summaries: Sequence[Mapping[str, Any]], request: ModalityRequest) -> 
     """Write tables and pictures from the summaries."""
     document = {"settings": dict(request.settings), "models": list(summaries)}
     tables = write_tables(document, modality_rows(summaries), request.output / "modality")
-    return [*tables, *draw_modality(summaries, request.output / "modality")]
+    pictures = draw_modality(summaries, request.output / "modality")
+    if request.per_head:
+        pictures += draw_heads(summaries, request.output / "modality-heads")
+    return [*tables, *pictures]

@@ -110,7 +110,7 @@ def run_steering(request: SteeringRequest, progress: Progress) -> list[Path]:
     for name, path in request.models.items():
         about = _measure(request, name, path, kept[name], progress)
         bases[name] = load_bases(_bases_file(request, name))
-        summaries.append(summarise_steering(name, about, kept[name].rows, bases[name], request.answers.without_image))
+        summaries.append(summarise_steering(name, about, kept[name], bases[name], request.answers.without_image))
         gc.collect()  # the next model needs the memory
     document = {"settings": dict(request.settings), "models": summaries, "pairs": compare_subspaces(bases)}
     target = request.output / "steering"

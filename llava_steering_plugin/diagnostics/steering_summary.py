@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -17,7 +17,7 @@ Bases = Mapping[tuple[int, str], Tensor]
 
 
 def summarise_steering(
-    name: str, about: Mapping[str, Any], records: Sequence[Mapping[str, Any]], bases: Bases, without_image: int
+    name: str, about: Mapping[str, Any], records: Iterable[Mapping[str, Any]], bases: Bases, without_image: int
 ) -> dict[str, Any]:
     """Return the summary of one adapter, ready for JSON (docs/diagnostics.md lists its keys).
 
@@ -27,8 +27,9 @@ def summarise_steering(
         bases: its subspaces, by the layer's number and the modality.
         without_image: how many questions or samples are about no image.
     """
-    measured = [record for record in records if "left_out" not in record]
-    reasons = Counter(str(record["left_out"]) for record in records if "left_out" in record)
+    rows = list(records)
+    measured = [record for record in rows if "left_out" not in record]
+    reasons = Counter(str(record["left_out"]) for record in rows if "left_out" in record)
     layers = sorted({layer for layer, _ in bases})
     modalities = sorted({modality for _, modality in bases}, reverse=True)
     cost = with_interval([[record["without"][str(n)] - record["loss"] for n in layers] for record in measured])

@@ -70,6 +70,11 @@ class Shares:
         """Return the fraction of eq. 2 for this answer, float64 [layers]; NaN where there is no such text or image."""
         return self.per_token((Kind.IMAGE,)) / self.per_token(text)
 
+    def ratios(self, text: Collection[Kind]) -> Tensor:
+        """Return the same for each head alone, float64 [layers, heads]."""
+        of_text = self.shares[..., list(text)].sum(-1) / sum(self.counts[kind] for kind in text)
+        return self.shares[..., Kind.IMAGE] / self.counts[Kind.IMAGE] / of_text
+
 
 def answer_queries(kinds: Tensor) -> Tensor:
     """Return which positions predict an answer's tokens, bool [rows, positions].

@@ -12,7 +12,7 @@ import pytest
 import torch
 from steered import IMAGE as IMAGE_MARK
 from steered import NEW, generate, load_llava, pictures, strengthen, words
-from tiny_llava import TinyLlava
+from tiny_llava import VISUAL_TOKENS, TinyLlava
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -125,7 +125,8 @@ def test_what_is_measured_during_a_generation_is_what_a_pass_over_the_answers_gi
         AdapterPool(model)
     else:
         strengthen(attach(model, mode))
-    prompts = [[1, *words(3), IMAGE_MARK, *words(2, seed=1)], [1, IMAGE_MARK, *words(9, seed=2)]]
+    prompts = [[1, *words(3), IMAGE_MARK, *words(2, seed=1)], [1, IMAGE_MARK, *words(4, seed=2), IMAGE_MARK, *words(9)]]
+    images = [pictures(3)[:1], pictures(3)[1:]]
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts])
     present = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts])
@@ -138,12 +139,12 @@ def test_what_is_measured_during_a_generation_is_what_a_pass_over_the_answers_gi
 
     measure = GenerationShares(model, kinds_of_prompts)
     with measure.watching():
-        answers = [row[-NEW:] for row in generate(model, ids, pictures(2), attention_mask=present)]
+        answers = [row[-NEW:] for row in generate(model, ids, pictures(3), attention_mask=present)]
     assert measure.whole
-    assert int((measure.prompts == PADDING).sum()) == 4
+    assert [int((row == IMAGE).sum()) for row in measure.prompts] == [VISUAL_TOKENS, 2 * VISUAL_TOKENS]
 
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        given = {"input_ids": torch.tensor([[*prompt, *answer]]), "images": pictures(2)[row : row + 1]}
+        given = {"input_ids": torch.tensor([[*prompt, *answer]]), "images": images[row]}
         labels = torch.tensor([[-100] * len(prompt) + answer])
         kinds = torch.cat([measure.prompts[row][measure.prompts[row] != PADDING], torch.full((NEW,), int(ANSWER))])
 
@@ -191,6 +192,25 @@ def test_the_adapter_changes_the_shares(tiny: TinyLlava, patched_llava: Any) -> 
     remove(model)
     (again,) = measure_shares(model, forward, kinds)
     assert torch.equal(base.shares, again.shares)
+
+
+def test_rows_padded_on_either_side_are_measured_in_one_pass_as_they_are_alone(
+    tiny: TinyLlava, patched_llava: Any
+) -> None:
+    model = load_llava(tiny.llava)
+    kinds = kinds_of(LEFT, RIGHT)
+    embeds = torch.randn(*kinds.shape, model.config.hidden_size)
+
+    def measured(kinds: Tensor, embeds: Tensor) -> list[Shares]:
+        attention = (kinds != PADDING).long()
+        with torch.inference_mode():
+            return measure_shares(model, lambda: model(inputs_embeds=embeds, attention_mask=attention), kinds)
+
+    for row, together in enumerate(measured(kinds, embeds)):
+        present = kinds[row] != PADDING
+        (alone,) = measured(kinds[row, present][None], embeds[row, present][None])
+        assert together.counts == alone.counts
+        torch.testing.assert_close(together.shares, alone.shares, rtol=0, atol=1e-5)
 
 
 def test_the_queries_are_the_positions_that_predict_the_answer() -> None:

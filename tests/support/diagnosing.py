@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,13 @@ from llava_steering_plugin.modes.base import Mode
 
 
 def diagnosed(measure: str, tiny: TinyLlava, output: Path, *words: str) -> dict[str, Any]:
-    """Runs a measure over the images of the tiny LLaVA, raises what it raises, and returns its JSON."""
+    """Runs a measure over the images of the tiny LLaVA, raises what it raises, and returns its JSON.
+
+    What it says on standard error goes to that of the test.
+    """
     command = ["diagnose", measure, *words, "--image-folder", str(tiny.images), "--output", str(output)]
     result = CliRunner().invoke(app, [*command, "--device", "cpu"])
+    sys.stderr.write(result.stderr)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output

@@ -41,13 +41,17 @@ def modality(
         str | None, typer.Option(help="LLaVA's conversation template; default: each adapter's own.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
+    per_head: Annotated[
+        bool, typer.Option("--per-head", help="Also show single heads. A finished run is not measured again for it.")
+    ] = False,
     device: options.Device = "auto",
     load_4bit: options.Load4bit = False,
     load_8bit: options.Load8bit = False,
 ) -> None:
     """Measure how much each layer attends to the image and to the text while it answers.
 
-    Writes modality.json, .csv, .png and .svg. An interrupted run goes on where it ended.
+    Writes modality.json, .csv, .png and .svg, and with --per-head modality-heads.png and .svg. An interrupted run goes
+    on where it ended.
     """
     from llava_steering_plugin.diagnostics.preflight import check_flags, check_models
 
@@ -94,8 +98,11 @@ def modality(
         base=model_base,
         how={"device": chosen_device, "load_4bit": load_4bit, "load_8bit": load_8bit},
         output=output,
+        per_head=per_head,
     )
     with progress_bar() as progress:
-        files = run_modality(request, progress)
+        files, notes = run_modality(request, progress)
+    for note in notes:
+        typer.echo(note, err=True)
     for file in files:
         typer.echo(str(file))

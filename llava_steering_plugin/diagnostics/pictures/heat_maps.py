@@ -1,8 +1,9 @@
-"""Draw interference between tasks as heat maps, from its JSON alone."""
+"""Draw heat maps from JSON alone: interference between tasks, and attention head by head."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,50 @@ def draw_interference(document: Mapping[str, Any], target: Path) -> list[Path]:
     if image is not None:
         figure.colorbar(image, ax=axes, label="relative to the task's own step", shrink=0.8)
     return save_figure(figure, target)
+
+
+def draw_heads(models: Sequence[Mapping[str, Any]], target: Path) -> list[Path]:
+    """Draw each model's attention ratio with all text as a heat map of heads and layers, all on one scale around 1.
+
+    Args:
+        models: summaries, as `summary.summarise_model` returns them.
+        target: the picture's path, without the suffix.
+
+    Returns:
+        the files: PNG and SVG.
+
+    Raises:
+        ArgumentsError: matplotlib is not installed, or a file cannot be written.
+    """
+    tables = [_logarithms(model["lmar_by_head"]) for model in models]
+    # A few heads without attention to the image would take all the scale: it ends at the farthest twentieth.
+    distances = sorted(abs(value) for table in tables for row in table for value in row if math.isfinite(value))
+    reach = max(1.0, distances[int(0.95 * (len(distances) - 1))]) if distances else 1.0
+    figure = new_figure((3.6 * len(models) + 1.2, 4))
+    axes = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    image = None
+    for place, model, table in zip(axes, models, tables, strict=True):
+        place.set_title(model["name"], fontsize=10)
+        place.set_xlabel("head")
+        for axis in (place.xaxis, place.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+        if not table:
+            place.set_axis_off()
+            continue
+        image = place.imshow(table, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto", origin="lower")
+    axes[0].set_ylabel("decoder layer")
+    if image is not None:
+        label = "attention per image token / per text token"
+        bar = figure.colorbar(image, ax=axes, label=label, extend="both")
+        bar.locator.set_params(integer=True)
+        bar.formatter = lambda value, _: f"{2**value:.3g}"
+        bar.update_ticks()
+    return save_figure(figure, target)
+
+
+def _logarithms(table: Sequence[Sequence[float | None]]) -> list[list[float]]:
+    """Return log2 of [layers][heads]; NaN, which stays white, for what is not defined or 0."""
+    return [[math.log2(value) if value else math.nan for value in row] for row in table]
 
 
 def _sides(models: Any) -> list[str]:
