@@ -58,6 +58,10 @@ FOREIGN = {
 FOREIGN_FOLDERS = ("diagnosis/", "llava/", "mores/", "language_model/", "connector/", "multitask/results.json")
 
 
+# Files of benchmarks: what `evaluation/` names, it reads, or cites as a rule's source.
+OF_BENCHMARKS = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / PACKAGE / "evaluation").rglob("*.py"))
+
+
 def prose(page: Path) -> str:
     """Return the text of a page without its code blocks."""
     return FENCE.sub("", page.read_text(encoding="utf-8"))
@@ -93,6 +97,7 @@ def dead_paths(page: Path) -> set[str]:
     """Return the files of this repository that a page names, in backticks or in its code, and that are not there."""
     words = {word for span in CODE_SPAN.findall(prose(page)) for word in span.split() if FILE.fullmatch(word)}
     words -= {word for word in words if word in FOREIGN or word.startswith(FOREIGN_FOLDERS)}
+    words -= {word for word in words if re.search(rf"(?<![\w.]){re.escape(word)}(?![\w.]*\w)", OF_BENCHMARKS)}
     words |= {word.rstrip(".") for word in IN_CODE.findall(page.read_text(encoding="utf-8"))}
     return {word for word in words if not _is_there(word.rstrip("/"), page)}
 

@@ -36,6 +36,7 @@ COMMANDS = {
     "chat",
     "diagnose",
     "check-data",
+    "score",
     "report",
 }
 OPTIONS = {
@@ -49,6 +50,9 @@ OPTIONS = {
         *("--image_aspect_ratio", "--image-aspect-ratio"),
     },
     "report": {"results", "--output", "-o", "--title"},
+    "score": {
+        *("task", "answers", "--annotations", "--output", "--submission", "--split", "--questions", "--allow-missing"),
+    },
     "convert": {"source", "target", "--base", "--conversation", "--projector", "--no-projector", "--force"},
 }
 TRAINING = {

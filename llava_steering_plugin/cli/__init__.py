@@ -21,6 +21,7 @@ from llava_steering_plugin.cli import (
     evaluate,
     plan,
     report,
+    score,
     serve,
 )
 from llava_steering_plugin.errors import SteeringError
@@ -65,6 +66,7 @@ app.command("check-data", short_help="Find the samples that LLaVA cannot be trai
 )
 app.command("convert", short_help="Make an adapter folder from a MoReS or MixLoRA checkpoint.")(convert.convert)
 app.command("eval", short_help="Answer a file of questions in batches, each with its adapter.")(evaluate.evaluate)
+app.command("score", short_help="Score answers by the official rule of a benchmark.")(score.score)
 app.add_typer(diagnose.app, name="diagnose")
 app.command("report", short_help="Draw results of diagnose and of trainings as one page.")(report.report)
 app.command("serve", short_help="Serve many adapters on one base, with LLaVA's web page.")(serve.serve)

@@ -14,6 +14,7 @@ from llava_steering_plugin.training.data.sample_checks import KINDS, name_of
 if TYPE_CHECKING:
     from llava_steering_plugin.checkout.doctor import Report
     from llava_steering_plugin.convert.conversion import Conversion
+    from llava_steering_plugin.evaluation.scoring import Scores
     from llava_steering_plugin.planning.data_report import DataReport
 
 WIDTH_OF_A_FILE = 160
@@ -85,6 +86,22 @@ def data_table(report: DataReport) -> Table:
                 lines.append(f"... and {more:,} more")
             table.add_row(meaning, f"{count:,}", "\n".join(lines))
     return table
+
+
+def score_table(scores: Scores) -> Table:
+    """Return the numbers of a benchmark as a table: a row for all questions and for each group of them."""
+    table = Table(title=scores.task, title_justify="left")
+    names = list(dict.fromkeys(name for values in scores.metrics.values() for name in values))
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for group, values in scores.metrics.items():
+        table.add_row(group, *(_number(values.get(name)) for name in names))
+    return table
+
+
+def _number(value: float | int | None) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
 
 
 def _key_value_table() -> Table:

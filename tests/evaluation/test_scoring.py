@@ -1,0 +1,168 @@
+"""`llava-steering score`: every benchmark in its official layout, and what is refused.
+
+Covers `cli/score.py`, `evaluation/registry.py`, `evaluation/benchmark.py` and `evaluation/scoring.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmark_folders import SCORED, Case, approx, make, pope, write_answers
+from typer.testing import CliRunner, Result
+
+from llava_steering_plugin.cli import app
+from llava_steering_plugin.errors import ArgumentsError, DataError, SteeringError
+from llava_steering_plugin.evaluation.registry import BENCHMARKS
+from llava_steering_plugin.evaluation.scoring import score, write_whole
+
+
+def run(*words: object) -> Result:
+    done = CliRunner().invoke(app, ["score", *map(str, words)])
+    if isinstance(done.exception, SteeringError):
+        raise done.exception
+    return done
+
+
+@pytest.mark.parametrize("task", SCORED)
+def test_a_benchmark_in_its_official_layout_scores_as_its_rule_says(task: str, tmp_path: Path) -> None:
+    case = make(task, tmp_path / "official")
+    answers, output = case.write_answers(tmp_path / "answer.jsonl"), tmp_path / "made" / "scores.json"
+    done = run(task, answers, "--annotations", case.annotations, "--output", output, *case.options)
+    assert done.exit_code == 0, done.output
+    found = json.loads(output.read_text())
+    assert found.keys() == {"task", "answers", "missing", "failed", "metrics", "notes"}
+    assert (found["task"], found["answers"], found["missing"]) == (task, len(case.answers), 0)
+    for group, values in case.expected.items():
+        assert {name: found["metrics"][group][name] for name in values} == approx(values), group
+    assert f"{len(case.answers)} answers, 0 missing" in done.stdout and str(output) in done.stdout
+    assert all(group in done.stdout for group in case.expected)
+
+
+def test_these_are_all_benchmarks_but_those_for_a_judge_and_for_pycocoevalcap() -> None:
+    assert set(BENCHMARKS) - set(SCORED) == {"mmvet", "hallusionbench", "flickr30k"}
+
+
+def damaged(case: Case, folder: Path, *more: tuple[Any, str, str]) -> Path:
+    return write_answers(folder / "answer.jsonl", [*case.answers[1:], *more])
+
+
+def test_missing_strange_and_double_answers_come_in_one_message_and_nothing_is_written(tmp_path: Path) -> None:
+    case = make("gqa", tmp_path / "official")
+    answers = damaged(case, tmp_path, ("03", "yes", ""), ("99", "yes", ""))
+    with pytest.raises(DataError) as caught:
+        run("gqa", answers, "--annotations", case.annotations, "--output", tmp_path / "scores.json")
+    text = str(caught.value)
+    assert "1 of 4 answers are to no question: 99 (line 4)" in text
+    assert "1 answers are to a question that has one already: 03 (lines 1 and 3)" in text
+    assert "1 of 3 questions have no answer: 02." in text and "--allow-missing" in text
+    assert {file.name for file in tmp_path.iterdir()} == {"official", "answer.jsonl"}
+
+
+def test_allow_missing_scores_the_others_alone_and_says_so(tmp_path: Path) -> None:
+    case = make("gqa", tmp_path / "official")
+    done = run("gqa", damaged(case, tmp_path), "--annotations", case.annotations, "--allow-missing")
+    assert "2 answers, 1 missing" in done.stdout
+    assert "note: 1 of 3 questions have no answer and are left out" in done.stdout
+    found = score("gqa", tmp_path / "answer.jsonl", case.annotations, allow_missing=True)
+    assert found.metrics["all"] == {"accuracy": 0.0, "questions": 1}
+
+
+def test_answers_of_another_benchmark_are_told(tmp_path: Path) -> None:
+    gqa, vqa = make("gqa", tmp_path / "gqa"), make("vqav2", tmp_path / "vqa")
+    answers = gqa.write_answers(tmp_path / "answer.jsonl")
+    with pytest.raises(DataError, match=r"3 of 3 answers are to no question: the annotations are of another split"):
+        run("vqav2", answers, "--annotations", vqa.annotations)
+
+
+def test_damaged_answers_and_annotations_come_in_one_message(tmp_path: Path) -> None:
+    (tmp_path / "answer.jsonl").write_text('{"question_id": 1, "text": "a"}\n{"question_id": 2}\nnonsense\n')
+    (tmp_path / "val.json").write_text('{"annotations": [')
+    with pytest.raises(DataError) as caught:
+        run("vqav2", tmp_path / "answer.jsonl", "--annotations", tmp_path / "val.json", "--allow-missing")
+    text = str(caught.value)
+    assert "vqav2 cannot be scored" in text and "line 2: it lacks question_id or text" in text
+    assert "line 3: " in text and "val.json is damaged" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["vqa2"], "there is no benchmark 'vqa2': did you mean 'vqav2'? known: vqav2, okvqa"),
+        (["gqa", "--split", "val"], "gqa takes no --split"),
+        (["okvqa", "--submission", "s.json"], "okvqa has no file for a test server or a judge"),
+        (["mmvet"], "mmvet is scored by a judge model: --submission FILE"),
+    ],
+)
+def test_options_that_do_not_fit_the_benchmark_are_refused(words: list[str], message: str, tmp_path: Path) -> None:
+    task, *options = words
+    with pytest.raises(SteeringError) as caught:
+        run(task, tmp_path / "none.jsonl", "--annotations", tmp_path / "none.json", *options)
+    assert message in str(caught.value)
+
+
+def test_a_failed_answer_is_counted(tmp_path: Path) -> None:
+    case = make("okvqa", tmp_path / "official")
+    lines = [json.loads(line) for line in case.write_answers(tmp_path / "a.jsonl").read_text().splitlines()]
+    lines[0] |= {"text": "", "metadata": {"error": "the logits became NaN"}}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = score("okvqa", tmp_path / "a.jsonl", case.annotations)
+    assert found.failed == 1 and "1 answers are empty" in found.notes[0]
+    assert found.metrics["other"]["accuracy"] == 0
+
+
+class TestASubmission:
+    def test_of_vqav2s_test_split_holds_every_question_in_the_servers_layout(self, tmp_path: Path) -> None:
+        questions = {"questions": [{"question_id": n, "image_id": 1, "question": "What?"} for n in (4, 5)]}
+        (tmp_path / "test.json").write_text(json.dumps(questions))
+        answers = write_answers(tmp_path / "a.jsonl", [(4, "The Two dogs.", "")])
+        given = ("vqav2", answers, "--annotations", tmp_path / "test.json", "--allow-missing")
+        with pytest.raises(ArgumentsError, match=r"it is a test split\. Give --submission FILE"):
+            run(*given)
+        done = run(*given, "--submission", tmp_path / "s.json")
+        assert "note: a test split: its test server scores the submission" in done.stdout
+        written = json.loads((tmp_path / "s.json").read_text())
+        assert written == [{"question_id": 4, "answer": "2 dogs"}, {"question_id": 5, "answer": ""}]
+
+    def test_of_vizwiz_and_gqa_is_written_beside_the_scores(self, tmp_path: Path) -> None:
+        for task, first in (
+            ("vizwiz", {"image": "VizWiz_val_0.jpg", "answer": "unsuitable"}),
+            ("gqa", {"questionId": "02", "prediction": "red"}),
+        ):
+            case = make(task, tmp_path / task)
+            answers, file = case.write_answers(tmp_path / "a.jsonl"), tmp_path / f"{task}.json"
+            done = run(task, answers, "--annotations", case.annotations, "--submission", file)
+            assert json.loads(file.read_text())[0] == first
+            assert "accuracy" in done.stdout
+
+
+def test_popes_answers_to_llavas_question_file_are_found_by_its_categories(tmp_path: Path) -> None:
+    folder = pope(tmp_path / "pope")
+    asked = [
+        {"question_id": 10 * place + n, "text": f"Is there a {split} dog {n}?\nAnswer shortly.", "category": split}
+        for place, split in enumerate(("adversarial", "random", "popular"))
+        for n in (1, 2)
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    answers = write_answers(tmp_path / "a.jsonl", [(each["question_id"], "Yes", "") for each in asked])
+    with pytest.raises(DataError, match="need --questions: its ids are others"):
+        run("pope", answers, "--annotations", folder)
+    found = score("pope", answers, folder, questions=tmp_path / "q.jsonl")
+    assert found.metrics["all"]["yes"] == 100 and found.metrics["random"]["accuracy"] == 50
+    asked[0]["text"] = "Is there another?"
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    with pytest.raises(DataError, match=r"question 1 asks 'Is there another\?', and adversarial/1 is another"):
+        score("pope", answers, folder, questions=tmp_path / "q.jsonl")
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "scores.json").write_text("old")
+    with pytest.raises(TypeError):
+        write_whole(tmp_path / "scores.json", object())
+    assert (tmp_path / "scores.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ArgumentsError, match="is a folder"):
+        write_whole(tmp_path, [])
+    with pytest.raises(ArgumentsError, match="cannot be written"):
+        write_whole(tmp_path / "scores.json" / "below.json", [])
