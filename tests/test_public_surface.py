@@ -60,6 +60,7 @@ TRAINING = {
     "adapter_path",
     "eval_data_path",
     "skip_bad_samples",
+    *("steering_diagnostics_steps", "steering_diagnostics_samples"),
     *("mores_rank", "mores_tokens", "mores_modality", "mores_layers", "mores_dropout"),
     *("mixlora_factors", "mixlora_rank", "mixlora_alpha", "mixlora_dropout", "mixlora_start_layer"),
     *("mixlora_routing", "mixlora_conditional", "mixlora_router_grad", "mixlora_balance", "mixlora_targets"),
@@ -140,6 +141,7 @@ def test_the_flags_of_a_training_are_these() -> None:
     assert set(flags) == TRAINING
     assert flags.pop("tuning_mode") == "none"
     assert flags.pop("skip_bad_samples") is False
+    assert flags.pop("steering_diagnostics_steps") == 0
     assert set(flags.values()) == {None}
 
 

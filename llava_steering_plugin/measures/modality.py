@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llava_steering_plugin.hooks.token_map import IGNORED, TokenMap
 from llava_steering_plugin.measures.attention import attention_taken, last_attention_taken, layers_of
 
 if TYPE_CHECKING:
@@ -85,6 +86,29 @@ def answer_queries(kinds: Tensor) -> Tensor:
     follows = torch.zeros_like(kinds, dtype=torch.bool)
     follows[:, :-1] = kinds[:, 1:] == Kind.ANSWER
     return follows
+
+
+def kinds_in_training(tokens: TokenMap, labels: Tensor, first: Tensor) -> Tensor:
+    """Return what the positions of training samples hold, up to the end of each one's first answer; `PADDING` after.
+
+    Later turns are left out: the first answer cannot see them. A batch does not tell the system prompt apart, so it
+    counts as `PROMPT`.
+
+    Args:
+        tokens: the map of the spliced batch.
+        labels: int64 [rows, positions] after the splice, `IGNORED` where nothing is supervised.
+        first: bool [rows], whether a row begins with a beginning-of-sequence token.
+    """
+    supervised = labels != IGNORED
+    before = supervised.cumsum(1) == 0
+    ended = (~before & ~supervised).cumsum(1) > 0
+    kinds = torch.full(labels.shape, PADDING, device=labels.device)
+    kinds[tokens.attention & before] = int(Kind.PROMPT)
+    kinds[tokens.visual & before] = int(Kind.IMAGE)
+    kinds[supervised & ~ended] = int(Kind.ANSWER)
+    start = tokens.attention.int().argmax(1, keepdim=True)
+    begins = first[:, None] & (kinds.gather(1, start) == Kind.PROMPT)
+    return kinds.scatter(1, start, torch.where(begins, int(Kind.FIRST), kinds.gather(1, start)))
 
 
 def measure_shares(model: PreTrainedModel, forward: Callable[[], Any], kinds: Tensor) -> list[Shares]:

@@ -30,6 +30,7 @@ from llava_steering_plugin.training.data.samples import (
     take_marks,
 )
 from llava_steering_plugin.training.data.skipped import SkippedSamples
+from llava_steering_plugin.training.diagnostics.callback import TrainingDiagnostics
 from llava_steering_plugin.training.gradient_check import GradientCheck
 from llava_steering_plugin.training.saving import checkpoints, integrity, notes
 from llava_steering_plugin.training.saving.best_checkpoint import (
@@ -89,6 +90,8 @@ class SteeringTrainerMixin(ValidationMixin, ResumePositionMixin):
         if arguments.skip_bad_samples:
             self.add_callback(SkippedSamples(data, Path(arguments.output_dir), self._skipped))  # type: ignore[attr-defined]
         self.add_callback(GradientCheck.of(self._attachment))  # type: ignore[attr-defined]
+        if arguments.steering_diagnostics_steps:
+            self.add_callback(TrainingDiagnostics(self))  # type: ignore[attr-defined]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self._attachment is None:

@@ -9,13 +9,10 @@ from __future__ import annotations
 import logging
 import math
 import os
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
@@ -26,6 +23,7 @@ from llava_steering_plugin.adapters.folder import AdapterFolder
 from llava_steering_plugin.adapters.save_load import restore
 from llava_steering_plugin.errors import DataError, UpstreamError
 from llava_steering_plugin.hooks.token_map import IGNORED
+from llava_steering_plugin.training.beside import evaluating, model_to_evaluate, random_states_kept, spliced_labels
 from llava_steering_plugin.training.data.samples import (
     ELSEWHERE,
     NumberedDataset,
@@ -39,8 +37,6 @@ from llava_steering_plugin.training.saving.integrity import STATE
 from llava_steering_plugin.training.settings.validation_flags import DATA, NO, strategy
 
 logger = logging.getLogger(__name__)
-# LLaVA's method that puts images between texts, and moves the labels along.
-SPLICE = "prepare_inputs_labels_for_multimodal"
 
 
 def validation_data(arguments: Any, training_data: Any) -> Any:
@@ -92,7 +88,7 @@ class ValidationMixin:
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         if self._attachment is None:
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
-        with _random_states_kept():
+        with random_states_kept():
             return super().evaluate(*args, **kwargs)  # type: ignore[misc]
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
@@ -144,7 +140,7 @@ class ValidationMixin:
         table = torch.zeros(len(samples), 2, dtype=torch.float64)
         places = iter(self._places(len(samples)))
         self.callback_handler.eval_dataloader = dataloader
-        with _evaluating(self._model_to_evaluate()) as model:
+        with evaluating(model_to_evaluate(self)) as model:
             for batch in dataloader:
                 numbers = take_marks(batch, set())
                 assert numbers is not None
@@ -163,16 +159,9 @@ class ValidationMixin:
         loss = float((table[supervised, 0] / table[supervised, 1]).mean())
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(samples))
 
-    def _model_to_evaluate(self) -> Any:
-        if self.is_deepspeed_enabled and self.deepspeed is not None:
-            return self.deepspeed
-        if not self.accelerator._models:  # no training has prepared it
-            return self.accelerator.prepare_model(self.model, evaluation_mode=True)
-        return self.model
-
     def _losses(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Return the sum of the losses of each row's targets, and their number: float64 [rows, 2] on the CPU."""
-        with torch.no_grad(), _spliced_labels(self.model) as spliced:
+        with torch.no_grad(), spliced_labels(self.model) as spliced:
             with self.compute_loss_context_manager():  # type: ignore[attr-defined]
                 outputs = model(**inputs)
             logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
@@ -230,57 +219,3 @@ class ValidationMixin:
             logger.warning("--do_eval: the training had ended before, and its engine is gone; nothing is evaluated.")
             return
         self.evaluate()
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Put the states of all random generators back at the end: a training must not notice a validation."""
-    python, numbers = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numbers)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Switch dropout, and all that is for training only, off for the block."""
-    training = model.training
-    model.eval()
-    for module in model.modules():
-        if type(module).__module__.startswith("bitsandbytes"):
-            # On some processors their evaluation packs the weights for good, and training could not go on.
-            module.training = training
-    try:
-        yield model
-    finally:
-        model.train(training)
-
-
-@contextmanager
-def _spliced_labels(model: Any) -> Iterator[list[Tensor]]:
-    """Collect the labels as LLaVA moves them when it inserts images, for the block."""
-    found: list[Tensor] = []
-    if not hasattr(model, SPLICE):
-        yield found
-        return
-    splice = getattr(model, SPLICE)
-
-    def listening(*args: Any, **kwargs: Any) -> Any:
-        result = splice(*args, **kwargs)
-        if result[5] is not None:
-            found.append(result[5])
-        return result
-
-    shadowed = model.__dict__.get(SPLICE)
-    model.__dict__[SPLICE] = listening
-    try:
-        yield found
-    finally:
-        if shadowed is None:
-            del model.__dict__[SPLICE]
-        else:
-            model.__dict__[SPLICE] = shadowed

@@ -19,6 +19,7 @@ from torch.nn import functional
 from llava_steering_plugin import AdapterPool, attach, remove, token_map
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.hooks.scope import current
+from llava_steering_plugin.hooks.token_map import TokenMap
 from llava_steering_plugin.measures.attention import CHUNK, attention_taken
 from llava_steering_plugin.measures.modality import (
     PADDING,
@@ -27,6 +28,7 @@ from llava_steering_plugin.measures.modality import (
     Kind,
     Shares,
     answer_queries,
+    kinds_in_training,
     lmar,
     measure_shares,
 )
@@ -216,6 +218,25 @@ def test_rows_padded_on_either_side_are_measured_in_one_pass_as_they_are_alone(
 def test_the_queries_are_the_positions_that_predict_the_answer() -> None:
     queries = answer_queries(kinds_of(LEFT, RIGHT))
     assert queries.nonzero().tolist() == [[0, n] for n in (18, 19, 20, 21)] + [[1, n] for n in (16, 17)]
+
+
+def test_in_training_the_kinds_end_with_the_first_answer() -> None:
+    # Left and right padding; a second turn; a row without a beginning-of-sequence token; one without labels.
+    visual = torch.tensor([[0, 0, 0, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 1, 0]]).bool()
+    present = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1, 1]]).bool()
+    labels = torch.full((3, 8), -100)
+    labels[0, 6:], labels[1, 4], labels[1, 6], labels[2, 4] = 7, 7, 7, 7
+    kinds = kinds_in_training(TokenMap(visual, present, present), labels, torch.tensor([True, True, False]))
+    assert kinds.tolist() == [
+        [PADDING, PADDING, FIRST, IMAGE, IMAGE, PROMPT, ANSWER, ANSWER],
+        [FIRST, IMAGE, IMAGE, PROMPT, ANSWER, PADDING, PADDING, PADDING],
+        [PROMPT, PROMPT, IMAGE, PROMPT, ANSWER, PADDING, PADDING, PADDING],
+    ]
+    nothing = kinds_in_training(TokenMap(visual, present, present), torch.full((3, 8), -100), torch.ones(3).bool())
+    assert (
+        not (nothing == ANSWER).any()
+        and nothing[1].tolist() == kinds_of([(FIRST, 1), (IMAGE, 2), (PROMPT, 4), (PADDING, 1)])[0].tolist()
+    )
 
 
 def test_long_answers_come_in_chunks_and_grouped_queries_share_their_keys() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -120,10 +121,16 @@ def test_the_saved_config_loads_unquantised(four_bit: tuple[Path, Any], tiny: Ti
     assert linear_kinds(model) == {nn.Linear}
 
 
-def test_a_resumed_four_bit_run_ends_bit_equal(four_bit: tuple[Path, Any], tiny: TinyLlava, tmp_path: Path) -> None:
+def test_a_resumed_four_bit_run_ends_bit_equal_also_if_it_is_measured(
+    four_bit: tuple[Path, Any], tiny: TinyLlava, tmp_path: Path
+) -> None:
     output, _ = four_bit
     shutil.copytree(output / "checkpoint-6", tmp_path / "run" / "checkpoint-6")
-    train(tiny, tmp_path / "run", {"bits": 4, **WATCHED, "save_strategy": "steps", "save_steps": 6})
+    measured = {"steering_diagnostics_steps": 2, "steering_diagnostics_samples": 2}
+    train(tiny, tmp_path / "run", {"bits": 4, **WATCHED, "save_strategy": "steps", "save_steps": 6, **measured})
+    _, *passes = map(json.loads, (tmp_path / "run" / "diagnostics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in passes] == [6, 8, 10, 11]
+    assert all(value > 0 for line in passes for value in line["lmar"]["layers"])
     whole, resumed = read(output), read(tmp_path / "run")
     assert not [name for name, value in whole.tensors.items() if not torch.equal(value, resumed.tensors[name])]
 

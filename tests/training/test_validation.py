@@ -1,6 +1,6 @@
 """Validation while training: it computes the right loss, the training does not notice it, and the best one is kept.
 
-Covers `training/validation.py` and `training/saving/best_checkpoint.py`.
+Covers `training/validation.py`, `training/beside.py` and `training/saving/best_checkpoint.py`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 
 from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.training.beside import random_states_kept
 from llava_steering_plugin.training.saving import integrity
 from llava_steering_plugin.training.saving.best_checkpoint import without_nan
-from llava_steering_plugin.training.validation import _random_states_kept
 
 SAMPLES = 7
 MORES: dict[str, object] = {
@@ -289,6 +289,6 @@ def test_every_random_generator_goes_on_as_if_nothing_had_been_drawn() -> None:
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = drawn()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    with _random_states_kept():
+    with random_states_kept():
         drawn()
     assert drawn() == expected

@@ -1,4 +1,4 @@
-"""Validation while training on two ranks: the training does not notice it, and its figures are those of one rank."""
+"""Validation and diagnostics while training on two ranks: it does not notice, and the figures are those of one rank."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ from training_runs import train_flags, train_in_process
 from llava_steering_plugin.adapters.locate import read
 
 KINDS = ("ddp", "zero-3")
+# Three samples: one of two ranks measures two, the other one of its own and one of the other's.
+MEASURED: dict[str, object] = {"steering_diagnostics_steps": 3, "steering_diagnostics_samples": 3}
+ROUTED: dict[str, object] = {
+    **RESUMABLE,
+    **{"tuning_mode": "mixlora", "mores_rank": None, "mores_tokens": None, "mores_dropout": None},
+    **{"mixlora_factors": 8, "mixlora_rank": 2, "mixlora_noise": 0.1, "mixlora_balance": 1.0, "max_steps": 3},
+}
 # A rate that is far too high: the second evaluation is worse than the first.
 STRAYING: dict[str, object] = {
     **RESUMABLE,
@@ -52,12 +59,19 @@ def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
             train_flags(tiny, folder / f"{kind}-plain", {**RESUMABLE, **engine}),
             train_flags(tiny, folder / f"{kind}-validated", {**RESUMABLE, **engine, **validating(folder)}),
             train_flags(tiny, folder / f"{kind}-best", {**STRAYING, **engine, **validating(folder)}),
+            train_flags(tiny, folder / f"{kind}-measured", {**RESUMABLE, **engine, **MEASURED}),
         ]
+    wanted += [
+        train_flags(tiny, folder / "routed-plain", ROUTED),
+        train_flags(tiny, folder / "routed-measured", {**ROUTED, **MEASURED}),
+    ]
     ranks.run_on_ranks(wanted, patched_llava, folder)
     # The adapter that two ranks have trained, validated on one: nothing is left to train.
     again = {"evaluation_strategy": "no", "eval_steps": None, "do_eval": True}
     ended = resumed_from(folder / "ddp-validated", 6, folder / "one-rank")
     train_in_process(train_flags(tiny, ended, {**RESUMABLE, **validating(folder), **again}))
+    # Before the first step, one rank has the adapter that two have.
+    train_in_process(train_flags(tiny, folder / "routed-one-rank", {**ROUTED, **MEASURED, "max_steps": 1}))
     return folder
 
 
@@ -75,6 +89,33 @@ def test_a_training_ends_bit_equal_with_and_without_validation(runs: Path, kind:
     assert_equal(runs / f"{kind}-plain", runs / f"{kind}-validated")
     assert losses(runs / f"{kind}-plain") == losses(runs / f"{kind}-validated")
     assert list(evaluations(runs / f"{kind}-validated")) == [1, 2, 3, 4, 5, 6]
+
+
+def passes(run: Path) -> list[dict[str, Any]]:
+    """What a training has written into diagnostics.jsonl, without its first line."""
+    return [json.loads(line) for line in (run / "diagnostics.jsonl").read_text().splitlines()][1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*KINDS, "routed"])
+def test_a_training_ends_bit_equal_with_and_without_being_measured(runs: Path, kind: str) -> None:
+    assert_equal(runs / f"{kind}-plain", runs / f"{kind}-measured")
+    assert losses(runs / f"{kind}-plain") == losses(runs / f"{kind}-measured")
+    expected = [0, 3] if kind == "routed" else [0, 3, 6]
+    assert [line["step"] for line in passes(runs / f"{kind}-measured")] == expected
+    logged = [entry["step"] for entry in history(runs / f"{kind}-measured") if "diagnostics/lmar/mean" in entry]
+    assert logged == expected
+
+
+@pytest.mark.slow
+def test_what_is_measured_does_not_depend_on_the_ranks(runs: Path) -> None:
+    assert passes(runs / "routed-measured")[0] == passes(runs / "routed-one-rank")[0]
+    ddp, zero_3 = (passes(runs / f"{kind}-measured")[-1] for kind in KINDS)
+    assert ddp["lmar"]["answers"] == zero_3["lmar"]["answers"] == 3
+    # Under ZeRO-3 the vision tower computes in float32, and the numbers differ a little.
+    assert zero_3["lmar"]["layers"] == pytest.approx(ddp["lmar"]["layers"], rel=1e-2)
+    norms = [run["update_norms"]["vis"]["layers"] for run in (ddp, zero_3)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2) and min(norms[0]) > 0
 
 
 @pytest.mark.slow

@@ -231,7 +231,8 @@ class ResumePositionMixin:
         self._rest = lambda loader: RestOfTheData(loader, epoch, skipped, read_random_states)
         steps, epochs = course.length(args)
         corrected = ResumedEpochs(course, epochs)
-        self.add_callback(corrected)  # type: ignore[attr-defined]
+        # Before those that log at the end of a step.
+        self.callback_handler.callbacks.insert(0, corrected)  # type: ignore[attr-defined]
         # Only the loop sees these: checkpoints keep the arguments of the user.
         seen = copy.copy(args)
         seen.max_steps, seen.ignore_data_skip = steps, True

@@ -7,6 +7,7 @@ from argparse import Namespace
 
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.training.deepspeed_config import ZERO, read_deepspeed
+from llava_steering_plugin.training.settings.diagnostics_flags import diagnostics_problems
 from llava_steering_plugin.training.settings.trainer_flags import trainer_problems
 from llava_steering_plugin.training.settings.validation_flags import validation_problems
 
@@ -33,7 +34,8 @@ def conflicts(flags: Namespace) -> list[str]:
         for name, reason in _REASONS.items()
         if getattr(flags, name, None)
     ]
-    return found + _deepspeed_conflicts(flags) + trainer_problems(flags) + validation_problems(flags)
+    found += _deepspeed_conflicts(flags) + trainer_problems(flags)
+    return found + validation_problems(flags) + diagnostics_problems(flags)
 
 
 def _deepspeed_conflicts(flags: Namespace) -> list[str]:

@@ -18,7 +18,7 @@ from llava_steering_plugin.adapters.unmerged import unmerged_lora
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing, nearest
 from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode
-from llava_steering_plugin.training.settings import validation_flags
+from llava_steering_plugin.training.settings import diagnostics_flags, validation_flags
 from llava_steering_plugin.training.settings.conflicts import conflicts
 
 NONE = "none"
@@ -89,6 +89,8 @@ def extended(original: type) -> type:
         (validation_flags.DATA, str | None, _flag(None, validation_flags.HELP)),
     ]
     fields.append(("skip_bad_samples", bool, _flag(False, "train another sample in the place of one that is bad")))
+    fields.append((diagnostics_flags.STEPS, int, _flag(0, diagnostics_flags.STEPS_HELP)))
+    fields.append((diagnostics_flags.SAMPLES, int | None, _flag(None, diagnostics_flags.SAMPLES_HELP)))
     for mode in modes.values():
         fields += _flags_of(mode)
     taken = {field.name for field in dataclasses.fields(original)}
@@ -174,6 +176,7 @@ def _checked(flags: Namespace, unknown: list[str]) -> TrainingRequest:
             problems.append("--skip_bad_samples belongs to the tuning modes and none is on; add one with --tuning_mode")
         if path := getattr(flags, validation_flags.DATA, None):
             problems.append(f"--{validation_flags.DATA} {path} works with a tuning mode only; add --tuning_mode")
+        problems += diagnostics_flags.problems_without_mode(flags)
         return TrainingRequest(None, flags, tuple(problems))
     mode: Mode | None = None
     adapter: AdapterFolder | None = None
