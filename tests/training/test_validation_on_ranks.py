@@ -53,7 +53,11 @@ def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
     # Seven: two ranks have shares of four, one of them with a sample of the other's. One sample has no image.
     (folder / "held-out.json").write_text(json.dumps(samples[:6] + samples[10:11]))
     zero_3 = {"use_cpu": None, "deepspeed": zero(folder, 3)}
-    wanted = []
+    # Those of DeepSpeed last: what it leaves in the environment counts for all that follow.
+    wanted = [
+        train_flags(tiny, folder / "routed-plain", ROUTED),
+        train_flags(tiny, folder / "routed-measured", {**ROUTED, **MEASURED}),
+    ]
     for kind, engine in zip(KINDS, ({}, zero_3), strict=True):
         wanted += [
             train_flags(tiny, folder / f"{kind}-plain", {**RESUMABLE, **engine}),
@@ -61,10 +65,6 @@ def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
             train_flags(tiny, folder / f"{kind}-best", {**STRAYING, **engine, **validating(folder)}),
             train_flags(tiny, folder / f"{kind}-measured", {**RESUMABLE, **engine, **MEASURED}),
         ]
-    wanted += [
-        train_flags(tiny, folder / "routed-plain", ROUTED),
-        train_flags(tiny, folder / "routed-measured", {**ROUTED, **MEASURED}),
-    ]
     ranks.run_on_ranks(wanted, patched_llava, folder)
     # The adapter that two ranks have trained, validated on one: nothing is left to train.
     again = {"evaluation_strategy": "no", "eval_steps": None, "do_eval": True}
@@ -115,7 +115,8 @@ def test_what_is_measured_does_not_depend_on_the_ranks(runs: Path) -> None:
     # Under ZeRO-3 the vision tower computes in float32, and the numbers differ a little.
     assert zero_3["lmar"]["layers"] == pytest.approx(ddp["lmar"]["layers"], rel=1e-2)
     norms = [run["update_norms"]["vis"]["layers"] for run in (ddp, zero_3)]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-2) and min(norms[0]) > 0
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2)
+    assert min(norms[0][:-1]) > 0  # nothing reads the image tokens behind the last layer, so nothing is learned there
 
 
 @pytest.mark.slow
