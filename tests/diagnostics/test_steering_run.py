@@ -19,6 +19,7 @@ import torch
 from diagnosing import diagnosed, saved_adapter
 from lora_folders import save_lora
 from PIL import Image
+from reports import reported
 from steered import load_llava
 from tiny_llava import TinyLlava
 
@@ -98,6 +99,15 @@ def test_two_adapters_over_questions(diagnose: Run, tiny: TinyLlava, adapters: d
     with Image.open(tmp_path / "out" / "steering.png") as picture:
         assert picture.width > 1000
     assert "idle and other" in (tmp_path / "out" / "steering.svg").read_text()
+
+    page = reported(tmp_path / "report.html", tmp_path / "out")
+    assert page.traces("added loss")["idle"]["y"] == idle["cost"]["mean"]
+    sizes = page.traces("relative size")
+    assert sizes["other, text"]["x"] == [1, 2]
+    assert sizes["other, text"]["y"] == both["norms"]["text"]["mean"]
+    assert page.maps()[0]["z"] == idle["cosines"]["vis"]
+    assert page.traces("mean cosine")["idle, other: vis"]["y"] == pair["mean"]
+    assert f"layer 0 costs most: {idle['cost']['mean'][0]:.3g}. In {len(idle['no_cost_seen'])} of 4 layers" in page.text
 
 
 def test_an_interrupted_run_over_data_goes_on_and_ends_as_the_whole_one(

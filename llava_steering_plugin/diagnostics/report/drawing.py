@@ -22,6 +22,7 @@ CLEAR = "rgba(0,0,0,0)"
 GREY = "#7f7f7f"
 GRID = "rgba(127,127,127,0.3)"
 DIVERGING = "PuOr_r"  # purple, white, orange
+SEQUENTIAL = "Blues"
 MANY_POINTS = 60  # with more, lines have no marks
 MANY_LINES = 8  # with more, there are no intervals, and a hover label is of one line
 MANY_CELLS = 8  # a side; with more, numbers do not fit into a map
@@ -59,6 +60,7 @@ def draw_lines(
     doubling: bool = False,
     beside: Sequence[Line] = (),
     level: float | None = None,
+    from_zero: bool = False,
 ) -> Any:
     """Draw lines with their intervals.
 
@@ -68,6 +70,7 @@ def draw_lines(
         doubling: draw y on a logarithmic scale, with marks at powers of two.
         beside: lines of other figures that this scale must hold too, so that all compare.
         level: a value of y to draw as a dashed line.
+        from_zero: let the y axis hold 0, whatever the numbers.
     """
     figure = graph_objects.Figure()
     unified = len(lines) <= MANY_LINES
@@ -113,6 +116,8 @@ def draw_lines(
     figure.update_yaxes(title={"text": y}, tickformat=".4~g")
     if scale is not None:
         figure.update_yaxes(range=list(scale))
+    if from_zero:
+        figure.update_yaxes(rangemode="tozero")
     if level is not None:
         figure.add_hline(level, line={"color": GREY, "dash": "dash", "width": 1})
     if doubling:
@@ -128,16 +133,18 @@ def draw_map(
     *,
     x: str,
     y: str,
-    limit: float,
+    scale: tuple[float, float],
+    colours: str = DIVERGING,
     ticks: dict[float, str],
     words: Sequence[Sequence[str]],
 ) -> Any:
-    """Draw a heat map around 0: purple below, orange above.
+    """Draw a heat map.
 
     Args:
         values: [rows][columns], the first row on top.
         x, y: titles of the axes.
-        limit: the scale goes from minus this to this; what lies beyond has the colour of the end.
+        scale: the values at its ends; what lies beyond has the colour of the end.
+        colours: a colour scale; the usual one is purple below the middle and orange above.
         ticks: values of the scale, with what is written there.
         words: what hover labels, and small maps, write in each cell.
     """
@@ -147,9 +154,9 @@ def draw_map(
             z=[list(row) for row in values],
             x=list(range(len(columns))),
             y=list(range(len(rows))),
-            zmin=-limit,
-            zmax=limit,
-            colorscale=DIVERGING,
+            zmin=scale[0],
+            zmax=scale[1],
+            colorscale=colours,
             text=[list(row) for row in words],
             texttemplate="%{text}" if small else None,
             customdata=[[[escaped(column), escaped(row)] for column in columns] for row in rows],

@@ -92,7 +92,7 @@ def _maps(name: str, tasks: Sequence[str], model: Mapping[str, Any]) -> list[Fig
             labels,
             x="step for",
             y="loss of",
-            limit=1,
+            scale=(-1, 1),
             ticks={place: f"{place:g}" for place in (-1, -0.5, 0, 0.5, 1)},
             words=[[NONE if value is None else f"{value:.2f}" for value in row] for row in values],
         )

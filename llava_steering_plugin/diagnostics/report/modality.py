@@ -131,7 +131,7 @@ def _heads(models: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Figure]:
             [str(layer) for layer in range(len(rows))],
             x="head",
             y="layer",
-            limit=limit,
+            scale=(-limit, limit),
             ticks=ticks,
             words=[[written(value) for value in row] for row in rows],
         )

@@ -92,6 +92,17 @@ def numbers(values: Any) -> list[float | None]:
     return [number(value) for value in values]
 
 
+def layer_numbers(values: Any) -> list[int]:
+    """Return a list of layers of a document.
+
+    Raises:
+        ValueError: it is no list of whole numbers.
+    """
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise ValueError(f"{values!r} stands where a list of layers is expected")
+    return list(values)
+
+
 def matrix(values: Any) -> list[list[float | None]]:
     """Return a list of lists of numbers of a document.
 

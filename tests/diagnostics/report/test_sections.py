@@ -1,7 +1,7 @@
 """The section of each measure holds its numbers, also where some are missing, and for one model as for twenty.
 
-Modules: diagnostics/report/modality.py, diagnostics/report/interference.py, diagnostics/report/training.py,
-diagnostics/report/drawing.py.
+Modules: diagnostics/report/modality.py, diagnostics/report/interference.py, diagnostics/report/steering.py,
+diagnostics/report/training.py, diagnostics/report/drawing.py.
 """
 
 from __future__ import annotations
