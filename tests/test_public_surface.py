@@ -118,6 +118,9 @@ def test_the_options_of_a_diagnosis_are_these(group: Any) -> None:
         | {"--question-file", "--answers-file", "--batch-size", "--conv-mode", "--max-new-tokens", "--per-head"},
         "interference": shared | {"--data", "--version"},
         "routing": shared | {"--data", "--version", "--repeats"},
+        "image": (shared - {"models", "--image-folder", "--samples", "--seed"})
+        | {"model", "--image", "--question", "--answer", "--effect", "--occlusion-window"}
+        | {"--conv-mode", "--max-new-tokens"},
         "steering": shared | {"--question-file", "--answers-file", "--data", "--conv-mode", "--max-new-tokens"},
     }
 

@@ -99,7 +99,7 @@ def _while_generating(
     prompts = [force_answer(tokenizer, answering.template(each), answering.said(each), []) for each in batch]
     measure = GenerationShares(model, lambda: prompt_kinds(prompts))
     with measure.watching():
-        answers = _cut(answering.generated(batch), tokenizer)
+        answers = answer_ids(answering.generated(batch), tokenizer)
     for row, (question, answer) in enumerate(zip(batch, answers, strict=True)):
         if not measure.whole:  # the cache keeps only a part of the keys
             yield _afterwards(opened, answering, question, answer)
@@ -150,6 +150,6 @@ def _rounded(values: torch.Tensor) -> list[list[float]]:
     return [[float(f"{value:.7g}") for value in row] for row in values.tolist()]
 
 
-def _cut(generated: torch.Tensor, tokenizer: Any) -> list[list[int]]:
+def answer_ids(generated: torch.Tensor, tokenizer: Any) -> list[list[int]]:
     """Return the token ids of each row's answer, up to its end."""
     return [until_end(row, tokenizer) for row in generated.tolist()]

@@ -42,10 +42,12 @@ class ForcedPass:
     Attributes:
         kinds: int64 [1, positions], a `Kind` each.
         forward: runs the pass.
+        given: the arguments of the model's `forward` but for the pictures and the adapter's name.
     """
 
     kinds: Tensor
     forward: Callable[[], Any]
+    given: Mapping[str, Tensor]
 
 
 def forced_pass(
@@ -65,7 +67,8 @@ def forced_pass(
     ids = torch.tensor([forced.ids], device=model.device)
     labels = ids.clone()
     labels[:, : forced.answer] = IGNORED
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **images}
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    given = {**text, **images}
     named = {} if adapter is None else {"adapter_names": [adapter]}
     kinds = _kinds_of_positions(model, forced, given)
 
@@ -73,7 +76,7 @@ def forced_pass(
         with torch.inference_mode():
             return model(**given, **named, use_cache=False)
 
-    return ForcedPass(kinds, forward)
+    return ForcedPass(kinds, forward, text)
 
 
 def prompt_kinds(prompts: Sequence[ForcedAnswer]) -> Tensor:

@@ -129,12 +129,12 @@ class SteeredLayer(nn.Module):
             return output
         hidden = output.flatten(0, 1)
         for modality, steering in self.named_children():
-            chosen = self._chosen(this_pass, modality, output.device)
+            chosen = self.chosen(this_pass, modality, output.device)
             hidden, picked = _Pick.apply(hidden, chosen)  # type: ignore[no-untyped-call]
             hidden = hidden.index_add(0, chosen, steering(picked))
         return hidden.view_as(output)
 
-    def _chosen(self, this_pass: ForwardPass, modality: str, device: torch.device) -> Tensor:
+    def chosen(self, this_pass: ForwardPass, modality: str, device: torch.device) -> Tensor:
         """Return the numbers of the selected positions among the flattened [rows * positions]; int64 [tokens]."""
 
         def choose() -> Tensor:

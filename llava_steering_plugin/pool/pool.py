@@ -124,8 +124,7 @@ class AdapterPool(ModelOwner):
             ArgumentsError: the pool has none of that name.
         """
         with self._lock:
-            adapter = self._find(name)
-            if adapter is None:
+            if (adapter := self._find(name)) is None:
                 raise ArgumentsError(f"{BASE} is the plain model, which cannot be unloaded")
             del self._adapters[name]
             self._retire(adapter)
@@ -142,11 +141,16 @@ class AdapterPool(ModelOwner):
             ArgumentsError: the pool has none of that name.
         """
         with self._lock:
-            adapter = self._find(name)
-            if adapter is not None:
+            if (adapter := self._find(name)) is not None:
                 return adapter.details()
             path = Path(getattr(self.model.config, "_name_or_path", ""))
             return AdapterDetails(BASE, "none", {}, 0, 0, path, True, None)
+
+    def modules(self, name: str) -> dict[str, Any]:
+        """Return an adapter's modules by the path of their host below the decoder stack; of the base there are none."""
+        with self._lock:
+            adapter = self._find(name)
+            return dict(adapter.modules) if adapter is not None else {}
 
     def remove(self) -> None:
         """Give the model back as it was, to the bit.

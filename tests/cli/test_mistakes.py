@@ -73,6 +73,16 @@ OF_INTERFERENCE: Mistakes = {
     "template": ({"--version": "klingon"}, "unknown conversation template 'klingon'"),
     "other base": ({"--model-base": "{here}/other"}, "was trained on"),
 }
+OF_AN_IMAGE: Mistakes = {
+    **OF_A_DIAGNOSIS,
+    "model": ({"models": ["/nope"]}, "/nope"),
+    "image": ({"--image": "{here}/no.png"}, "there is no file {here}/no.png"),
+    "question": ({"--question": " "}, "--question is empty"),
+    "answer": ({"--answer": ""}, "--answer is empty"),
+    "effect": ({"--effect": "occlusoin"}, "--effect occlusoin: did you mean 'occlusion'?"),
+    "template": ({"--conv-mode": "klingon"}, "unknown conversation template 'klingon'"),
+    "other base": ({"--model-base": "{here}/other", "models": ["{here}/pets"]}, "was trained on"),
+}
 OF_A_CONVERSION: Mistakes = {
     "source": ({"source": "{here}/nowhere"}, "{here}/nowhere"),
     "target": ({"target": "{here}/pets"}, "pets is not empty"),
@@ -205,6 +215,32 @@ def test_a_diagnosis_names_every_two_mistakes(measure: str, here: Path, monkeypa
         raise result.exception
 
     check_all_pairs(OF_MODALITY if measure == "modality" else OF_INTERFERENCE, right, check, here)
+
+
+def test_a_diagnosis_of_an_image_names_every_two_mistakes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    from llava_steering_plugin.diagnostics import image_runs
+
+    monkeypatch.setattr(image_runs, "open_model", lambda *_: pytest.fail("a model was loaded"))
+    base_folder(here / "other", hidden_size=32)
+    Image.new("RGB", (8, 8)).save(here / "a.png")
+    right = {
+        "models": ["{here}/pets"],
+        "--image": "{here}/a.png",
+        "--question": "What?",
+        "--output": "{here}/out",
+        "--model-base": "{here}/base",
+    }
+
+    def check(options: dict[str, Any]) -> None:
+        words = options.pop("models")
+        flags = [word for flag, value in options.items() for word in (flag, value) if word is not None]
+        result = CliRunner().invoke(app, ["diagnose", "image", *words, *flags])
+        assert result.exception is not None, result.output
+        raise result.exception
+
+    check_all_pairs(OF_AN_IMAGE, right, check, here)
 
 
 def test_page_and_controller_name_all_hosts_that_are_none() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from llava_steering_plugin.cli.diagnose.image import image
 from llava_steering_plugin.cli.diagnose.interference import interference
 from llava_steering_plugin.cli.diagnose.modality import modality
 from llava_steering_plugin.cli.diagnose.routing import routing
@@ -18,6 +19,7 @@ def _group() -> None:
 
 
 app.command(short_help="Measure each layer's attention to image and text.")(modality)
+app.command(short_help="Show where on one image a model looks.")(image)
 app.command(short_help="Measure how much tasks help or harm each other.")(interference)
 app.command(short_help="Measure how MoReS steers, and which layers matter.")(steering)
 app.command(short_help="Measure what MixLoRA chooses, and what is lost with other choices.")(routing)
