@@ -36,6 +36,8 @@ FOREIGN = {
     "steering_state.json",
     "config.json",
     "intervention_config.json",
+    "image.json",
+    "image.png",
     "interference.json",
     "interference.png",
     "modality-heads.png",
