@@ -87,9 +87,9 @@ def read_entries(files: Sequence[tuple[str | None, Path]]) -> Entries:
                 raise ValueError("it is no list of samples")
             entries.append((task, listed))
         except (OSError, ValueError) as error:
-            problems.append(f"{file}: {error}")
+            problems.append(f"the data in {file} cannot be read: {error}")
     if problems:
-        raise ArgumentsError(listing("the data cannot be read", problems))
+        raise ArgumentsError(listing("some data cannot be used", problems))
     return entries
 
 
