@@ -178,11 +178,15 @@ def test_an_interrupted_run_goes_on_and_ends_as_the_whole_one(
 
 
 def test_of_one_task_only_what_needs_no_other_is_measured(
-    diagnose: Run, tiny: TinyLlava, adapters: dict[str, Path], tasks: Path, tmp_path: Path
+    diagnose: Run, tiny: TinyLlava, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = diagnose(str(adapters["by_task"]), "--data", f"vqa={tiny.data}", "--samples", "3")
+    said = "one task: mutual information, overlap and t-SNE by task are left out"
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps(json.loads(tiny.data.read_text())[:3]))
+    found = diagnose(str(adapters["by_task"]), "--data", f"vqa={few}")
+    assert f"fewer than 32 samples: vqa (3)\n{said}" in capsys.readouterr().err
     (model,) = found["models"]
-    assert model["notes"] == ["one task: mutual information, overlap and t-SNE by task are left out"]
+    assert model["notes"] == [said]
     assert model["overlap"] is model["embeddings"] is model["places"][0]["mutual_information"] is None
     assert set(model["forced"]) == {"shuffled", "most_frequent", "random"}
     assert not (tmp_path / "out" / "routing-tsne.png").exists()

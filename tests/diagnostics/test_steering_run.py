@@ -64,9 +64,12 @@ def diagnose(tiny: TinyLlava, patched_llava: Path, tmp_path: Path) -> Run:
     return run
 
 
-def test_two_adapters_over_questions(diagnose: Run, tiny: TinyLlava, adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_two_adapters_over_questions(
+    diagnose: Run, tiny: TinyLlava, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ("--question-file", str(tiny.questions), "--max-new-tokens", "4")
-    found = diagnose(str(adapters["idle"]), f"other={adapters['both']}", *words)
+    found = diagnose(str(adapters["idle"]), f"other={adapters['both']}", *words, "--samples", "9")
+    assert "9 samples are asked for; 6 are about an image." in capsys.readouterr().err
     assert found["settings"]["measure"] == "steering"
     assert found["settings"]["answers"] == "generated"
     idle, both = found["models"]
@@ -111,7 +114,7 @@ def test_two_adapters_over_questions(diagnose: Run, tiny: TinyLlava, adapters: d
 
 
 def test_an_interrupted_run_over_data_goes_on_and_ends_as_the_whole_one(
-    diagnose: Run, tiny: TinyLlava, adapters: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    diagnose: Run, tiny: TinyLlava, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     words = (str(adapters["idle"]), "--data", str(tiny.data), "--samples", "3")
     whole = diagnose(*words)

@@ -49,6 +49,14 @@ def draw_modality(models: Sequence[Mapping[str, Any]], target: Path) -> list[Pat
     return save_figure(figure, target)
 
 
+def look_of(number: int) -> dict[str, str]:
+    """Return colour and mark of the model or task of that number: the first 49 have different ones."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKS[(number + number // len(COLOURS)) % len(MARKS)],
+    }
+
+
 def new_figure(size: tuple[float, float]) -> Any:
     """Return an empty figure of matplotlib, of this width and height in inches.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin.diagnostics.pictures.plots import COLOURS, MARKS, new_figure, save_figure
+from llava_steering_plugin.diagnostics.pictures.plots import look_of, new_figure, save_figure
 
 # What takes the place of the routers' choices, as the picture says it, in its order.
 VARIANTS = {
@@ -25,6 +25,7 @@ SIDES: Mapping[str, Mapping[str, Any]] = {
     "B": {"linestyle": ":", "markersize": 7, "markerfacecolor": "none"},
 }
 MODELS_IN_A_ROW = 3
+MOST_ROWS = 30
 SELECTION = {"independent": "IFS", "conditional": "CFS"}
 
 
@@ -85,8 +86,8 @@ def _draw_lost(axes: Any, model: Mapping[str, Any], tasks: Sequence[str]) -> Non
             for end in ("low", "high")
         ]
         beside = (number - (len(shown) - 1) / 2) * 0.7 / len(shown)
-        look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)]}
         places = [at + beside for at, _ in known]
+        look = look_of(number)
         axes.errorbar(places, means, yerr=arms, linestyle="none", capsize=2, markersize=4, label=name, **look)
     axes.axhline(0, color="0.5", linestyle="--", linewidth=1)
     axes.set_xticks(range(len(variants)), [VARIANTS[variant] for variant in variants], fontsize=7)
@@ -99,7 +100,7 @@ def _draw_by_layer(part: Any, models: Sequence[Mapping[str, Any]]) -> None:
     """Draw what choices tell and how evenly they use the factors, by layer: the mean over its linears."""
     for axes, (quantity, title) in zip(part.subplots(1, 2), BY_LAYER.items(), strict=True):
         for number, model in enumerate(models):
-            look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)]}
+            look = look_of(number)
             for side, style in SIDES.items():
                 layers = sorted({place["layer"] for place in model["places"]})
                 means = [_mean(model["places"], layer, side, quantity) for layer in layers]
@@ -123,7 +124,7 @@ def _mean(places: Sequence[Mapping[str, Any]], layer: int, side: str, quantity: 
 
 def _draw_use(models: Sequence[Mapping[str, Any]], target: Path) -> list[Path]:
     """Draw the share of samples that choose each factor: rows are linears, columns factors."""
-    heights = [min(8.0, 0.085 * len(model["places"]) + 1.2) for model in models]
+    heights = [min(5.5, 0.085 * len(model["places"]) + 1.2) for model in models]
     figure = new_figure((9, sum(heights)))
     axes = figure.subplots(len(models), 2, squeeze=False, height_ratios=heights)
     image = None
@@ -131,14 +132,21 @@ def _draw_use(models: Sequence[Mapping[str, Any]], target: Path) -> list[Path]:
         for place, side in zip(row, SIDES, strict=True):
             mine = [each for each in model["places"] if each["side"] == side]
             image = place.imshow([each["use"] for each in mine], cmap="Blues", vmin=0, vmax=1, aspect="auto")
-            step = -(-len(mine) // 30)
-            names = [f"{each['layer']} {each['linear']}" for each in mine]
-            place.set_yticks(range(0, len(mine), step), names[::step], fontsize=7)
+            place.set_yticks(*_row_names(mine), fontsize=7)
             place.set_title(f"{model['name']}: factors {side} ({SELECTION[model['selection'][side]]})", fontsize=9)
             place.set_xticks(range(model["factors"]), [str(each) for each in range(model["factors"])], fontsize=7)
             place.set_xlabel("factor", fontsize=8)
     figure.colorbar(image, ax=axes, label="share of samples that choose it", shrink=0.6, aspect=30)
     return save_figure(figure, target)
+
+
+def _row_names(places: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[str]]:
+    """Return the rows that are named, and their names: all linears if they are few, else at most 16 layers."""
+    if len(places) <= MOST_ROWS:
+        return list(range(len(places))), [f"{place['layer']} {place['linear']}" for place in places]
+    firsts = {place["layer"]: row for row, place in reversed(list(enumerate(places)))}
+    layers = sorted(firsts)[:: -(-len(firsts) // 16)]
+    return [firsts[layer] for layer in layers], [f"layer {layer}" for layer in layers]
 
 
 def _draw_planes(models: Sequence[Mapping[str, Any]], tasks: Sequence[str], target: Path) -> list[Path]:
@@ -157,7 +165,7 @@ def _draw_planes(models: Sequence[Mapping[str, Any]], tasks: Sequence[str], targ
                 continue
             for number, task in enumerate(tasks):
                 mine = [point for point, its in zip(points, model["points"], strict=True) if its == task]
-                look = {"color": COLOURS[(number + 1) % len(COLOURS)], "marker": MARKS[(number + 1) % len(MARKS)]}
+                look = look_of(number + 1)
                 place.scatter(*zip(*mine, strict=True), s=14, label=task, alpha=0.8, linewidths=0, **look)
         row[0].set_ylabel(model["name"], fontsize=9)
     handles, labels = next(place.get_legend_handles_labels() for place in axes.flatten() if place.collections)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin.diagnostics.pictures.plots import COLOURS, MARKS, new_figure, save_figure
+from llava_steering_plugin.diagnostics.pictures.plots import look_of, new_figure, save_figure
 
 MAPS_IN_A_ROW = 3
 LINES = {"vis": "-", "text": ":"}
@@ -34,7 +34,7 @@ def draw_steering(document: Mapping[str, Any], target: Path) -> list[Path]:
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     norm, cost = parts[0].subplots(1, 2)
     for number, model in enumerate(models):
-        look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKS[number % len(MARKS)]}
+        look = look_of(number)
         _draw_norms(norm, model, look)
         _draw_costs(cost, model, look, (number - (len(models) - 1) / 2) * 0.6 / len(models))
     ends = [layer for model in models for layer in model["layers"]]
@@ -67,7 +67,7 @@ def _draw_norms(axes: Any, model: Mapping[str, Any], look: Mapping[str, str]) ->
         whole = model["cost_of_all"]["mean"]
         label = model["name"] + (f", {modality}" if several else "")
         if whole is not None and first:
-            label += f" (loss with all layers off: {whole:+.3g})"
+            label += f" (all layers off: loss {whole:+.3g})"
         axes.plot(layers, mean, label=label, markersize=4, linestyle=LINES.get(modality, "-"), **look)
         bounds = [max(0, m - s) for m, s in zip(mean, spread, strict=True)]
         over = [m + s for m, s in zip(mean, spread, strict=True)]
