@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -92,7 +91,6 @@ def test_the_name_of_a_base_is_the_one_that_llava_gives_it(patched_llava: Path) 
 
 def test_serve_stops_before_it_imports_torch_or_starts_anything(base: str, tmp_path: Path, patched_llava: Path) -> None:
     words = ["llava_steering_plugin", "serve", base, "--adapters", str(tmp_path)]
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", *words],
         cwd=tmp_path,
@@ -101,7 +99,6 @@ def test_serve_stops_before_it_imports_torch_or_starts_anything(base: str, tmp_p
         capture_output=True,
         timeout=120,
     )
-    assert time.monotonic() - started < 60  # 1 s where nothing else runs
     assert done.returncode == 1 and "holds no adapter" in done.stderr
     assert "starting" not in done.stdout
     imported = set(re.findall(r"^import time:[^|]*\|[^|]*\| +(\S+)$", done.stderr, re.MULTILINE))
