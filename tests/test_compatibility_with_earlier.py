@@ -6,8 +6,6 @@ The first version is taken out of git and run here, so the same processor rounds
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from earlier_version import (
     tokenizer_of,
     training,
 )
+from forks import Forks
 from safetensors.torch import load_file
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment, train_in_process
@@ -35,18 +34,22 @@ from llava_steering_plugin import AdapterPool, load_adapter
 from llava_steering_plugin.training.data.samples import HASHED, SUMMED
 from llava_steering_plugin.training.saving.notes import order_of
 
+pytest_plugins = ["fork_fixtures"]
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def earlier(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def earlier(
+    library_forks: Forks, tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """What the earlier version has made: adapters, their answers, and trainings."""
     package, out = earlier_package(tmp_path_factory.mktemp("package")), tmp_path_factory.mktemp("made")
     support = ROOT / "tests" / "support"
     environment = subprocess_environment(patched_llava)
     environment["PYTHONPATH"] = f"{package}:{patched_llava}:{support}"
-    script = [sys.executable, str(support / "earlier_version.py"), str(package), str(tiny.root), str(out)]
-    done = subprocess.run(script, env=environment, cwd=out, capture_output=True, text=True, timeout=600)
+    script = [str(support / "earlier_version.py"), str(package), str(tiny.root), str(out)]
+    done = library_forks.run(*script, env=environment, cwd=out)
     assert not done.returncode, done.stderr[-4000:]
     return out
 

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forks
 from tiny_llava import LAYERS, TinyLlava
-from training_runs import run_train, train_flags
+from training_runs import TRAIN_CODE, subprocess_environment, train_flags
 
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.modes import registry
+
+pytest_plugins = ["fork_fixtures"]
 
 # All that a third party writes.
 SETUP = """
@@ -89,7 +92,7 @@ def test_our_own_modes_are_registered_like_anybody_elses() -> None:
 
 
 def test_a_foreign_mode_trains_through_upstream_saves_and_loads(
-    gain_here: Path, tiny: TinyLlava, patched_llava: Path, tmp_path: Path
+    gain_here: Path, library_forks: Forks, tiny: TinyLlava, patched_llava: Path, tmp_path: Path
 ) -> None:
     import torch
     from llava.mm_utils import get_model_name_from_path
@@ -100,7 +103,9 @@ def test_a_foreign_mode_trains_through_upstream_saves_and_loads(
 
     output = tmp_path / "gained"
     mode = {"tuning_mode": "gain", "gain_first_layer": 1, "freeze_mm_mlp_adapter": True, "learning_rate": 0.3}
-    done = run_train(train_flags(tiny, output, mode), patched_llava)
+    flags = train_flags(tiny, output, mode)
+    done = library_forks.run("-c", TRAIN_CODE, *flags, cwd=tmp_path, env=subprocess_environment(patched_llava))
+    assert done.returncode == 0, done.stderr[-4000:]
     assert "gain" in done.stdout, "the table of trainable parameters"
     described = json.loads((output / "llava_steering_config.json").read_text())
     assert (described["peft_type"], described["settings"]) == ("LLAVA_GAIN", {"first_layer": 1})
@@ -119,10 +124,11 @@ def test_a_foreign_mode_trains_through_upstream_saves_and_loads(
 
 
 def test_a_foreign_modes_flags_are_checked_and_unknown_ones_refused(
-    gain_here: Path, tiny: TinyLlava, patched_llava: Path, tmp_path: Path
+    gain_here: Path, library_forks: Forks, tiny: TinyLlava, patched_llava: Path, tmp_path: Path
 ) -> None:
     mode = {"tuning_mode": "gain", "mores_rank": 2, "gain_frist_layer": 1}
-    done = run_train(train_flags(tiny, tmp_path / "out", mode), patched_llava, check=False)
+    flags = train_flags(tiny, tmp_path / "out", mode)
+    done = library_forks.run("-c", TRAIN_CODE, *flags, cwd=tmp_path, env=subprocess_environment(patched_llava))
     assert done.returncode == 2
     assert "--mores_rank belongs to another mode than gain" in done.stderr
     assert "gain_frist_layer" in done.stderr

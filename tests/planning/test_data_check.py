@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bad_samples import BAD, good_samples, pictured, said, write_data, write_pictures
+from forks import Forks
 from tiny_llava import VISUAL_TOKENS, TinyLlava
 from training_runs import subprocess_environment
 from typer.testing import CliRunner, Result
@@ -26,6 +25,8 @@ from llava_steering_plugin.planning import data_check
 from llava_steering_plugin.planning.data_check import Checker
 from llava_steering_plugin.planning.data_report import DataReport, Finding
 from llava_steering_plugin.training.data.sample_checks import SampleChecks
+
+pytest_plugins = ["fork_fixtures"]
 
 
 @pytest.fixture(scope="module")
@@ -202,17 +203,13 @@ def test_percentiles_are_lengths_that_occur() -> None:
 
 
 def test_in_a_process_of_its_own_standard_output_is_json_alone(
-    folder: Path, tiny: TinyLlava, patched_llava: Path
+    folder: Path, library_forks: Forks, tiny: TinyLlava, patched_llava: Path
 ) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "llava_steering_plugin", "check-data", str(folder / "data.json"), "--json"),
-            *("--image-folder", str(folder / "images"), "--model_name_or_path", str(tiny.llava), "--processes", "2"),
-        ],
+    done = library_forks.run(
+        *("-m", "llava_steering_plugin", "check-data", str(folder / "data.json"), "--json"),
+        *("--image-folder", str(folder / "images"), "--model_name_or_path", str(tiny.llava), "--processes", "2"),
         cwd=folder,
         env=subprocess_environment(patched_llava),
-        text=True,
-        capture_output=True,
     )
     assert done.returncode == 1, done.stderr
     assert json.loads(done.stdout)["bad"] == len(BAD)

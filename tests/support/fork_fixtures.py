@@ -1,4 +1,7 @@
-"""Servers that fork upstream's programs, one over each copy of llava, for all tests of a session that want them."""
+"""Servers that fork upstream's programs, one over each copy of llava, for all tests of a session that want them.
+
+And one whose processes import llava, this package and others by themselves, wherever their PYTHONPATH says.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from forks import Forks
+from forks import LIBRARIES, Forks
 from training_runs import subprocess_environment
 
 
@@ -30,3 +33,13 @@ def patched_forks(patched_llava: Path, tmp_path_factory: pytest.TempPathFactory)
 def pristine_forks(pristine_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     with forks_over(pristine_llava, tmp_path_factory.mktemp("pristine-forks")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def library_forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    folder = tmp_path_factory.mktemp("library-forks")
+    server = Forks(subprocess_environment(folder), folder, LIBRARIES)
+    try:
+        yield server
+    finally:
+        server.close()

@@ -7,13 +7,15 @@ reads lines of JSON and answers each with one:
     {"words": [...], "env": {...}, "cwd": path, "files": path} ->  the same, for `python WORDS`
     {"poll": number}                                           ->  its exit status, negative for a signal, or null
 
-Not for what a test promises of the start itself: the order of imports, the hooks of a patched llava on a module that
-runs as `__main__`, a foreign package on the path.
+Not for what a test promises of the start itself, such as the order of imports. A server of `UPSTREAM` is not for the
+hooks of a patched llava on a module that runs as `__main__` either, nor for a foreign package on the path: after
+`LIBRARIES`, each process imports llava and this package by itself, from its own PYTHONPATH.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import logging
 import os
@@ -30,14 +32,29 @@ from typing import Any
 
 # What changes files in a folder, as Python reports it.
 FILE_EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+# What a server imports before it forks: the training of a llava, or what llava is made of and takes most of the time.
+UPSTREAM = ("llava.train.train",)
+LIBRARIES = (
+    "sentencepiece",
+    "transformers.modeling_utils",
+    "transformers.models.clip.image_processing_clip",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.llama.tokenization_llama",
+)
 
 
 class Forks:
     """A server, on this side of its pipes."""
 
-    def __init__(self, env: Mapping[str, str], cwd: Path):
+    def __init__(self, env: Mapping[str, str], cwd: Path, imported: Sequence[str] = UPSTREAM):
         self.server = subprocess.Popen(
-            [sys.executable, __file__], env=env, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, *imported],
+            env=env,
+            cwd=cwd,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.count = 0
         self.cwd = cwd
@@ -66,7 +83,15 @@ class Forks:
         env: Mapping[str, str] | None = None,
         timeout: float = 500,
     ) -> subprocess.CompletedProcess[str]:
-        """Do what `subprocess.run([sys.executable, *words])` does; the words begin with -m and a module."""
+        """Do what `subprocess.run([sys.executable, *words])` does.
+
+        Args:
+            words: they begin with -m and a module, -c and code, or a script.
+            cwd: where it runs.
+            stdin: what it may read.
+            env: what it has in its environment beside the server's; a PYTHONPATH takes the place of the server's.
+            timeout: in seconds; it is killed after that.
+        """
         with self._one_at_a_time:
             self.count += 1
             files = self.cwd / str(self.count)
@@ -103,8 +128,8 @@ class Forks:
 
 
 def serve() -> None:
-    from llava.train import train as upstream  # noqa: F401
-
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     gc.freeze()  # no process goes through all that was imported to find garbage, nor copies its memory for that
     # Answers alone go through the pipe: whatever the imports wrote on standard output went elsewhere.
     for line in sys.stdin:
@@ -122,7 +147,7 @@ def serve() -> None:
 
 
 def run(request: dict[str, Any]) -> None:
-    """Run a program in this process, which was forked for it, as `python -m` would, and end it."""
+    """Run a program in this process, which was forked for it, as Python would, and end it."""
     status = 1
     try:
         os.setpgid(0, 0)
@@ -130,11 +155,10 @@ def run(request: dict[str, Any]) -> None:
             flags = os.O_WRONLY | os.O_CREAT if stream else os.O_RDONLY
             os.dup2(os.open(Path(request["files"]) / name, flags), stream)
         os.chdir(request["cwd"])
+        _search(os.environ.get("PYTHONPATH", ""), request["env"].get("PYTHONPATH"))
         os.environ.update(request["env"])
-        words = request["words"]
         sys.stdin = open(0, closefd=False)  # the server's own has read ahead
-        sys.orig_argv, sys.argv, sys.path[0] = [sys.executable, *words], words[1:], request["cwd"]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        _run_as_main(request["words"], request["cwd"])
         status = 0
     except SystemExit as stopped:
         if isinstance(stopped.code, str):
@@ -147,6 +171,26 @@ def run(request: dict[str, Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _search(servers: str, own: str | None) -> None:
+    """Put the folders of a PYTHONPATH on the path, in the place of the server's."""
+    if own is not None:
+        others = [folder for folder in sys.path[1:] if folder not in servers.split(os.pathsep)]
+        sys.path[1:] = [*filter(None, own.split(os.pathsep)), *others]
+
+
+def _run_as_main(words: Sequence[str], cwd: str) -> None:
+    sys.orig_argv = [sys.executable, *words]
+    if words[0] == "-m":
+        sys.argv, sys.path[0] = list(words[1:]), cwd
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv, sys.path[0] = ["-c", *words[2:]], cwd
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv, sys.path[0] = list(words), str(Path(words[0]).resolve().parent)
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def train(request: dict[str, Any]) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+from forks import Forks
 from training_runs import subprocess_environment
 
+pytest_plugins = ["fork_fixtures"]
 
-def test_with_cpu_everything_that_upstream_says_about_cuda_means_the_processor(tmp_path: Path) -> None:
+
+def test_with_cpu_everything_that_upstream_says_about_cuda_means_the_processor(
+    library_forks: Forks, tmp_path: Path
+) -> None:
     builder = tmp_path / "llava" / "model" / "builder.py"
     builder.parent.mkdir(parents=True)
     (tmp_path / "llava" / "__init__.py").touch()
@@ -40,13 +43,11 @@ assert load("path", None, "name") == ("cpu", "auto", {})
 assert load("path", None, "name", device="cuda", load_4bit=True) == ("cpu", "auto", {"load_4bit": True})
 assert load("path", None, "name", "auto", "cpu") == ("cpu", "auto", {})
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=subprocess_environment(tmp_path), text=True, capture_output=True
-    )
+    done = library_forks.run("-c", code, cwd=tmp_path, env=subprocess_environment(tmp_path))
     assert done.returncode == 0, done.stderr
 
 
-def test_a_loader_without_a_device_is_told_by_its_device_map(tmp_path: Path) -> None:
+def test_a_loader_without_a_device_is_told_by_its_device_map(library_forks: Forks, tmp_path: Path) -> None:
     builder = tmp_path / "llava" / "model" / "builder.py"
     builder.parent.mkdir(parents=True)
     (tmp_path / "llava" / "__init__.py").touch()
@@ -58,7 +59,5 @@ from llava.model.builder import load_pretrained_model as load
 assert load("path") == load("path", device_map="auto") == {"": "cpu"}
 assert load("path", {"": "disk"}) == {"": "disk"}
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=subprocess_environment(tmp_path), text=True, capture_output=True
-    )
+    done = library_forks.run("-c", code, cwd=tmp_path, env=subprocess_environment(tmp_path))
     assert done.returncode == 0, done.stderr

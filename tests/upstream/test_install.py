@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from forks import Forks
 from small_checkout import make_checkout, run_python
 from training_runs import subprocess_environment
 
 from llava_steering_plugin.checkout.find import find_llava
 from llava_steering_plugin.checkout.patch import patch
 from llava_steering_plugin.upstream import startup
+
+pytest_plugins = ["fork_fixtures"]
 
 
 @pytest.fixture
@@ -94,10 +97,12 @@ def test_train_py_as_the_main_program_without_a_mode_runs_as_ever(checkout: Path
     assert done.stdout.startswith("ran __main__")
 
 
-def test_upstreams_own_train_py_as_a_script_stops_too(patched_llava: Path, tmp_path: Path) -> None:
+def test_upstreams_own_train_py_as_a_script_stops_too(
+    library_forks: Forks, patched_llava: Path, tmp_path: Path
+) -> None:
     environment = subprocess_environment(patched_llava)
     script = str(patched_llava / "llava" / "train" / "train.py")
-    done = run_python(script, "--tuning_mode", "mores", path=[patched_llava], cwd=tmp_path, **environment)
+    done = library_forks.run(script, "--tuning_mode", "mores", cwd=tmp_path, env=environment)
     assert done.returncode == 1
     assert "python -m llava_steering_plugin.launch llava.train.train --tuning_mode mores" in done.stderr
 
@@ -133,7 +138,7 @@ def test_a_name_given_by_the_user_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_broken_hook_surfaces_as_itself_and_not_as_a_puzzle_of_llavas_own_making(
-    patched_llava: Path, tmp_path: Path
+    library_forks: Forks, patched_llava: Path, tmp_path: Path
 ) -> None:
     # llava/model/__init__.py has a bare `except: pass`; a hook that ran below it would vanish there.
     code = (
@@ -141,6 +146,6 @@ def test_a_broken_hook_surfaces_as_itself_and_not_as_a_puzzle_of_llavas_own_maki
         "ours.HOOKS = {'llava.mm_utils': 'no_such_plugin_module:hook'}\n"
         "import llava\n"
     )
-    done = run_python("-c", code, path=[patched_llava], cwd=tmp_path, **subprocess_environment(patched_llava))
+    done = library_forks.run("-c", code, cwd=tmp_path, env=subprocess_environment(patched_llava))
     assert done.returncode != 0
     assert "llava plugin 'steering'" in done.stderr and "no_such_plugin_module" in done.stderr
