@@ -20,7 +20,7 @@ from llava_steering_plugin.serving.http.app import build
 from llava_steering_plugin.serving.http.limits import Limits
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def controller(patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Upstream's controller, as a process."""
     folder, port = tmp_path_factory.mktemp("controller"), free_port()
