@@ -24,13 +24,22 @@ if [ "${1:-}" = --fast ]; then
 fi
 if [ $# != 0 ]; then exec pytest "$@"; fi
 
+# Every save is flushed to the disk, and the tests save thousands of times: their files lie in memory where there is
+# room for them and programs may be run from there.
+place=()
+if [ -w /dev/shm ] && [ "$(df -Pk /dev/shm | awk 'END { print $4 }')" -gt $((4 << 20)) ]; then
+  scratch=$(mktemp -d /dev/shm/steering-tests.XXXXXX)
+  trap 'rm -rf "$scratch"' EXIT
+  cp "$(type -P true)" "$scratch/" && "$scratch/true" 2>/dev/null && place=(--basetemp "$scratch/pytest")
+fi
+
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # the processes share nothing, and have a core each
 status=0
 summary=()
 for kind in "${kinds[@]}"; do
   started=$SECONDS
   [ "$kind" = slow ] && select=slow || select="not slow"
-  pytest -m "$select" -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder --durations 30 || status=$?
+  pytest -m "$select" ${place[@]+"${place[@]}"} -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder --durations 30 || status=$?
   taken=$((SECONDS - started))
   summary+=("$(printf '%s tests: %d min %02d s' "$kind" $((taken / 60)) $((taken % 60)))")
 done
