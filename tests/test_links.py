@@ -60,6 +60,8 @@ FOREIGN = {
 FOREIGN_FOLDERS = ("diagnosis/", "llava/", "mores/", "language_model/", "connector/", "multitask/results.json")
 
 
+# Pages of which most file names are others': there, only what lies in a folder of ours is looked for.
+LISTS_OF_OTHERS = {"benchmarks-data.md"}
 # Files of benchmarks: what `evaluation/` names, it reads, or cites as a rule's source.
 OF_BENCHMARKS = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / PACKAGE / "evaluation").rglob("*.py"))
 
@@ -98,6 +100,8 @@ def dead_links(page: Path) -> Iterator[str]:
 def dead_paths(page: Path) -> set[str]:
     """Return the files of this repository that a page names, in backticks or in its code, and that are not there."""
     words = {word for span in CODE_SPAN.findall(prose(page)) for word in span.split() if FILE.fullmatch(word)}
+    if page.name in LISTS_OF_OTHERS:
+        words = {word for word in words if word.startswith(("docs/", "patches/", "scripts/", "tests/"))}
     words -= {word for word in words if word in FOREIGN or word.startswith(FOREIGN_FOLDERS)}
     words -= {word for word in words if re.search(rf"(?<![\w.]){re.escape(word)}(?![\w.]*\w)", OF_BENCHMARKS)}
     words |= {word.rstrip(".") for word in IN_CODE.findall(page.read_text(encoding="utf-8"))}

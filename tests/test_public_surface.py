@@ -37,6 +37,7 @@ COMMANDS = {
     "diagnose",
     "check-data",
     "score",
+    "prepare",
     "report",
 }
 OPTIONS = {
@@ -50,6 +51,7 @@ OPTIONS = {
         *("--image_aspect_ratio", "--image-aspect-ratio"),
     },
     "report": {"results", "--output", "-o", "--title"},
+    "prepare": {"task", "--source", "--output", "--split", "--samples", "--seed"},
     "score": {
         *("task", "answers", "--annotations", "--output", "--submission", "--split", "--questions", "--allow-missing"),
     },

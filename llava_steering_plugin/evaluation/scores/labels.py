@@ -53,7 +53,7 @@ def read_vsr(source: Path, wanted: Wanted) -> References:
     Raises:
         DataError: the file is missing, damaged, or of another layout.
     """
-    path = official(source, "test.jsonl")
+    path = official(source, "splits/random/test.jsonl", "test.jsonl")
     lines = read_lines(path)
     with reading(path):
         if wrong := [line["label"] for line in lines if line["label"] not in (0, 1)]:
