@@ -89,11 +89,12 @@ def measure_image(
     score = AnswerScore(model, this_pass, size, images.dtype, adapter)
     with watched_updates(opened.loaded.pool.modules(adapter)) as updates:
         attention, output = _attention(model, this_pass, visual)
-    if not bool(attention.isfinite().all()):
+    chance = score.of_logits(output.logits)
+    if not bool(attention.isfinite().all() and chance.isfinite().all()):
         raise ArgumentsError("the model computes NaN or infinite numbers.")
     return {
         "answer": tokenizer.decode(ids, skip_special_tokens=True).strip(),
-        "log_probability": rounded(score.of_logits(output.logits))[0],
+        "log_probability": rounded(chance)[0],
         "conversation": answering.template(question),
         "grid": {"rows": grid.rows, "columns": grid.columns, "box": [float(edge) for edge in grid.box]},
         "tokens": {"image": len(visual), "shown": grid.rows * grid.columns},

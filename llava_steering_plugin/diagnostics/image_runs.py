@@ -173,5 +173,5 @@ def _thumbnail(picture: Image.Image) -> str:
     small = picture.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
-    small.save(file, "JPEG", quality=85)
+    small.save(file, "JPEG", quality=90, subsampling=0)  # patches of a small image keep their colours
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

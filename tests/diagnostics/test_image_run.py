@@ -10,6 +10,7 @@ import base64
 import csv
 import io
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -164,6 +165,21 @@ def test_a_lora_is_shown_beside_its_base_and_a_base_alone(
     assert png.stat().st_size < 500_000
 
 
+def test_of_an_image_in_tiles_the_first_is_shown_and_the_tokens_of_all_counted(
+    show: Run, tiny: TinyLlava, tmp_path: Path
+) -> None:
+    anyres = shutil.copytree(tiny.llava, tmp_path / "llava-anyres")
+    config = json.loads((anyres / "config.json").read_text())
+    config |= {"image_aspect_ratio": "anyres", "image_grid_pinpoints": [[112, 56]], "mm_patch_merge_type": "flat"}
+    (anyres / "config.json").write_text(json.dumps(config))
+    (model,) = show(anyres, "--answer", "red", "--occlusion-window", "2")["models"]
+    assert model["tokens"] == {"image": 3 * VISUAL_TOKENS, "shown": VISUAL_TOKENS}
+    assert model["grid"]["box"] == [0, 0, 120, 56]
+    (word,) = model["words"]
+    assert 0 < sum(flat(word["attention"])) < word["on_image"]
+    assert len(set(flat(model["effect"]["values"]))) == 4
+
+
 @pytest.fixture(scope="module")
 def scored(tiny: TinyLlava, patched_llava: Path) -> tuple[Any, Any]:
     """A LLaVA in float32, and the score of "It is red." for it."""
@@ -217,6 +233,7 @@ def test_colour_scales_hold_all_maps_of_a_kind_but_sinks() -> None:
 
     one = model([0.1, 0.9, 0.2], [[0, 1]], {"values": [[0.5, -2.0, 1.0]]})
     other = model([0.3, 0.1, 0.1], [], none)
+    assert scales_of([model([0.5, 0.5, 0.5], [[0, 0], [0, 1], [0, 2]], none)])["attention"] == 1.0
     assert scales_of([one, other]) == {"attention": 0.3, "effect": 2.0, "update": 1.0}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten, wrap
@@ -18,7 +19,7 @@ SHARES, SIGNED = "viridis", "PuOr"
 OPACITY = 0.75
 PANEL = 1.9  # inches
 TITLES = {"effect": "effect\non the answer", "update": "MoReS' update\nmean of layers"}
-ATTENTION = "share of a word's attention that goes to the patch"
+ATTENTION = "share of a word's attention\nthat goes to the patch"
 UPDATE = "|update| / |hidden state|"
 EFFECTS = {
     "occlusion": "log-probability lost\nwhen hidden (purple:\nthe answer needs it)",
@@ -47,7 +48,8 @@ def draw_image(document: Mapping[str, Any], target: Path) -> list[Path]:
     height = PANEL * min(max((bottom - top) / (right - left), 0.4), 2.0) + 0.45
     figure = new_figure((PANEL * columns, height * len(models) + 1.3))
     figure.suptitle("\n".join(wrap(document["settings"]["question"], 16 * columns)[:3]), fontsize=11, parse_math=False)
-    axes = figure.subplots(len(models), columns, squeeze=False)
+    grid = figure.add_gridspec(len(models) + 1, columns, height_ratios=[*[1.0] * len(models), 0.04])
+    axes = [[figure.add_subplot(grid[row, column]) for column in range(columns)] for row in range(len(models))]
     pixels = _thumbnail(document)
     drawn: dict[str, Any] = {}
     for row, model in zip(axes, models, strict=True):
@@ -55,7 +57,7 @@ def draw_image(document: Mapping[str, Any], target: Path) -> list[Path]:
             _prepare(place, (left, top, right, bottom))
         _picture(row[0], document, pixels)
         said = shorten(model["answer"], 60, placeholder=" ...")
-        _title(row[0], f'{model["name"]}\n"{said}"')
+        _title(row[0], f'{model["name"]}:\n"{said}" (p = {math.exp(model["log_probability"]):.2g})')
         for place, word in zip(row[1:], model["words"][:WORDS], strict=False):
             drawn["attention"] = _overlay(place, document, model, pixels, word["attention"], (0, scales["attention"]))
             _mark(place, model)
@@ -71,10 +73,10 @@ def draw_image(document: Mapping[str, Any], target: Path) -> list[Path]:
                 continue
             low = -scales[kind] if kind == "effect" else 0
             drawn[kind] = _overlay(place, document, model, pixels, model[kind]["values"], (low, scales[kind]))
-    groups = {"attention": axes[:, 1 : 1 + words]}
-    groups |= {kind: axes[:, 1 + words + number : 2 + words + number] for number, kind in enumerate(kinds)}
+    bars = {"attention": grid[-1, 1 : 1 + words]}
+    bars |= {kind: grid[-1, 1 + words + number] for number, kind in enumerate(kinds)}
     for kind, image in drawn.items():
-        _bar(figure, image, groups[kind], kind, models)
+        _bar(figure, image, bars[kind], kind, models)
     return save_figure(figure, target)
 
 
@@ -84,18 +86,16 @@ def scales_of(models: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for model in models:
         sinks = {tuple(place) for place in model["sinks"]}
         for word in model["words"][:WORDS]:
-            found["attention"] = max(
-                found["attention"],
-                *(
-                    value
-                    for row, line in enumerate(word["attention"])
-                    for column, value in enumerate(line)
-                    if (row, column) not in sinks
-                ),
-            )
+            shares = [
+                value
+                for row, line in enumerate(word["attention"])
+                for column, value in enumerate(line)
+                if (row, column) not in sinks
+            ]
+            found["attention"] = max([found["attention"], *shares])
         for kind in ("effect", "update"):
             for line in model[kind].get("values", ()):
-                found[kind] = max(found[kind], *(abs(value) for value in line if value is not None), 0.0)
+                found[kind] = max([found[kind], *(abs(value) for value in line if value is not None)])
     return {kind: end or 1.0 for kind, end in found.items()}
 
 
@@ -196,7 +196,7 @@ def _say(place: Any, text: str) -> None:
     )
 
 
-def _bar(figure: Any, image: Any, axes: Any, kind: str, models: Sequence[Mapping[str, Any]]) -> None:
+def _bar(figure: Any, image: Any, place: Any, kind: str, models: Sequence[Mapping[str, Any]]) -> None:
     label = {"attention": ATTENTION, "update": UPDATE}.get(kind, "")
     measured = [model[kind] for model in models if "values" in model.get(kind, ())]
     if kind == "effect":
@@ -208,12 +208,10 @@ def _bar(figure: Any, image: Any, axes: Any, kind: str, models: Sequence[Mapping
         label = f"{label}\n(crossed: sinks, beyond the scale)"
     bar = figure.colorbar(
         image,
-        ax=axes,
-        location="bottom",
-        shrink=0.9,
-        pad=0.02,
-        aspect=14 * axes.shape[1],  # all bars are equally thick
+        cax=figure.add_subplot(place),
+        orientation="horizontal",
         extend="max" if sinks else "neither",
+        extendfrac=0.03,
     )
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
