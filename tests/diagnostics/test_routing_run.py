@@ -16,6 +16,7 @@ import pytest
 import torch
 from diagnosing import diagnosed, saved_adapter
 from PIL import Image
+from reports import reported
 from steered import load_llava
 from tiny_llava import TinyLlava
 
@@ -160,6 +161,20 @@ def test_routing_by_task_is_worth_something_and_constant_routing_is_worth_nothin
             assert picture.width > 1000
         assert "by_task" in (tmp_path / "out" / f"{name}.svg").read_text()
 
+    page = reported(tmp_path / "report.html", tmp_path / "out")
+    worth = page.traces("added loss")
+    assert worth.keys() == {"over all", SEEING, KNOWING}
+    variants = ("shuffled", "shuffled_within_task", "most_frequent", "random")
+    assert worth["over all"]["y"] == [lost[variant]["mean"] for variant in variants]
+    assert page.traces("mutual information")["by_task, A"]["y"] == pytest.approx([1])
+    uses = [[place["use"] for place in model["places"] if place["side"] == "A"] for model in (by_task, constant)]
+    drawn = [each["z"] for each in page.maps()]
+    assert all(each in drawn for each in (*uses, by_task["overlap"]["A"]))
+    scores = [[point[0] for point in by_task["embeddings"]["A"]["scores"]]]
+    planes = [[x for trace in data for x in trace["x"]] for data, _ in page.figures if data[0].get("mode") == "markers"]
+    assert sorted(scores[0]) in map(sorted, planes)
+    assert "0 (0 to 0) with those of another sample of the same task" in page.text
+
 
 def test_an_interrupted_run_goes_on_and_ends_as_the_whole_one(
     diagnose: Run, adapters: dict[str, Path], tasks: Path, tmp_path: Path
@@ -190,6 +205,10 @@ def test_of_one_task_only_what_needs_no_other_is_measured(
     assert model["overlap"] is model["embeddings"] is model["places"][0]["mutual_information"] is None
     assert set(model["forced"]) == {"shuffled", "most_frequent", "random"}
     assert not (tmp_path / "out" / "routing-tsne.png").exists()
+    page = reported(tmp_path / "report.html", tmp_path / "out")
+    assert page.traces("added loss").keys() == {"over all"}
+    assert "one task: mutual information" in page.text
+    assert len(page.maps()) == 2  # the use of A and of B
 
 
 def test_bad_input_is_refused_in_one_message_before_a_model_loads(

@@ -36,7 +36,7 @@ class Page:
     figures: list[tuple[list[dict[str, Any]], dict[str, Any]]] = field(default_factory=list)
 
     def traces(self, title: str) -> dict[str, Any]:
-        """The named traces of the first figure whose y axis, or whose caption above it, has this title."""
+        """The named traces of the first figure whose y axis has this title."""
         found = (data for data, layout in self.figures if layout["yaxis"]["title"].get("text") == title)
         return {trace["name"]: trace for trace in next(found) if "name" in trace}
 

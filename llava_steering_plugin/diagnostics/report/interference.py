@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llava_steering_plugin.diagnostics.report.drawing import Line, draw_lines, draw_map
+from llava_steering_plugin.diagnostics.report.lines import Line, draw_lines
+from llava_steering_plugin.diagnostics.report.maps import draw_map
 from llava_steering_plugin.diagnostics.report.parts import (
     NONE,
     Figure,

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llava_steering_plugin.diagnostics.report.drawing import MANY_LINES, Line, draw_lines, draw_map
+from llava_steering_plugin.diagnostics.report.lines import MANY_LINES, Line, draw_lines
+from llava_steering_plugin.diagnostics.report.maps import draw_map
 from llava_steering_plugin.diagnostics.report.parts import (
     Figure,
     Run,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from llava_steering_plugin.diagnostics.report.interference import interference_section
 from llava_steering_plugin.diagnostics.report.modality import modality_section
 from llava_steering_plugin.diagnostics.report.parts import Run, Section
+from llava_steering_plugin.diagnostics.report.routing import routing_section
 from llava_steering_plugin.diagnostics.report.steering import steering_section
 from llava_steering_plugin.diagnostics.report.training import training_section
 
@@ -34,5 +35,6 @@ MEASURES = {
     "modality": Measure("modality.json", "llava-steering diagnose modality", modality_section),
     "steering": Measure("steering.json", "llava-steering diagnose steering", steering_section),
     "interference": Measure("interference.json", "llava-steering diagnose interference", interference_section),
+    "routing": Measure("routing.json", "llava-steering diagnose routing", routing_section),
     TRAINING: Measure("trainer_state.json", "any training of LLaVA's", training_section),
 }

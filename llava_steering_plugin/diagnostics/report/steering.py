@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llava_steering_plugin.diagnostics.report.drawing import MANY_LINES, SEQUENTIAL, Line, draw_lines, draw_map
+from llava_steering_plugin.diagnostics.report.lines import MANY_LINES, Line, draw_lines
+from llava_steering_plugin.diagnostics.report.maps import SEQUENTIAL, draw_map
 from llava_steering_plugin.diagnostics.report.parts import (
     NONE,
     Figure,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llava_steering_plugin.diagnostics.report.drawing import Line, draw_lines
+from llava_steering_plugin.diagnostics.report.lines import Line, draw_lines
 from llava_steering_plugin.diagnostics.report.parts import (
     Figure,
     Run,

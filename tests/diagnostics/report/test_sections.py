@@ -1,7 +1,8 @@
 """The section of each measure holds its numbers, also where some are missing, and for one model as for twenty.
 
 Modules: diagnostics/report/modality.py, diagnostics/report/interference.py, diagnostics/report/steering.py,
-diagnostics/report/training.py, diagnostics/report/drawing.py.
+diagnostics/report/training.py, diagnostics/report/look.py, diagnostics/report/lines.py, diagnostics/report/maps.py.
+Those of MixLoRA's choices (diagnostics/report/routing.py, diagnostics/report/points.py): ../test_routing_run.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from reports import interference_of, modality_of, reported, write_result
 
-from llava_steering_plugin.diagnostics.report.drawing import Line, draw_lines
+from llava_steering_plugin.diagnostics.report.lines import Line, draw_lines
 
 
 def test_attention_ratios_and_what_they_average_to(tmp_path: Path) -> None:

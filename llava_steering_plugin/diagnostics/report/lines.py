@@ -1,8 +1,4 @@
-"""Figures of plotly in one look: readable on light and dark pages, and by colour-blind readers.
-
-Backgrounds are transparent, and lines and maps have colours that stand out on both. The colour of texts and grids is
-the page's (style.css), which follows the reader's choice.
-"""
+"""Lines with their intervals, drawn by plotly."""
 
 from __future__ import annotations
 
@@ -13,20 +9,12 @@ from typing import Any
 
 from plotly import graph_objects
 
-# Okabe and Ito's colours that are readable on white and on black; grey takes the place of their black, and their
-# yellow is left out. A dash and a mark tell apart what has the same colour.
-COLOURS = ("#7f7f7f", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-DASHES = ("solid", "dash", "dot", "dashdot")
-MARKS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "triangle-down", "star")
-CLEAR = "rgba(0,0,0,0)"
-GREY = "#7f7f7f"
-GRID = "rgba(127,127,127,0.3)"
-DIVERGING = "PuOr_r"  # purple, white, orange
-SEQUENTIAL = "Blues"
+from llava_steering_plugin.diagnostics.report.look import COLOURS, DASHES, GREY, HEIGHT, MARKS, dress, escaped, faint
+
 MANY_POINTS = 60  # with more, lines have no marks
 MANY_LINES = 8  # with more, there are no intervals, and a hover label is of one line
-MANY_CELLS = 8  # a side; with more, numbers do not fit into a map
-HEIGHT = 380
+# Below a figure; plotly gives it a scroll bar where it would take more than half.
+LEGEND = {"orientation": "h", "x": 0, "yref": "container", "y": 0, "yanchor": "bottom", "font": {"size": 12}}
 KEY_ROW = 12  # pixels that a line's name takes below a figure; two stand in a row
 
 
@@ -81,8 +69,8 @@ def draw_lines(
                 x=part[0],
                 y=part[1],
                 fill="toself",
-                fillcolor=_faint(colour, 0.15),
-                line={"color": _faint(colour, 0.4), "width": 1},
+                fillcolor=faint(colour, 0.15),
+                line={"color": faint(colour, 0.4), "width": 1},
                 mode="lines",
                 hoverinfo="skip",
                 showlegend=False,
@@ -96,13 +84,14 @@ def draw_lines(
             legendgroup=str(line.name),
             mode="lines" if len(line.x) > MANY_POINTS else "lines+markers",
             line={"color": colour, "width": 2, "dash": DASHES[variant % len(DASHES)]},
-            marker={"symbol": MARKS[line.look % len(MARKS)], "size": 7},
+            # Hollow marks are larger, and show where two lines are the same.
+            marker={"symbol": MARKS[line.look % len(MARKS)] + "-open" * (variant % 2), "size": 7 + 3 * (variant % 2)},
             hovertemplate="%{y:.4g}" if unified else "%{fullData.name}<br>%{x}: %{y:.4g}<extra></extra>",
         )
-    _dress(figure, HEIGHT + KEY_ROW * max(0, len(lines) - 4))
+    dress(figure, HEIGHT + KEY_ROW * max(0, len(lines) - 4))
     figure.update_layout(
         hovermode="x unified" if unified else "closest",
-        legend={"orientation": "h", "x": 0, "yref": "container", "y": 0, "yanchor": "bottom", "font": {"size": 12}},
+        legend=LEGEND,
         showlegend=True,
     )
     figure.update_xaxes(
@@ -126,89 +115,6 @@ def draw_lines(
     return figure
 
 
-def draw_map(
-    values: Sequence[Sequence[float | None]],
-    columns: Sequence[str],
-    rows: Sequence[str],
-    *,
-    x: str,
-    y: str,
-    scale: tuple[float, float],
-    colours: str = DIVERGING,
-    ticks: dict[float, str],
-    words: Sequence[Sequence[str]],
-) -> Any:
-    """Draw a heat map.
-
-    Args:
-        values: [rows][columns], the first row on top.
-        x, y: titles of the axes.
-        scale: the values at its ends; what lies beyond has the colour of the end.
-        colours: a colour scale; the usual one is purple below the middle and orange above.
-        ticks: values of the scale, with what is written there.
-        words: what hover labels, and small maps, write in each cell.
-    """
-    small = max(len(columns), len(rows)) <= MANY_CELLS
-    figure = graph_objects.Figure(
-        graph_objects.Heatmap(
-            z=[list(row) for row in values],
-            x=list(range(len(columns))),
-            y=list(range(len(rows))),
-            zmin=scale[0],
-            zmax=scale[1],
-            colorscale=colours,
-            text=[list(row) for row in words],
-            texttemplate="%{text}" if small else None,
-            customdata=[[[escaped(column), escaped(row)] for column in columns] for row in rows],
-            hovertemplate=f"{y} %{{customdata[1]}}<br>{x} %{{customdata[0]}}<br>%{{text}}<extra></extra>",
-            xgap=1,
-            ygap=1,
-            colorbar={
-                "thickness": 10,
-                "outlinewidth": 0,
-                "tickvals": list(ticks),
-                "ticktext": list(ticks.values()),
-            },
-        )
-    )
-    longest = max((len(name) for name in columns), default=0)
-    _dress(figure, max(HEIGHT, 44 * len(rows) + 90 + 5 * longest) if small else HEIGHT + 4 * len(rows))
-    for update, names, title in ((figure.update_xaxes, columns, x), (figure.update_yaxes, rows, y)):
-        step = 1 if small else max(1, math.ceil(len(names) / 16))
-        update(
-            title={"text": title},
-            tickvals=list(range(0, len(names), step)),
-            ticktext=[escaped(name) for name in names[::step]],
-            showgrid=False,
-        )
-    figure.update_xaxes(tickangle=-40 if longest > 3 else 0)
-    figure.update_yaxes(autorange="reversed")
-    return figure
-
-
-def escaped(name: str) -> str:
-    """Return a name as plotly shows it: it takes some HTML for itself, and what stands in %{...} for a value."""
-    return name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("%{", "%\N{ZERO WIDTH SPACE}{")
-
-
-def _dress(figure: Any, height: int) -> None:
-    """Give a figure the look that all have."""
-    figure.update_layout(
-        template="none",
-        height=height,
-        autosize=True,
-        margin={"l": 8, "r": 8, "t": 28, "b": 8},
-        paper_bgcolor=CLEAR,
-        plot_bgcolor=CLEAR,
-        font={"family": "system-ui, sans-serif", "size": 13, "color": GREY},
-        hoverlabel={"bgcolor": "#ffffff", "bordercolor": GREY, "font": {"color": "#1a1a1a"}, "namelength": -1},
-        modebar={"bgcolor": CLEAR, "color": GREY, "activecolor": COLOURS[1], "orientation": "h"},
-        dragmode=False,  # a finger on a phone scrolls the page
-    )
-    for update in (figure.update_xaxes, figure.update_yaxes):
-        update(automargin=True, gridcolor=GRID, zeroline=False, linecolor=GRID, title={"standoff": 8})
-
-
 def _bands(line: Line) -> Iterator[tuple[list[float], list[float]]]:
     """Yield the outlines of a line's interval: one for each stretch of points that have one."""
     points: list[tuple[float, float, float]] = []
@@ -229,11 +135,6 @@ def _outline(points: Sequence[tuple[float, float, float]]) -> tuple[list[float],
         *(p[1] for p in points[::-1]),
         points[0][2],
     ]
-
-
-def _faint(colour: str, strength: float) -> str:
-    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{strength})"
 
 
 def _whole_steps(lines: Sequence[Line]) -> dict[str, Any]:
