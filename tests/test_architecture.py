@@ -23,7 +23,8 @@ PACKAGE = "llava_steering_plugin"
 # From the ground up. A room imports rooms of lower floors only; rooms of one floor know nothing of each other.
 FLOORS = (
     ("errors", "lazy_imports"),
-    ("modes", "distributed"),
+    ("distributed",),
+    ("modes",),
     ("hooks",),
     ("adapters", "measures"),
     ("training", "convert", "pool"),

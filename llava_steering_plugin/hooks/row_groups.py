@@ -59,7 +59,9 @@ class Group:
             result: Tensor = module(output, inputs, self.this_pass)
             return result
         rows = self.this_pass.once(("rows", output.device), lambda: _on(self.rows, output.device))
-        part: Tensor = module(self._by_rows(output)[rows], self._by_rows(inputs)[rows], self.this_pass)
+        # A copy of the inputs that nobody reads is spared.
+        read = self._by_rows(inputs if getattr(module, "reads_inputs", True) else None)
+        part: Tensor = module(self._by_rows(output)[rows], read[rows], self.this_pass)
         # In place, as the host's output has no other reader yet and a copy would cost more than the update. Autograd,
         # however, may need the output unchanged.
         whole = output.clone() if output.requires_grad else output

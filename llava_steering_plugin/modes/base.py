@@ -163,7 +163,8 @@ class Mode(ABC):
         was called on a tensor with elements, so what works on some tokens only should be a module of its own that is
         called on those tokens alone.
 
-        `output` belongs to the module, which may write into it.
+        `output` belongs to the module, which may write into it. A module with a false `reads_inputs` may be given None
+        for its host's input: where the rows of a batch have several adapters, each would be given a copy of its own.
 
         A module whose host is a linear may also do the linear's backward pass, in one with its own. It says so with a
         true `takes_backward`. In passes with gradients it is then called with `weight` too, the linear's, if that is a

@@ -19,11 +19,11 @@ from llava_steering_plugin.modes.base import (
     DecoderShape,
     ForwardPass,
     Mode,
-    has_float64,
     largest_in,
     no_autocast,
     setting,
 )
+from llava_steering_plugin.modes.mores_frames import Basis, Frames, orthonormal
 from llava_steering_plugin.modes.mores_selection import TokenSelection, parse_layers
 
 # How far R R^T may be from I. Measured: 3e-8 at most up to a condition number of 1e4, 1e-6 at 1e5, 1e-2 at 1e7.
@@ -53,28 +53,31 @@ class Steering(nn.Module):
         self.steer_offset = nn.Parameter(torch.zeros(rank, dtype=torch.float32))
         self.dropout = nn.Dropout(dropout)
         nn.init.orthogonal_(self.steer_basis)
+        self.frames = Frames([self])
 
-    def basis(self) -> Tensor:
-        """Return R, float32 [rank, D] with orthonormal rows, made from the unconstrained parameter `raw`.
+    def basis(self, this_pass: ForwardPass | None = None) -> Tensor:
+        """Return R, float32 [rank, D] with orthonormal rows, made from the unconstrained parameter.
 
-        R = L^-1 raw with L L^T = raw raw^T: only the d x d Gram matrix is factored, and R does not depend on the
-        length of raw's rows, so weight decay cannot shrink it and no optimizer step can make it less orthonormal.
-        Float64 because float32 loses 1e-5 of orthonormality at a condition number of 100; `cholesky_ex` because the
-        plain call waits for the device to report success. On the CPU where the device has no float64 (MPS): the d rows
-        are few numbers to move.
+        Args:
+            this_pass: in which those of all layers are made at once.
         """
-        device = self.steer_basis.device
-        there = device if has_float64(device) else torch.device("cpu")
-        raw = self.steer_basis.to(there).double()
-        factor = torch.linalg.cholesky_ex(raw @ raw.T).L
-        rotation: Tensor = torch.linalg.solve_triangular(factor, raw, upper=False)
-        return rotation.float().to(device)
+        made = orthonormal(self.steer_basis) if this_pass is None else self.frames.of(self, this_pass)
+        basis: Tensor = Basis.apply(self.steer_basis, *made)  # type: ignore[no-untyped-call]
+        return basis
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, this_pass: ForwardPass | None = None) -> Tensor:
         with no_autocast(hidden.device):
             shifted = nn.functional.linear(hidden.float(), self.steer_shift.float(), self.steer_offset.float())
-            update: Tensor = self.dropout(shifted @ self.basis())
+            update: Tensor = self.dropout(shifted @ self.basis(this_pass))
         return update.to(hidden.dtype)
+
+    def train(self, mode: bool = True) -> Steering:
+        self.frames.forget(self)  # some optimizers write through `.data`, which torch does not count as a change
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.frames.forget(self)  # what was kept would stay behind on another device
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def set_paper_weights(self, rotation: Tensor, weight: Tensor, offset: Tensor) -> None:
@@ -118,20 +121,22 @@ class SteeredLayer(nn.Module):
         output: [rows, positions, D] in any float dtype.
     """
 
+    reads_inputs: ClassVar[bool] = False
+
     def __init__(self, selection: TokenSelection, steerings: dict[str, Steering]):
         super().__init__()
         self.selection = selection
         for modality, steering in steerings.items():
             self.add_module(modality, steering)
 
-    def forward(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass) -> Tensor:
+    def forward(self, output: Tensor, inputs: object, this_pass: ForwardPass) -> Tensor:
         if this_pass.decode:
             return output
         hidden = output.flatten(0, 1)
         for modality, steering in self.named_children():
             chosen = self.chosen(this_pass, modality, output.device)
             hidden, picked = _Pick.apply(hidden, chosen)  # type: ignore[no-untyped-call]
-            hidden = hidden.index_add(0, chosen, steering(picked))
+            hidden = hidden.index_add(0, chosen, steering(picked, this_pass))
         return hidden.view_as(output)
 
     def chosen(self, this_pass: ForwardPass, modality: str, device: torch.device) -> Tensor:
@@ -139,12 +144,10 @@ class SteeredLayer(nn.Module):
 
         def choose() -> Tensor:
             if modality == "vis":
-                mask = self.selection.mask(this_pass.visual)
-            else:
-                # Answers are not steered while they are decoded, so they must not be in training either.
-                text = this_pass.text & this_pass.prompt & this_pass.visual.any(1, keepdim=True)
-                mask = self.selection.mask(text, per_row=True)
-            return mask.flatten().nonzero().squeeze(1)
+                return self.selection.numbers(this_pass.visual)
+            # Answers are not steered while they are decoded, so they must not be in training either.
+            text = this_pass.text & this_pass.prompt & this_pass.visual.any(1, keepdim=True)
+            return self.selection.numbers(text, per_row=True)
 
         everywhere = this_pass.once(("mores", self.selection.spec, modality), choose)
         return this_pass.once(("mores", self.selection.spec, modality, device), lambda: everywhere.to(device))
@@ -239,10 +242,13 @@ class MoReS(Mode):
 
     def build(self, decoder: DecoderShape) -> dict[str, nn.Module]:
         selection = TokenSelection.parse(self.tokens)
-        return {
-            decoder.layers[number].path: SteeredLayer(
-                selection,
-                {kind: Steering(decoder.hidden_size, self.rank, self.dropout) for kind in MODALITIES[self.modality]},
-            )
+        layers = {
+            decoder.layers[number].path: {
+                kind: Steering(decoder.hidden_size, self.rank, self.dropout) for kind in MODALITIES[self.modality]
+            }
             for number in parse_layers(self.layers, len(decoder.layers))
         }
+        frames = Frames([steering for steerings in layers.values() for steering in steerings.values()])
+        for steering in frames.steerings:
+            steering.frames = frames
+        return {path: SteeredLayer(selection, steerings) for path, steerings in layers.items()}

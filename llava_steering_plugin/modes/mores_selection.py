@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+# bool or int64 [rows, positions].
+Places = npt.NDArray[Any]
 
 _TERM = re.compile(r"(?P<all>all)|f(?P<first>\d+)|l(?P<last>\d+)|uniform(?P<uniform>\d+)|(?P<percent>\d+(\.\d+)?)%")
 # More tokens than any image has. A longer number is none to a float, and means the same.
@@ -57,10 +63,10 @@ class TokenSelection:
 
     def count(self, tokens: int) -> int:
         """Return how many are selected of an image of `tokens` tokens."""
-        return int(self.mask(torch.ones(1, tokens, dtype=torch.bool)).sum())
+        return int(self._mask(np.ones((1, tokens), dtype=bool), per_row=False).sum())
 
     def mask(self, candidates: Tensor, *, per_row: bool = False) -> Tensor:
-        """Select among the True positions of `candidates`; return bool [rows, positions].
+        """Select among the True positions of `candidates`; return bool [rows, positions], in CPU memory.
 
         Every run of adjacent candidates is one image; with `per_row`, all candidates of a row are one run.
         Adjacent images with no text between them cannot be told apart and count as one.
@@ -69,8 +75,18 @@ class TokenSelection:
             candidates: bool [rows, positions].
             per_row: count all candidates of a row as one run.
         """
+        return torch.from_numpy(self._mask(candidates.cpu().numpy(), per_row))
+
+    def numbers(self, candidates: Tensor, *, per_row: bool = False) -> Tensor:
+        """Return the numbers of what `mask` selects among the flattened positions; int64 [tokens], in CPU memory.
+
+        Computed there too: a device would launch forty operations, and wait for their result all the same.
+        """
+        return torch.from_numpy(np.flatnonzero(self._mask(candidates.cpu().numpy(), per_row)))
+
+    def _mask(self, candidates: Places, per_row: bool) -> Places:
         place, length = _places(candidates, per_row)
-        chosen = torch.zeros_like(candidates)
+        chosen = np.zeros_like(candidates)
         for kind, amount in self.terms:
             if kind == "all":
                 chosen |= candidates
@@ -79,42 +95,43 @@ class TokenSelection:
             elif kind == "last":
                 chosen |= place >= length - amount
             elif kind == "uniform":
-                # No more than there are positions: an absurd number must not overflow the tensor.
-                chosen |= _evenly(place, length, torch.full_like(length, int(min(amount, candidates.shape[1]))))
+                # No more than there are positions: an absurd number must not overflow an integer.
+                chosen |= _evenly(place, length, np.full_like(length, int(min(amount, candidates.shape[1]))))
             else:
-                # Halves are rounded up, in integers: the count must not depend on a device's rounding.
+                # Halves are rounded up, in integers: the count must not depend on a machine's rounding.
                 thousandths = round(amount * 1000)
-                count = ((length * thousandths + 50_000) // 100_000).clamp(min=1)
+                count = np.maximum((length * thousandths + 50_000) // 100_000, 1)
                 chosen |= _evenly(place, length, count)
         return chosen & candidates
 
 
-def _places(candidates: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
+def _places(candidates: Places, per_row: bool) -> tuple[Places, Places]:
     """Return the place of each candidate in its run, from 0, and the run's length; int64 [rows, positions] each."""
-    ones = candidates.long()
+    ones = candidates.astype(np.int64)
     if per_row:
-        return ones.cumsum(1) - 1, ones.sum(1, keepdim=True).expand_as(ones)
-    before = torch.zeros_like(candidates)
+        return ones.cumsum(1) - 1, np.broadcast_to(ones.sum(1, keepdims=True), ones.shape)
+    before = np.zeros_like(candidates)
     before[:, 1:] = candidates[:, :-1]
     starts = candidates & ~before
-    position = torch.arange(candidates.shape[1], device=candidates.device).expand_as(ones)
-    place = position - (position * starts).cummax(1).values
-    run = starts.long().cumsum(1) * ones
-    lengths = torch.zeros(ones.shape[0], ones.shape[1] + 1, dtype=torch.long, device=ones.device)
-    lengths.scatter_add_(1, run, ones)
-    return place, lengths.gather(1, run)
+    position = np.broadcast_to(np.arange(candidates.shape[1]), ones.shape)
+    place = position - np.maximum.accumulate(position * starts, axis=1)
+    run = starts.cumsum(1) * ones
+    lengths = np.zeros((ones.shape[0], ones.shape[1] + 1), dtype=np.int64)
+    np.add.at(lengths, (np.arange(len(run))[:, None], run), ones)
+    return place, np.take_along_axis(lengths, run, axis=1)
 
 
-def _evenly(place: Tensor, length: Tensor, count: Tensor) -> Tensor:
+def _evenly(place: Places, length: Places, count: Places) -> Places:
     """Return True where `place` is one of `count` evenly spaced places of `length`; a single one is in the middle.
 
     Place j of N is round(j (length - 1) / (N - 1)): the first and the last token are always among N >= 2.
     """
-    count = torch.minimum(count, length)
-    steps, span = (count - 1).clamp(min=1), (length - 1).clamp(min=1)
+    count = np.minimum(count, length)
+    steps, span = np.maximum(count - 1, 1), np.maximum(length - 1, 1)
     nearest = (2 * place * steps + span) // (2 * span)
     spaced = (2 * nearest * span + steps) // (2 * steps) == place
-    return torch.where(count == 1, place == length // 2, spaced & (nearest <= steps))
+    chosen: Places = np.where(count == 1, place == length // 2, spaced & (nearest <= steps))
+    return chosen
 
 
 def parse_layers(spec: str, total: int | None = None) -> list[int]:

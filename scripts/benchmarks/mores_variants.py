@@ -40,10 +40,12 @@ class Variant:
             self.cache = model(inputs_embeds=embeds, use_cache=True).past_key_values
 
     def forward(self) -> None:
+        self._set_training(False)
         with torch.no_grad(), self._told():
             self.model(inputs_embeds=self.embeds, use_cache=False)
 
     def forward_backward(self) -> None:
+        self._set_training(True)
         embeds = self.embeds.detach().requires_grad_()
         with self._told():
             self.model(inputs_embeds=embeds, labels=self.labels, use_cache=False).loss.backward()
@@ -51,8 +53,13 @@ class Variant:
 
     def decode(self) -> None:
         """Run one step over the prefill's cache, in the scope that `generate` opens."""
+        self._set_training(False)
         with torch.no_grad(), self._generating():
             self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
+
+    def _set_training(self, training: bool) -> None:
+        if self.model.training is not training:
+            self.model.train(training)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -108,22 +115,22 @@ def size(variant: Variant, attachment: Attachment, flops: list[int], squares: in
 def expected(case: Case, mode: MoReS) -> Size:
     """Compute the same by formula, for D = width, d = rank, n steered tokens and L layers.
 
-    A forward multiplies n hidden states with M and n updates with R, 2 n D d each, and computes the Gram matrix,
-    2 d d D. The backward of a product costs twice as much. The backward of the triangular solve has a product of
-    2 d d D more, that of the Cholesky factor one of 2 d d d. torch counts products only: no solves and no sums.
+    A forward multiplies n hidden states with M and n updates with R, 2 n D d each; the backward of a product costs
+    twice as much. In training the Gram matrices of all layers are computed, 2 d d D each, and the gradient of R becomes
+    that of its parameter in three products of 2 d d D. torch counts products only: no solves and no sums.
     """
     wide, rank, layers = case.width, mode.rank, case.layers
     per_image = case.visual if mode.tokens == "all" else max(1, (case.visual + 50) // 100)
     tokens = case.batch * per_image
-    forward = 4 * tokens * wide * rank + 2 * rank * rank * wide
-    backward = 2 * forward + 2 * rank * rank * wide + 2 * rank**3
-    return Size(layers * forward, layers * (forward + backward), 0, layers * (2 * wide * rank + rank), 0, 0)
+    forward, gram = 4 * tokens * wide * rank, 2 * rank * rank * wide
+    return Size(layers * forward, layers * (3 * forward + 4 * gram), 0, layers * (2 * wide * rank + rank), 0, 0)
 
 
 def flops_of(variant: Variant) -> list[int]:
     """Return the FLOPs of a forward, a forward + backward and a decode step."""
     counts = []
     for call in (variant.forward, variant.forward_backward, variant.decode):
+        call()  # what is kept from one evaluation to the next is there then
         with FlopCounterMode(display=False) as counter:
             call()
         counts.append(int(counter.get_total_flops()))
