@@ -8,7 +8,6 @@ the clean-up of LLaVA's `scripts/convert_gqa_for_eval.py`; IconQA (arXiv 2110.13
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,22 +156,24 @@ def vision_flan_metrics(pairs: Sequence[Pair]) -> Metrics:
     points = {pair.key: float(plain(pair.text) == plain(pair.reference["answer"])) for pair in pairs}
     tasks = {pair.key: str(pair.reference["task"]) for pair in pairs if pair.reference["task"] is not None}
     metrics = accuracies(points, tasks)
-    if not without_rouge():
-        rouge = _rouge(pairs)
+    if (scorer := _rouge_scorer()) is not None:
+        rouge = {pair.key: scorer.score(pair.reference["answer"], pair.text)["rougeL"].fmeasure for pair in pairs}
         for group, values in metrics.items():
             values["rougeL"] = percent([rouge[key] for key in rouge if group in (ALL, tasks.get(key))])
     return metrics
 
 
-def _rouge(pairs: Sequence[Pair]) -> dict[str, float]:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    return {pair.key: scorer.score(pair.reference["answer"], pair.text)["rougeL"].fmeasure for pair in pairs}
+def _rouge_scorer() -> Any:
+    """Return what computes ROUGE-L; None: its package, or one that it needs, is not installed."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        return None
+    return RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def without_rouge() -> list[str]:
     """Return a note if ROUGE-L cannot be computed here."""
-    if importlib.util.find_spec("rouge_score") is not None:
+    if _rouge_scorer() is not None:
         return []
     return ["without ROUGE-L, which needs the package rouge-score: pip install 'llava-steering-plugin[scores]'"]

@@ -7,6 +7,7 @@ TextVQA's evaluation server is in github.com/facebookresearch/mmf, and in LLaVA 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 NUMBERS = {
     word: str(value)
@@ -41,6 +42,7 @@ def _contractions() -> dict[str, str]:
 CONTRACTIONS = _contractions()
 
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_MARK = re.compile(f"[{re.escape(PUNCTUATION)}]")
 _PERIOD = re.compile(r"\.(?!\d)")
 _MOST_PERIODS = 32  # the official code gives a flag in the place of this count, and so it is one
 
@@ -56,6 +58,8 @@ def without_punctuation(text: str) -> str:
     A mark goes if it stands beside a space anywhere in the text, and all marks go if a number has a comma in it; other
     marks become spaces. Periods go unless a digit follows.
     """
+    if _MARK.search(text) is None:  # as in most answers
+        return _PERIOD.sub("", text, count=_MOST_PERIODS)
     number = _COMMA_IN_NUMBER.search(text) is not None
     cleaned = text
     for mark in PUNCTUATION:
@@ -70,6 +74,7 @@ def without_articles(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
+@lru_cache(maxsize=1 << 16)  # annotators give the same few thousand answers
 def vqa_answer(text: str) -> str:
     """Normalise as VQA's evaluation does where its annotators disagree."""
     return without_articles(without_punctuation(one_line(text)))
