@@ -95,7 +95,9 @@ def check_mode(models: Mapping[str, str], base: str | None, problems: Problems, 
                 )
             if own is None and (kind := _other_kind(path)) is not None:
                 raise ArgumentsError(f"{path} is {kind}, and `{FITTING[mode]}` is for adapters of the mode {mode}.")
-            _check_model(name, path, base, bases=False)
+        with problems.noted():
+            if find(path) is not None or _other_kind(path) is None:
+                _check_model(name, path, base, bases=False)
 
 
 def check_same_base(models: Mapping[str, str], problems: Problems) -> None:

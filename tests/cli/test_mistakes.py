@@ -73,6 +73,11 @@ OF_INTERFERENCE: Mistakes = {
     "template": ({"--version": "klingon"}, "unknown conversation template 'klingon'"),
     "other base": ({"--model-base": "{here}/other"}, "was trained on"),
 }
+OF_STEERING: Mistakes = {**OF_MODALITY, "mode": ({"models": ["{here}/mixed"]}, "use `llava-steering diagnose routing`")}
+OF_ROUTING: Mistakes = {
+    **OF_INTERFERENCE,
+    "mode": ({"models": ["{here}/pets"]}, "use `llava-steering diagnose steering`"),
+}
 OF_AN_IMAGE: Mistakes = {
     **OF_A_DIAGNOSIS,
     "model": ({"models": ["/nope"]}, "/nope"),
@@ -187,12 +192,24 @@ def test_a_conversion_names_every_two_mistakes(here: Path) -> None:
     check_all_pairs(OF_A_CONVERSION, right, lambda options: convert(**options), here)
 
 
-@pytest.mark.parametrize("measure", ["modality", "interference"])
-def test_a_diagnosis_names_every_two_mistakes(measure: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llava_steering_plugin.diagnostics import runs, task_runs
+@pytest.mark.parametrize(
+    ("measure", "mistakes"),
+    [
+        ("modality", OF_MODALITY),
+        ("interference", OF_INTERFERENCE),
+        ("steering", OF_STEERING),
+        ("routing", OF_ROUTING),
+    ],
+)
+def test_a_diagnosis_names_every_two_mistakes(
+    measure: str, mistakes: Mistakes, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llava_steering_plugin.diagnostics import routing_runs, runs, steering_runs, task_runs
 
-    for module, name in ((runs, "open_model"), (task_runs, "open_tunable")):
-        monkeypatch.setattr(module, name, lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(runs, "open_model", lambda *_: pytest.fail("a model was loaded"))
+    for module in (task_runs, steering_runs, routing_runs):
+        monkeypatch.setattr(module, "open_tunable", lambda *_: pytest.fail("a model was loaded"))
+    adapter_folder(here / "mixed", mode="mixlora")
     base_folder(here / "other", hidden_size=32)
     (here / "a.png").touch()
     for file, image in (("q.jsonl", "a.png"), ("lost.jsonl", "lost.png")):
@@ -200,12 +217,13 @@ def test_a_diagnosis_names_every_two_mistakes(measure: str, here: Path, monkeypa
     sample = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
     (here / "data.json").write_text(json.dumps([sample | {"task": task} for task in "aabb"]))
     right = {
-        "models": ["{here}/pets"],
+        "models": ["{here}/mixed" if measure == "routing" else "{here}/pets"],
         "--image-folder": "{here}",
         "--output": "{here}/out",
         "--model-base": "{here}/base",
     }
-    right |= {"--question-file": "{here}/q.jsonl"} if measure == "modality" else {"--data": "{here}/data.json"}
+    asks = measure in ("modality", "steering")
+    right |= {"--question-file": "{here}/q.jsonl"} if asks else {"--data": "{here}/data.json"}
 
     def check(options: dict[str, Any]) -> None:
         words = options.pop("models")
@@ -214,7 +232,7 @@ def test_a_diagnosis_names_every_two_mistakes(measure: str, here: Path, monkeypa
         assert result.exception is not None, result.output
         raise result.exception
 
-    check_all_pairs(OF_MODALITY if measure == "modality" else OF_INTERFERENCE, right, check, here)
+    check_all_pairs(mistakes, right, check, here)
 
 
 def test_a_diagnosis_of_an_image_names_every_two_mistakes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,10 @@ def base_folder(folder: Path, **settings: Any) -> Path:
     return folder
 
 
-def adapter_folder(folder: Path, conversation: str = "v1", hidden_size: int = 64) -> Path:
+def adapter_folder(folder: Path, conversation: str = "v1", hidden_size: int = 64, mode: str = "mores") -> Path:
     """Make a folder that looks like an adapter, without its tensors."""
     folder.mkdir()
-    config = AdapterConfig("mores", {}, BaseModel("a/base", "llava_llama", hidden_size, 4, 100), conversation)
+    config = AdapterConfig(mode, {}, BaseModel("a/base", "llava_llama", hidden_size, 4, 100), conversation)
     header = {HEADER: config.to_json()}
     save_file({"adapter.x": np.zeros(1, np.float32)}, folder / "adapter_model.safetensors", header)
     return folder

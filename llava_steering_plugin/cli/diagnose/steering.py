@@ -51,7 +51,7 @@ def steering(
     chosen_device = check_flags(
         output, device=device, load_4bit=load_4bit, load_8bit=load_8bit, conversation=conv_mode, problems=problems
     )
-    from llava_steering_plugin.diagnostics.modality_run import choose_questions
+    from llava_steering_plugin.diagnostics.modality_run import Chosen, choose_questions
     from llava_steering_plugin.diagnostics.runs import digest, read_answers
     from llava_steering_plugin.diagnostics.steering_runs import Answers, SteeringRequest, choose_data, run_steering
     from llava_steering_plugin.inference.questions import check_questions, read_questions
@@ -69,17 +69,20 @@ def steering(
             raise ArgumentsError("give either --question-file or --data.")
         if question_file is None and answers_file is not None:
             raise ArgumentsError("--answers-file answers a --question-file; --data holds its own answers.")
-    with problems.noted():
-        if question_file is not None:
+    if question_file is not None:
+        chosen, given = Chosen((), 0), None
+        with problems.noted():
             chosen = choose_questions(read_questions(question_file), samples, seed)
+            check_questions(chosen.questions, (BASE,), image_folder)
+        if answers_file is not None:
             with problems.noted():
-                check_questions(chosen.questions, (BASE,), image_folder)
-            given = None if answers_file is None else read_answers(answers_file, chosen.questions)
-            ids = [question.id for question in chosen.questions]
-            answers = Answers(ids, chosen.text_only, questions=chosen.questions, given=given)
-            said = "generated" if answers_file is None else digest(answers_file)
-        elif data is not None:
-            answers, said = choose_data(data, samples, seed, image_folder, conv_mode), "of the data"
+                given, said = read_answers(answers_file, chosen.questions), digest(answers_file)
+        ids = [question.id for question in chosen.questions]
+        answers = Answers(ids, chosen.text_only, questions=chosen.questions, given=given)
+    elif data is not None:
+        said = "of the data"
+        with problems.noted():
+            answers = choose_data(data, samples, seed, image_folder, conv_mode)
     problems.raise_any("this cannot be measured")
     if samples is not None and len(answers.keys) < samples:
         typer.echo(f"{samples} samples are asked for; {len(answers.keys)} are about an image.", err=True)
