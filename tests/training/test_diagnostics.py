@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from rank_runs import assert_equal, losses, text_data
+from reports import reported
 from tiny_llava import LAYERS, VISUAL_TOKENS, TinyLlava
 from torch import Tensor
 from torch.nn import functional
@@ -114,7 +115,7 @@ def test_the_first_line_says_what_is_measured(tiny: TinyLlava, measured: Path, v
         assert samples[each["number"]]["id"] == each["id"] and "image" in samples[each["number"]]
 
 
-def test_it_is_measured_before_the_first_step_at_every_nth_and_at_the_end(measured: Path) -> None:
+def test_it_is_measured_before_the_first_step_at_every_nth_and_at_the_end(measured: Path, tmp_path: Path) -> None:
     passes = lines(measured)[1:]
     assert [line["step"] for line in passes] == [0, 2, 4, 5]
     assert [line["epoch"] for line in passes] == pytest.approx([0, 2 / 6, 4 / 6, 5 / 6])
@@ -128,6 +129,11 @@ def test_it_is_measured_before_the_first_step_at_every_nth_and_at_the_end(measur
     else:
         assert all("update_norms" not in line for line in passes)
         assert all(0 < line["routing"]["router_entropy"]["mean"] <= 1 for line in passes)
+
+    page = reported(tmp_path / "report.html", measured)
+    assert page.traces("attention ratio")[measured.name]["y"] == [line["lmar"]["mean"] for line in passes]
+    assert page.traces("loss")[measured.name]["x"] == [1, 2, 3, 4, 5]
+    assert "diagnostics/" not in page.text  # what the log has of every layer stands in the other file too
 
 
 def test_tensorboard_gets_a_curve_for_every_layer_and_their_mean(measured: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from llava_steering_plugin.diagnostics.report.during import during_section
 from llava_steering_plugin.diagnostics.report.interference import interference_section
 from llava_steering_plugin.diagnostics.report.modality import modality_section
 from llava_steering_plugin.diagnostics.report.parts import Run, Section
@@ -29,12 +30,13 @@ class Measure:
     section: Callable[[Sequence[Run]], Section]
 
 
-TRAINING = "training"
+DURING, TRAINING = "diagnostics during training", "training"
 # In the order in which a report shows them.
 MEASURES = {
     "modality": Measure("modality.json", "llava-steering diagnose modality", modality_section),
     "steering": Measure("steering.json", "llava-steering diagnose steering", steering_section),
     "interference": Measure("interference.json", "llava-steering diagnose interference", interference_section),
     "routing": Measure("routing.json", "llava-steering diagnose routing", routing_section),
+    DURING: Measure("diagnostics.jsonl", "a training with --steering_diagnostics_steps", during_section),
     TRAINING: Measure("trainer_state.json", "any training of LLaVA's", training_section),
 }

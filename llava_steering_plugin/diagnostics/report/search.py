@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.diagnostics.report.parts import Run
-from llava_steering_plugin.diagnostics.report.registry import MEASURES, TRAINING
+from llava_steering_plugin.diagnostics.report.registry import DURING, MEASURES, TRAINING
 from llava_steering_plugin.errors import ArgumentsError, Problems, listing
 
 DEPTH = 2  # how many folders below a given one are looked into
@@ -92,15 +92,33 @@ def _is_named(file: Path) -> bool:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    """Return the content of a file; of diagnostics.jsonl the first line as `settings` and the others as `passes`."""
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        if file.suffix != ".jsonl":
+            document = json.loads(text)
+        else:
+            whole = text[: text.rfind("\n") + 1]  # a training may be writing the last line
+            first, *passes = [json.loads(line) for line in whole.split("\n") if line]
+            document = {"settings": {"measure": DURING, **_without(first, "samples")}, "passes": passes}
     except OSError as error:
         raise ArgumentsError(f"{file} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ArgumentsError(f"{file} is damaged ({error}). Measure again, or leave it out.") from error
     if not isinstance(document, dict):
         raise ArgumentsError(f"{file} holds no result: it is no JSON object. Leave it out.")
     return document
+
+
+def _without(content: Any, key: str) -> dict[str, Any]:
+    """Return a JSON object without a key.
+
+    Raises:
+        TypeError: it is no object.
+    """
+    if not isinstance(content, dict):
+        raise TypeError("its first line is no JSON object")
+    return {name: value for name, value in content.items() if name != key}
 
 
 def _measure_of(document: dict[str, Any]) -> str | None:

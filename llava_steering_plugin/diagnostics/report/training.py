@@ -19,6 +19,7 @@ from llava_steering_plugin.diagnostics.report.parts import (
 LOG = "log_history"
 # Keys of the log that are no course: positions, and what the trainer says of a whole pass or training.
 NO_COURSE = ("step", "epoch", "total_flos", "train_loss")
+MEASURED = "diagnostics/"  # of each layer; diagnostics.jsonl has these in full
 NO_COURSE_ENDINGS = ("_runtime", "_per_second")
 TITLES = {
     "loss": "Loss",
@@ -67,9 +68,14 @@ def _courses(log: Any) -> dict[str, list[tuple[float, float | None]]]:
     for entry in log:
         step = number(entry["step"])
         for key, value in entry.items():
-            if key in NO_COURSE or key.endswith(NO_COURSE_ENDINGS) or isinstance(value, str):
+            if (
+                key in NO_COURSE
+                or key.startswith(MEASURED)
+                or key.endswith(NO_COURSE_ENDINGS)
+                or isinstance(value, str)
+            ):
                 continue
-            if step is not None:
+            if step is not None and not isinstance(value, str):
                 courses.setdefault(key, []).append((step, number(value)))
     return courses
 

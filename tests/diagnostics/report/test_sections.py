@@ -1,7 +1,8 @@
 """The section of each measure holds its numbers, also where some are missing, and for one model as for twenty.
 
 Modules: diagnostics/report/modality.py, diagnostics/report/interference.py, diagnostics/report/steering.py,
-diagnostics/report/training.py, diagnostics/report/look.py, diagnostics/report/lines.py, diagnostics/report/maps.py.
+diagnostics/report/during.py, diagnostics/report/training.py, diagnostics/report/look.py,
+diagnostics/report/lines.py, diagnostics/report/maps.py.
 Those of MixLoRA's choices (diagnostics/report/routing.py, diagnostics/report/points.py): ../test_routing_run.py.
 """
 
@@ -15,6 +16,9 @@ import pytest
 from reports import interference_of, modality_of, reported, write_result
 
 from llava_steering_plugin.diagnostics.report.lines import Line, draw_lines
+from llava_steering_plugin.errors import ArgumentsError
+
+MEANS = {"mean": 0.1, "layers": [0.1, 0.1]}
 
 
 def test_attention_ratios_and_what_they_average_to(tmp_path: Path) -> None:
@@ -97,6 +101,39 @@ def test_the_course_of_trainings(tmp_path: Path) -> None:
     assert page.traces("validation loss")["lora"]["y"] == [None]
     assert "The loss of mores was 1 at step 1 and 0.333 at step 3; the lowest was 0.333 at step 3." in page.text
     assert "runtime" not in page.text
+
+
+def test_what_was_measured_during_trainings(tmp_path: Path) -> None:
+    header = {"format": 1, "mode": "mores", "layers": 2, "every": 2, "samples": [{"number": 3}]}
+    for name, last in (("one", 0.5), ("two", None)):
+        passes = [
+            {"step": 0, "lmar": {"mean": 0.25, "layers": [0.2, 0.3]}},
+            {
+                "step": 2,
+                "lmar": {"mean": last, "layers": [last, None]},
+                "update_norms": {"vis": {**MEANS, "tokens": 4}},
+            },
+        ]
+        lines = [json.dumps(line) for line in (header, *passes)]
+        (tmp_path / name).mkdir()
+        # A training is writing the last line.
+        (tmp_path / name / "diagnostics.jsonl").write_text("\n".join([*lines, '{"step": 4, "lm']))
+    page = reported(tmp_path / "report.html", tmp_path)
+    assert {name: line["y"] for name, line in page.traces("attention ratio").items()} == {
+        "one": [0.25, 0.5],
+        "two": [0.25, None],
+    }
+    assert "Attention ratio of one, the mean over layers: 0.25 at step 0, 0.5 at step 2." in page.text
+    by_layer = [data for data, layout in page.figures if layout["xaxis"]["title"]["text"] == "decoder layer"]
+    assert {trace["name"]: trace["y"] for trace in by_layer[0]}["two, step 2"] == [None, None]
+
+    newer = tmp_path / "one" / "diagnostics.jsonl"
+    newer.write_text(newer.read_text().replace('"format": 1', '"format": 2'))
+    (tmp_path / "two" / "diagnostics.jsonl").write_text("[]\n")
+    with pytest.raises(
+        ArgumentsError, match=r"(?s)two/diagnostics.jsonl is damaged.*it is of format 2, and 1 is known"
+    ):
+        reported(tmp_path / "report.html", tmp_path)
 
 
 def test_an_interval_has_a_band_for_each_stretch_that_has_one() -> None:
