@@ -49,7 +49,7 @@ def train(model: Any, parameters: list[nn.Parameter], size: Size) -> Trained:
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters else None
-    ids, images, labels = _batch(size, device)
+    ids, images, labels = random_batch(size, device)
 
     def step() -> float:
         with torch.autocast(device.type, torch.bfloat16):
@@ -78,7 +78,7 @@ def generate(model: Any, size: Size) -> Generated:
     device = model.device
     model.eval()
     model.config.use_cache = True
-    ids, images, _ = _batch(size, device)
+    ids, images, _ = random_batch(size, device)
     prompt, picture = ids[:1], images[:1].to(model.get_model().mm_projector[0].weight.dtype)
 
     def answer(tokens: int) -> None:
@@ -99,7 +99,7 @@ def generate(model: Any, size: Size) -> Generated:
     return Generated(first, size.tokens / max(whole - first, 1e-9))
 
 
-def _batch(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def random_batch(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Return token ids [batch, text + 1] with one image each, pixels, and labels on the second half of the text."""
     drawn = torch.Generator().manual_seed(0)
     ids = torch.randint(3, size.vocabulary, (size.batch, size.text + 1), generator=drawn)

@@ -20,6 +20,7 @@ OPTIONS = {
     "routing": {"--data", "--pictures", "--template", "--count", "--seed", "--json"},
     "balance": {"--seeds", "--quick", "--json"},
     "launches": {"--mode", "--json"},
+    "diagnostics": {"--quick", "--json", "--threads"},
     "startup": {"--rounds", "--json"},
     "gpu": {"--tiny", "--output", "--tests", "--no-tests"},
 }
