@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +19,8 @@ from llava_steering_plugin.inference.greedy import until_end
 from llava_steering_plugin.inference.models import AnsweringModel
 from llava_steering_plugin.inference.questions import BatchAnswers, Question
 from llava_steering_plugin.measures.modality import PADDING, GenerationShares, Kind, Shares, measure_shares
+
+NAMED = 10  # ids in a message
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,15 @@ def choose_questions(questions: Sequence[Question], samples: int | None, seed: i
     """Choose `samples` of the questions about an image at random; None or more than there are: all of them.
 
     Raises:
-        ArgumentsError: no question is about an image.
+        ArgumentsError: no question is about an image, or two have the same id, by which measurements are kept.
     """
     about_images = [question for question in questions if question.image is not None]
+    times = Counter(json.dumps(question.id) for question in about_images)
+    if several := [name for name, count in times.items() if count > 1]:
+        raise ArgumentsError(
+            f"several questions have the same question_id, by which measurements are kept: {', '.join(several[:NAMED])}"
+            f"{', ...' if len(several) > NAMED else ''}. Give each its own."
+        )
     if not about_images:
         raise ArgumentsError("none of the questions names an image, so there is nothing to compare the text with.")
     if samples is not None and samples < len(about_images):

@@ -77,6 +77,20 @@ def serving(quick: Quick = False, json_file: JsonFile = None, threads: Threads =
 
 
 @app.command()
+def diagnose(quick: Quick = False, json_file: JsonFile = None, threads: Threads = 1, dtype: Dtype = "float32") -> None:
+    """Measure what `llava-steering diagnose modality` costs beside the same plain generation.
+
+    Time and peak memory, of a random LLaVA that answers in batches, as the base and with MoReS.
+
+    Passes if the measurement takes at most 2 times the time and 1.1 times the peak memory of the generation, and if
+    ten times as many questions take at most 2 % more memory.
+    """
+    from .diagnose import run
+
+    raise typer.Exit(run(quick, json_file, threads, dtype))
+
+
+@app.command()
 def memory(
     only: Annotated[str, typer.Option(help="Run only the settings whose description contains this text.")] = "",
     json_file: JsonFile = None,

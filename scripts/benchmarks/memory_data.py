@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .shared.random_llava import Shape, save
+from .shared.random_llava import WORDS, Shape, save, save_tokenizer
 
 # About 100 million parameters.
 SHAPE = Shape(
@@ -26,28 +26,16 @@ SHAPE = Shape(
 
 def write_data(folder: Path) -> None:
     """Write the LLaVA, its tower, a tokenizer, one picture and long conversations into `folder`."""
-    import sentencepiece
     from PIL import Image
-    from transformers import LlamaTokenizer
 
-    words = [a + b for a in ("ba", "do", "ki", "lu", "me") for b in ("ra", "so", "ti", "nu", "ge")]
     model = folder / "llava-random"
     model.mkdir()
-    with (model / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([" ".join(words), "USER: ASSISTANT: A chat between a human and an assistant."] * 50),
-            model_writer=file,
-            vocab_size=400,
-            byte_fallback=True,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
-    LlamaTokenizer(str(model / "tokenizer.model")).save_pretrained(model)
+    save_tokenizer(model)
     save(SHAPE, model, folder / "tower")
     Image.new("RGB", (SHAPE.side, SHAPE.side), (90, 120, 30)).save(folder / "picture.png")
     turns = [
-        {"from": "human", "value": "<image>\n" + words[0]},
-        {"from": "gpt", "value": " ".join(words * 40)},  # longer than any row, so that all rows are full
+        {"from": "human", "value": "<image>\n" + WORDS[0]},
+        {"from": "gpt", "value": " ".join(WORDS * 40)},  # longer than any row, so that all rows are full
     ]
     samples = [{"id": str(number), "image": "picture.png", "conversations": turns} for number in range(16)]
     (folder / "data.json").write_text(json.dumps(samples), encoding="utf-8")

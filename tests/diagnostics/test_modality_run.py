@@ -212,6 +212,8 @@ def test_questions_are_chosen_by_the_seed_in_the_order_of_the_file() -> None:
     assert chosen.text_only == 10
     assert chosen == choose_questions(questions, 10, seed=1) != choose_questions(questions, 10, seed=2)
     assert len(choose_questions(questions, 100, seed=0).questions) == 40
+    with pytest.raises(ArgumentsError, match=r"same question_id.*: 7\. Give"):
+        choose_questions([*questions, Question(7, "Again?", "b.png", "")], 10, seed=1)
 
 
 def test_a_sequence_that_the_model_cuts_is_refused(tiny: TinyLlava, patched_llava: Path) -> None:

@@ -15,6 +15,7 @@ OPTIONS = {
     "mores": TIMED,
     "mixlora": TIMED | {"--seconds"},
     "serving": TIMED,
+    "diagnose": TIMED,
     "memory": {"--only", "--json"},
     "soak": {"--minutes", "--clients", "--tolerance", "--json"},
     "routing": {"--data", "--pictures", "--template", "--count", "--seed", "--json"},

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 from transformers.modeling_utils import no_init_weights
 
+WORDS = [a + b for a in ("ba", "do", "ki", "lu", "me") for b in ("ra", "so", "ti", "nu", "ge")]
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -38,11 +40,30 @@ class Shape:
     patch: int
 
 
+def save_tokenizer(folder: Path) -> Any:
+    """Save a Llama tokenizer of about 400 pieces, which knows `WORDS`, in `folder`, and return it."""
+    import sentencepiece
+    from transformers import LlamaTokenizer
+
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([" ".join(WORDS), "USER: ASSISTANT: A chat between a human and an assistant."] * 50),
+            model_writer=file,
+            vocab_size=400,
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    tokenizer = LlamaTokenizer(str(folder / "tokenizer.model"))
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def save(shape: Shape, folder: Path, tower: Path) -> None:
     """Save a random LLaVA without a tokenizer in `folder`, in float16, and its vision tower in `tower`."""
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
-    _save_processor(shape, tower)
+    save_processor(shape, tower)
     CLIPVisionModel(_tower_config(shape)).save_pretrained(tower)
     LlavaLlamaForCausalLM(_config(shape, tower)).half().save_pretrained(folder)
 
@@ -58,7 +79,7 @@ def build(shape: Shape, device: torch.device, bits: int) -> Any:
     tower = _tower_config(shape)
     with tempfile.TemporaryDirectory(prefix="clip-") as folder:
         tower.save_pretrained(folder)
-        _save_processor(shape, Path(folder))
+        save_processor(shape, Path(folder))
         config = _config(shape, Path(folder), max_position_embeddings=4096, tokenizer_padding_side="right")
         with _made_on(device):
             model: Any = LlavaLlamaForCausalLM(config)
@@ -113,9 +134,12 @@ def _tower_config(shape: Shape) -> CLIPVisionConfig:
     )
 
 
-def _save_processor(shape: Shape, folder: Path) -> None:
+def save_processor(shape: Shape, folder: Path) -> Any:
+    """Save the image processor of a vision tower in `folder`, and return it."""
     crop = {"height": shape.side, "width": shape.side}
-    CLIPImageProcessor(size={"shortest_edge": shape.side}, crop_size=crop).save_pretrained(folder)
+    processor = CLIPImageProcessor(size={"shortest_edge": shape.side}, crop_size=crop)
+    processor.save_pretrained(folder)
+    return processor
 
 
 def _config(shape: Shape, tower: Path, **more: Any) -> Any:
