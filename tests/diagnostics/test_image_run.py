@@ -20,6 +20,7 @@ import pytest
 import torch
 from lora_folders import save_lora
 from PIL import Image
+from reports import reported
 from steered import load_llava, strengthen
 from tiny_llava import IMAGE_SIDE, PATCH, VISUAL_TOKENS, TinyLlava
 from typer.testing import CliRunner
@@ -122,6 +123,21 @@ def test_an_adapter_is_shown_beside_its_base(show: Run, models: dict[str, Path],
     effect = [row for row in rows if row["model"] == "mores" and row["map"] == "effect"]
     assert [float(row["value"]) for row in effect] == flat(mores["effect"]["values"])
     assert {row["layer"] for row in rows if row["map"] == "update"} == {"", "1", "3"}
+    page = reported(tmp_path / "report.html", tmp_path / "out")
+    drawn = page.maps()
+    assert [each["z"] for each in drawn if each["zmin"] == 0][: len(base["words"])] == [
+        word["attention"] for word in base["words"]
+    ]
+    assert [each["z"] for each in drawn if each["zmin"] < 0] == [base["effect"]["values"], mores["effect"]["values"]]
+    assert [each["z"] for each in drawn][-1] == update["values"]
+    assert len({each["zmax"] for each in drawn if each["zmin"] < 0}) == 1
+    assert (drawn[0]["y0"], drawn[0]["dy"], drawn[0]["dx"]) == (-32 + 15, 30, 30)
+    assert all(layout["images"][0]["source"] == found["image"]["thumbnail"] for _, layout in page.figures)
+    hostile = {**found, "image": {**found["image"], "thumbnail": "http://x/y.png"}}
+    (tmp_path / "hostile.json").write_text(json.dumps(hostile))
+    with pytest.raises(SteeringError, match="its thumbnail is no JPEG or PNG in the file itself"):
+        reported(tmp_path / "report.html", tmp_path / "hostile.json")
+
     before = (tmp_path / "out" / "image.png").read_bytes()
     draw_image(found, tmp_path / "out" / "image")  # the JSON alone is enough
     assert (tmp_path / "out" / "image.png").read_bytes() == before

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llava_steering_plugin.diagnostics.report.during import during_section
+from llava_steering_plugin.diagnostics.report.image import image_section
 from llava_steering_plugin.diagnostics.report.interference import interference_section
 from llava_steering_plugin.diagnostics.report.modality import modality_section
 from llava_steering_plugin.diagnostics.report.parts import Run, Section
@@ -34,6 +35,7 @@ DURING, TRAINING = "diagnostics during training", "training"
 # In the order in which a report shows them.
 MEASURES = {
     "modality": Measure("modality.json", "llava-steering diagnose modality", modality_section),
+    "image": Measure("image.json", "llava-steering diagnose image", image_section),
     "steering": Measure("steering.json", "llava-steering diagnose steering", steering_section),
     "interference": Measure("interference.json", "llava-steering diagnose interference", interference_section),
     "routing": Measure("routing.json", "llava-steering diagnose routing", routing_section),

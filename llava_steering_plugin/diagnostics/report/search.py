@@ -15,7 +15,7 @@ from llava_steering_plugin.errors import ArgumentsError, Problems, listing
 
 DEPTH = 2  # how many folders below a given one are looked into
 HEAD = 4096  # bytes of a file in which the name of its measure is looked for
-NAMED = re.compile(rb'^\s*\{\s*"settings":\s*\{\s*"measure":\s*"')
+NAMED = re.compile(rb'^\s*\{\s*("settings":\s*\{\s*)?"measure":\s*"')
 FILES = {measure.file: name for name, measure in MEASURES.items()}
 
 
@@ -122,10 +122,10 @@ def _without(content: Any, key: str) -> dict[str, Any]:
 
 
 def _measure_of(document: dict[str, Any]) -> str | None:
-    settings = document.get("settings")
-    if isinstance(settings, dict) and isinstance(settings.get("measure"), str):
-        name: str = settings["measure"]
-        return name
+    for place in (document, document.get("settings")):
+        if isinstance(place, dict) and isinstance(place.get("measure"), str):
+            name: str = place["measure"]
+            return name
     return TRAINING if "log_history" in document else None
 
 

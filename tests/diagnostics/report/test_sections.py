@@ -3,7 +3,8 @@
 Modules: diagnostics/report/modality.py, diagnostics/report/interference.py, diagnostics/report/steering.py,
 diagnostics/report/during.py, diagnostics/report/training.py, diagnostics/report/look.py,
 diagnostics/report/lines.py, diagnostics/report/maps.py.
-Those of MixLoRA's choices (diagnostics/report/routing.py, diagnostics/report/points.py): ../test_routing_run.py.
+Also, in the tests of their measures: diagnostics/report/routing.py, diagnostics/report/points.py,
+diagnostics/report/image.py.
 """
 
 from __future__ import annotations
