@@ -153,12 +153,13 @@ def _effect(score: AnswerScore, images: Tensor, grid: PatchGrid, options: Effect
         return found
 
     if options.kind == OCCLUSION:
-        values = occlusion(counted, images.float(), windows, AT_ONCE)[:count]
+        values, more = occlusion(counted, images.float(), windows, AT_ONCE), {}
     else:
         score.model.requires_grad_(False)
         try:
             with differentiable_tower(score.model):
-                values = integrated_gradients(counted, images.float(), windows)[:count]
+                values, gap = integrated_gradients(counted, images.float(), windows)
+                more = {"gap": float(f"{gap:.4g}")}
         except RuntimeError as error:
             raise SteeringError(
                 f"no gradients reach the pixels of this model ({error}). Use --effect occlusion."
@@ -167,7 +168,8 @@ def _effect(score: AnswerScore, images: Tensor, grid: PatchGrid, options: Effect
         "kind": options.kind,
         "window": window,
         "passes": passes,
-        "values": _map(over_patches(grid, window, values).flatten(), grid),
+        **more,
+        "values": _map(over_patches(grid, window, values[:count]).flatten(), grid),
     }
 
 

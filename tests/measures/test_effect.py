@@ -38,7 +38,13 @@ def test_gradients_sum_to_the_difference_from_the_mean_colour_and_lie_where_the_
     def score(given: torch.Tensor) -> torch.Tensor:
         return given[:, :, :3, 3:].sin().sum((1, 2, 3)) + given[:, 0, 5, 0] ** 3
 
-    found = integrated_gradients(score, pixels, windows())
+    found, gap = integrated_gradients(score, pixels, windows())
+    assert gap == pytest.approx(0, abs=1e-4)
+    _, coarse = integrated_gradients(score, 9 * pixels, windows(), steps=1)
+    halfway = (4.5 * pixels).requires_grad_()
+    (gradient,) = torch.autograd.grad(score(halfway), halfway)
+    expected = (9 * pixels * gradient).sum() - score(9 * pixels)
+    assert coarse == pytest.approx(expected.item(), rel=1e-3)
     corner = pixels[0, :, :3, 3:].sin().sum()
     expected = torch.tensor([0, corner, pixels[0, 0, 5, 0] ** 3, 0])
     torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-5)
