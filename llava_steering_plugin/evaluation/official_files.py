@@ -25,7 +25,7 @@ def reading(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is damaged: {error or type(error).__name__}. Get it again.") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise DataError(f"{path} is in another layout than the official one: {what}.") from error
 
@@ -100,6 +100,15 @@ def keyed(path: Path, pairs: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
     if not found:
         raise DataError(f"{path} holds no questions.")
     return found
+
+
+def text_or_none(entry: Mapping[str, Any], name: str) -> str | None:
+    """Return a text of an entry; None: it has none.
+
+    Raises:
+        TypeError: it is something else, for `reading`.
+    """
+    return None if entry.get(name) is None else text_of(entry, name)
 
 
 def text_of(entry: Mapping[str, Any], name: str) -> str:

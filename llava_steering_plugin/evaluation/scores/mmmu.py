@@ -14,7 +14,7 @@ from typing import Any
 
 from llava_steering_plugin.errors import DataError
 from llava_steering_plugin.evaluation.benchmark import ALL, Metrics, Pair, References, Wanted, percent
-from llava_steering_plugin.evaluation.official_files import keyed, read_json, reading
+from llava_steering_plugin.evaluation.official_files import keyed, read_json, reading, text_of
 
 # In the order of the official code: what it draws at random for unreadable answers follows this order.
 SUBJECTS = """
@@ -159,7 +159,9 @@ def _reference(entry: Mapping[str, Any], subject: str, right: Any) -> dict[str, 
     if not all(isinstance(each, str) for each in (right if isinstance(right, list) else [right])):
         raise TypeError(f"its answer {right!r} is no text")
     choices = entry.get("index2ans") if entry["question_type"] == CHOICE else None
-    return {"kind": entry["question_type"], "choices": choices, "right": right, "subject": subject}
+    if choices is not None and not (choices and all(isinstance(text, str) for text in choices.values())):
+        raise TypeError(f"its choices {choices!r} are no texts by letter")
+    return {"kind": text_of(entry, "question_type"), "choices": choices, "right": right, "subject": subject}
 
 
 def mmmu_metrics(pairs: Sequence[Pair]) -> Metrics:

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.evaluation.benchmark import GivenAnswer, Metrics, Pair, References, Wanted, accuracies
-from llava_steering_plugin.evaluation.official_files import keyed, official, read_json, reading, text_of
+from llava_steering_plugin.evaluation.official_files import (
+    keyed,
+    official,
+    read_json,
+    reading,
+    text_of,
+    text_or_none,
+)
 from llava_steering_plugin.evaluation.scores.vqa_text import one_line, textvqa_answer, vqa_answer
 
 ENOUGH = 3  # annotators that make an answer wholly right
@@ -88,7 +95,7 @@ def read_vqa(source: Path, wanted: Wanted) -> References:
 
 def _vqa_reference(entry: Any, secret: bool) -> dict[str, Any]:
     humans = [] if secret else [text_of(each, "answer") for each in entry["answers"]]
-    return {"id": entry["question_id"], "answers": _some(humans, secret), "type": entry.get("answer_type")}
+    return {"id": entry["question_id"], "answers": _some(humans, secret), "type": text_or_none(entry, "answer_type")}
 
 
 def _some(humans: list[str], secret: bool = False) -> list[str]:
@@ -109,7 +116,7 @@ def read_vizwiz(source: Path, wanted: Wanted) -> References:
         secret = not any("answers" in entry for entry in entries)
         humans = ([] if secret else [text_of(each, "answer") for each in entry["answers"]] for entry in entries)
         references = [
-            (entry["image"], {"answers": _some(said, secret), "type": entry.get("answer_type")})
+            (entry["image"], {"answers": _some(said, secret), "type": text_or_none(entry, "answer_type")})
             for entry, said in zip(entries, humans, strict=True)
         ]
     return References(keyed(path, references), secret=secret)
