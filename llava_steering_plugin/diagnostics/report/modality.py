@@ -27,7 +27,7 @@ from llava_steering_plugin.diagnostics.report.parts import (
 
 ALL_TEXT = "all text"
 AXIS = "attention ratio"
-WIDEST = 5  # powers of two on each side of 1 in the maps of heads
+WIDEST = 10  # powers of two on each side of 1 in the maps of heads
 
 
 def modality_section(runs: Sequence[Run]) -> Section:
@@ -61,6 +61,8 @@ def modality_section(runs: Sequence[Run]) -> Section:
         findings=[*_findings(models), *differences(runs)],
         limits=[
             "Attention need not explain an answer: a token that gets much of it may change nothing.",
+            "The ratio is a mean of ratios, as the paper has it: a few answers that hardly attend to the text can make it "
+            "large. The image's share of the attention stays between 0 and 1.",
             "The ratio compares models on the same questions; its height also depends on how many tokens an image has.",
         ],
         settings=[
@@ -122,7 +124,8 @@ def _heads(models: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Figure]:
     logs = {name: [[_log2(value) for value in row] for row in rows] for name, rows in ratios.items()}
     sizes = [abs(value) for rows in logs.values() for row in rows for value in row if value is not None]
     limit = min(WIDEST, max(1, math.ceil(max(sizes, default=1))))
-    ticks = {float(power): f"{2.0**power:.3g}" for power in range(-limit, limit + 1)}
+    step = math.ceil(limit / 4)
+    ticks = {float(power): f"{2.0**power:.3g}" for power in range(-(limit // step) * step, limit + 1, step)}
     figures = []
     for name, rows in ratios.items():
         heads = max(map(len, rows), default=0)
