@@ -61,8 +61,8 @@ def modality_section(runs: Sequence[Run]) -> Section:
         findings=[*_findings(models), *differences(runs)],
         limits=[
             "Attention need not explain an answer: a token that gets much of it may change nothing.",
-            "The ratio is a mean of ratios, as the paper has it: a few answers that hardly attend to the text can make it "
-            "large. The image's share of the attention stays between 0 and 1.",
+            "The ratio is a mean of ratios, as the paper has it: a few answers that hardly attend to the text can make "
+            "it large. The image's share of the attention stays between 0 and 1.",
             "The ratio compares models on the same questions; its height also depends on how many tokens an image has.",
         ],
         settings=[
