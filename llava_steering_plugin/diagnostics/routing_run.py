@@ -180,7 +180,10 @@ class Others:
         self._within = [self._orders(WITHIN, repeat, groups) for repeat in range(repeats)] if len(groups) > 1 else []
 
     def instead_of(self, number: int) -> dict[str, list[Choices]]:
-        """Return the choices that take the place of those of sample `number`, by their kind; one for each repeat."""
+        """Return the choices that take the place of those of sample `number`, by their kind; one for each repeat.
+
+        A sample that is alone in its task has no others of the same task.
+        """
         found = {
             FREQUENT: [self._frequent],
             SHUFFLED: [self.rows[order[number]] for order in self._shuffled],
@@ -189,7 +192,7 @@ class Others:
                 for repeat in range(self.repeats)
             ],
         }
-        if self._within:
+        if self._within and self._within[0][number] != number:
             found[WITHIN] = [self.rows[order[number]] for order in self._within]
         return found
 

@@ -55,7 +55,9 @@ def summarise_routing(name: str, about: Mapping[str, Any], records: Records, tas
         "sides": {side: _mean_of(places, side) for side in SIDES},
         "overlap": {side: _overlaps(rows, of, side, about["factors"]) for side in SIDES} if several else None,
         "own": _own([record for record, _ in pairs], of),
-        "forced": {variant: _lost(pairs, of, variant) for variant in pairs[0][1]},
+        "forced": {
+            variant: _lost(pairs, of, variant) for variant in dict.fromkeys(each for _, f in pairs for each in f)
+        },
         "points": of if embedded else None,
         "embeddings": {side: _embedded(rows, found, side, about["factors"], seed) for side in SIDES}
         if embedded
@@ -148,12 +150,15 @@ def _lost(
     pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], of: Sequence[str], variant: str
 ) -> dict[str, Any]:
     """Return what is lost with other choices: differences within each sample, of the mean over the repeats."""
-    loss, accuracy = [], []
-    for own, forced in pairs:
+    loss, accuracy, counted = [], [], []
+    for (own, forced), task in zip(pairs, of, strict=True):
+        if variant not in forced:
+            continue
+        counted.append(task)
         # Differences first: choices that change nothing have differences of exactly 0, whose mean is 0.
         loss.append(numpy.mean([repeat[0] - own["loss"] for repeat in forced[variant]]))
         accuracy.append(numpy.mean([own["accuracy"] - repeat[1] for repeat in forced[variant]]))
-    return _by_task({"loss_added": loss, "accuracy_lost": accuracy}, of)
+    return _by_task({"loss_added": loss, "accuracy_lost": accuracy}, counted)
 
 
 def _by_task(values: Mapping[str, Sequence[float]], of: Sequence[str]) -> dict[str, Any]:

@@ -248,6 +248,9 @@ def test_the_choices_of_others_come_from_the_seed_and_never_from_the_sample_itse
         again = Others(rows, tasks, 6, repeats=3, seed=1).instead_of(number)
         assert again == found
     assert "shuffled_within_task" not in Others(rows, ["a"] * 6, 6, 1, 0).instead_of(0)
+    alone = Others(rows, [*"aaaaa", "b"], 6, 1, 0)
+    assert "shuffled_within_task" in alone.instead_of(0)
+    assert "shuffled_within_task" not in alone.instead_of(5)
 
 
 def test_samples_are_chosen_by_the_seed() -> None:
