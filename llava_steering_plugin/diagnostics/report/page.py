@@ -15,7 +15,7 @@ from plotly import io, offline
 
 from llava_steering_plugin import __version__
 from llava_steering_plugin.diagnostics.report.parts import Figure, Run, Section
-from llava_steering_plugin.diagnostics.report.registry import MEASURES
+from llava_steering_plugin.diagnostics.report.registry import MEASURES, Measure
 from llava_steering_plugin.errors import ArgumentsError, Problems
 
 # The buttons are named one by one: among those that plotly shows otherwise is one that uploads a figure.
@@ -24,6 +24,10 @@ CONFIG = {
     "displaylogo": False,
     "modeBarButtons": [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
 }
+
+
+# What reading a document of another form raises: a key is missing, or something else stands where a number should.
+OTHER_FORM = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 
 
 def make_page(runs: Sequence[Run], title: str, problems: Problems) -> str:
@@ -106,20 +110,29 @@ def write_page(text: str, output: Path) -> None:
 
 
 def _sections(runs: Sequence[Run], problems: Problems) -> Iterator[Section]:
-    """Draw what is known, a section for each measure; each document is tried alone first, to name those that fail."""
+    """Draw what is known, a section for each measure. Where that fails, each document is tried alone, to name it."""
     for name, measure in MEASURES.items():
         own = [run for run in runs if run.measure == name]
-        before = len(problems.errors)
-        for run in own:
-            with problems.noted():
-                try:
-                    measure.section([run])
-                except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-                    written_by = run.document.get("plugin_version", "unknown")
-                    raise ArgumentsError(
-                        f"{run.files[0]} is no {name} result as llava-steering-plugin {__version__} draws them "
-                        f"({type(error).__name__}: {error}); it was written by version {written_by}. Measure again, or "
-                        "leave it out."
-                    ) from error
-        if own and len(problems.errors) == before:
+        if not own:
+            continue
+        try:
             yield measure.section(own)
+        except OTHER_FORM as error:
+            failing = {run.files: why for run in own if (why := _failure(measure, run)) is not None}
+            for files, why in (failing or {tuple(file for run in own for file in run.files): error}).items():
+                written_by = " and ".join(sorted({str(run.document.get("plugin_version", "unknown")) for run in own}))
+                with problems.noted():
+                    raise ArgumentsError(
+                        f"{', '.join(files)}: no {name} result as llava-steering-plugin {__version__} draws them "
+                        f"({type(why).__name__}: {why}); written by version {written_by}. Measure again, or "
+                        "leave it out."
+                    ) from why
+
+
+def _failure(measure: Measure, run: Run) -> Exception | None:
+    """Return why one document cannot be drawn; None if it can."""
+    try:
+        measure.section([run])
+    except OTHER_FORM as error:
+        return error
+    return None
