@@ -94,8 +94,10 @@ def _summarised(samples: Samples) -> dict[str, Timing]:
     return summarise(with_reference(samples, FROZEN, CONTROL), baseline=REFERENCE)
 
 
-def decoding(positions: int, dtype: torch.dtype, seconds: float) -> tuple[dict[str, Timing], dict[str, Timing]]:
-    """Time the prefill of `positions` of a block of seven linears, and 32 decode steps after it."""
+def decoding(
+    positions: int, steps: int, dtype: torch.dtype, seconds: float
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
+    """Time the prefill of `positions` of a block of seven linears, and `steps` decode steps after it."""
     made: dict[str, Block] = block(dtype)
     width = made["frozen"].width
     prompt, token = torch.randn(1, positions, width, dtype=dtype), torch.randn(1, 1, width, dtype=dtype)
@@ -106,7 +108,7 @@ def decoding(positions: int, dtype: torch.dtype, seconds: float) -> tuple[dict[s
 
     @torch.no_grad()
     def decode(block: Block) -> None:
-        for _ in range(DECODE_STEPS):
+        for _ in range(steps):
             block.decode(token)
 
     for variant in made.values():
@@ -216,9 +218,10 @@ def run(quick: bool, json_file: Path | None, threads: int, dtype: str, longest: 
         peaks[str(case)] = peak = peak_memory(case, kind)
         if case.positions == MEMORY_POSITIONS[-1]:
             verdicts.append(Verdict(f"peak memory beside PEFT's, {case}", peak["mixlora"] / peak["peft"], 1.0))
-    prefill, decode = decoding(lengths[-1], kind, seconds)
-    console.print(ratio_table(f"block of seven linears, prefill of {lengths[-1]}", prefill))
-    console.print(ratio_table(f"block of seven linears, {DECODE_STEPS} decode steps", decode))
+    prompt, steps = (16, 4) if quick else (lengths[-1], DECODE_STEPS)
+    prefill, decode = decoding(prompt, steps, kind, seconds)
+    console.print(ratio_table(f"block of seven linears, prefill of {prompt}", prefill))
+    console.print(ratio_table(f"block of seven linears, {steps} decode steps", decode))
     verdicts.append(Verdict("decode step of a block", excess(decode), DECODE_LIMIT))
     step = adamw(4 if quick else 75)
     console.print(ratio_table("AdamW step, a block's adapters", step))

@@ -7,6 +7,7 @@ random number that the plugin drew anywhere shows in all that follows.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import runpy
@@ -27,6 +28,8 @@ LOADS = (  # model_path, model_base as the user gives them
 
 def train_all(tiny: TinyLlava, extra_flags: list[str]) -> None:
     from llava.train.train import train
+
+    gc.freeze()  # what was imported is no garbage: every training would look for it there
 
     checkpoints = {"save_strategy": "steps", "save_steps": 2}
     for output, overrides in (

@@ -49,6 +49,7 @@ FLAGS: dict[str, object] = {
 }
 TWO_RANKS = {"per_device_train_batch_size": 2}
 LAST_STEP_OF_THE_FIRST_EPOCH = 6
+LAST_STEP = 12
 # Inside a save: it changes files about 15 times, so a killed process comes one checkpoint further, or none.
 CHANGES = 20
 
@@ -152,7 +153,8 @@ def test_a_training_that_is_killed_again_and_again_ends_bit_equal_to_an_undistur
     wanted, kills, reached = KILLS if ranks == 1 else -(-KILLS // 3), 0, 0
     # The last start has to find a checkpoint of the second epoch: only there does the order of the data tell.
     while kills < wanted or reached <= LAST_STEP_OF_THE_FIRST_EPOCH:
-        if not kill_once(forks, flags, ranks, rng, seconds, operations):
+        left = seconds * (1 - reached / LAST_STEP)  # one that comes to its end begins anew
+        if not kill_once(forks, flags, ranks, rng, left, operations):
             assert_ended_alike(tmp_path / "whole", output)
             shutil.rmtree(output)
             reached = 0
