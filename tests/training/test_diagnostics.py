@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from training_runs import train_flags, train_in_process
 
-from llava_steering_plugin import attachment_of
+from llava_steering_plugin import __version__, attachment_of
 from llava_steering_plugin.measures.modality import TEXTS, Kind, lmar, measure_shares
 from llava_steering_plugin.measures.routing import routed_linears, use, watched_choices
 from llava_steering_plugin.measures.steering import steerings, watched_norms
@@ -109,6 +109,7 @@ def test_the_first_line_says_what_is_measured(tiny: TinyLlava, measured: Path, v
         **{"format": 1, "mode": measured.name, "layers": LAYERS, "every": 2},
     }
     assert header["settings"][{"mores": "tokens", "mixlora": "factors"}[measured.name]] in ("all", 8)
+    assert header["plugin_version"] == __version__ and header["date"].endswith("+00:00")
     samples = json.loads(Path(str(path)).read_text())
     assert len(header["samples"]) == 3
     for each in header["samples"]:
@@ -208,7 +209,9 @@ def test_a_resumed_training_writes_no_step_twice_and_ends_with_the_same_file(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(measured / "checkpoint-4", run / "checkpoint-4")
-    whole = (measured / "diagnostics.jsonl").read_text()
+    first, rest = (measured / "diagnostics.jsonl").read_text().split("\n", 1)
+    date = "2026-01-02T03:04:05+00:00"  # of the start, which a resume keeps
+    whole = json.dumps(json.loads(first) | {"date": date}) + "\n" + rest
     torn = whole.replace('"step": 5', '"step": 5, "lost": true') + '{"step": 6, "ep'
     (run / "diagnostics.jsonl").write_text(torn)
     train(tiny, run, FLAGS[measured.name], MEASURED, validating if measured.name == "mixlora" else {})

@@ -100,7 +100,9 @@ def _read(file: Path) -> dict[str, Any]:
         else:
             whole = text[: text.rfind("\n") + 1]  # a training may be writing the last line
             first, *passes = [json.loads(line) for line in whole.split("\n") if line]
-            document = {"settings": {"measure": DURING, **_without(first, "samples")}, "passes": passes}
+            settings = {"measure": DURING, **_without(first, "samples")}
+            written = {key: settings.pop(key) for key in ("plugin_version", "date") if key in settings}
+            document = {**written, "settings": settings, "passes": passes}
     except OSError as error:
         raise ArgumentsError(f"{file} cannot be read: {error.strerror}.") from error
     except (ValueError, TypeError, RecursionError) as error:

@@ -6,8 +6,11 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from llava_steering_plugin import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,8 @@ class DiagnosticsFile:
 
         The steps that they tell of come again. Lines that a killed process has left half-written go too.
 
+        The first line also gets `format`, `plugin_version` and `date`, which is that of the training's start.
+
         Args:
             header: what is measured.
             step: of the checkpoint; 0 for a training from the start, which begins a new file.
@@ -39,10 +44,13 @@ class DiagnosticsFile:
         if any(line.get("samples", header["samples"]) != header["samples"] for line in before):
             logger.warning("%s: the lines before step %d are of other samples, so they do not compare", self.path, step)
         kept = [line for line in before if line.get(STEP, step + 1) <= step]
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        date = next((line["date"] for line in before if "date" in line), now)
+        first = {"format": FORMAT, "plugin_version": __version__, "date": date, **header}
         part = self.path.with_suffix(".partial")
 
         def write() -> None:
-            part.write_text("".join(map(_line, [header, *kept])), encoding="utf-8")
+            part.write_text("".join(map(_line, [first, *kept])), encoding="utf-8")
             os.replace(part, self.path)
 
         self._written(write)
@@ -81,4 +89,4 @@ class DiagnosticsFile:
 
 
 def _line(content: Mapping[str, Any]) -> str:
-    return json.dumps({"format": FORMAT, **content} if STEP not in content else content) + "\n"
+    return json.dumps(content) + "\n"

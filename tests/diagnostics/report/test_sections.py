@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from reports import interference_of, modality_of, reported, write_result
@@ -105,8 +106,9 @@ def test_the_course_of_trainings(tmp_path: Path) -> None:
 
 
 def test_what_was_measured_during_trainings(tmp_path: Path) -> None:
-    header = {"format": 1, "mode": "mores", "layers": 2, "every": 2, "samples": [{"number": 3}]}
-    for name, last in (("one", 0.5), ("two", None)):
+    header: dict[str, Any] = {"format": 1, "mode": "mores", "layers": 2, "every": 2, "samples": [{"number": 3}]}
+    for day, (name, last) in enumerate((("one", 0.5), ("two", None)), 1):
+        header |= {"plugin_version": "9.8.7", "date": f"2026-01-0{day}T03:04:05+00:00"}
         passes = [
             {"step": 0, "lmar": {"mean": 0.25, "layers": [0.2, 0.3]}},
             {
@@ -125,6 +127,8 @@ def test_what_was_measured_during_trainings(tmp_path: Path) -> None:
         "two": [0.25, None],
     }
     assert "Attention ratio of one, the mean over layers: 0.25 at step 0, 0.5 at step 2." in page.text
+    assert "version of llava-steering-plugin 9.8.7 9.8.7" in " ".join(page.text.split())
+    assert "measured with different settings" not in page.text
     by_layer = [data for data, layout in page.figures if layout["xaxis"]["title"]["text"] == "decoder layer"]
     assert {trace["name"]: trace["y"] for trace in by_layer[0]}["two, step 2"] == [None, None]
 
