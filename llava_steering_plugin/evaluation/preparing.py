@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from llava_steering_plugin.errors import ArgumentsError, DataError, listing
+from llava_steering_plugin.errors import ArgumentsError, DataError, listing, shortened
 from llava_steering_plugin.evaluation.layouts.entry import Entry
 from llava_steering_plugin.evaluation.layouts.registry import layout_of
 from llava_steering_plugin.planning.data_check import Checker, check_data, usable_processors
-from llava_steering_plugin.planning.data_report import DataReport
 from llava_steering_plugin.training.data.sample_checks import SampleChecks
 
 IMAGES = "images"
@@ -59,7 +59,7 @@ def prepare(
         source: the benchmark's folder, in the official layout.
         split: None: its first.
         samples: as many of them, drawn with `seed`, in the order of the split; None: all.
-        progress: called with the number of questions that have been checked, and of all.
+        progress: called with the number of pictures that have been checked, and of all.
 
     Raises:
         ArgumentsError: there is no such task or split, or `output` cannot be written.
@@ -86,9 +86,10 @@ def prepare(
         elif any(entry.image is not None for entry in kept):
             made = _link(link, source)
         learned = kept if known else [replace(entry, answer=UNKNOWN) for entry in kept]
-        _write(parts[0], json.dumps([entry.sample(task) for entry in learned], indent=1) + "\n")
+        made_of = [entry.sample(task) for entry in learned]
+        _refuse_bad(made_of, parts[0], output / IMAGES, source, progress)
+        _write(parts[0], json.dumps(made_of, indent=1) + "\n")
         _write(parts[1], "".join(json.dumps(entry.line(task)) + "\n" for entry in kept))
-        _refuse_bad(parts[0], output / IMAGES, source, len(kept), progress)
         for part, file in zip(parts, files, strict=True):
             if known or file is not files[0]:
                 os.replace(part, file)
@@ -156,25 +157,44 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _refuse_bad(samples: Path, images: Path, source: Path, total: int, progress: Callable[[int, int], None]) -> None:
-    """Raise the defects that a training would find.
+def _refuse_bad(
+    samples: Sequence[Mapping[str, Any]],
+    scratch: Path,
+    images: Path,
+    source: Path,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Raise the defects that a training would find. A picture that several questions share is decoded once.
+
+    Args:
+        scratch: a file for the samples whose pictures are decoded.
 
     Raises:
         DataError: there are some; the message counts them and names the first.
     """
-    pictured = Checker(SampleChecks(str(images)), looks_at_pictures=True)
-    report: DataReport = check_data(
-        str(samples),
-        pictured,
-        keep=SHOWN,
-        processes=usable_processors() if total > 100 else 1,  # a process costs more than it spares
-        progress=lambda done, position: progress(done, total),
+    first: dict[Any, Mapping[str, Any]] = {}
+    for sample in samples:
+        first.setdefault(sample.get("image"), sample)
+    decoded = list(first.values())
+    _write(scratch, json.dumps(decoded) + "\n")
+    checks = SampleChecks(str(images))
+    report = check_data(
+        str(scratch),
+        Checker(checks, looks_at_pictures=True),
+        processes=usable_processors() if len(decoded) > 100 else 1,  # a process costs more than it spares
+        progress=lambda done, position: progress(done, len(decoded)),
     )
-    if report.sound:
-        return
-    problems = [f"{problem.id}: {problem.reason}" for problem in report.problems[:SHOWN]]
-    if report.bad > len(problems):
-        problems.append(f"and {report.bad - len(problems):,} more")
-    raise DataError(
-        listing(f"LLaVA could not read {report.bad:,} of {total:,} questions from {source}; nothing was made", problems)
-    )
+    if report.file_problem is not None:
+        raise DataError(f"what was read from {source} cannot be checked: {report.file_problem}")
+    of_picture = {decoded[problem.index].get("image"): problem.reason for problem in report.problems}
+    of_picture.pop(None, None)
+    bad = []
+    for sample in samples:
+        reasons = [defect.reason for defect in checks.structure(sample)]
+        if sample.get("image") in of_picture:
+            reasons = reasons or [of_picture[sample["image"]]]
+        if reasons:
+            bad.append(f"{sample['id']}: {reasons[0]}")
+    if bad:
+        headline = f"LLaVA could not read {len(bad):,} of {len(samples):,} questions from {source}; nothing was made"
+        raise DataError(listing(headline, shortened(bad, SHOWN)))

@@ -148,6 +148,16 @@ def test_missing_and_damaged_pictures_are_named_and_nothing_is_made(tmp_path: Pa
     assert [path.name for path in (tmp_path / "data").rglob("*")] == ["images"]
 
 
+def test_a_picture_that_questions_share_is_decoded_once_and_its_damage_counts_for_each(tmp_path: Path) -> None:
+    source = make_source("pope", tmp_path / "official")
+    seen: list[tuple[int, int]] = []
+    prepare("pope", source, tmp_path / "data", progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (1, 1)
+    (source / "val2014" / "COCO_val2014_000000000001.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"6 of 6 questions .*\n(.*\n)+.*and 1 more like these"):
+        prepare("pope", source, tmp_path / "data")
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", "a\\b", "a\nb", "", None, 1.5, True])
 def test_a_name_that_could_lead_out_of_the_folder_is_refused(name: object, tmp_path: Path) -> None:
     source = make_source("gqa", tmp_path / "official")

@@ -168,7 +168,8 @@ def _vsr(folder: Path) -> None:
 
 def _snli_ve(folder: Path) -> None:
     for split in ("train", "dev", "test"):
-        line = {"pairID": "1.jpg#0", "gold_label": "neutral", "sentence2": "It rains.", "Flickr30K_ID": "1"}
+        key = "Flikr30kID" if split == "dev" else "Flickr30K_ID"  # both have been released
+        line = {"pairID": "1.jpg#0", "gold_label": "neutral", "sentence2": "It rains.", key: "1"}
         write_lines(folder / f"snli_ve_{split}.jsonl", [line])
     picture(folder / "flickr30k-images" / "1.jpg")
 

@@ -86,7 +86,10 @@ def snli_ve(source: Path, split: str) -> Iterator[Entry]:
                 "Does the image entail the statement, contradict it, or neither? "
                 "Answer with entailment, contradiction or neutral.",
             )
-            image = f"flickr30k-images/{file_name(line['Flickr30K_ID'])}.jpg"
+            number = (
+                line["Flikr30kID"] if "Flikr30kID" in line else line["Flickr30K_ID"]
+            )  # its first release's spelling
+            image = f"flickr30k-images/{file_name(number)}.jpg"
             yield Entry(line["pairID"], question, text_of(line, "gold_label"), image)
 
 
