@@ -140,8 +140,7 @@ def draw_overlay(
     figure.update_layout(showlegend=False)
     edges = [(0, 0, width, height), *(tuple(map(float, each)) for each in boxes)]
     ends = [end(edge[number] for edge in edges) for number, end in enumerate((min, min, max, max))]
-    figure.update_xaxes(range=[ends[0], ends[2]], showgrid=False, showticklabels=False, constrain="domain")
-    figure.update_yaxes(
-        range=[ends[3], ends[1]], showgrid=False, showticklabels=False, constrain="domain", scaleanchor="x"
-    )
+    figure.update_xaxes(range=[ends[0], ends[2]], showgrid=False, showticklabels=False, ticks="", constrain="domain")
+    figure.update_yaxes(range=[ends[3], ends[1]], showgrid=False, showticklabels=False, ticks="", constrain="domain")
+    figure.update_yaxes(scaleanchor="x")
     return figure
