@@ -47,11 +47,14 @@ class Workload:
     Attributes:
         batch: questions that are answered at the same time.
         tokens: new tokens of every answer.
-        rounds: turns of the time, and of the peaks.
+        rounds, peaks: turns of the time, and of the peaks.
         few, many: questions of a short and of a long run.
+        narrow: a model for these two. It has as many layers and heads as a large one: what is measured of a question
+            does not depend on widths, and would show if it was kept in memory.
     """
 
     shape: Shape
+    narrow: Shape
     batch: int
     tokens: int
     rounds: int
@@ -63,6 +66,7 @@ class Workload:
 # 256 tokens an image; 15 million parameters in the decoder's layers.
 FULL = Workload(
     Shape("random", 512, 1408, 5, 8, 400, 512, 2048, 3, 8, 224, 14),
+    Shape("narrow", 128, 256, 32, 32, 400, 64, 128, 2, 4, 56, 14),
     batch=8,
     tokens=16,
     rounds=5,
@@ -71,7 +75,14 @@ FULL = Workload(
     many=200,
 )
 QUICK = Workload(
-    Shape("tiny", 64, 128, 4, 4, 400, 64, 128, 2, 4, 56, 14), batch=4, tokens=8, rounds=3, peaks=2, few=8, many=24
+    Shape("tiny", 64, 128, 4, 4, 400, 64, 128, 2, 4, 56, 14),
+    Shape("narrow", 64, 128, 8, 16, 400, 64, 128, 2, 4, 56, 14),
+    batch=4,
+    tokens=8,
+    rounds=3,
+    peaks=2,
+    few=8,
+    many=24,
 )
 
 
@@ -79,20 +90,22 @@ class Run:
     """Answers questions about random pictures, with or without the measurement.
 
     Args:
-        folder: for pictures, adapter and records.
+        shape: of the model.
+        folder: a new one, for pictures, adapter and records.
     """
 
-    def __init__(self, work: Workload, dtype: torch.dtype, folder: Path):
+    def __init__(self, shape: Shape, work: Workload, dtype: torch.dtype, folder: Path):
+        folder.mkdir()
         self.work, self.folder, self._runs = work, folder, 0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(0)
-        self.tokenizer, self.processor = save_tokenizer(folder), save_processor(work.shape, folder)
-        shape = replace(work.shape, vocabulary=len(self.tokenizer))  # it decodes what the model generates
+        self.tokenizer, self.processor = save_tokenizer(folder), save_processor(shape, folder)
+        shape = replace(shape, vocabulary=len(self.tokenizer))  # it decodes what the model generates
         self.model = build(shape, self.device, 16).to(dtype).eval()
         self._save_adapter()
         self.names = {"base": "__base__", "MoReS": "adapter"}
         self.pool = _pool(self.model, self.tokenizer, folder / "adapter")
-        _draw(folder, work.shape.side)
+        _draw(folder, shape.side)
 
     def answering(self) -> Any:
         """Return what answers questions, always with so many tokens."""
@@ -218,15 +231,16 @@ def run(quick: bool, json_file: Path | None, threads: int, dtype: str) -> int:
     about = prepare(threads, dtype, quick)
     console.print(about)
     with tempfile.TemporaryDirectory(prefix="bench-diagnose-") as scratch:
-        this = Run(work, getattr(torch, dtype), Path(scratch))
+        # First, because memory that was freed before would hide what is kept.
+        grown = growth(Run(work.narrow, work, getattr(torch, dtype), Path(scratch) / "many"))
+        console.print(f"{work.few} questions: {grown['few']:,.0f} MB, {work.many} questions: {grown['many']:,.0f} MB")
+        this = Run(work.shape, work, getattr(torch, dtype), Path(scratch) / "answers")
         times = {name: timed(this, name, console) for name in this.names}
         memory = {name: peaks(this, name) for name in this.names}
-        grown = growth(this)
-    table = table_of("peak memory, MB", ("model", PLAIN, MEASURED))
-    for name, of in memory.items():
-        table.add_row(name, f"{of[PLAIN]:,.0f}", f"{of[MEASURED]:,.0f}")
-    console.print(table)
-    console.print(f"{work.few} questions: {grown['few']:,.0f} MB, {work.many} questions: {grown['many']:,.0f} MB")
+        table = table_of("peak memory, MB", ("model", PLAIN, MEASURED))
+        for name, of in memory.items():
+            table.add_row(name, f"{of[PLAIN]:,.0f}", f"{of[MEASURED]:,.0f}")
+        console.print(table)
     rates = {name: work.batch / of[MEASURED]["seconds"] for name, of in times.items()}
     console.print("samples/s with the measurement: " + ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items()))
     console.print(f"pictures afterwards: {grown['pictures, seconds']:.1f} s")
