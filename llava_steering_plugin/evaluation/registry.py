@@ -27,7 +27,11 @@ BENCHMARKS = {
     ),
     "okvqa": Benchmark("mscoco_val2014_annotations.json", vqa_accuracy.read_vqa, vqa_accuracy.vqa_metrics),
     "textvqa": Benchmark(
-        "TextVQA_0.5.1_val.json", vqa_accuracy.read_textvqa, vqa_accuracy.textvqa_metrics, shared_ids=True
+        "TextVQA_0.5.1_val.json; TextVQA_0.5.1_test.json for the test server",
+        vqa_accuracy.read_textvqa,
+        vqa_accuracy.textvqa_metrics,
+        vqa_accuracy.vqa_submission,
+        shared_ids=True,
     ),
     "vizwiz": Benchmark(
         "val.json; test.json for the test server",

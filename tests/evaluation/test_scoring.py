@@ -126,6 +126,16 @@ class TestASubmission:
         written = json.loads((tmp_path / "s.json").read_text())
         assert written == [{"question_id": 4, "answer": "2 dogs"}, {"question_id": 5, "answer": ""}]
 
+    def test_of_textvqas_test_split_has_the_official_ids(self, tmp_path: Path) -> None:
+        data = [{"question_id": n, "image_id": "aa", "question": f"What is {n}?"} for n in (8, 9)]
+        (tmp_path / "TextVQA_0.5.1_test.json").write_text(json.dumps({"data": data}))
+        answers = write_answers(tmp_path / "a.jsonl", [("aa", "Stop.", "What is 9?"), (8, "two", "")])
+        annotations = tmp_path / "TextVQA_0.5.1_test.json"
+        done = run("textvqa", answers, "--annotations", annotations, "--submission", tmp_path / "s.json")
+        assert "its test server scores" in done.stdout
+        written = json.loads((tmp_path / "s.json").read_text())
+        assert written == [{"question_id": 8, "answer": "2"}, {"question_id": 9, "answer": "stop"}]
+
     def test_of_vizwiz_and_gqa_is_written_beside_the_scores(self, tmp_path: Path) -> None:
         for task, first in (
             ("vizwiz", {"image": "VizWiz_val_0.jpg", "answer": "unsuitable"}),

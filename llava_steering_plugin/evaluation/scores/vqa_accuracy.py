@@ -135,7 +135,8 @@ def read_textvqa(source: Path, wanted: Wanted) -> References:
     held = read_json(path, dict, 'an object with "data"')
     of_image: dict[str, dict[str, str]] = {}
     with reading(path):
-        items = keyed(path, ((each["question_id"], _textvqa_reference(each)) for each in held["data"]))
+        secret = not any("answers" in entry for entry in held["data"])
+        items = keyed(path, ((each["question_id"], _textvqa_reference(each, secret)) for each in held["data"]))
         for entry in held["data"]:
             of_image.setdefault(str(entry["image_id"]), {})[entry["question"].lower()] = str(entry["question_id"])
 
@@ -145,13 +146,15 @@ def read_textvqa(source: Path, wanted: Wanted) -> References:
         asked = of_image.get(answer.id, {})
         return next((asked[text] for text in _questions_in(answer.prompt) if text in asked), None)
 
-    return References(items, find=find)
+    return References(items, secret=secret, find=find)
 
 
-def _textvqa_reference(entry: Any) -> dict[str, Any]:
+def _textvqa_reference(entry: Any, secret: bool) -> dict[str, Any]:
+    if secret:
+        return {"id": entry["question_id"]}
     if not all(isinstance(answer, str) for answer in entry["answers"]):
         raise TypeError("an answer is no text")
-    return {"answers": _some(list(entry["answers"])), "type": None}
+    return {"id": entry["question_id"], "answers": _some(list(entry["answers"])), "type": None}
 
 
 def _questions_in(prompt: str) -> Iterable[str]:
@@ -161,7 +164,7 @@ def _questions_in(prompt: str) -> Iterable[str]:
 
 
 def vqa_submission(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """Return what VQAv2's test server takes: every question of the split, normalised as LLaVA does."""
+    """Return what the test servers of VQAv2 and TextVQA take: every question of the split, normalised as LLaVA does."""
     return [{"question_id": pair.reference["id"], "answer": textvqa_answer(pair.text)} for pair in pairs]
 
 
