@@ -24,6 +24,7 @@ from tiny_llava import TinyLlava, build
 from llava_steering_plugin.checkout.find import find_llava
 from llava_steering_plugin.checkout.patch import patch, unpatch
 from llava_steering_plugin.errors import UpstreamError
+from llava_steering_plugin.lazy_imports import defer_compilation
 from llava_steering_plugin.serving.proxies import bypassing
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    defer_compilation()  # as this package's own programs do: the compiler takes seconds to import
     try:
         source = _llava_to_test(config.getoption("--llava-path"))
         if source is None:
