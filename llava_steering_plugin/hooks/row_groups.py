@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,7 @@ class Group:
     this_pass: ForwardPass
     rows: Tensor | None
     of: tuple[int, int]
+    _latest: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     def updated(self, module: nn.Module, output: Tensor, inputs: Any) -> Tensor:
         """Return `output` of the whole batch with the rows of this group updated by `module`; may write into it.
@@ -59,19 +61,28 @@ class Group:
             result: Tensor = module(output, inputs, self.this_pass)
             return result
         rows = self.this_pass.once(("rows", output.device), lambda: _on(self.rows, output.device))
-        # A copy of the inputs that nobody reads is spared.
-        read = self._by_rows(inputs if getattr(module, "reads_inputs", True) else None)
-        part: Tensor = module(self._by_rows(output)[rows], read[rows], self.this_pass)
+        read = self._rows_of(inputs, rows) if getattr(module, "reads_inputs", True) else None
+        part: Tensor = module(self._by_rows(output)[rows], read, self.this_pass)
         # In place, as the host's output has no other reader yet and a copy would cost more than the update. Autograd,
         # however, may need the output unchanged.
         whole = output.clone() if output.requires_grad else output
         self._by_rows(whole).index_copy_(0, rows, part)
         return whole
 
-    def _by_rows(self, hidden: Any) -> Any:
+    def _rows_of(self, inputs: Any, rows: Tensor) -> Tensor | None:
+        """Return the group's rows of a host's input; of one tensor the same ones, for hosts that are called on it."""
+        if not isinstance(inputs, Tensor):
+            return None
+        version = None if inputs.is_inference() else inputs._version
+        if self._latest and self._latest[0]() is inputs and self._latest[1] == version:
+            found: Tensor = self._latest[2]
+            return found
+        part = self._by_rows(inputs)[rows]
+        self._latest[:] = weakref.ref(inputs), version, part
+        return part
+
+    def _by_rows(self, hidden: Tensor) -> Tensor:
         """View hidden states, whose rows and positions may be flattened into one, as [rows, positions, features]."""
-        if not isinstance(hidden, Tensor):
-            return _Nothing()
         if hidden.shape[:-1] == self.of:
             return hidden
         if hidden.shape[:-1] != (self.of[0] * self.of[1],):
@@ -81,13 +92,6 @@ class Group:
                 "batch the same adapter, one batch for each adapter."
             )
         return hidden.view(*self.of, -1)
-
-
-class _Nothing:
-    """Stands for the inputs of a host that was called without any: each selection of rows is None."""
-
-    def __getitem__(self, rows: Tensor) -> None:
-        return None
 
 
 class Rows:

@@ -168,11 +168,10 @@ def _routes(linears: Mapping[str, RoutedLinear], instead: Any) -> Iterator[None]
     """Route by `instead(path, route, hidden, this_pass)` inside the block; `route` is the linear's own."""
     try:
         for path, module in linears.items():
-            route = module.route
-            module.__dict__["route"] = lambda hidden, this_pass, path=path, route=route: instead(
+            module.choose = lambda hidden, this_pass, path=path, route=module.route: instead(
                 path, route, hidden, this_pass
             )
         yield
     finally:
         for module in linears.values():
-            module.__dict__.pop("route", None)
+            module.choose = None

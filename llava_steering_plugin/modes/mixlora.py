@@ -13,30 +13,23 @@ shape [rows, in, out] is ever made.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from llava_steering_plugin.distributed import is_partitioned
 from llava_steering_plugin.errors import TokenMapError
 from llava_steering_plugin.modes.base import DecoderShape, ForwardPass, largest_in, no_autocast
-from llava_steering_plugin.modes.mixlora_balance import BalanceOverSteps, Tally
-from llava_steering_plugin.modes.mixlora_factors import take, updated
-from llava_steering_plugin.modes.mixlora_routing import (
-    Choice,
-    Observed,
-    Routing,
-    balanced,
-    best,
-    conditional_scores,
-    masked_mean,
-    mean_summary,
-    mean_weights,
-)
-from llava_steering_plugin.modes.mixlora_settings import PROMPT, RELEASED, MixLoRASettings
+from llava_steering_plugin.modes.mixlora_balance import BalanceOverSteps, Tally, shares
+from llava_steering_plugin.modes.mixlora_factors import updated
+from llava_steering_plugin.modes.mixlora_routing import Choice, Observed, Routing, mean_summary
+from llava_steering_plugin.modes.mixlora_settings import RELEASED, MixLoRASettings
+from llava_steering_plugin.modes.mixlora_shared import Shared, chosen, shared
 from llava_steering_plugin.modes.mixlora_targets import find_targets
+from llava_steering_plugin.modes.mixlora_together import Together
 
 # Updates that a layer may multiply before a norm makes them small again: gate x up x down, and one to spare.
 MULTIPLIED = 4
@@ -89,6 +82,8 @@ class RoutedLinear(nn.Module):
         self.dropout = nn.Dropout(mode.dropout)
         # Whether choices have probabilities in eval mode too, which a measure may look at.
         self.shows_probabilities = False
+        self.choose: Callable[[Tensor, ForwardPass], Routing] | None = None
+        self.together: Together[RoutedLinear] = Together()
         self.observed = (Observed.nothing(), Observed.nothing())
         self.tallies = (Tally(factors), Tally(factors))
 
@@ -113,78 +108,45 @@ class RoutedLinear(nn.Module):
                 "positions, so MixLoRA cannot tell which rows these tokens belong to (as in the experts of a mixture). "
                 "Leave such linears out with --mixlora_targets."
             )
-        if inputs.dim() == 2:
-            by_rows = output.reshape(rows, positions, -1), inputs.reshape(rows, positions, -1)
-            return self._updated(by_rows[0], by_rows[1], this_pass, weight).view_as(output)
-        return self._updated(output, inputs, this_pass, weight)
+        dtype = output.dtype
 
-    def _updated(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass, weight: Tensor | None) -> Tensor:
-        # No views here: autograd adds the base's gradient into the one that `updated` returns if nothing else refers
-        # to that, and otherwise allocates a third tensor of the input's size for the sum.
+        def share(linears: Sequence[RoutedLinear]) -> Shared:
+            hidden = inputs.reshape(rows, positions, -1) if inputs.dim() == 2 else inputs
+            return shared(_able(linears), hidden, this_pass, dtype)
+
         with no_autocast(output.device):
-            a, b = self.factors_for(inputs, this_pass, output.dtype)
-            return updated(output, self.dropout(inputs.to(output.dtype)), a, b, weight)
+            common = self.together.share(self, inputs, dtype, this_pass, share)
+            if self not in common.linears:
+                common = share([self])
+            hidden, narrow = common.narrow_of(self)
+            b = common.b[self]
+            if output.dim() == 2:
+                by_rows = output.reshape(rows, positions, -1)
+                return updated(by_rows, narrow, b, self.mode.scale).view_as(output)
+            return updated(output, narrow, b, self.mode.scale, hidden if weight is not None else None, weight)
 
     def factors_for(self, hidden: Tensor, this_pass: ForwardPass, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return A [rows, r, in] and alpha / r B [rows, r, out], of `dtype`, for `hidden` [rows, positions, in]."""
-        if this_pass.decode and self.mode.pooling == PROMPT:
-            return self._kept_factors(this_pass, len(hidden), dtype)
-        routing = self.route(hidden, this_pass)
-        this_pass.kept[self] = _Kept(routing.a.factors, routing.b.factors)
-        return self._factors(routing, dtype)
+        alone = shared([self], hidden, this_pass, dtype)
+        return alone.a, alone.b[self] * self.mode.scale
 
     def route(self, hidden: Tensor, this_pass: ForwardPass) -> Routing:
         """Choose r factors on each side for every row, from its `hidden` [rows, positions, in]."""
-        with torch.no_grad():
-            # The routers learn from the hidden states; the hidden states get no gradient from the routers.
-            pooled = masked_mean(hidden, self._pooling_weights(hidden, this_pass))
-        learning = self.learns and torch.is_grad_enabled()
-        watched = learning or self.training or self.shows_probabilities
-        logits_a, logits_b = (self._logits(pooled, router) for router in (self.router_a, self.router_b))
-        a = Choice(best(logits_a.detach(), self.mode.rank), logits_a.softmax(-1) if watched else None)
-        if self.mode.conditional:
-            with torch.no_grad():
-                chosen = self.routed_a.float()[a.factors]
-            given_a = conditional_scores(chosen, self.router_ab.float(), released=self.mode.variant == RELEASED)
-            scores = logits_b.softmax(-1) + self.mode.ifs_weight * given_a
-            probability = scores / (1 + self.mode.ifs_weight) if watched else None
-        else:
-            scores = logits_b
-            probability = logits_b.softmax(-1) if watched else None
-        b = Choice(best(scores.detach(), self.mode.rank), probability)
-        if self.training:
-            for observed, choice in zip(self.observed, (a, b), strict=True):
-                observed.add(choice)
-        if learning and self.balance:
-            a, b = (self._balanced(choice, side, this_pass) for side, choice in enumerate((a, b)))
-        return Routing(a, b)
+        gates, _ = chosen([self], hidden, this_pass)
+        sides = zip(gates.chosen, gates.scores, gates.shares, strict=True)
+        return Routing(*(Choice(factors[:, 0], scores[:, 0] * share) for factors, scores, share in sides))
 
-    def _balanced(self, choice: Choice, side: int, this_pass: ForwardPass) -> Choice:
-        def count() -> Tensor:
-            return self.tallies[side].shares(choice.factors, counted=self.training)
+    def instead(self, hidden: Tensor, this_pass: ForwardPass) -> Routing | None:
+        """Return the choice that `choose` makes in the routers' place; None where they choose."""
+        return None if self.choose is None else self.choose(hidden, this_pass)
 
-        # Once for a pass: gradient checkpointing comes here again, with the same pass, when it recomputes.
-        return balanced(choice, self.balance, this_pass, this_pass.once(("mixlora balance", self, side), count))
+    def shares(self, tallies: Sequence[Tally], choices: Tensor) -> Tensor:
+        """Return f of the load-balance loss for routers, float32 [routers, E].
 
-    def _pooling_weights(self, hidden: Tensor, this_pass: ForwardPass) -> Tensor:
-        def of_prompt() -> Tensor:
-            return mean_weights(this_pass.prompt.to(hidden.device))
-
-        if self.mode.pooling == PROMPT:
-            return this_pass.once(("mixlora", PROMPT, hidden.device), of_prompt)
-        return hidden.new_full(hidden.shape[:2], 1 / hidden.shape[1], dtype=torch.float32)
-
-    def _logits(self, pooled: Tensor, router: Tensor) -> Tensor:
-        logits = nn.functional.linear(pooled, router.float())
-        if self.training and self.mode.noise:
-            logits = logits + self.mode.noise * torch.randn_like(logits)
-        return logits
-
-    def _factors(self, routing: Routing, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        # B carries the scale because its values are small: A's could leave the range of half precision.
-        gated = self.learns and torch.is_grad_enabled()
-        a = take(self.routed_a, routing.a, dtype, gated=gated)
-        return a, take(self.routed_b, routing.b, dtype, scale=self.mode.scale, gated=gated)
+        Args:
+            choices: of the pass, int64 [routers, rows, r].
+        """
+        return shares(tallies, choices.flatten(1), counted=self.training)
 
     def unsound(self, dtype: torch.dtype) -> list[str]:
         """Return what leaves the range of `dtype` for an input of the usual size, whichever factors are chosen."""
@@ -202,36 +164,30 @@ class RoutedLinear(nn.Module):
                 found.append(f"{name}: its products with hidden states overflow float32")
         return found
 
-    def _kept_factors(self, this_pass: ForwardPass, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        kept: _Kept | None = this_pass.kept.get(self)
-        if kept is None:
-            raise TokenMapError(
-                "a decode step came without its prefill: MixLoRA chooses its factors from the prompt, and the choice "
-                "was not kept. Use model.generate(), which keeps it, or an adapter trained with --mixlora_routing "
-                "sequence."
-            )
-        if kept.factors is None or kept.factors[0].shape[0] != rows:
-            kept.factors = self._factors(kept.repeated(rows), dtype)
-        return kept.factors
 
+def _able(linears: Sequence[RoutedLinear]) -> list[RoutedLinear]:
+    """Return the first linear, and those of the others that it can work for.
 
-@dataclass
-class _Kept:
-    """The choice that a prefill leaves for its decode steps: int64 [rows, r] each; the first step adds the factors."""
-
-    a: Tensor
-    b: Tensor
-    factors: tuple[Tensor, Tensor] | None = None
-
-    def repeated(self, rows: int) -> Routing:
-        """Return the routing of `rows` rows, each row of the prefill repeated alike (contrastive search does so)."""
-        times, rest = divmod(rows, len(self.a))
-        if rest:
-            raise TokenMapError(
-                f"a decode step has {rows} rows and its prefill had {len(self.a)}, which is no "
-                "divisor of it, so MixLoRA cannot tell which row continues which prompt."
-            )
-        return Routing(*(Choice(chosen.repeat_interleave(times, 0), None) for chosen in (self.a, self.b)))
+    Not where a choice is made elsewhere, and not where parameters are on another device or cut over ranks: these are
+    whole only while their own linear runs. Noise is drawn by each linear in its turn, so that the numbers are the same
+    whether or not it is known already which linears go together.
+    """
+    first, *others = linears
+    noise = first.training and first.mode.noise
+    if noise or first.choose is not None or is_partitioned(first.routed_a):
+        return [first]
+    device, training = first.routed_a.device, first.training
+    return [
+        first,
+        *(
+            each
+            for each in others
+            if each.choose is None
+            and each.training == training
+            and each.routed_a.device == device
+            and not is_partitioned(each.routed_a)
+        ),
+    ]
 
 
 @dataclass(frozen=True)
@@ -244,7 +200,11 @@ class MixLoRA(MixLoRASettings):
         hosts = find_targets(self.targets, decoder.layers[self.start_layer :])
         # Two routers a linear: the coefficient is that of the mean over all routers.
         balance = self.balance_weight / (2 * len(hosts))
-        return {path: RoutedLinear(*features, mode=self, balance=balance) for path, features in hosts.items()}
+        made = {path: RoutedLinear(*features, mode=self, balance=balance) for path, features in hosts.items()}
+        together: Together[RoutedLinear] = Together()
+        for linear in made.values():
+            linear.together = together
+        return dict(made)
 
     def unsound(self, modules: Mapping[str, nn.Module], dtype: torch.dtype) -> list[str]:
         return [
@@ -255,16 +215,17 @@ class MixLoRA(MixLoRASettings):
         ]
 
     def statistics(self, modules: Mapping[str, nn.Module]) -> BalanceOverSteps | None:
-        if not (self.balance_weight and self.trained_routers):
+        linears = {path: module for path, module in modules.items() if isinstance(module, RoutedLinear)}
+        if not linears:
             return None
-        return BalanceOverSteps(
-            {
-                f"{path}.{side}": tally
-                for path, module in modules.items()
-                if isinstance(module, RoutedLinear)
-                for side, tally in zip("ab", module.tallies, strict=True)
-            }
-        )
+        balanced = linears if self.balance_weight and self.trained_routers else {}
+        tallies = {
+            f"{path}.{side}": tally
+            for path, linear in balanced.items()
+            for side, tally in zip("ab", linear.tallies, strict=True)
+        }
+        together = next(iter(linears.values())).together
+        return BalanceOverSteps(tallies, together, {linear: path for path, linear in linears.items()})
 
     def report(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
         figures = {}

@@ -1,114 +1,172 @@
-"""Take factors out of MixLoRA's pools for every row, and compute the low-rank update (arXiv 2402.15896, sec. 3).
+"""Compute MixLoRA's low-rank update with the factors chosen for every row (arXiv 2402.15896, sec. 3).
 
-No tensor of shape [rows, in, out] is made.
+No tensor of shape [rows, in, out] is made. Linears that are called on one tensor share the first of the two products.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.modes.mixlora_routing import Choice
+
+class Gates(NamedTuple):
+    """Holds what lets routers learn: a straight-through gate of 1 + p - stopgrad(p) on every chosen factor.
+
+    Attributes:
+        chosen: the A and the B factors, int64 [rows, linears, r] each.
+        scores: of all factors, float32 [rows, linears, E] for each side. A score times the side's `shares` is p.
+        shares: 1 on the side of A, 1 / (1 + w) on that of B with conditional selection.
+        balance: returns a further gradient of p, float32 [2, rows or 1, linears, E]; None: there is none.
+    """
+
+    chosen: tuple[Tensor, Tensor]
+    scores: tuple[Tensor, Tensor]
+    shares: tuple[float, float]
+    balance: Callable[[], Tensor] | None
+
+    def of(self, linear: int) -> Gates:
+        """Return those of one of the linears, by its number."""
+        chosen, scores = (tuple(each.narrow(1, linear, 1) for each in both) for both in (self.chosen, self.scores))
+        balance = self.balance
+        one = None if balance is None else lambda: balance().narrow(2, linear, 1)
+        return Gates((chosen[0], chosen[1]), (scores[0], scores[1]), self.shares, one)
 
 
-class _Take(torch.autograd.Function):
-    """Take factors out of a pool, with a straight-through gate of 1 + p - stopgrad(p) on each.
+def narrowed(hidden: Tensor, a: Tensor, gates: Gates | None = None) -> tuple[Tensor, Tensor]:
+    """Return the hidden states themselves, and their products with the chosen A factors.
 
-    The forward value is the factor, bit for bit; the gate acts in the backward pass only, where p gets the gradient
-    that a weight on the factor would have.
+    What goes on with the hidden states should go on with those that are returned: their gradient then comes to the
+    product, which writes its own part into it.
+
+    Args:
+        hidden: [rows, positions, in].
+        a: chosen factors of all linears that are called on `hidden`, [rows, linears * r, in] in the same dtype.
+        gates: give the routers' scores a gradient.
+
+    Returns:
+        [rows, positions, in] and [rows, linears * r, positions].
+    """
+    scores = (None, None) if gates is None else gates.scores
+    same, narrow = _Narrowed.apply(hidden, a, *scores, gates)  # type: ignore[no-untyped-call]
+    return same if hidden.requires_grad else hidden, narrow
+
+
+class _Narrowed(torch.autograd.Function):
+    """Compute the first product, with a backward of its own: the narrow tensors have shape [..., positions].
+
+    With autograd's backward, half of the products have a transposed narrow operand and take three times as long, and
+    the input's gradient is made as a second tensor of its size, only to be added to the first.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, pool: Tensor, probability: Tensor | None, index: Tensor, scale: float, dtype: torch.dtype
-    ) -> Tensor:
-        taken = pool.index_select(0, index.flatten()).view(*index.shape, -1)
-        taken = (taken if scale == 1 else taken.float() * scale).to(dtype)
-        ctx.scale, ctx.factors, ctx.dtype = scale, pool.shape[0], pool.dtype
-        ctx.save_for_backward(index, taken if probability is not None else None)
-        return taken
+        ctx: Any, hidden: Tensor, a: Tensor, scores_a: Tensor | None, scores_b: Tensor | None, gates: Gates | None
+    ) -> tuple[Tensor, Tensor]:
+        narrow = torch.bmm(a, hidden.transpose(1, 2))
+        same = hidden.view_as(hidden)
+        ctx.set_materialize_grads(False)
+        ctx.shares, ctx.balance = (gates.shares, gates.balance) if gates is not None else ((), None)
+        ctx.save_for_backward(hidden, a, narrow, *((*gates.chosen, scores_a, scores_b) if gates is not None else ()))
+        return same, narrow
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        index, taken = ctx.saved_tensors
-        gradient = gradient.float()
-        for_pool = for_probability = None
+    def backward(ctx: Any, whole: Tensor | None, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return whole, None, None, None, None
+        if torch.is_grad_enabled():
+            return *_differentiable(ctx, whole, gradient), None
+        hidden, a, narrow, *rest = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
-            # A product with ones and zeros: scattered sums on CUDA have no fixed order, and two runs must agree.
-            places = gradient.new_zeros(index.numel(), ctx.factors).scatter_(1, index.reshape(-1, 1), ctx.scale)
-            for_pool = (places.T @ gradient.flatten(0, 1)).to(ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            weight = (gradient * taken).sum(-1)
-            for_probability = weight.new_zeros(index.shape[0], ctx.factors).scatter_(1, index, weight)
-        return for_pool, for_probability, None, None, None
+            wide = gradient.transpose(1, 2)
+            # In place: nobody else has seen this gradient.
+            whole = torch.bmm(wide, a) if whole is None else whole.baddbmm_(wide, a)
+        for_a = torch.bmm(gradient, hidden) if ctx.needs_input_grad[1] else None
+        return whole, for_a, *(_for_scores(ctx, rest, narrow, gradient) if rest else (None, None)), None
 
 
-def take(pool: Tensor, choice: Choice, dtype: torch.dtype, *, scale: float = 1.0, gated: bool = False) -> Tensor:
-    """Return the chosen factors times `scale`, [rows, r, features].
+def _for_scores(ctx: Any, rest: list[Tensor], narrow: Tensor, gradient: Tensor) -> list[Tensor]:
+    """Return the gradients of both sides' scores, float32 [rows, linears, E] each.
 
-    Args:
-        pool: float32 [E, features].
-        choice: the factors of every row, [rows, r].
-        dtype: of the result.
-        scale: is multiplied in float32, before the cast to `dtype`.
-        gated: give the choice's probabilities a gradient through a straight-through gate.
+    The k-th A goes with the k-th B: a gate on either scales one and the same product, so both get the same gradient.
     """
-    probability = choice.probability if gated else None
-    taken: Tensor = _Take.apply(pool, probability, choice.factors, scale, dtype)  # type: ignore[no-untyped-call]
-    return taken
+    *chosen, scores, _ = rest
+    wide = torch.float64 if narrow.dtype == torch.float64 else torch.float32
+    worth = (narrow.to(wide).unsqueeze(-2) @ gradient.to(wide).unsqueeze(-1)).view(chosen[0].shape).float()
+    base = scores.new_zeros(2, 1, 1, scores.shape[-1]) if ctx.balance is None else ctx.balance()
+    sides = zip(base, chosen, ctx.shares, strict=True)
+    of_p = [(own.expand(scores.shape).scatter_add(-1, each, worth), share) for own, each, share in sides]
+    return [gradient if share == 1 else gradient * share for gradient, share in of_p]
+
+
+def _differentiable(ctx: Any, whole: Tensor | None, gradient: Tensor) -> list[Tensor | None]:
+    """Return the same gradients with a history, for second derivatives: of the gates as they are written."""
+    hidden, a, _, *rest = ctx.saved_tensors
+    chosen, scores = rest[:2], rest[2:]
+    narrow = torch.bmm(a, hidden.transpose(1, 2))
+    for each, score, share in zip(chosen, scores, ctx.shares, strict=True):
+        p = (score * share).gather(-1, each).flatten(1).unsqueeze(-1)
+        narrow = narrow * (1 + p - p.detach()).to(narrow.dtype)
+    inputs = [hidden, a, *scores]
+    asked = [each for each, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+    made = iter(torch.autograd.grad(narrow, asked, gradient, create_graph=True))
+    found = [next(made) if needed else None for _, needed in zip(range(4), ctx.needs_input_grad, strict=False)]
+    if found[0] is not None and whole is not None:
+        found[0] = found[0] + whole
+    if ctx.balance is not None:
+        own = zip(found[2:], ctx.balance(), ctx.shares, strict=True)
+        found[2:] = [each if each is None else each + balance * share for each, balance, share in own]
+    return found
 
 
 class _Updated(torch.autograd.Function):
-    """Compute the low-rank update, with a backward of its own: the narrow tensors have shape [rows, r, positions].
-
-    With autograd's backward, half of the products have a transposed narrow operand and take three times as long. Given
-    the linear's weight, the backward is that of the linear and of the update in one: their parts of the input's
-    gradient are then written into one tensor. Autograd would allocate a second one of the input's size, and read and
-    write three of them for the sum.
-    """
+    """Add the second product to an output. Given the linear's weight, the backward is that of the linear as well."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, hidden: Tensor, a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:
-        narrow = torch.bmm(a, hidden.transpose(1, 2))
-        ctx.save_for_backward(hidden, a, b, narrow, weight)
+    def forward(
+        ctx: Any, output: Tensor, hidden: Tensor | None, narrow: Tensor, b: Tensor, scale: float, weight: Tensor | None
+    ) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(narrow, b, weight)
         ctx.mark_dirty(output)
-        return output.baddbmm_(narrow.transpose(1, 2), b)
+        return output.baddbmm_(narrow.transpose(1, 2), b, alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, a, b, narrow, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # this backward pass is to be differentiated, and `narrow` has no history
-            narrow = torch.bmm(a, hidden.transpose(1, 2))
-        for_narrow = torch.bmm(b, gradient.transpose(1, 2))
+        narrow, b, weight = ctx.saved_tensors
+        # With beta = 0 the first argument lends its shape alone, and the scale costs no operation.
+        for_narrow = torch.baddbmm(narrow, b, gradient.transpose(1, 2), beta=0, alpha=ctx.scale)
+        for_b = None
+        if ctx.needs_input_grad[3]:
+            for_b = torch.baddbmm(b, narrow, gradient, beta=0, alpha=ctx.scale)
         for_hidden = None
         if ctx.needs_input_grad[1] and weight is not None:
-            for_hidden = torch.mm(gradient.reshape(-1, gradient.shape[-1]), weight).view_as(hidden)
-            for_hidden = for_hidden.baddbmm_(for_narrow.transpose(1, 2), a)
-        elif ctx.needs_input_grad[1]:
-            for_hidden = torch.bmm(for_narrow.transpose(1, 2), a)
-        for_a = torch.bmm(for_narrow, hidden) if ctx.needs_input_grad[2] else None
-        for_b = torch.bmm(narrow, gradient) if ctx.needs_input_grad[3] else None
-        return gradient if weight is None else None, for_hidden, for_a, for_b, None
+            for_hidden = torch.mm(gradient.reshape(-1, gradient.shape[-1]), weight)
+            for_hidden = for_hidden.view(*gradient.shape[:-1], -1)
+        return gradient if weight is None else None, for_hidden, for_narrow, for_b, None, None
 
 
-def updated(output: Tensor, hidden: Tensor, a: Tensor, b: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Add (hidden a^T) b to `output` in place and return it, [rows, positions, out].
+def updated(
+    output: Tensor, narrow: Tensor, b: Tensor, scale: float, hidden: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
+    """Add scale * narrow^T b to `output` in place and return it, [rows, positions, out].
 
     In place because a copy of `output`, which its linear has just made and needs no more, takes longer than the update.
 
     Args:
         output: [rows, positions, out] in any float dtype.
-        hidden: [rows, positions, in] in the same dtype.
-        a: chosen factors, [rows, r, in] in the same dtype.
-        b: chosen factors times alpha / r, [rows, r, out] in the same dtype.
-        weight: [out, in] of the linear that has made `output` from `hidden`, frozen; `output` is detached then, and the
-            result's gradient of `hidden` is that of both.
+        narrow: [rows, r, positions] in the same dtype.
+        b: chosen factors, [rows, r, out] in the same dtype. The scale is not in them: it is applied where sums are in
+            float32.
+        scale: alpha / r.
+        hidden, weight: the linear's input and its frozen weight [out, in], if its backward pass is to be done here;
+            `output` is detached then.
     """
     if torch.is_grad_enabled() and output._is_view():
         # Autograd forbids writing into a view that another function's forward has made, such as the output of
         # bitsandbytes' 8-bit linears. It looks like an ordinary view, such as that of a linear with a bias: copy both.
         output = output.clone()
-    result: Tensor = _Updated.apply(output, hidden, a, b, weight)  # type: ignore[no-untyped-call]
+    result: Tensor = _Updated.apply(output, hidden, narrow, b, scale, weight)  # type: ignore[no-untyped-call]
     return result

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from llava_steering_plugin.modes.base import ForwardPass
 from llava_steering_plugin.modes.mixlora import MixLoRA, RoutedLinear
-from llava_steering_plugin.modes.mixlora_balance import BalanceOverSteps
-from llava_steering_plugin.modes.mixlora_routing import Choice, balanced
+from llava_steering_plugin.modes.mixlora_balance import BalanceOverSteps, Tally
 
 from .shared.machine import machine, open_console
 from .shared.verdicts import table_of, write_json
@@ -83,12 +82,12 @@ class InPasses(RoutedLinear):
         self.over_steps = BalanceOverSteps(dict(zip("ab", self.tallies, strict=True)))
         self.over_steps.begin(ROWS // rows if over_step else 1)
 
-    def _balanced(self, choice: Choice, side: int, this_pass: ForwardPass) -> Choice:
-        shares = [
-            self.tallies[side].shares(chosen, counted=self.training).expand(len(chosen), -1)
-            for chosen in torch.split(choice.factors, self.rows)
-        ]
-        return balanced(choice, self.balance, this_pass, torch.cat(shares))
+    def shares(self, tallies: Sequence[Tally], choices: Tensor) -> Tensor:
+        """Return f for each row, float32 [routers, rows, E]: that of the pass that the row belongs to."""
+        of_passes = []
+        for choice in torch.split(choices, self.rows, 1):
+            of_passes.append(super().shares(tallies, choice).unsqueeze(1).expand(-1, choice.shape[1], -1))
+        return torch.cat(of_passes, 1)
 
 
 class OnZeros(nn.Module):

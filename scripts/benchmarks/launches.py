@@ -8,6 +8,7 @@ each. A pool has no training; three adapters are in three rows of one batch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode
 
 from .launches_variants import CASE, Counted, Phases, adapted, frozen, hosts_of, linears_of, pooled, with_lora
+from .shared.frozen_llama import Case
 from .shared.machine import open_console, prepare
 from .shared.verdicts import table_of, write_json
 
@@ -35,10 +37,16 @@ def phases_of(counted: Counted, *, trained: bool) -> Phases:
     return found
 
 
-def extra(counted: Counted, base: Counted, hosts: int, *, trained: bool) -> dict[str, float]:
+@functools.cache
+def frozen_phases(case: Case, *, trained: bool) -> Phases:
+    """Return the operations of the frozen model."""
+    return phases_of(frozen(case), trained=trained)
+
+
+def extra(counted: Counted, hosts: int, *, trained: bool) -> dict[str, float]:
     """Return the operations of every pass beyond those of the frozen model, for each host."""
-    ours, theirs = (phases_of(each, trained=trained) for each in (counted, base))
-    return {phase: (count - theirs[phase]) / hosts for phase, count in ours.items()}
+    theirs = frozen_phases(counted.case, trained=trained)
+    return {phase: (count - theirs[phase]) / hosts for phase, count in phases_of(counted, trained=trained).items()}
 
 
 def counts_of(mode: Mode) -> dict[str, dict[str, float]]:
@@ -51,8 +59,7 @@ def counts_of(mode: Mode) -> dict[str, dict[str, float]]:
     }
     found = {}
     for name, make in made.items():
-        counted = make()
-        found[name] = extra(counted, frozen(counted.case), hosts, trained=name == mode.name)
+        found[name] = extra(make(), hosts, trained=name == mode.name)
     return found
 
 
@@ -60,11 +67,11 @@ def run(modes: tuple[str, ...], json_file: Path | None) -> int:
     """Print the table; return the exit status, 0."""
     console = open_console(170)
     about = prepare(1, "float32", quick=False)
-    plain = phases_of(frozen(), trained=True)
+    plain = frozen_phases(CASE, trained=True)
     rows = {"frozen, a layer": {phase: count / CASE.layers for phase, count in plain.items()}}
     for name in modes or DEFAULT:
         rows |= counts_of(registry.configured(name, SETTINGS.get(name, {})))
-    rows[LORA] = extra(with_lora(), frozen(), linears_of(), trained=True)
+    rows[LORA] = extra(with_lora(), linears_of(), trained=True)
     table = table_of("operations; of adapters: for each host, beyond the frozen model", ("pass", *rows))
     for phase in plain:
         table.add_row(phase, *(f"{row[phase]:.1f}" if phase in row else "-" for row in rows.values()))

@@ -176,14 +176,14 @@ def expected_flops(case: LinearCase) -> int:
 
     n rows of p positions. Forward: the pooled mean 2 n p in, two routers 2 n in E each, the conditional one
     2 n r in E, the two narrow products 2 n p r (in + out). Backward: as much again for every router's weights, twice as
-    much for the narrow products, and 2 n r E (in + out) for the gradients of the factors.
+    much for the narrow products, and 2 n p r for the gradients of the gates. The gradients of the factors are sums.
     """
     rows, positions, wide, out = case.batch, case.positions, case.in_features, case.out_features
     factors, rank = SETTINGS.factors, RANK
     routers = 2 * (2 * rows * wide * factors) + 2 * rows * rank * wide * factors
     narrow = 2 * rows * positions * rank * (wide + out)
-    pools = 2 * rows * rank * factors * (wide + out)
-    return 2 * rows * positions * wide + 2 * routers + 3 * narrow + pools
+    gates = 2 * rows * positions * rank
+    return 2 * rows * positions * wide + 2 * routers + 3 * narrow + gates
 
 
 def excess(timings: dict[str, Timing]) -> float:

@@ -118,7 +118,8 @@ def test_tasks_that_agree_help_and_tasks_that_conflict_harm(
     for side in (*sides, EVERYTHING):
         matrix = found[side].ratio_of_means()
         torch.testing.assert_close(matrix.diagonal(), torch.ones(3).double())
-        assert matrix[0, 1].item() == pytest.approx(1, abs=1e-9)  # the same samples: exactly as good
+        # The same samples: as good, up to the order in which MixLoRA's first pass sums gradients.
+        assert matrix[0, 1].item() == pytest.approx(1, abs=1e-6)
         assert matrix[0, 2] < 0, side
         assert matrix[2, 0] < 0, side
 

@@ -17,7 +17,7 @@ from llava_steering_plugin import AdapterPool, attach, load_adapter, remove_adap
 from llava_steering_plugin.adapters.fingerprint import fingerprint_rows
 from llava_steering_plugin.modes.base import DecoderShape, ForwardPass, Mode, default_dtype
 from llava_steering_plugin.modes.mixlora import MixLoRA
-from llava_steering_plugin.modes.mixlora_routing import Choice, balanced
+from llava_steering_plugin.modes.mixlora_balance import Tally, shares
 from llava_steering_plugin.modes.mores import MoReS
 
 MODES = [MoReS(rank=2, tokens="all", modality="vis+text"), MixLoRA(factors=8, rank=2, balance=0.3)]
@@ -142,10 +142,9 @@ def test_default_dtype_puts_back_what_a_failing_block_changed() -> None:
 
 def test_rows_and_frequencies_are_counted_beyond_what_half_precision_holds(other: torch.dtype) -> None:
     rows = fingerprint_rows(32_000)
-    chosen = torch.zeros(5000, 1, dtype=torch.long)
-    probability = torch.full((5000, 2), 0.5, requires_grad=True)
-    step = ForwardPass(VISUAL, ~VISUAL, PROMPT, False, {})
+    chosen = torch.zeros(1, 5001, dtype=torch.long)
+    chosen[0, 0] = 1
     with default_dtype(other):
         assert torch.equal(fingerprint_rows(32_000), rows) and rows[-1] == 31_999
-        balanced(Choice(chosen, probability), 1.0, step).probability.sum().backward()  # type: ignore[union-attr]
-    assert torch.allclose(probability.grad[0], torch.tensor([1 + 2 / 5000, 1.0]))  # type: ignore[index]
+        found = shares([Tally(2)], chosen, counted=False)
+    assert torch.equal(found, torch.tensor([[5000 / 5001, 1 / 5001]]))

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from llava_steering_plugin import token_map
 from llava_steering_plugin.modes.mixlora import MixLoRA
-from llava_steering_plugin.modes.mixlora_balance import BalanceOverSteps, Tally, frequency
+from llava_steering_plugin.modes.mixlora_balance import BalanceOverSteps, Tally, frequency, shares
 
 # Of six factors two are chosen for each row.
 CHOSEN = torch.tensor([[0, 1], [0, 2], [0, 5]])
@@ -32,20 +32,24 @@ def tally(passes: int, before: Tensor | None = None) -> Tally:
     return made
 
 
+def shares_of(tally: Tally, chosen: Tensor, *, counted: bool) -> Tensor:
+    return shares([tally], chosen.view(1, -1), counted=counted)[0]
+
+
 @pytest.mark.parametrize("before", [None, BEFORE], ids=["first step", "later"])
 def test_one_pass_a_step_has_its_own_shares_to_the_bit_and_nothing_is_remembered(before: Tensor | None) -> None:
     alone = tally(1, before)
     for _ in range(2):
-        assert torch.equal(alone.shares(CHOSEN, counted=True), frequency(CHOSEN.flatten(), 6))
+        assert torch.equal(shares_of(alone, CHOSEN, counted=True), frequency(CHOSEN.view(1, -1), 6)[0])
     assert alone.counts is None
 
 
 @pytest.mark.parametrize("passes", [2, 4, 32])
 def test_of_n_passes_a_pass_is_one_nth_and_the_step_before_is_the_rest(passes: int) -> None:
-    torch.testing.assert_close(tally(passes).shares(CHOSEN, counted=True), OWN)
+    torch.testing.assert_close(shares_of(tally(passes), CHOSEN, counted=True), OWN)
     later = tally(passes, BEFORE)
     for _ in range(2):  # the same for every pass of the step, so that their order and their ranks make no difference
-        found = later.shares(CHOSEN, counted=True)
+        found = shares_of(later, CHOSEN, counted=True)
         torch.testing.assert_close(found, OWN / passes + BEFORE * (1 - 1 / passes))
         assert float(found.sum()) == pytest.approx(1)
 
@@ -54,9 +58,9 @@ def test_the_next_step_sees_the_choices_of_all_passes_and_ranks() -> None:
     mine, silent = Tally(6), Tally(6)
     steps = BalanceOverSteps({"mine": mine, "silent": silent})
     steps.begin(4)
-    mine.shares(CHOSEN, counted=True)
-    mine.shares(CHOSEN[:1], counted=True)
-    mine.shares(CHOSEN[1:], counted=False)
+    shares_of(mine, CHOSEN, counted=True)
+    shares_of(mine, CHOSEN[:1], counted=True)
+    shares_of(mine, CHOSEN[1:], counted=False)
     other_rank = torch.tensor([[0, 0, 0, 8, 0, 0], [0, 0, 0, 0, 2, 2]], dtype=torch.float32)
     steps.end_step(lambda counts: counts + other_rank)
     assert mine.before is not None and silent.before is not None
@@ -74,7 +78,7 @@ def test_what_ranks_add_up_has_one_shape_whatever_a_rank_has_seen(seen: int) -> 
     steps = BalanceOverSteps({"a": Tally(6), "b": Tally(6)})
     steps.begin(2)
     for one in list(steps.tallies.values())[:seen]:
-        one.shares(CHOSEN, counted=True)
+        shares_of(one, CHOSEN, counted=True)
     shapes = []
 
     def add_up(counts: Tensor) -> Tensor:
@@ -103,29 +107,31 @@ def test_every_router_that_is_balanced_is_led_through_the_training_and_no_other(
     led = MixLoRA(6, 2).statistics({"layers.0.q_proj": module, "other": torch.nn.Linear(2, 2)})
     assert isinstance(led, BalanceOverSteps) and list(led.tallies) == ["layers.0.q_proj.a", "layers.0.q_proj.b"]
     for silent in (MixLoRA(6, 2, balance=0.0), MixLoRA(6, 2, router_grad="none"), MixLoRA(1, 1)):
-        assert silent.statistics({"layers.0.q_proj": module}) is None
+        led = silent.statistics({"layers.0.q_proj": module})
+        assert led is not None and not led.tallies
+    assert MixLoRA(6, 2).statistics({}) is None
 
 
 def evaluated(module: Any) -> None:
     module.eval()
     with torch.no_grad():
-        module.route(torch.randn(2, 5, 12), everything(2, 5))
+        module(torch.zeros(2, 5, 10), torch.randn(2, 5, 12), everything(2, 5))
 
 
 def evaluated_with_gradients(module: Any) -> None:
     module.eval()
-    module.route(torch.randn(2, 5, 12), everything(2, 5))
+    module(torch.zeros(2, 5, 10), torch.randn(2, 5, 12), everything(2, 5)).sum().backward()
 
 
 def first_run_of_a_checkpointed_layer(module: Any) -> None:
     with torch.no_grad():
-        module.route(torch.randn(2, 5, 12), everything(2, 5))
+        module(torch.zeros(2, 5, 10), torch.randn(2, 5, 12), everything(2, 5))
 
 
 def recomputed(module: Any) -> None:
     hidden, this_pass = torch.randn(2, 5, 12), everything(2, 5)
     for _ in range(2):
-        module.route(hidden, this_pass)
+        module(torch.zeros(2, 5, 10), hidden, this_pass).sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -162,7 +168,8 @@ def test_two_accumulated_steps_in_a_model_are_balanced_alike_with_checkpointing(
     """The counts of a step, and the gradients of the next one, which they change."""
     micro_batches = [[SHORT, LONG], [LONG[::-1], SHORT[::-1]]]
     plain, found = (_two_steps(base, micro_batches, how) for how in (None, checkpointing))
-    assert plain[0] == found[0] and all(sum(shares) == pytest.approx(1) for shares in plain[0].values())
+    assert plain[0] == found[0] and len(plain[0].pop("together")) == 2 * 2, "q, k, v and gate, up of both layers"
+    assert all(sum(shares) == pytest.approx(1) for shares in plain[0].values())
     for name, gradient in plain[1].items():
         torch.testing.assert_close(found[1][name], gradient, msg=name)
     by_pass = _two_steps(base, micro_batches, checkpointing, passes=1)

@@ -10,8 +10,27 @@ import torch
 from quick_runs import SCRIPTS  # noqa: F401 - puts `benchmarks` on the path of this process
 from torch import nn
 
+from benchmarks.launches import counts_of
 from benchmarks.launches_variants import BACKWARD, DECODE, FORWARD, PREFILL, frozen, linears_of, with_lora
 from benchmarks.shared.launches import Launches
+from llava_steering_plugin.modes.base import Mode
+from llava_steering_plugin.modes.mixlora import MixLoRA
+from llava_steering_plugin.modes.mores import MoReS
+
+# For each host: a layer for MoReS, a linear for MixLoRA. Counts are exact: a bound is what docs/benchmarks.md shows.
+REPEATED = {
+    f"{phase}{how}" for phase in (FORWARD, BACKWARD) for how in (", checkpointing", ", reentrant checkpointing")
+}
+BOUNDS = [
+    (MoReS(), {PREFILL: 4.5, DECODE: 0.5, FORWARD: 7.0, BACKWARD: 11.0}, 16.0, {PREFILL: 22.25, DECODE: 0.5}),
+    (MoReS(rank=4, modality="vis+text"), {PREFILL: 9.5, DECODE: 0.5, FORWARD: 12.0, BACKWARD: 22.0}, 32.0, {}),
+    (
+        MixLoRA(factors=8, rank=2),
+        {PREFILL: 10.0, DECODE: 1.65, FORWARD: 10.0, BACKWARD: 11.25},
+        21.2,
+        {PREFILL: 38.2, DECODE: 12.9},
+    ),
+]
 
 
 def test_views_and_allocations_are_not_counted_and_backward_passes_are() -> None:
@@ -34,6 +53,18 @@ def test_pefts_lora_adds_what_its_formula_says() -> None:
     assert added == {PREFILL: 4 * linears_of(), DECODE: 4 * linears_of()}
     added = {phase: count - base.training()[phase] for phase, count in ours.training().items()}
     assert added == {FORWARD: 4 * linears_of(), BACKWARD: 6 * linears_of()}
+
+
+@pytest.mark.parametrize(("mode", "bounds", "repeated", "in_a_pool"), BOUNDS, ids=["MoReS", "MoReS twice", "MixLoRA"])
+def test_no_pass_launches_more_than_its_bound(
+    mode: Mode, bounds: dict[str, float], repeated: float, in_a_pool: dict[str, float]
+) -> None:
+    """Whoever adds an operation to a layer or a linear sees it here, and decides whether it is worth its launch."""
+    ours, pool, mixed = counts_of(mode).values()
+    assert {phase: count for phase, count in ours.items() if phase in bounds and count > bounds[phase]} == {}
+    assert REPEATED < ours.keys() and max(ours[phase] for phase in REPEATED) <= repeated, ours
+    assert {phase: count for phase, count in pool.items() if count > bounds[phase]} == {}
+    assert {phase: count for phase, count in mixed.items() if count > in_a_pool.get(phase, count)} == {}
 
 
 def test_the_command_writes_every_pass_of_every_way_to_put_an_adapter_on(

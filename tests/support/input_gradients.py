@@ -16,19 +16,29 @@ from llava_steering_plugin import token_map
 from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.modes.base import ForwardPass, default_dtype
 from llava_steering_plugin.modes.mixlora import RoutedLinear
+from llava_steering_plugin.modes.mixlora_routing import Choice
 
 HOSTS = ("layers.0.self_attn.q_proj", "layers.0.self_attn.o_proj", "layers.1.mlp.up_proj", "layers.1.mlp.down_proj")
 Gradients = dict[str, Tensor]
 
 
 class WrittenOut(RoutedLinear):
-    """The update as the paper writes it, in autograd's own operations."""
+    """The update as the paper writes it, in autograd's own operations; the load-balance loss is left out."""
 
     takes_backward = False
 
     def forward(self, output: Tensor, inputs: Tensor, this_pass: ForwardPass, weight: Tensor | None = None) -> Tensor:
         a, b = self.factors_for(inputs, this_pass, output.dtype)
+        if self.learns:
+            a, b = (each * gate(choice) for each, choice in zip((a, b), self.route(inputs, this_pass), strict=True))
         return output + torch.einsum("npi,nri,nro->npo", self.dropout(inputs), a, b)
+
+
+def gate(choice: Choice) -> Tensor:
+    """1 + p - stopgrad(p) of the chosen factors, [rows, r, 1]."""
+    assert choice.probability is not None
+    probability = choice.probability.gather(1, choice.factors).unsqueeze(-1)
+    return 1 + probability - probability.detach()
 
 
 class Watch:
@@ -67,7 +77,7 @@ def setting(base: LlamaForCausalLM, *, train: bool, before: bool, written_out: b
     """A model with MixLoRA, in training or evaluation, and a user's hooks from before or after it was put on."""
     with ExitStack() as stack:
         watch = Watch(base) if before else None
-        attachment = stack.enter_context(adapted(base, **settings))
+        attachment = stack.enter_context(adapted(base, **{"balance": 0.0, **settings}))
         watch = watch or Watch(base)
         stack.callback(watch.remove)
         base.requires_grad_(False).train(train)

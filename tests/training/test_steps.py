@@ -58,12 +58,13 @@ def resumed(whole: Path, output: Path) -> Path:
 
 def test_a_checkpoint_holds_the_shares_of_its_last_step(whole: Path) -> None:
     gathered = notes.gathered_in(whole / "checkpoint-2")
-    assert gathered is not None and len(gathered) == 4 * 2 * 2, "layers, linears, sides"
+    assert gathered is not None and gathered.pop("together") == [], "no two of the linears get one tensor"
+    assert len(gathered) == 4 * 2 * 2, "layers, linears, sides"
     for shares in gathered.values():
         assert sum(shares) == pytest.approx(1)
         # Four rows chose two factors each: the recomputations of gradient checkpointing are not counted again.
         assert all(8 * share == pytest.approx(round(8 * share)) for share in shares)
-    assert gathered != notes.gathered_in(whole / "checkpoint-4")
+    assert gathered != {**notes.gathered_in(whole / "checkpoint-4"), "together": None}
 
 
 def test_a_resumed_training_is_balanced_as_if_nothing_had_happened(
@@ -79,7 +80,8 @@ def test_a_resumed_training_is_balanced_as_if_nothing_had_happened(
 def test_the_shares_in_the_checkpoint_matter_to_it(tiny: TinyLlava, whole: Path, tmp_path: Path) -> None:
     gathered = notes.gathered_in(resumed(whole, tmp_path / "run"))
     assert gathered is not None
-    notes.write(tmp_path / "run" / "checkpoint-2", HASHED, {name: shares[::-1] for name, shares in gathered.items()})
+    turned = {name: shares[::-1] for name, shares in gathered.items()}
+    notes.write(tmp_path / "run" / "checkpoint-2", HASHED, turned)
     train(tiny, tmp_path / "run")
     with pytest.raises(AssertionError):
         assert_equal(whole, tmp_path / "run")
