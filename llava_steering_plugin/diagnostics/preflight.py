@@ -100,6 +100,18 @@ def check_mode(models: Mapping[str, str], base: str | None, problems: Problems, 
                 _check_model(name, path, base, bases=False)
 
 
+def shared_template(models: Mapping[str, str]) -> str | None:
+    """Return the conversation template of the adapters among some models, if all of them have the same one.
+
+    Models that are compared have to read the same prompts. A base has no template of its own.
+
+    Args:
+        models: the path of each, by name.
+    """
+    own = {found.config.conversation for path in models.values() if (found := find(path)) is not None}
+    return own.pop() if len(own) == 1 else None
+
+
 def check_same_base(models: Mapping[str, str], problems: Problems) -> None:
     """Check that adapters whose weights are compared have one base, by the rows of it that they keep.
 

@@ -135,7 +135,7 @@ class Run:
 
     def measure(self, name: str, count: int) -> Any:
         """Answer them and measure the attention; return the records."""
-        from llava_steering_plugin.diagnostics.modality_run import measure_questions
+        from llava_steering_plugin.diagnostics.modality.one_model import measure_questions
         from llava_steering_plugin.diagnostics.records import Records
         from llava_steering_plugin.inference.models import AnsweringModel
 
@@ -199,8 +199,8 @@ def peaks(run: Run, name: str) -> dict[str, float]:
 
 def growth(run: Run) -> dict[str, float]:
     """Return the peaks of a short and of a long measured run with its summary, in MB, and the seconds of pictures."""
+    from llava_steering_plugin.diagnostics.modality.summary import summarise_model
     from llava_steering_plugin.diagnostics.pictures.plots import draw_modality
-    from llava_steering_plugin.diagnostics.summary import summarise_model
 
     def whole(count: int) -> dict[str, Any]:
         return summarise_model("base", {}, run.measure("base", count), 0)

@@ -204,7 +204,10 @@ def test_a_conversion_names_every_two_mistakes(here: Path) -> None:
 def test_a_diagnosis_names_every_two_mistakes(
     measure: str, mistakes: Mistakes, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llava_steering_plugin.diagnostics import routing_runs, runs, steering_runs, task_runs
+    from llava_steering_plugin.diagnostics.interference import run as task_runs
+    from llava_steering_plugin.diagnostics.modality import run as runs
+    from llava_steering_plugin.diagnostics.routing import run as routing_runs
+    from llava_steering_plugin.diagnostics.steering import run as steering_runs
 
     monkeypatch.setattr(runs, "open_model", lambda *_: pytest.fail("a model was loaded"))
     for module in (task_runs, steering_runs, routing_runs):
@@ -238,7 +241,7 @@ def test_a_diagnosis_names_every_two_mistakes(
 def test_a_diagnosis_of_an_image_names_every_two_mistakes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
-    from llava_steering_plugin.diagnostics import image_runs
+    from llava_steering_plugin.diagnostics.image import run as image_runs
 
     monkeypatch.setattr(image_runs, "open_model", lambda *_: pytest.fail("a model was loaded"))
     base_folder(here / "other", hidden_size=32)

@@ -1,7 +1,7 @@
 """One image and question, the base beside an adapter: attention of words, updates, effects, and their picture.
 
-Modules: diagnostics/image_run.py, diagnostics/image_runs.py, diagnostics/image_preflight.py,
-diagnostics/answer_score.py, diagnostics/pictures/overlays.py, cli/diagnose/image.py.
+Modules: diagnostics/image/one_model.py, diagnostics/image/run.py, diagnostics/image/preflight.py,
+diagnostics/image/answer_score.py, diagnostics/pictures/overlays.py, cli/diagnose/image.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from llava_steering_plugin import attach, remove, save_adapter
 from llava_steering_plugin.adapters.save_load import describe
 from llava_steering_plugin.cli import app
-from llava_steering_plugin.diagnostics.answer_score import AnswerScore, differentiable_tower
+from llava_steering_plugin.diagnostics.image.answer_score import AnswerScore, differentiable_tower
 from llava_steering_plugin.diagnostics.pictures.overlays import draw_image, scales_of
 from llava_steering_plugin.diagnostics.positions import forced_pass
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
@@ -257,7 +257,8 @@ def test_colour_scales_hold_all_maps_of_a_kind_but_sinks() -> None:
 def test_everything_that_is_wrong_is_said_before_a_model_is_loaded(
     show: Run, tiny: TinyLlava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llava_steering_plugin.diagnostics import image_preflight, image_runs
+    from llava_steering_plugin.diagnostics.image import preflight as image_preflight
+    from llava_steering_plugin.diagnostics.image import run as image_runs
 
     monkeypatch.setattr(image_runs, "open_model", lambda *_: pytest.fail("a model was loaded"))
     text = tmp_path / "text.png"

@@ -1,6 +1,6 @@
 """A run over training data measures the tasks of adapters and LoRAs, keeps what it has, and goes on where it ended.
 
-Modules: diagnostics/interference_run.py, diagnostics/task_runs.py, diagnostics/pictures/heat_maps.py,
+Modules: diagnostics/interference/one_model.py, diagnostics/interference/run.py, diagnostics/pictures/heat_maps.py,
 inference/tunable.py, inference/training_samples.py, cli/diagnose/interference.py.
 """
 
@@ -24,7 +24,7 @@ from tiny_llava import TinyLlava
 
 from llava_steering_plugin import attach, save_adapter
 from llava_steering_plugin.adapters.save_load import describe
-from llava_steering_plugin.diagnostics.interference_run import Place, choose_samples, grouped
+from llava_steering_plugin.diagnostics.interference.one_model import Place, choose_samples, grouped
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.modes.mixlora import MixLoRA
 

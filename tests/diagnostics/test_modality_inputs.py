@@ -1,7 +1,7 @@
 """`diagnose modality` measures what LLaVA can be asked: tiles, packed bases, unequal batches; it says what it left out.
 
-Modules: diagnostics/modality_run.py, diagnostics/positions.py, diagnostics/summary.py, cli/diagnose/modality.py,
-diagnostics/pictures/heat_maps.py, diagnostics/intervals.py.
+Modules: diagnostics/modality/one_model.py, diagnostics/positions.py, diagnostics/modality/summary.py,
+cli/diagnose/modality.py, diagnostics/pictures/heat_maps.py, diagnostics/intervals.py.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from steered import load_llava
 from tiny_llava import VISUAL_TOKENS, TinyLlava
 
 from llava_steering_plugin.diagnostics.intervals import RESAMPLES
+from llava_steering_plugin.diagnostics.modality.summary import modality_rows, notes_on, summarise_model
 from llava_steering_plugin.diagnostics.records import Records
-from llava_steering_plugin.diagnostics.summary import modality_rows, notes_on, summarise_model
 from llava_steering_plugin.measures.modality import Kind
 
 SHORT = ("--max-new-tokens", "4")

@@ -1,14 +1,15 @@
 """A run over a question file measures the answers that the models give, keeps them, and goes on where it ended.
 
-Modules: diagnostics/modality_run.py, diagnostics/positions.py, diagnostics/records.py, diagnostics/runs.py,
-diagnostics/summary.py, diagnostics/pictures/plots.py, inference/forced.py, cli/diagnose/modality.py,
-cli/diagnose/__init__.py, cli/diagnose/progress.py.
+Modules: diagnostics/modality/one_model.py, diagnostics/positions.py, diagnostics/records.py, diagnostics/results.py,
+diagnostics/modality/run.py, diagnostics/modality/summary.py, diagnostics/pictures/plots.py, inference/forced.py,
+cli/diagnose/modality.py, cli/diagnose/__init__.py, cli/diagnose/progress.py.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -20,13 +21,16 @@ import torch
 from diagnosing import diagnosed
 from PIL import Image
 from reports import reported
+from safetensors import safe_open
+from safetensors.torch import save_file
 from steered import load_llava, strengthen
 from tiny_llava import VISUAL_TOKENS, TinyLlava
 
 from llava_steering_plugin import __version__, attach, remove, save_adapter
 from llava_steering_plugin.adapters.save_load import describe
-from llava_steering_plugin.diagnostics.modality_run import choose_questions
+from llava_steering_plugin.diagnostics.modality.one_model import choose_questions
 from llava_steering_plugin.diagnostics.positions import forced_pass
+from llava_steering_plugin.diagnostics.preflight import shared_template
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.inference.forced import force_answer
 from llava_steering_plugin.inference.questions import Question
@@ -74,6 +78,8 @@ def test_bases_and_adapters_in_one_run(
         ("mores", "mores", 4),
         ("mixlora", "mixlora", 4),
     ]
+    assert found["settings"]["conv_mode"] == "v1", "the adapters' own, for the base too"
+    assert len({model["tokens"]["system"] for model in models.values()}) == 1, "all read the same system prompt"
     for model in models.values():
         assert model["base"] == str(tiny.llava)
         assert model["tokens"]["image"] == VISUAL_TOKENS
@@ -97,6 +103,25 @@ def test_bases_and_adapters_in_one_run(
     assert {name: line["y"] for name, line in lines.items()} == {
         name: model["lmar"]["all text"]["mean"] for name, model in models.items()
     }
+
+
+def test_adapters_of_several_templates_have_none_in_common(
+    tiny: TinyLlava, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    models = {"base": str(tiny.llava), "mores": str(adapters["mores"])}
+    assert shared_template(models) == "v1"
+    assert shared_template({"base": str(tiny.llava)}) is None
+    other = tmp_path / "other"
+    shutil.copytree(adapters["mores"], other)
+    weights = other / "adapter_model.safetensors"
+    with safe_open(weights, "pt") as file:
+        header = {
+            name: text.replace('"conversation": "v1"', '"conversation": "v0"') for name, text in file.metadata().items()
+        }
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    save_file(tensors, weights, header)
+    assert shared_template({"other": str(other)}) == "v0"
+    assert shared_template({**models, "other": str(other)}) is None
 
 
 def test_an_interrupted_run_goes_on_and_ends_as_the_whole_one(

@@ -1,6 +1,6 @@
 """A run over training data measures what MixLoRA adapters choose and what it is worth, and goes on where it ended.
 
-Modules: diagnostics/routing_run.py, diagnostics/routing_runs.py, diagnostics/routing_summary.py,
+Modules: diagnostics/routing/one_model.py, diagnostics/routing/run.py, diagnostics/routing/summary.py,
 diagnostics/pictures/routing.py, inference/training_samples.py, cli/diagnose/routing.py.
 """
 
@@ -22,8 +22,8 @@ from tiny_llava import TinyLlava
 
 from llava_steering_plugin import save_adapter
 from llava_steering_plugin.adapters.attachment import Attachment, attachment_of
-from llava_steering_plugin.diagnostics.interference_run import Sample
-from llava_steering_plugin.diagnostics.routing_run import Others, choose_by_task
+from llava_steering_plugin.diagnostics.interference.one_model import Sample
+from llava_steering_plugin.diagnostics.routing.one_model import Others, choose_by_task
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.inference.training_samples import TrainingSamples, score_of
 from llava_steering_plugin.inference.tunable import open_tunable

@@ -1,6 +1,6 @@
 """A run over questions or data measures the steering of MoReS adapters, layer by layer, and goes on where it ended.
 
-Modules: diagnostics/steering_run.py, diagnostics/steering_runs.py, diagnostics/steering_summary.py,
+Modules: diagnostics/steering/one_model.py, diagnostics/steering/run.py, diagnostics/steering/summary.py,
 diagnostics/intervals.py, diagnostics/pictures/steering.py, diagnostics/preflight.py, inference/greedy.py,
 cli/diagnose/steering.py.
 """
@@ -25,7 +25,7 @@ from tiny_llava import TinyLlava
 
 from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.diagnostics.intervals import one_with_interval, with_interval
-from llava_steering_plugin.diagnostics.steering_run import load_bases
+from llava_steering_plugin.diagnostics.steering.one_model import load_bases
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS

@@ -53,11 +53,11 @@ def image(
     chosen_device = check_flags(
         output, device=device, load_4bit=load_4bit, load_8bit=load_8bit, conversation=conv_mode, problems=problems
     )
-    from llava_steering_plugin.diagnostics.image_preflight import check_image
+    from llava_steering_plugin.diagnostics.image.preflight import check_image
 
     check_image(image, question, answer, effect, occlusion_window, problems)
-    from llava_steering_plugin.diagnostics.image_run import EffectOptions
-    from llava_steering_plugin.diagnostics.image_runs import ImageRequest, run_image
+    from llava_steering_plugin.diagnostics.image.one_model import EffectOptions
+    from llava_steering_plugin.diagnostics.image.run import ImageRequest, run_image
     from llava_steering_plugin.inference.sources import read_sources
 
     named = read_sources([model], problems)

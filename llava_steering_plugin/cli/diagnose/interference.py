@@ -45,7 +45,7 @@ def interference(
     chosen_device = check_flags(
         output, device=device, load_4bit=load_4bit, load_8bit=load_8bit, conversation=version, problems=problems
     )
-    from llava_steering_plugin.diagnostics.task_runs import InterferenceRequest, read_tasks, run_interference
+    from llava_steering_plugin.diagnostics.interference.run import InterferenceRequest, read_tasks, run_interference
     from llava_steering_plugin.inference.sources import read_sources, split_word
 
     named = read_sources(models, problems)

@@ -38,7 +38,7 @@ def modality(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers generated at the same time.")] = 8,
     conv_mode: Annotated[
-        str | None, typer.Option(help="LLaVA's conversation template; default: each adapter's own.")
+        str | None, typer.Option(help="LLaVA's conversation template; default: the adapters', also for bases.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 32,
     per_head: Annotated[
@@ -53,14 +53,15 @@ def modality(
     Writes modality.json, .csv, .png and .svg, and with --per-head modality-heads.png and .svg. An interrupted run goes
     on where it ended.
     """
-    from llava_steering_plugin.diagnostics.preflight import check_flags, check_models
+    from llava_steering_plugin.diagnostics.preflight import check_flags, check_models, shared_template
 
     problems = Problems()
     chosen_device = check_flags(
         output, device=device, load_4bit=load_4bit, load_8bit=load_8bit, conversation=conv_mode, problems=problems
     )
-    from llava_steering_plugin.diagnostics.modality_run import Chosen, choose_questions
-    from llava_steering_plugin.diagnostics.runs import ModalityRequest, digest, read_answers, run_modality
+    from llava_steering_plugin.diagnostics.modality.one_model import Chosen, choose_questions
+    from llava_steering_plugin.diagnostics.modality.run import ModalityRequest, read_answers, run_modality
+    from llava_steering_plugin.diagnostics.results import digest
     from llava_steering_plugin.inference.questions import AnswerOptions, check_questions, read_questions
     from llava_steering_plugin.inference.sources import read_sources
     from llava_steering_plugin.pool.pool import BASE
@@ -78,6 +79,9 @@ def modality(
     problems.raise_any("this cannot be measured")
     if samples is not None and len(chosen.questions) < samples:
         typer.echo(f"{samples} questions are asked for; {len(chosen.questions)} are about an image.", err=True)
+    conv_mode = conv_mode or shared_template(named)
+    if conv_mode is None and len(named) > 1:
+        typer.echo("The models are asked in conversation templates of their own. --conv-mode gives them one.", err=True)
     request = ModalityRequest(
         models=named,
         chosen=chosen,

@@ -50,8 +50,8 @@ def routing(
         problems=problems,
         packages=(*PACKAGES, "sklearn"),
     )
-    from llava_steering_plugin.diagnostics.routing_runs import RoutingRequest, read_chosen, run_routing
-    from llava_steering_plugin.diagnostics.routing_summary import ALONE
+    from llava_steering_plugin.diagnostics.routing.run import RoutingRequest, read_chosen, run_routing
+    from llava_steering_plugin.diagnostics.routing.summary import ALONE
     from llava_steering_plugin.inference.sources import read_sources, split_word
 
     named = read_sources(models, problems)

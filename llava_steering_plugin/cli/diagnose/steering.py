@@ -51,9 +51,10 @@ def steering(
     chosen_device = check_flags(
         output, device=device, load_4bit=load_4bit, load_8bit=load_8bit, conversation=conv_mode, problems=problems
     )
-    from llava_steering_plugin.diagnostics.modality_run import Chosen, choose_questions
-    from llava_steering_plugin.diagnostics.runs import digest, read_answers
-    from llava_steering_plugin.diagnostics.steering_runs import Answers, SteeringRequest, choose_data, run_steering
+    from llava_steering_plugin.diagnostics.modality.one_model import Chosen, choose_questions
+    from llava_steering_plugin.diagnostics.modality.run import read_answers
+    from llava_steering_plugin.diagnostics.results import digest
+    from llava_steering_plugin.diagnostics.steering.run import Answers, SteeringRequest, choose_data, run_steering
     from llava_steering_plugin.inference.questions import check_questions, read_questions
     from llava_steering_plugin.inference.sources import read_sources
     from llava_steering_plugin.pool.pool import BASE

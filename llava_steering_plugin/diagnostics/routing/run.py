@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.adapters.attachment import required
+from llava_steering_plugin.diagnostics.interference.run import CONVERSATION, check_samples, read_entries
 from llava_steering_plugin.diagnostics.pictures.routing import draw_routing
 from llava_steering_plugin.diagnostics.records import Records
-from llava_steering_plugin.diagnostics.routing_run import (
+from llava_steering_plugin.diagnostics.results import Progress, digest, weights_of, write_tables
+from llava_steering_plugin.diagnostics.routing.one_model import (
     FORCED,
     OWN,
     Tasks,
@@ -22,9 +24,7 @@ from llava_steering_plugin.diagnostics.routing_run import (
     passes_of,
     routed_model,
 )
-from llava_steering_plugin.diagnostics.routing_summary import routing_rows, summarise_routing
-from llava_steering_plugin.diagnostics.runs import Progress, digest, weights_of, write_tables
-from llava_steering_plugin.diagnostics.task_runs import CONVERSATION, check_samples, read_entries
+from llava_steering_plugin.diagnostics.routing.summary import routing_rows, summarise_routing
 from llava_steering_plugin.inference.training_samples import TrainingSamples
 from llava_steering_plugin.inference.tunable import open_tunable
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.adapters.attachment import required
-from llava_steering_plugin.diagnostics.interference_run import Sample
+from llava_steering_plugin.diagnostics.interference.one_model import Sample
+from llava_steering_plugin.diagnostics.interference.run import CONVERSATION, check_samples, read_entries
 from llava_steering_plugin.diagnostics.pictures.steering import draw_steering
 from llava_steering_plugin.diagnostics.records import Records
-from llava_steering_plugin.diagnostics.runs import Progress, weights_of, write_tables
-from llava_steering_plugin.diagnostics.steering_run import (
+from llava_steering_plugin.diagnostics.results import Progress, weights_of, write_tables
+from llava_steering_plugin.diagnostics.steering.one_model import (
     Prepare,
     load_bases,
     measure_steering,
@@ -24,8 +25,7 @@ from llava_steering_plugin.diagnostics.steering_run import (
     save_bases,
     steered_model,
 )
-from llava_steering_plugin.diagnostics.steering_summary import compare_subspaces, steering_rows, summarise_steering
-from llava_steering_plugin.diagnostics.task_runs import CONVERSATION, check_samples, read_entries
+from llava_steering_plugin.diagnostics.steering.summary import compare_subspaces, steering_rows, summarise_steering
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.inference.questions import Question
 from llava_steering_plugin.inference.training_samples import TrainingSamples

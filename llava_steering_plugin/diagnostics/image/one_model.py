@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.diagnostics.answer_score import AnswerScore, differentiable_tower
-from llava_steering_plugin.diagnostics.modality_run import answer_ids
+from llava_steering_plugin.diagnostics.image.answer_score import AnswerScore, differentiable_tower
+from llava_steering_plugin.diagnostics.modality.one_model import answer_ids
 from llava_steering_plugin.diagnostics.positions import ForcedPass, forced_pass
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.hooks.decoder import find_decoder

@@ -12,7 +12,7 @@ import torch
 
 from llava_steering_plugin.diagnostics.intervals import one_with_interval, plain
 from llava_steering_plugin.diagnostics.records import KEY, Records
-from llava_steering_plugin.diagnostics.routing_run import FORCED, Tasks, measured_samples
+from llava_steering_plugin.diagnostics.routing.one_model import FORCED, Tasks, measured_samples
 from llava_steering_plugin.measures.routing import (
     SIDES,
     Choices,

@@ -13,9 +13,9 @@ from typing import Any
 from PIL import Image
 
 from llava_steering_plugin.adapters.locate import find
-from llava_steering_plugin.diagnostics.image_run import EffectOptions, measure_image
+from llava_steering_plugin.diagnostics.image.one_model import EffectOptions, measure_image
 from llava_steering_plugin.diagnostics.pictures.overlays import draw_image
-from llava_steering_plugin.diagnostics.runs import weights_of, write_tables
+from llava_steering_plugin.diagnostics.results import weights_of, write_tables
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.inference.images import read_image
 from llava_steering_plugin.inference.models import PEFT_CONFIG, AnsweringModel, base_of_lora, open_model

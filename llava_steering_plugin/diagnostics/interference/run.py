@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin.diagnostics.interference_run import (
+from llava_steering_plugin.diagnostics.interference.one_model import (
     Sample,
     TaskSamples,
     choose_samples,
@@ -21,7 +21,7 @@ from llava_steering_plugin.diagnostics.interference_run import (
 )
 from llava_steering_plugin.diagnostics.pictures.heat_maps import draw_interference
 from llava_steering_plugin.diagnostics.records import Records
-from llava_steering_plugin.diagnostics.runs import Progress, digest, weights_of, write_tables
+from llava_steering_plugin.diagnostics.results import Progress, digest, weights_of, write_tables
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.inference.training_samples import TrainingSamples
 from llava_steering_plugin.inference.tunable import open_tunable

@@ -10,7 +10,7 @@ import numpy
 from torch import Tensor
 
 from llava_steering_plugin.diagnostics.intervals import plain, with_interval
-from llava_steering_plugin.diagnostics.modality_run import shares_of
+from llava_steering_plugin.diagnostics.modality.one_model import shares_of
 from llava_steering_plugin.measures.modality import TEXTS, Kind, Shares
 
 ABOUT_NO_IMAGE = "about no image"

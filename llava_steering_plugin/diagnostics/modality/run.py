@@ -1,31 +1,23 @@
-"""Measure several models one after another, and write what came out: measurements, tables, pictures."""
+"""Measure modality attention of several models one after another, and write measurements, tables and pictures."""
 
 from __future__ import annotations
 
-import csv
 import gc
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin import __version__
-from llava_steering_plugin.adapters.folder import WEIGHTS
-from llava_steering_plugin.adapters.locate import find
-from llava_steering_plugin.diagnostics.modality_run import Chosen, measure_questions
+from llava_steering_plugin.diagnostics.modality.one_model import Chosen, measure_questions
+from llava_steering_plugin.diagnostics.modality.summary import modality_rows, notes_on, summarise_model
 from llava_steering_plugin.diagnostics.pictures.heat_maps import draw_heads
 from llava_steering_plugin.diagnostics.pictures.plots import draw_modality
 from llava_steering_plugin.diagnostics.records import Records
-from llava_steering_plugin.diagnostics.summary import modality_rows, notes_on, summarise_model
+from llava_steering_plugin.diagnostics.results import Progress, weights_of, write_tables
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.inference.models import open_model
 from llava_steering_plugin.inference.questions import AnswerOptions, BatchAnswers, Question
-
-# Called with the model's name, the number of questions done, and how many there are.
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -97,59 +89,6 @@ def read_answers(file: Path, questions: Sequence[Question]) -> dict[Any, str]:
     if problems:
         raise ArgumentsError(listing(f"{file} cannot be used as answers", problems))
     return answers
-
-
-def digest(file: Path) -> str:
-    """Return the SHA-256 of a file.
-
-    Raises:
-        ArgumentsError: it cannot be read.
-    """
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ArgumentsError(f"{file} cannot be read: {error.strerror}.") from error
-
-
-def weights_of(path: str) -> str | None:
-    """Return the digest of an adapter's weights; None for what is no adapter of ours, whose files may be huge."""
-    found = find(path)
-    return None if found is None else digest(found.path / WEIGHTS)
-
-
-def write_tables(document: Mapping[str, Any], rows: Iterable[Sequence[Any]], target: Path) -> list[Path]:
-    """Write a result as JSON and its table as CSV, and return the files.
-
-    The JSON also gets `plugin_version` and `date`.
-
-    Args:
-        rows: of the table, the heading first.
-        target: the path of both, without the suffix.
-
-    Raises:
-        ArgumentsError: they cannot be written.
-    """
-    files = [target.with_name(f"{target.name}.{ending}") for ending in ("json", "csv")]
-    try:
-        files[0].write_text(json.dumps(_dated(document, files[0]), indent=1) + "\n", encoding="utf-8")
-        with files[1].open("w", encoding="utf-8", newline="") as sheet:
-            csv.writer(sheet, lineterminator="\n").writerows(rows)
-    except OSError as error:
-        raise ArgumentsError(f"{target.parent} cannot be written: {error.strerror}. Choose another.") from error
-    return files
-
-
-def _dated(document: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Add the version of the package and the time in UTC; a result that the file holds already keeps its time."""
-    result = {**document, "plugin_version": __version__}
-    try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-        date = earlier.pop("date") if isinstance(earlier, dict) else None
-    except (OSError, ValueError, KeyError):
-        date = None
-    if date is not None and earlier == json.loads(json.dumps(result)):
-        return {**result, "date": date}
-    return {**result, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 
 def _records(request: ModalityRequest, name: str, path: str) -> Records:

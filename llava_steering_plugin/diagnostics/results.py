@@ -1,0 +1,81 @@
+"""Write what a diagnosis has measured, and name what its measurements depend on."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from llava_steering_plugin import __version__
+from llava_steering_plugin.adapters.folder import WEIGHTS
+from llava_steering_plugin.adapters.locate import find
+from llava_steering_plugin.errors import ArgumentsError
+
+# Called with the model's name, the number of questions done, and how many there are.
+Progress = Callable[[str, int, int], None]
+
+
+def digest(file: Path) -> str:
+    """Return the SHA-256 of a file.
+
+    Raises:
+        ArgumentsError: it cannot be read.
+    """
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ArgumentsError(f"{file} cannot be read: {error.strerror}.") from error
+
+
+def weights_of(path: str) -> str | None:
+    """Return the digest of an adapter's weights; None for what is no adapter of ours, whose files may be huge."""
+    found = find(path)
+    return None if found is None else digest(found.path / WEIGHTS)
+
+
+def write_tables(document: Mapping[str, Any], rows: Iterable[Sequence[Any]], target: Path) -> list[Path]:
+    """Write a result as JSON and its table as CSV, each whole or not at all, and return the files.
+
+    The JSON also gets `plugin_version` and `date`.
+
+    Args:
+        rows: of the table, the heading first.
+        target: the path of both, without the suffix.
+
+    Raises:
+        ArgumentsError: they cannot be written.
+    """
+    files = [target.with_name(f"{target.name}.{ending}") for ending in ("json", "csv")]
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(rows)
+    texts = (json.dumps(_dated(document, files[0]), indent=1) + "\n", table.getvalue())
+    parts = [file.with_name(f".{file.name}.partial") for file in files]
+    try:
+        for part, text in zip(parts, texts, strict=True):
+            part.write_text(text, encoding="utf-8", newline="")
+        for part, file in zip(parts, files, strict=True):
+            part.replace(file)
+    except OSError as error:
+        raise ArgumentsError(f"{target.parent} cannot be written: {error.strerror}. Choose another.") from error
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+    return files
+
+
+def _dated(document: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Add the version of the package and the time in UTC; a result that the file holds already keeps its time."""
+    result = {**document, "plugin_version": __version__}
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        date = earlier.pop("date") if isinstance(earlier, dict) else None
+    except (OSError, ValueError, KeyError):
+        date = None
+    if date is not None and earlier == json.loads(json.dumps(result)):
+        return {**result, "date": date}
+    return {**result, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
