@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .gpu_launches import BATCHES, launched
 from .gpu_sizes import LLAVA_7B, TINY, Size
 from .gpu_steps import generate, train
 from .gpu_variants import FROZEN, Variant, variants
@@ -63,7 +64,8 @@ def _figures(model: Any, variant: Variant, size: Size) -> dict[str, Any]:
     with variant.on(model) as parameters:
         trained = train(model, parameters, size)
         generated = generate(model, size)
-    return asdict(trained) | asdict(generated)
+        counted = launched(model, parameters, size)
+    return asdict(trained) | asdict(generated) | asdict(counted)
 
 
 def _free_memory(device: torch.device) -> None:
@@ -112,6 +114,24 @@ def table_of_results(results: list[dict[str, Any]]) -> Table:
     return table
 
 
+def table_of_launches(results: list[dict[str, Any]]) -> Table:
+    """Return a table of operations, of steps by batch, and of a decoder layer as it is and as a captured graph."""
+    heads = ("bits", "variant", "forward", "backward", *(f"step ms, batch {batch}" for batch in BATCHES))
+    table = Table(title="Operations of a training step, and times in which they show", title_justify="left")
+    for heading in (*heads, "layer ms", "as a graph"):
+        table.add_column(heading, justify="left" if heading == "variant" else "right")
+    for row in results:
+        if "error" not in row:
+            times = [*(row["steps"][batch] for batch in BATCHES), row["layer"], row["replay"]]
+            counts = (str(row["forward"]), str(row["backward"]))
+            table.add_row(str(row["bits"]), row["variant"], *counts, *map(_milliseconds, times))
+    return table
+
+
+def _milliseconds(time: float | str) -> str:
+    return "-" if isinstance(time, str) else f"{1e3 * time:.2f}"
+
+
 def run(tiny: bool, output: Path, tests: bool) -> int:
     """Run the check; return its exit status."""
     console = open_console(140)
@@ -136,6 +156,7 @@ def run(tiny: bool, output: Path, tests: bool) -> int:
             console.print(f"{bits} bits, {row['variant']}: {shown}", markup=False)
         _free_memory(device)  # the model has gone with the last row
     console.print(table_of_results(results))
+    console.print(table_of_launches(results))
     failed = [f"{row['bits']} bits, {row['variant']}" for row in results if "error" in row]
     if failed:
         console.print(f"failed, and not in the table: {'; '.join(failed)}", markup=False)

@@ -160,7 +160,9 @@ def test_layers_that_differ_are_all_rehearsed() -> None:
     setup = TrainingSetup(SMALL, "small", MixLoRA(start_layer=8))
     batch = BatchShape(1, 48, 16, True, False, False)
     meta = assemble(setup, FLOAT, batch)
-    assert peak_of_step(setup, FLOAT, batch, meta) == max(peaks(meta, FLOAT, batch).values())
+    found = peak_of_step(setup, FLOAT, batch, meta)
+    # The second rehearsal knows which linears are called on one tensor, and holds some bytes less or more.
+    assert found == pytest.approx(max(peaks(meta, FLOAT, batch).values()), rel=1e-3)
 
 
 def test_zero_cuts_what_it_says_and_offloading_moves_it_to_the_host() -> None:

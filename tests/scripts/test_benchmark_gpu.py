@@ -64,6 +64,13 @@ def test_the_tiny_size_goes_through_everything_in_both_precisions(patched_llava:
     for row in made["results"]:
         assert row["seconds"] > 0 and row["tokens_per_second"] > 0 and row["prefill"] > 0 and row["peak"] > 0
         assert 0 < row["loss"] < 20
+        assert row["steps"].keys() == {"1", "16"} and all(seconds > 0 for seconds in row["steps"].values())
+        assert row["layer"] > 0
+        assert torch.cuda.is_available() or "no CUDA device" in row["replay"]
+    for row in made["results"]:
+        frozen = next(each for each in made["results"] if (each["bits"], each["variant"]) == (row["bits"], "frozen"))
+        assert row["variant"] == "frozen" or row["forward"] > frozen["forward"] > 0
+        assert row["variant"] == "frozen" or row["backward"] > frozen["backward"] > 0
     assert made["machine"]["versions"]["torch"]
     assert made["tests"]["status"] in (None, 0, 5)
     assert "Training steps and generation" in done.stdout
