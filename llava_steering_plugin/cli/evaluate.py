@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def evaluate(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The base model, a LLaVA: folder or hub id.")],
-    question_file: Annotated[Path, typer.Option(help="LLaVA's question.jsonl; a line may name an adapter.")],
+    question_file: Annotated[
+        Path, typer.Option(help="LLaVA's question.jsonl; lines may name adapters and several images.")
+    ],
     image_folder: Annotated[Path, typer.Option(help="Folder of the images that the questions name.")],
     answers_file: Annotated[Path, typer.Option(help="LLaVA's answer.jsonl; a complete one is overwritten.")],
     adapter: Annotated[
@@ -61,11 +63,12 @@ def evaluate(
         options.check_bits(load_4bit, load_8bit)
 
     from llava_steering_plugin.checkout.find import find_llava
+    from llava_steering_plugin.inference.answering import AnswerOptions, BatchAnswers
     from llava_steering_plugin.inference.answers_file import AnswersFile, contents_of
     from llava_steering_plugin.inference.base_files import check_adapters_fit, is_llava
     from llava_steering_plugin.inference.base_model import load_base, no_llava, read_base_config
     from llava_steering_plugin.inference.question_lengths import check_lengths
-    from llava_steering_plugin.inference.questions import AnswerOptions, BatchAnswers, check_questions, read_questions
+    from llava_steering_plugin.inference.questions import check_questions, read_questions
     from llava_steering_plugin.inference.sources import load_all, locate_all, read_sources
     from llava_steering_plugin.pool.pool import BASE
     from llava_steering_plugin.upstream.conversations import checked_template

@@ -16,7 +16,8 @@ from typing import IO, Any
 
 from llava_steering_plugin.adapters.files import INDEX_BYTES, WEIGHT_BYTES, opened
 from llava_steering_plugin.errors import ArgumentsError, listing
-from llava_steering_plugin.inference.questions import Answer, Question
+from llava_steering_plugin.inference.answering import Answer
+from llava_steering_plugin.inference.questions import Question
 
 SUFFIX = ".unfinished"
 
@@ -150,7 +151,7 @@ class AnswersFile:
 
     def identity(self, number: int, question: Question, text: object, error: object) -> str:
         """Return what tells this answer from all others: the same in a repeated run, and wrong for a changed line."""
-        parts = [self._key, number, question.id, question.text, question.image, question.adapter, text, error]
+        parts = [self._key, number, question.id, question.text, question.images, question.adapter, text, error]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

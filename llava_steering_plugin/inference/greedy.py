@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava_steering_plugin.inference.images import image_arguments, read_image
-from llava_steering_plugin.inference.questions import Question, write_prompt
+from llava_steering_plugin.inference.prompts import write_prompt
+from llava_steering_plugin.inference.questions import Question
 from llava_steering_plugin.inference.tunable import TunableModel
 
 
-def pixels_of(opened: TunableModel, image: Path) -> dict[str, Any]:
-    """Return the arguments of `forward` and `generate` that pass a picture, in the precision of the vision tower.
+def pixels_of(opened: TunableModel, files: Sequence[Path]) -> dict[str, Any]:
+    """Return the arguments of `forward` and `generate` that pass pictures, in the precision of the vision tower.
 
     Raises:
-        ArgumentsError: the file cannot be read.
+        ArgumentsError: a file cannot be read.
     """
-    given = image_arguments([read_image(image)], opened.processor, opened.model)
+    given = image_arguments([read_image(file) for file in files], opened.processor, opened.model)
     dtype, images = opened.model.get_vision_tower().dtype, given["images"]
     given["images"] = [each.to(dtype) for each in images] if isinstance(images, list) else images.to(dtype)
     return given
@@ -31,7 +33,7 @@ def answer_greedily(
 
     Args:
         template: the name of one of LLaVA's conversation templates.
-        pixels: the question's picture, as `pixels_of` returns it.
+        pixels: the question's pictures, as `pixels_of` returns it.
     """
     from llava.constants import IMAGE_TOKEN_INDEX
     from llava.mm_utils import tokenizer_image_token

@@ -13,7 +13,8 @@ from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.inference.base_files import VISION_TOWER
 from llava_steering_plugin.inference.context import PromptTokens
 from llava_steering_plugin.inference.images import image_size
-from llava_steering_plugin.inference.questions import CONVERSATION, Question, write_prompt
+from llava_steering_plugin.inference.prompts import CONVERSATION, write_prompt
+from llava_steering_plugin.inference.questions import Question
 from llava_steering_plugin.upstream.conversations import checked_template
 
 NAMED = 20  # questions in a message
@@ -48,7 +49,7 @@ def check_lengths(
     context = tokens.context
     too_long, notes = [], []
     for question, length in _lengths(questions, images, config, templates, tokens, _tokenizer(base, described)):
-        most = context.prompt(question.image is not None)
+        most = context.prompt(bool(question.images))
         if most is not None and length > most:
             too_long.append(f"question {question.id!r}: {length:,} tokens; the model takes {most:,}")
         elif context.positions is not None and length + max_new_tokens > context.positions:
@@ -83,7 +84,7 @@ def _lengths(
     for question in questions:
         template = checked_template(templates.get(question.adapter) or CONVERSATION, question.adapter)
         ids = tokenizer_image_token(write_prompt(question, template, config), tokenizer, IMAGE_TOKEN_INDEX)
-        yield question, tokens.count(ids, [] if question.image is None else [_size(images / question.image, config)])
+        yield question, tokens.count(ids, [_size(images / name, config) for name in question.images])
 
 
 def _size(file: Path, config: Any) -> tuple[int, int]:

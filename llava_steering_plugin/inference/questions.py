@@ -1,34 +1,20 @@
-"""Answers files of questions in batches in which every question may ask a different adapter.
+"""Reads question files, and checks that what they name is there.
 
-Questions and answers are upstream's `question.jsonl` and `answer.jsonl`. Upstream's own eval scripts ask one question
-at a time; the answers here are the same, because every row of a batch is computed as it is alone. Only where two tokens
-are equally likely in half precision may a batch of unequal lengths round to the other one.
+A line is one of upstream's `question.jsonl`. Unlike there, it may name an adapter and several images.
 """
 
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor
-
 from llava_steering_plugin.adapters.files import parse_json
 from llava_steering_plugin.errors import ArgumentsError, listing
-from llava_steering_plugin.hooks.finite_rows import broken_rows
-from llava_steering_plugin.inference.base_model import LoadedBase
-from llava_steering_plugin.inference.images import image_arguments, read_image
 from llava_steering_plugin.pool.pool import BASE
-from llava_steering_plugin.upstream.conversations import about_an_image, checked_template
 
-# The default template of upstream's eval scripts.
-CONVERSATION = "llava_v1"
 IMAGE_MARK = "<image>"
 
 
@@ -38,39 +24,15 @@ class Question:
 
     Attributes:
         id: its `question_id`, of any type.
-        image: name of a file in the folder of images; None: the question is about no image.
+        text: with as many marks as images, or with none.
+        images: names of files in the folder of images, in the order of their marks.
         adapter: the adapter that is asked.
     """
 
     id: Any
     text: str
-    image: str | None
+    images: tuple[str, ...]
     adapter: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer to a question; `error` says why there is none."""
-
-    text: str
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class AnswerOptions:
-    """Settings for answering questions.
-
-    Attributes:
-        batch_size: questions answered at the same time.
-        conversation: LLaVA's template for all of them; None: each adapter's own, `CONVERSATION` for the base.
-        generation: further arguments of `generate`.
-        seed: of the random numbers, where tokens are sampled.
-    """
-
-    batch_size: int
-    conversation: str | None
-    generation: dict[str, Any]
-    seed: int = 0
 
 
 def read_questions(path: Path, adapter: str = BASE) -> list[Question]:
@@ -99,20 +61,42 @@ def read_questions(path: Path, adapter: str = BASE) -> list[Question]:
         if not isinstance(given, dict) or "question_id" not in given or not isinstance(given.get("text"), str):
             problems.append(f"line {number} lacks question_id or text")
             continue
-        named, image = given.get("adapter", adapter), given.get("image")
-        if not isinstance(named, str) or not isinstance(image, str | None):
-            problems.append(f"line {number}: adapter and image must be strings")
+        images = _images(given.get("image"))
+        if found := _mistakes(given, images):
+            problems += [f"line {number}{mistake}" for mistake in found]
             continue
-        if not _is_text(given["text"]):
-            problems.append(f"line {number} has half a character (\\ud800 to \\udfff) in its text")
-            continue
-        if IMAGE_MARK in given["text"]:
-            problems.append(f"line {number} has {IMAGE_MARK} in its text; leave it out, it is added")
-            continue
-        questions.append(Question(given["question_id"], given["text"], image, named))
+        questions.append(Question(given["question_id"], given["text"], images or (), given.get("adapter", adapter)))
     if problems:
         raise ArgumentsError(listing(f"{path} is not a file of questions", problems))
     return questions
+
+
+def _images(named: Any) -> tuple[str, ...] | None:
+    """Return the images that a line names: a string, a list of strings, or nothing; None if it names them otherwise."""
+    if named is None:
+        return ()
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        return None
+    return tuple(names)
+
+
+def _mistakes(given: Mapping[str, Any], images: tuple[str, ...] | None) -> list[str]:
+    """Return all that is wrong with a line that has an id and a text, each to be read after the line's number."""
+    found = []
+    if not isinstance(given.get("adapter", ""), str):
+        found.append(": adapter must be a string")
+    if images is None:
+        found.append(": image must be the name of a file, or a list of at least one")
+    if not _is_text(given["text"]):
+        found.append(" has half a character (\\ud800 to \\udfff) in its text")
+    marks = given["text"].count(IMAGE_MARK)
+    if images is not None and marks not in (0, len(images)):
+        found.append(
+            f" has {marks} {IMAGE_MARK} in its text and names {len(images) or 'no'} image{'s' * (len(images) != 1)}; "
+            "write one for each image, or none: then all are put in front"
+        )
+    return found
 
 
 def _is_text(value: str) -> bool:
@@ -139,159 +123,8 @@ def check_questions(questions: Sequence[Question], adapters: Collection[str], im
     ]
     problems += [
         f"there is no image {name}"
-        for name in sorted({each.image for each in questions if each.image is not None})
+        for name in sorted({image for each in questions for image in each.images})
         if not os.path.isfile(images / name)
     ]
     if problems:
         raise ArgumentsError(listing(f"some questions cannot be asked (images from {images})", problems))
-
-
-class BatchAnswers:
-    """Answers questions with the adapters on a LLaVA.
-
-    Args:
-        images: the folder of the images that questions name.
-
-    Raises:
-        ArgumentsError: the model takes no images.
-    """
-
-    def __init__(self, loaded: LoadedBase, images: Path, options: AnswerOptions):
-        self.pool, self.tokenizer, self.processor = loaded.pool, loaded.tokenizer, loaded.processor
-        self.model: Any = loaded.pool.model
-        self.images, self.options = images, options
-        if not hasattr(self.model, "prepare_inputs_labels_for_multimodal"):
-            raise ArgumentsError(f"{type(self.model).__name__} is no LLaVA; questions about images need one.")
-
-    def batches(
-        self, questions: Sequence[Question], first: int = 0
-    ) -> Iterator[tuple[int, Sequence[Question], Sequence[Answer]]]:
-        """Yield the number of the first question, the questions and the answers of each batch.
-
-        Args:
-            first: begin with this question. A batch is answered as it is in a run from the beginning, also if tokens
-                are sampled: every batch has random numbers of its own.
-
-        Where the logits of a question became NaN or infinite, its text is empty, and its error names the adapter.
-
-        Raises:
-            ArgumentsError: an image cannot be read; the batches before it have been answered.
-        """
-        devices = [self.model.device] if self.model.device.type == "cuda" else []
-        for start in range(first, len(questions), self.options.batch_size):
-            batch = questions[start : start + self.options.batch_size]
-            with torch.random.fork_rng(devices=devices), broken_rows() as broken:
-                torch.manual_seed(random.Random(f"{self.options.seed} {start}").getrandbits(63))
-                texts = self.texts(self.generated(batch))
-            yield (
-                start,
-                batch,
-                [Answer("" if row in broken else text, broken.get(row)) for row, text in enumerate(texts)],
-            )
-
-    def prompt(self, question: Question) -> str:
-        """Return the question in its conversation template, as upstream's eval scripts write it."""
-        return write_prompt(question, self.template(question), self.model.config)
-
-    def template(self, question: Question) -> str:
-        """Return the name of the conversation template that a question is asked in."""
-        return checked_template(
-            self.options.conversation or self.pool.details(question.adapter).conversation or CONVERSATION
-        )
-
-    def said(self, question: Question) -> str:
-        """Return what the user says: the question, after LLaVA's mark if there is an image."""
-        return said(question, self.model.config)
-
-    def generated(self, batch: Sequence[Question]) -> Tensor:
-        """Return the token ids of the answers to a batch, int64 [questions, longest answer].
-
-        Raises:
-            ArgumentsError: an image cannot be read.
-        """
-        ids, attention = self._tokens(batch)
-        padding = self.tokenizer.pad_token_id
-        pad_token = {"pad_token_id": self.tokenizer.eos_token_id if padding is None else padding}
-        with torch.inference_mode(), self._uncut():
-            output: Tensor = self.model.generate(
-                ids,
-                attention_mask=attention,
-                adapter_names=[question.adapter for question in batch],
-                **self.pixels(batch),
-                **pad_token,
-                **self.options.generation,
-            )
-        return output
-
-    def texts(self, generated: Tensor) -> list[str]:
-        """Return what the ids of answers say, as the answer file has it."""
-        return [text.strip() for text in self.tokenizer.batch_decode(generated, skip_special_tokens=True)]
-
-    def _tokens(self, batch: Sequence[Question]) -> tuple[Tensor, Tensor]:
-        """Return token ids [questions, longest prompt], padded on the left, and their attention mask."""
-        from llava.constants import IMAGE_TOKEN_INDEX
-        from llava.mm_utils import tokenizer_image_token
-
-        rows = [tokenizer_image_token(self.prompt(each), self.tokenizer, IMAGE_TOKEN_INDEX) for each in batch]
-        longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-        present = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        return ids.to(self.model.device), present.to(self.model.device)
-
-    def pixels(self, batch: Sequence[Question]) -> dict[str, Any]:
-        """Return the arguments of `generate` that pass the images.
-
-        Raises:
-            ArgumentsError: an image cannot be read.
-        """
-        if all(question.image is None for question in batch):
-            return {}
-        return image_arguments([self._picture(question) for question in batch], self.processor, self.model)
-
-    def _picture(self, question: Question) -> Image.Image:
-        if question.image is None:
-            # LLaVA wants an image for every row; it ignores the one of a row without a placeholder.
-            side = self.processor.crop_size["height"]
-            return Image.new("RGB", (side, side))
-        try:
-            return read_image(self.images / question.image)
-        except ArgumentsError as error:
-            raise ArgumentsError(
-                f"question {question.id!r} cannot be asked: {error} Repair the file or remove the question; "
-                "the batches before it have been answered."
-            ) from error
-
-    @contextmanager
-    def _uncut(self) -> Iterator[None]:
-        """Have LLaVA cut no prompt inside the block. It would cut one without an image too, for the others' images."""
-        config = self.model.config
-        before = getattr(config, "tokenizer_model_max_length", None)
-        config.tokenizer_model_max_length = None
-        try:
-            yield
-        finally:
-            config.tokenizer_model_max_length = before
-
-
-def said(question: Question, config: Any) -> str:
-    """Return what the user says: the question, after LLaVA's mark if there is an image.
-
-    Args:
-        config: of the model that answers.
-    """
-    return question.text if question.image is None else about_an_image(question.text, config)
-
-
-def write_prompt(question: Question, template: str, config: Any) -> str:
-    """Return a question as upstream's eval scripts write it.
-
-    Args:
-        template: the name of one of LLaVA's conversation templates.
-        config: of the model that answers.
-    """
-    from llava.conversation import conv_templates
-
-    conversation = conv_templates[template].copy()
-    conversation.append_message(conversation.roles[0], said(question, config))
-    conversation.append_message(conversation.roles[1], None)
-    return str(conversation.get_prompt())

@@ -109,8 +109,8 @@ class Run:
 
     def answering(self) -> Any:
         """Return what answers questions, always with so many tokens."""
+        from llava_steering_plugin.inference.answering import AnswerOptions, BatchAnswers
         from llava_steering_plugin.inference.base_model import LoadedBase
-        from llava_steering_plugin.inference.questions import AnswerOptions, BatchAnswers
 
         class InOnePrecision(BatchAnswers):
             def pixels(self, batch: Any) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class Run:
         """Return questions of different lengths."""
         from llava_steering_plugin.inference.questions import Question
 
-        return [Question(n, " ".join(WORDS[: 3 + n % 5]), f"{n % 4}.png", self.names[name]) for n in range(count)]
+        return [Question(n, " ".join(WORDS[: 3 + n % 5]), (f"{n % 4}.png",), self.names[name]) for n in range(count)]
 
     def generate(self, name: str, count: int) -> None:
         """Answer questions, as `llava-steering eval` does."""

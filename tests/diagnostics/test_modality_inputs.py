@@ -54,6 +54,7 @@ def test_batches_of_unequal_questions_give_what_each_gives_alone(
 ) -> None:
     questions = tmp_path / "questions.jsonl"
     longer = [each | {"text": each["text"] + " Say why." * number} for number, each in enumerate(asked(tiny)[:3])]
+    longer[1] |= {"image": ["00.png", "01.png"]}
     questions.write_text("".join(json.dumps(each) + "\n" for each in longer))
     found = []
     for size in ("1", "3"):
@@ -65,6 +66,7 @@ def test_batches_of_unequal_questions_give_what_each_gives_alone(
     for alone, together in zip(*found, strict=True):
         assert alone["answer"] == together["answer"]
         assert alone["counts"] == together["counts"]
+        assert alone["counts"]["image"] == VISUAL_TOKENS * (2 if alone["question_id"] == 1 else 1)
         for kind, shares in alone["shares"].items():  # the model computes in half precision
             torch.testing.assert_close(torch.tensor(together["shares"][kind]), torch.tensor(shares), rtol=0, atol=2e-3)
 
@@ -76,18 +78,22 @@ def test_an_image_in_tiles_counts_with_all_of_them(tiny: TinyLlava, patched_llav
     tiled.half().save_pretrained(folder)
     for file in tiny.llava.glob("token*"):
         shutil.copy(file, folder)
-    answers = tmp_path / "answers.jsonl"
-    answers.write_text("".join(json.dumps(each | {"text": "red"}) + "\n" for each in asked(tiny)))
+    one, other = asked(tiny)[:2]
+    both = one | {"question_id": "both", "image": [one["image"], other["image"]]}
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    questions.write_text("".join(json.dumps(each) + "\n" for each in [*asked(tiny), both]))
+    answers.write_text("".join(json.dumps(each | {"text": "red"}) + "\n" for each in [*asked(tiny), both]))
 
     counts = []
     for number, words in enumerate((SHORT, ("--answers-file", str(answers)))):
         output = tmp_path / str(number)
-        diagnosed("modality", tiny, output, str(folder), "--question-file", str(tiny.questions), *words)
+        diagnosed("modality", tiny, output, str(folder), "--question-file", str(questions), *words)
         counts.append({row["question_id"]: row["counts"]["image"] for row in kept(output)})
     # The whole image, and two tiles with a newline after each row of patches, without what only pads them.
     assert counts[0] == counts[1]
     assert all(count > 2 * VISUAL_TOKENS for count in counts[0].values())
     assert len(set(counts[0].values())) > 1
+    assert counts[0]["both"] == counts[0][one["question_id"]] + counts[0][other["question_id"]]
 
 
 def test_a_base_in_four_bits(tiny: TinyLlava, patched_llava: Path, tmp_path: Path) -> None:

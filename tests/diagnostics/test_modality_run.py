@@ -33,7 +33,7 @@ from llava_steering_plugin.diagnostics.positions import forced_pass
 from llava_steering_plugin.diagnostics.preflight import shared_template
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.inference.forced import force_answer
-from llava_steering_plugin.inference.questions import Question
+from llava_steering_plugin.inference.questions import Question, read_questions
 from llava_steering_plugin.measures.modality import Kind
 from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
@@ -186,8 +186,8 @@ def test_answers_that_are_missing_are_all_named_before_a_model_loads(
 
 
 def test_the_forced_pass_predicts_the_tokens_that_were_generated(tiny: TinyLlava, patched_llava: Path) -> None:
+    from llava_steering_plugin.inference.answering import AnswerOptions, BatchAnswers
     from llava_steering_plugin.inference.models import open_model
-    from llava_steering_plugin.inference.questions import AnswerOptions, BatchAnswers, read_questions
 
     opened = open_model(str(tiny.llava), None, {"device": "cpu"})
     answering = BatchAnswers(opened.loaded, tiny.images, AnswerOptions(1, None, {"max_new_tokens": 6}))
@@ -229,7 +229,7 @@ def test_the_parts_of_a_conversation_are_found_in_every_template(
 
 
 def test_questions_are_chosen_by_the_seed_in_the_order_of_the_file() -> None:
-    questions = [Question(number, "?", None if number % 5 == 4 else "a.png", "") for number in range(50)]
+    questions = [Question(number, "?", () if number % 5 == 4 else ("a.png",), "") for number in range(50)]
     chosen = choose_questions(questions, 10, seed=1)
     ids = [question.id for question in chosen.questions]
     assert ids == sorted(ids)
@@ -238,7 +238,7 @@ def test_questions_are_chosen_by_the_seed_in_the_order_of_the_file() -> None:
     assert chosen == choose_questions(questions, 10, seed=1) != choose_questions(questions, 10, seed=2)
     assert len(choose_questions(questions, 100, seed=0).questions) == 40
     with pytest.raises(ArgumentsError, match=r"same question_id.*: 7\. Give"):
-        choose_questions([*questions, Question(7, "Again?", "b.png", "")], 10, seed=1)
+        choose_questions([*questions, Question(7, "Again?", ("b.png",), "")], 10, seed=1)
 
 
 def test_a_sequence_that_the_model_cuts_is_refused(tiny: TinyLlava, patched_llava: Path) -> None:

@@ -21,7 +21,7 @@ from lora_folders import save_lora
 from PIL import Image
 from reports import reported
 from steered import load_llava
-from tiny_llava import TinyLlava
+from tiny_llava import VISUAL_TOKENS, TinyLlava
 
 from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.diagnostics.intervals import one_with_interval, with_interval
@@ -111,6 +111,15 @@ def test_two_adapters_over_questions(
     assert page.maps()[0]["z"] == idle["cosines"]["vis"]
     assert page.traces("mean cosine")["idle, other: vis"]["y"] == pair["mean"]
     assert f"layer 0 costs most: {idle['cost']['mean'][0]:.3g}. In {len(idle['no_cost_seen'])} of 4 layers" in page.text
+
+
+def test_every_image_of_a_question_is_steered(
+    diagnose: Run, tiny: TinyLlava, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"question_id": 1, "text": "Which is red?", "image": ["00.png", "01.png"]}))
+    (model,) = diagnose(str(adapters["idle"]), "--question-file", str(file), "--max-new-tokens", "2")["models"]
+    assert (model["answers"], model["norms"]["vis"]["tokens"]) == (1, 2 * VISUAL_TOKENS)
 
 
 def test_an_interrupted_run_over_data_goes_on_and_ends_as_the_whole_one(

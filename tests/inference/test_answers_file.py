@@ -17,13 +17,14 @@ from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
+from llava_steering_plugin.inference.answering import Answer, BatchAnswers
 from llava_steering_plugin.inference.answers_file import SUFFIX, AnswersFile, contents_of
-from llava_steering_plugin.inference.questions import Answer, BatchAnswers, Question
+from llava_steering_plugin.inference.questions import Question
 
 pytest_plugins = ["evaluating_fixtures", "pooled_fixtures", "steered_fixtures"]
 
 SETTINGS = {"batch size": 2, "seed": 0}
-ASKED = [Question(number, f"What is {number}?", None, "__base__") for number in range(5)]
+ASKED = [Question(number, f"What is {number}?", (), "__base__") for number in range(5)]
 SAMPLED = ("--temperature", "1.5", "--seed", "3")
 
 
@@ -40,7 +41,7 @@ def batches(first: int = 0, end: int = len(ASKED)) -> Iterable[tuple[int, list[Q
 KILLED_AT_THE_FOURTH = """
 import os, signal
 from llava_steering_plugin.cli import main
-from llava_steering_plugin.inference.questions import BatchAnswers
+from llava_steering_plugin.inference.answering import BatchAnswers
 
 generated, asked = BatchAnswers.generated, []
 

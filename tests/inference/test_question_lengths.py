@@ -29,8 +29,8 @@ def check(tiny: TinyLlava, patched_llava: Path) -> Any:
     return run
 
 
-def words(count: int, name: str = "q", image: str | None = "00.png") -> Question:
-    return Question(name, " ".join(["red"] * count), image, "__base__")
+def words(count: int, name: str = "q", images: tuple[str, ...] = ("00.png",)) -> Question:
+    return Question(name, " ".join(["red"] * count), images, "__base__")
 
 
 def length_of(check: Any, question: Question) -> int:
@@ -42,14 +42,14 @@ def length_of(check: Any, question: Question) -> int:
 
 def test_a_question_may_have_as_many_tokens_as_the_model_sees_and_not_one_more(check: Any) -> None:
     length = length_of(check, words(30))
-    assert length > length_of(check, words(30, image=None)) + VISUAL_TOKENS
+    assert length > length_of(check, words(30, images=())) + VISUAL_TOKENS
     assert check([words(30)], tokenizer_model_max_length=length) == []
     with pytest.raises(ArgumentsError, match=rf"question 'q': {length} tokens; the model takes {length - 1}$"):
         check([words(30)], tokenizer_model_max_length=length - 1)
     # Prompts without an image are not cut there; they end with the positions.
-    assert check([words(30, image=None)], tokenizer_model_max_length=10) == []
+    assert check([words(30, images=())], tokenizer_model_max_length=10) == []
     with pytest.raises(ArgumentsError, match=r"question 'q'"):
-        check([words(30, image=None)], max_position_embeddings=30)
+        check([words(30, images=())], max_position_embeddings=30)
 
 
 def test_answers_that_may_run_out_of_the_context_are_noted(check: Any) -> None:

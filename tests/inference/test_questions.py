@@ -65,7 +65,7 @@ def test_all_that_is_wrong_with_the_questions_is_said_at_once_and_before_anythin
     evaluate: Evaluate, questions: list[dict[str, Any]]
 ) -> None:
     bad = [{"text": "?"}, {"question_id": 1, "text": "a", "adapter": 3}, {"question_id": 2, "text": "<image> what?"}]
-    with pytest.raises(SteeringError, match=r"(?s)line 1 lacks.*line 2: adapter and image.*line 3 has <image>"):
+    with pytest.raises(SteeringError, match=r"(?s)line 1 lacks.*line 2: adapter must be.*line 3 has 1 <image>"):
         evaluate(bad)
     lost = [questions[0] | {"image": "lost.png"}, questions[1] | {"adapter": "owls"}]
     with pytest.raises(SteeringError, match=r"(?s)no adapter 'owls'.*no image lost\.png"):

@@ -17,9 +17,10 @@ from llava_steering_plugin.diagnostics.image.one_model import EffectOptions, mea
 from llava_steering_plugin.diagnostics.pictures.overlays import draw_image
 from llava_steering_plugin.diagnostics.results import weights_of, write_tables
 from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.inference.answering import AnswerOptions, BatchAnswers
 from llava_steering_plugin.inference.images import read_image
 from llava_steering_plugin.inference.models import PEFT_CONFIG, AnsweringModel, base_of_lora, open_model
-from llava_steering_plugin.inference.questions import AnswerOptions, BatchAnswers, Question
+from llava_steering_plugin.inference.questions import Question
 from llava_steering_plugin.measures.patches import SINK
 from llava_steering_plugin.pool.pool import BASE
 
@@ -114,7 +115,7 @@ def _measured(request: ImageRequest, shown: _Shown, picture: Image.Image, progre
     """Measure one model."""
     asking = AnswerOptions(1, shown.conversation, {"max_new_tokens": request.max_new_tokens, "do_sample": False})
     answering = BatchAnswers(shown.opened.loaded, request.image.parent, asking)
-    question = Question(0, request.question, request.image.name, shown.adapter)
+    question = Question(0, request.question, (request.image.name,), shown.adapter)
 
     def tick(done: int, total: int) -> None:
         progress(shown.name, done, total)

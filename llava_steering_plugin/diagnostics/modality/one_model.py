@@ -14,10 +14,11 @@ import torch
 from llava_steering_plugin.diagnostics.positions import TOO_LONG, NotMeasured, forced_pass, prompt_kinds
 from llava_steering_plugin.diagnostics.records import KEY, Records
 from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.inference.answering import BatchAnswers
 from llava_steering_plugin.inference.forced import force_answer
 from llava_steering_plugin.inference.greedy import until_end
 from llava_steering_plugin.inference.models import AnsweringModel
-from llava_steering_plugin.inference.questions import BatchAnswers, Question
+from llava_steering_plugin.inference.questions import Question
 from llava_steering_plugin.measures.modality import PADDING, GenerationShares, Kind, Shares, measure_shares
 
 NAMED = 10  # ids in a message
@@ -42,7 +43,8 @@ def choose_questions(questions: Sequence[Question], samples: int | None, seed: i
     Raises:
         ArgumentsError: no question is about an image, or two have the same id, by which measurements are kept.
     """
-    about_images = [question for question in questions if question.image is not None]
+    about_images = [question for question in questions if question.images]
+    text_only = len(questions) - len(about_images)
     times = Counter(json.dumps(question.id) for question in about_images)
     if several := [name for name, count in times.items() if count > 1]:
         raise ArgumentsError(
@@ -54,7 +56,7 @@ def choose_questions(questions: Sequence[Question], samples: int | None, seed: i
     if samples is not None and samples < len(about_images):
         numbers = sorted(random.Random(seed).sample(range(len(about_images)), samples))
         about_images = [about_images[number] for number in numbers]
-    return Chosen(about_images, sum(question.image is None for question in questions))
+    return Chosen(about_images, text_only)
 
 
 def measure_questions(

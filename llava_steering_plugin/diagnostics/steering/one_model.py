@@ -19,7 +19,8 @@ from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.hooks.decoder import find_decoder
 from llava_steering_plugin.inference.forced import force_answer
 from llava_steering_plugin.inference.greedy import answer_greedily, pixels_of
-from llava_steering_plugin.inference.questions import Question, said
+from llava_steering_plugin.inference.prompts import said
+from llava_steering_plugin.inference.questions import Question
 from llava_steering_plugin.inference.training_samples import TrainingSamples
 from llava_steering_plugin.inference.tunable import TunableModel
 from llava_steering_plugin.measures.steering import steerings, watched_norms, without_layer, without_layers
@@ -127,8 +128,7 @@ def questions_prepared(
 
     def prepare(key: Any) -> Prepared | str:
         question = by_id[key]
-        assert question.image is not None
-        pixels = pixels_of(opened, images / question.image)
+        pixels = pixels_of(opened, [images / name for name in question.images])
         answer: str | list[int] = (
             answer_greedily(opened, question, template, pixels, max_new_tokens) if given is None else given[key]
         )
