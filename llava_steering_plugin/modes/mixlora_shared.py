@@ -102,7 +102,8 @@ def shared(linears: Sequence[Routed], hidden: Tensor, this_pass: ForwardPass, dt
     """
     mode = linears[0].mode
     if this_pass.decode and mode.pooling == PROMPT:
-        return Shared(linears, hidden.to(dtype), *_kept_factors(linears, this_pass, len(hidden), dtype))
+        prefilled = [linear for linear in linears if linear in this_pass.kept] or linears[:1]
+        return Shared(prefilled, hidden.to(dtype), *_kept_factors(prefilled, this_pass, len(hidden), dtype))
     routing = linears[0].instead(hidden, this_pass)
     if routing is None:
         gates, a = chosen(linears, hidden, this_pass)
@@ -235,8 +236,7 @@ class Kept:
 def _kept_factors(
     linears: Sequence[Routed], this_pass: ForwardPass, rows: int, dtype: torch.dtype
 ) -> tuple[Tensor, dict[Routed, Tensor]]:
-    kept: list[Kept | None] = [this_pass.kept.get(linear) for linear in linears]
-    first = kept[0]
+    first: Kept | None = this_pass.kept.get(linears[0])
     if first is None:
         raise TokenMapError(
             "a decode step came without its prefill: MixLoRA chooses its factors from the prompt, and the choice "
@@ -244,7 +244,7 @@ def _kept_factors(
             "sequence."
         )
     if first.factors is None or first.factors[0] != linears or len(first.factors[1]) != rows:
-        choices = [each.repeated(rows) for each in kept if each is not None]
+        choices = [this_pass.kept[linear].repeated(rows) for linear in linears]
         a = [F.embedding(of_a, linear.routed_a) for linear, (of_a, _) in zip(linears, choices, strict=True)]
         b = {
             linear: F.embedding(of_b, linear.routed_b).to(dtype)

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from routed import LONG, SHORT, adapted, batch, everything, small_llama
+from routed import LONG, SHORT, SMALL, adapted, batch, everything, routed, small_llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from llava_steering_plugin import AdapterPool, save_adapter, token_map
-from llava_steering_plugin.modes.mixlora import RoutedLinear
+from llava_steering_plugin.errors import TokenMapError
+from llava_steering_plugin.modes.base import ForwardPass
+from llava_steering_plugin.modes.mixlora import MixLoRA, RoutedLinear
 from llava_steering_plugin.modes.mixlora_together import Together
 
 GROUPS = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
@@ -134,6 +136,21 @@ def test_together_all_gradients_are_those_of_each_alone(
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, msg=name)
         torch.testing.assert_close(found[2][name], gradient, msg=name)
+
+
+def test_a_decode_step_takes_what_a_prefill_without_some_linears_has_left() -> None:
+    """A linear that the prefill did not call works alone, and says that it has no choice."""
+    mode = MixLoRA(**SMALL)
+    one, other = (routed(mode) for _ in range(2))
+    one.together = other.together = Together()
+    one.together.known = {one: (one, other)}
+    prefill, token = everything(2, 5), torch.randn(2, 1, 12)
+    one(torch.zeros(2, 5, 10), torch.randn(2, 5, 12), prefill)
+    prefill.kept.pop(other)
+    step = ForwardPass(*[torch.ones(2, 1, dtype=torch.bool)] * 3, True, prefill.kept)
+    one(torch.zeros(2, 1, 10), token, step)
+    with pytest.raises(TokenMapError, match="came without its prefill"):
+        other(torch.zeros(2, 1, 10), token, step)
 
 
 def test_in_a_pool_the_rows_of_each_adapter_share_too(base: LlamaForCausalLM, tmp_path: Any) -> None:
