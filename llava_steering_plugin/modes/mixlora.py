@@ -170,11 +170,12 @@ def _able(linears: Sequence[RoutedLinear]) -> list[RoutedLinear]:
 
     Not where a choice is made elsewhere, and not where parameters are on another device or cut over ranks: these are
     whole only while their own linear runs. Noise is drawn by each linear in its turn, so that the numbers are the same
-    whether or not it is known already which linears go together.
+    whether or not it is known already which linears go together. Gradients outside of a training are each linear's own
+    too: together they are summed in another order, and only a training's checkpoint holds which linears go together.
     """
     first, *others = linears
-    noise = first.training and first.mode.noise
-    if noise or first.choose is not None or is_partitioned(first.routed_a):
+    apart = first.mode.noise if first.training else torch.is_grad_enabled()
+    if apart or first.choose is not None or is_partitioned(first.routed_a):
         return [first]
     device, training = first.routed_a.device, first.training
     return [
