@@ -27,6 +27,8 @@ def test_the_table_and_the_plot_show_every_row(tmp_path: Path) -> None:
     shown = console.export_text()
     assert "4,112" in shown
     assert "81,920" in shown
+    console.print(report.attention({"attention_to_image": {"base": [0.07, 0.5], "lora-r-8": [0.06, 0.471]}}))
+    assert "47%" in console.export_text()
     report.plot(results, tmp_path / "plot.png")
     assert min(Image.open(tmp_path / "plot.png").size) > 400
 

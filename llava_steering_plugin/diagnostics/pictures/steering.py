@@ -102,7 +102,7 @@ def _draw_maps(part: Any, maps: Sequence[tuple[Mapping[str, Any], str]]) -> None
         place.set_ylabel("layer", fontsize=9)
     for place in axes[len(maps) :]:
         place.set_axis_off()
-    part.colorbar(image, ax=axes, shrink=0.8)
+    part.colorbar(image, ax=list(axes[: len(maps)]), shrink=0.8)
 
 
 def _draw_pairs(part: Any, pairs: Sequence[Mapping[str, Any]]) -> None:

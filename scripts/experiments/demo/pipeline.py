@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import commands, scoring, world
+from experiments import commands, diagnosis, scoring, world
 from experiments.base import Base, build
 from experiments.demo import report
-from experiments.demo.settings import FULL, QUICK, Settings
+from experiments.demo.settings import FULL, MAIN, QUICK, Settings
 from experiments.program import OUTPUT, OutputOption, QuickOption, described, runner_of
 from experiments.settings import CAMERA, SEED
 from experiments.stages import Context, Done, Runner, Stage
 from experiments.tuning import Lengths, tuning_stage
 
 PACKAGES = ("llava-steering-plugin", "llava-torch", "torch", "transformers", "tokenizers", "peft", "numpy", "pillow")
+
+# What the chat is asked, and what the attention is drawn for.
+ASKED, ASKED_IMAGE = "what color is the shape?", "test/0.png"
 
 Work = Callable[[Context], dict[str, Any]]
 
@@ -35,7 +38,9 @@ def main(output: OutputOption = OUTPUT, quick: QuickOption = False) -> None:
     console = runner.console
     console.print(report.table(results))
     console.print(f"Asked in upstream's chat: {results['chat']['question']!r}. Answer: {results['chat']['answer']!r}")
+    console.print(report.attention(results))
     console.print(f"[bold]{found}[/bold] and results.png beside it")
+    console.print(f"[bold]{runner.root / 'diagnosis' / diagnosis.REPORT}[/bold] shows what the models attend to")
 
 
 def run(settings: Settings, runner: Runner) -> dict[str, Any]:
@@ -67,6 +72,20 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
         ]
     )
     chat = runner.run(Stage("chat", {}, (tuned[0],), _chat(base, asked[2][2])))
+    measured = {"base": base.model} | {
+        tuning.slug: tuning.adapter(done.folder)
+        for tuning, done in zip(settings.tunings, tuned, strict=True)
+        if tuning in settings.diagnosed
+    }
+    diagnosed = runner.run(
+        Stage(
+            "diagnosis",
+            {"models": list(measured), "samples": settings.diagnosis},
+            (test, base.data, base.done, *tuned),
+            _diagnosis(test, shifted, measured, settings.diagnosis),
+            (diagnosis,),
+        )
+    )
     names = ["base", "base", *(tuning.name for tuning in settings.tunings)]
     trained = [None, None, *tuned]
     rows = [
@@ -79,11 +98,12 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
         }
         for name, (camera, *_), done, evaluation in zip(names, asked, trained, answered, strict=True)
     ]
-    stages = (*base.stages, *tuned, test, *answered, chat)
+    stages = (*base.stages, *tuned, test, *answered, chat, diagnosed)
     return {
         "questions": settings.questions,
         "rows": rows,
         "chat": chat.values,
+        "attention_to_image": diagnosed.values["image_shares"],
         "tower_accuracy": base.tower.values,
         "seconds": {done.folder.name: done.seconds for done in stages},
         "seed": SEED,
@@ -113,12 +133,23 @@ def _evaluation(test: Done, data: Done, camera: str, model: Path, lora_base: Pat
     return work
 
 
+def _diagnosis(test: Done, pictures: Path, models: Mapping[str, Path], samples: int) -> Work:
+    def work(stage: Context) -> dict[str, Any]:
+        questions = test.folder / "questions.jsonl"
+        diagnosis.modality(stage, models, questions, pictures, samples)
+        diagnosis.steering(stage, {MAIN.slug: models[MAIN.slug]}, questions, pictures, samples)
+        diagnosis.image(stage, models[MAIN.slug], pictures / ASKED_IMAGE, ASKED)
+        diagnosis.report(stage)
+        return {"image_shares": diagnosis.image_shares(stage)}
+
+    return work
+
+
 def _chat(base: Base, adapter: Path) -> Work:
     def work(stage: Context) -> dict[str, Any]:
-        question, image = "what color is the shape?", "test/0.png"
-        picture = base.data.folder / "pictures" / "shifted" / image
-        said = stage.run(commands.chat(adapter, picture), say=f"{question}\n\n")
+        picture = base.data.folder / "pictures" / "shifted" / ASKED_IMAGE
+        said = stage.run(commands.chat(adapter, picture), say=f"{ASKED}\n\n")
         answer = said.partition("ASSISTANT: ")[2].partition("USER: ")[0].strip()
-        return {"question": question, "image": f"shifted/{image}", "answer": answer.removesuffix("</s>")}
+        return {"question": ASKED, "image": f"shifted/{ASKED_IMAGE}", "answer": answer.removesuffix("</s>")}
 
     return work

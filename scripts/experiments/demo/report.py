@@ -24,6 +24,18 @@ def table(results: Mapping[str, Any]) -> Table:
     return shown
 
 
+def attention(results: Mapping[str, Any]) -> Table:
+    """Return the share of the attention that goes to the image, one line for each measured model, by layer."""
+    shares: Mapping[str, Sequence[float]] = results["attention_to_image"]
+    shown = Table(title="Share of the attention that goes to the image", title_justify="left")
+    shown.add_column("model")
+    for layer in range(max(map(len, shares.values()))):
+        shown.add_column(f"layer {layer}", justify="right")
+    for name, by_layer in shares.items():
+        shown.add_row(name, *(f"{share:.0%}" for share in by_layer))
+    return shown
+
+
 def plot(results: Mapping[str, Any], path: Path) -> None:
     """Plot accuracy by kind of question (left), and colour accuracy against trained parameters (right)."""
     rows: Sequence[Mapping[str, Any]] = results["rows"]

@@ -27,6 +27,7 @@ class Settings:
         steps: training steps, of `batch` questions each.
         seeds: every method is trained with each of them.
         without: the slugs of methods that are left out.
+        diagnosis: questions of each task, for each batch that `llava-steering diagnose` measures.
     """
 
     base: BaseSettings = FULL_BASE
@@ -37,6 +38,7 @@ class Settings:
     seeds: tuple[int, ...] = (1, 2, 3)
     learning_rate: float = 2e-3
     without: tuple[str, ...] = ()
+    diagnosis: int = 48
 
     def methods(self, layers: int, width: int) -> tuple[Tuning, ...]:
         """Return the methods to compare, on a Llama decoder of `layers` and `width`."""
@@ -100,4 +102,6 @@ def compared(layers: int, width: int, learning_rate: float) -> tuple[Tuning, ...
 
 FULL = Settings()
 # Long enough to run every part, too short to learn anything. Only one method with learned routers is in it.
-QUICK = Settings(QUICK_BASE, samples=20, questions=4, steps=4, batch=8, seeds=(1,), without=("mixlora-learned",))
+QUICK = Settings(
+    QUICK_BASE, samples=20, questions=4, steps=4, batch=8, seeds=(1,), without=("mixlora-learned",), diagnosis=2
+)

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments import backbone, commands, scoring, world
+from experiments import backbone, commands, diagnosis, scoring, world
 from experiments.base import Base, build
 from experiments.multitask import information, merging, report, routing, tasks
 from experiments.multitask.methods import FULL, QUICK, Settings
@@ -53,6 +53,8 @@ def main(
     report.plot(results, found.with_name("multitask.png"))
     runner.console.print(report.table(results))
     runner.console.print(f"[bold]{found}[/bold] with results.md and multitask.png beside it")
+    page = runner.root / "multitask" / "diagnosis" / diagnosis.REPORT
+    runner.console.print(f"[bold]{page}[/bold] shows how the tasks interfere, and how the routers choose")
 
 
 def run(settings: Settings, runner: Runner) -> dict[str, Any]:
@@ -83,6 +85,20 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
         work = _lora_answers(data, base, adapter) if method.is_lora else _routed_answers(data, base, adapter)
         answers.append(Stage(name, {}, (*needs, done), work, (commands, scoring, merging, routing, information)))
     answered = runner.run_side_by_side(answers)
+    first = {
+        method.slug: method.adapter(done.folder)
+        for (method, seed), done in zip(wanted, trained, strict=True)
+        if seed == settings.seeds[0]
+    }
+    diagnosed = runner.run(
+        Stage(
+            "multitask/diagnosis",
+            {"models": list(first), "samples": settings.diagnosis},
+            (*needs, *trained[: len(methods)]),
+            _diagnosis(data, first, settings.diagnosis),
+            (diagnosis,),
+        )
+    )
     rows = [
         {
             "method": method.name,
@@ -93,7 +109,7 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
         }
         for (method, seed), done, evaluation in zip(wanted, trained, answered[1:], strict=True)
     ]
-    stages = (data, *trained, *answered)
+    stages = (data, *trained, *answered, diagnosed)
     return {
         "date": date.today().isoformat(),
         "questions": settings.questions,
@@ -161,6 +177,20 @@ def _routed_answers(data: Done, base: Base, adapter: Path) -> Work:
             "--adapter", adapter, "--questions", questions, "--pictures", pictures, "--output", chosen,
         )  # fmt: skip
         return {**values, "information": _information(chosen, data.folder / "answers.json")}
+
+    return work
+
+
+def _diagnosis(data: Done, models: Mapping[str, Path], samples: int) -> Work:
+    """Measure interference between the tasks, and the routers' choices, on questions that were not trained on."""
+
+    def work(stage: Context) -> dict[str, Any]:
+        held_out, pictures = data.folder / "held-out.json", data.folder / "pictures"
+        routed = {name: path for name, path in models.items() if name.startswith("mixlora")}
+        diagnosis.interference(stage, models, held_out, pictures, samples)
+        diagnosis.routing(stage, routed, held_out, pictures, samples)
+        diagnosis.report(stage)
+        return {}
 
     return work
 

@@ -95,7 +95,11 @@ def digit_picture(values: np.ndarray[Any, Any]) -> Image.Image:
 
 
 def write(folder: Path, samples: int, questions: int) -> None:
-    """Write pictures/, train.json, questions.jsonl and answers.json (in the order of the questions) into `folder`."""
+    """Write data of all tasks into `folder`.
+
+    pictures/, train.json, questions.jsonl, answers.json in the order of the questions, and held-out.json: the questions
+    with their answers, as training data. Samples name their task.
+    """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -107,12 +111,15 @@ def write(folder: Path, samples: int, questions: int) -> None:
         target = folder / "pictures" / image
         target.parent.mkdir(parents=True, exist_ok=True)
         _picture(image, splits, digits.images).save(target)
-    samples_of = [
-        world.conversation(f"question-{place}", asked.image, f"<image>\n{asked.text}", asked.answer)
-        for place, asked in enumerate(trained)
-    ]
-    (folder / "train.json").write_text(json.dumps(samples_of))
+    for name, asked_of in (("train", trained), ("held-out", tested)):
+        (folder / f"{name}.json").write_text(json.dumps(list(map(_sample, range(len(asked_of)), asked_of))))
     write_questions(folder, tested)
+
+
+def _sample(number: int, asked: Asked) -> dict[str, Any]:
+    """Return a question as a sample of LLaVA's training data."""
+    sample = world.conversation(f"question-{number}", asked.image, f"<image>\n{asked.text}", asked.answer)
+    return {**sample, "task": asked.kind}
 
 
 def _picture(image: str, splits: Mapping[str, world.Split], digits: np.ndarray[Any, Any]) -> Image.Image:
