@@ -35,7 +35,10 @@ torch.compile = compile
 import llava.train.train
 """
 REFERENCE, AS_IT_IS, PLAN = "import llava.train.train, no compiler", "import llava.train.train", "llava-steering plan"
-COMMANDS = ("", "chat", "check-data", "convert", "doctor", "eval", "patch", "plan", "serve", "unpatch")
+COMMANDS = (
+    *("", "chat", "check-data", "convert", "doctor", "eval", "patch", "plan", "prepare", "report", "score", "serve"),
+    "unpatch",
+)
 MODULES = ("launch", "serving.page", "serving.worker")
 
 LLAMA_7B = {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from training_runs import train_flags, train_in_process
 
 from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.modes.base import ForwardPass
 from llava_steering_plugin.modes.mores import Steering
 from llava_steering_plugin.training.gradient_check import LONG, STEPS, GradientCheck
 
@@ -212,11 +213,11 @@ def test_a_training_without_any_image_is_told_so_and_ends(
     assert "layers.0.vis.steer_shift" in warnings[0]
 
 
-def scaled_to_nothing(self: Steering, hidden: Tensor) -> Tensor:
+def scaled_to_nothing(self: Steering, hidden: Tensor, this_pass: ForwardPass) -> Tensor:
     return (nn.functional.linear(hidden, self.steer_shift, self.steer_offset) @ (0 * self.basis())).to(hidden.dtype)
 
 
-def cut_off(self: Steering, hidden: Tensor) -> Tensor:
+def cut_off(self: Steering, hidden: Tensor, this_pass: ForwardPass) -> Tensor:
     shifted = nn.functional.linear(hidden, self.steer_shift, self.steer_offset)
     return (shifted @ self.basis().detach()).to(hidden.dtype)
 
