@@ -16,6 +16,7 @@ from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.adapters.folder import CARD, CONFIG, HEADER, LLAVA_CONFIG, LLAVA_HEADER, OLD_CONFIG, WEIGHTS
 from llava_steering_plugin.adapters.parameters import flaw
 from llava_steering_plugin.errors import AdapterError, listing
+from llava_steering_plugin.whole_files import flush, remove_partials
 
 
 def write_folder(
@@ -61,15 +62,15 @@ def write_folder(
         # safetensors makes files that only their owner may read; all files of an adapter get the same permissions.
         shutil.copymode(staging / CONFIG, staging / WEIGHTS)
         for name in (WEIGHTS, *copies):
-            _flush(staging / name)
+            flush(staging / name)
         os.replace(staging / WEIGHTS, path / WEIGHTS)
         replaced = True
-        _flush(path)  # the copies must not reach the disk before the weights
+        flush(path)  # the copies must not reach the disk before the weights
         for name in copies:
             os.replace(staging / name, path / name)
         if (path / OLD_CONFIG).is_file():
             (path / OLD_CONFIG).unlink()
-        _flush(path)
+        flush(path)
     except (OSError, SafetensorError) as error:
         raise AdapterError(_failure(path, error, replaced)) from error
     finally:
@@ -106,33 +107,5 @@ def remove_leftovers(folder: Path) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    for path in folder.glob(".*.partial"):
-        # Version 0.1 staged each file by itself.
-        name, _, process = path.name.removeprefix(".").removesuffix(".partial").rpartition(".")
-        known = name in ("adapter", WEIGHTS, OLD_CONFIG, LLAVA_CONFIG, CARD)
-        # In a container, the process before may have had the number of this one.
-        if known and process.isdigit() and (int(process) == os.getpid() or not _runs(int(process))):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
-
-def _runs(process: int) -> bool:
-    """Tell whether a process of this number runs on this machine."""
-    try:
-        os.kill(process, 0)
-    except PermissionError:
-        return True
-    except (ProcessLookupError, OverflowError):
-        return False
-    return True
-
-
-def _flush(path: Path) -> None:
-    """Force a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    # Version 0.1 staged each file by itself.
+    remove_partials(folder, ("adapter", WEIGHTS, OLD_CONFIG, LLAVA_CONFIG, CARD))

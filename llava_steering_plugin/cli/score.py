@@ -29,7 +29,7 @@ def score(
     All answers must be to questions of the annotations, one to each. Nothing is downloaded.
     """
     from llava_steering_plugin.cli.tables import console, score_table
-    from llava_steering_plugin.evaluation.scoring import check_writable, write_whole
+    from llava_steering_plugin.evaluation.scoring import check_writable, write_json
     from llava_steering_plugin.evaluation.scoring import score as scored
 
     for file in (submission, output):
@@ -45,9 +45,9 @@ def score(
         submission=submission is not None,
     )
     if submission is not None:
-        write_whole(submission, found.submission)
+        write_json(submission, found.submission)
     if output is not None:
-        write_whole(output, found.as_json())
+        write_json(output, found.as_json())
     if found.metrics:
         console(plain=True).print(score_table(found))
     typer.echo(f"{found.answers:,} answers, {found.missing:,} missing")

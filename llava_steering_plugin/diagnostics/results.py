@@ -15,6 +15,7 @@ from llava_steering_plugin import __version__
 from llava_steering_plugin.adapters.folder import WEIGHTS
 from llava_steering_plugin.adapters.locate import find
 from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.whole_files import partials
 
 # Called with the model's name, the number of questions done, and how many there are.
 Progress = Callable[[str, int, int], None]
@@ -54,17 +55,12 @@ def write_tables(document: Mapping[str, Any], rows: Iterable[Sequence[Any]], tar
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(rows)
     texts = (json.dumps(_dated(document, files[0]), indent=1) + "\n", table.getvalue())
-    parts = [file.with_name(f".{file.name}.partial") for file in files]
     try:
-        for part, text in zip(parts, texts, strict=True):
-            part.write_text(text, encoding="utf-8", newline="")
-        for part, file in zip(parts, files, strict=True):
-            part.replace(file)
+        with partials(*files) as parts:
+            for part, text in zip(parts, texts, strict=True):
+                part.write_text(text, encoding="utf-8", newline="")
     except OSError as error:
         raise ArgumentsError(f"{target.parent} cannot be written: {error.strerror}. Choose another.") from error
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
     return files
 
 

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from llava_steering_plugin.errors import ArgumentsError, DataError, Problems
 from llava_steering_plugin.evaluation.answers import Paired, pair, read_answers
 from llava_steering_plugin.evaluation.benchmark import Benchmark, GivenAnswer, Metrics, Pair, References, Wanted
 from llava_steering_plugin.evaluation.registry import benchmark_of
+from llava_steering_plugin.whole_files import write_whole
 
 
 @dataclass(frozen=True)
@@ -157,26 +157,18 @@ def check_writable(path: Path) -> None:
         raise ArgumentsError(f"{path} cannot be written: {error.strerror or error}. Choose another.") from error
 
 
-def write_whole(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader finds the old file or the whole new one.
 
     Raises:
         ArgumentsError: it cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.partial")
     check_writable(path)
+    text = json.dumps(value, indent=1) + "\n"
     try:
         if path.exists() and not path.is_file():  # a pipe, or /dev/stdout
-            path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-            return
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+            path.write_text(text, encoding="utf-8")
+        else:
+            write_whole(path, text)
     except OSError as error:
         raise ArgumentsError(f"{path} cannot be written: {error.strerror or error}. Choose another.") from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)

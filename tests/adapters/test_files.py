@@ -163,6 +163,7 @@ OTHERS = {
     "cli",  # answers that are written
     "adapters/files.py",
     "adapters/writing.py",  # writes
+    "whole_files.py",  # writes
     "training",  # what this very training has written, and its flags' files
     "inference/questions.py",  # the user's questions and images
     "inference/answers_file.py",  # answers that are written, and read again

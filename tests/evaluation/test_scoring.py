@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from llava_steering_plugin.cli import app
 from llava_steering_plugin.errors import ArgumentsError, DataError, SteeringError
 from llava_steering_plugin.evaluation.registry import BENCHMARKS
-from llava_steering_plugin.evaluation.scoring import score, write_whole
+from llava_steering_plugin.evaluation.scoring import score, write_json
 
 
 def run(*words: object) -> Result:
@@ -170,9 +170,9 @@ def test_popes_answers_to_llavas_question_file_are_found_by_its_categories(tmp_p
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
     (tmp_path / "scores.json").write_text("old")
     with pytest.raises(TypeError):
-        write_whole(tmp_path / "scores.json", object())
+        write_json(tmp_path / "scores.json", object())
     assert (tmp_path / "scores.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(ArgumentsError, match="is a folder"):
-        write_whole(tmp_path, [])
+        write_json(tmp_path, [])
     with pytest.raises(ArgumentsError, match="cannot be written"):
-        write_whole(tmp_path / "scores.json" / "below.json", [])
+        write_json(tmp_path / "scores.json" / "below.json", [])

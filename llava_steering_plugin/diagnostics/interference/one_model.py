@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llava_steering_plugin.diagnostics.records import KEY, Records
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.measures.interference import EVERYTHING, Effects, Interference, gathered
+from llava_steering_plugin.whole_files import partials
 
 # How the last part of a parameter's name is shown; other names stand for themselves.
 SIDES = {"routed_a": "A", "routed_b": "B", "lora_A": "A", "lora_B": "B"}
@@ -172,9 +173,8 @@ def _save_directions(measure: Interference, task: int, file: Path) -> None:
         for number, tensor in enumerate(parts)
     }
     tensors |= {f"{name}/used": used for name, used in measure.used[task].items()}
-    partial = file.with_suffix(".partial")
-    save_file(tensors, partial)
-    partial.replace(file)
+    with partials(file) as (part,):
+        save_file(tensors, part)
 
 
 def _load_directions(measure: Interference, task: int, file: Path) -> None:

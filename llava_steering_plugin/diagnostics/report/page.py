@@ -17,6 +17,7 @@ from llava_steering_plugin import __version__
 from llava_steering_plugin.diagnostics.report.parts import Figure, Run, Section
 from llava_steering_plugin.diagnostics.report.registry import MEASURES, Measure
 from llava_steering_plugin.errors import ArgumentsError, Problems
+from llava_steering_plugin.whole_files import write_whole
 
 # The buttons are named one by one: among those that plotly shows otherwise is one that uploads a figure.
 CONFIG = {
@@ -97,14 +98,9 @@ def write_page(text: str, output: Path) -> None:
     Raises:
         ArgumentsError: it cannot be written.
     """
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, output)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(output, text)
     except OSError as error:
         raise ArgumentsError(f"--output {output} cannot be written: {error.strerror}. Choose another.") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import TrainerCallback
 
 from llava_steering_plugin.errors import listing
 from llava_steering_plugin.training.data.samples import NumberedDataset
+from llava_steering_plugin.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +70,8 @@ class SkippedSamples(TrainerCallback):
         for number in self.numbers - self._entries.keys():
             self._entries[number] = self._entry(number)
         entries = [self._entries[number] for number in sorted(self.numbers)]
-        part = self.file.with_suffix(".partial")
         try:
-            part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-            os.replace(part, self.file)
+            write_whole(self.file, json.dumps(entries, indent=1) + "\n")
         except OSError as error:
             logger.warning("the list of skipped samples cannot be written to %s: %s", self.file, error.strerror)
         return entries

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin import __version__
+from llava_steering_plugin.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +47,7 @@ class DiagnosticsFile:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         date = next((line["date"] for line in before if "date" in line), now)
         first = {"format": FORMAT, "plugin_version": __version__, "date": date, **header}
-        part = self.path.with_suffix(".partial")
-
-        def write() -> None:
-            part.write_text("".join(map(_line, [first, *kept])), encoding="utf-8")
-            os.replace(part, self.path)
-
-        self._written(write)
+        self._written(lambda: write_whole(self.path, "".join(map(_line, [first, *kept]))))
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add the line of one pass."""

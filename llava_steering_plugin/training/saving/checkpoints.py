@@ -21,6 +21,8 @@ from torch import distributed
 from llava_steering_plugin.adapters.folder import CARD
 from llava_steering_plugin.adapters.writing import remove_leftovers
 from llava_steering_plugin.errors import AdapterError, CheckpointError, listing
+from llava_steering_plugin.training.data.skipped import LIST as SKIPPED
+from llava_steering_plugin.training.diagnostics.file import NAME as DIAGNOSTICS
 from llava_steering_plugin.training.saving.integrity import NAME, checkpoint_problems, ranks_of, uses_deepspeed
 from llava_steering_plugin.training.saving.output_folder import (
     ELSEWHERE,
@@ -30,6 +32,7 @@ from llava_steering_plugin.training.saving.output_folder import (
     output_problems,
     staged,
 )
+from llava_steering_plugin.whole_files import remove_partials
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ def prepare_output(output: Path) -> None:
         if problems := output_problems(output):
             raise CheckpointError(listing("this training cannot write its checkpoints", problems))
         remove_leftovers(output)
+        remove_partials(output, (SKIPPED, DIAGNOSTICS))
         for folder in staged(output):
             logger.warning("%s was left by a training that was killed; it is deleted.", folder)
             shutil.rmtree(folder)

@@ -113,12 +113,14 @@ def test_without_any_whole_checkpoint_the_training_starts_from_the_beginning(
 ) -> None:
     for folder in run.glob("checkpoint-*"):
         empty(folder / "rng_state.pth")
-    # What killed processes leave: half a save, and half an adapter.
+    # What killed processes leave: half a save, half an adapter, and half of other files.
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     shutil.copytree(whole / "checkpoint-2", run / "tmp-checkpoint-2")
     for process in (gone.pid, os.getppid()):
         (run / f".{WEIGHTS}.{process}.partial").write_bytes(b"half")
+    for name in ("skipped_samples.json", "diagnostics.jsonl"):
+        (run / f".{name}.{gone.pid}.partial").write_bytes(b"half")
     again(tiny, run)
     assert_equal(whole, run)
     assert not list(run.glob("tmp-*"))
