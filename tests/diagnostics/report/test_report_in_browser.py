@@ -60,7 +60,9 @@ def test_every_figure_is_drawn_and_readable_without_a_network(browser: Browser, 
     _keep(page, f"report-{scheme}.png")
 
     page.set_viewport_size({"width": 400, "height": 800})
-    page.wait_for_function("() => document.querySelector('#figure-1')._fullLayout.width <= 400")
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('figure .js-plotly-plot')].every(plot => plot._fullLayout.width <= 400)"
+    )
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 400
     assert complaints == []
     assert {url.partition(":")[0] for url in asked} <= {"file", "data"}
