@@ -169,11 +169,11 @@ def launches(
 
 @app.command()
 def diagnostics(quick: Quick = False, json_file: JsonFile = None, threads: Threads = 1) -> None:
-    """Measure what --steering_diagnostics_steps costs: a pass over 8 samples beside training steps.
+    """Measure what --steering_diagnostics_steps costs: a pass over 4 samples beside training steps.
 
     On a random LLaVA with narrow layers and 576 tokens an image.
 
-    Passes if a pass every 100 steps takes at most 2 % of their time, with 4 samples in a batch.
+    Passes if a pass every 100 steps takes at most 2 % of their time, whatever the batch.
     """
     from .diagnostics import run
 

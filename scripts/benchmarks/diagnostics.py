@@ -32,8 +32,6 @@ from .shared.verdicts import Verdict, table_of, table_of_verdicts, write_json
 
 EVERY, LIMIT = 100, 0.02
 BATCHES = (1, 4)
-# The limit is for batches of at least so many samples.
-JUDGED = 4
 NARROW = replace(
     TINY,
     name="narrow",
@@ -74,8 +72,7 @@ def run(quick: bool, json_file: Path | None, threads: int) -> int:
                 *(f"{ratio:.2f}", f"{100 * share:.2f} %"),
             )
             rows.append({"variant": variant.name, "batch": batch, "step": step, "pass": one, "share": share})
-            if batch >= JUDGED:
-                verdicts.append(Verdict(f"{variant.name}, batch {batch}: share of the time", share, LIMIT))
+            verdicts.append(Verdict(f"{variant.name}, batch {batch}: share of the time", share, LIMIT))
     console.print(table)
     console.print(table_of_verdicts(verdicts))
     passed = all(verdict.passed for verdict in verdicts)

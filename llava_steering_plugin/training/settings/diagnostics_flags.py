@@ -9,8 +9,8 @@ STEPS_HELP = (
     "with a tuning mode: measure attention to the image, updates and routers before the first step, every so many "
     "steps and at the end; 0: never"
 )
-SAMPLES_HELP = "on so many samples of --eval_data_path, or else of --data_path (default: 8)"
-DEFAULT_SAMPLES = 8
+SAMPLES_HELP = "on so many samples of --eval_data_path, or else of --data_path (default: 4)"
+DEFAULT_SAMPLES = 4
 
 
 def samples(flags: Any) -> int:
