@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -42,7 +43,7 @@ def weights_of(path: str) -> str | None:
 def write_tables(document: Mapping[str, Any], rows: Iterable[Sequence[Any]], target: Path) -> list[Path]:
     """Write a result as JSON and its table as CSV, each whole or not at all, and return the files.
 
-    The JSON also gets `plugin_version` and `date`.
+    The JSON also gets `plugin_version` and `date`. What is no finite number becomes null, as JSON has no other word.
 
     Args:
         rows: of the table, the heading first.
@@ -54,7 +55,8 @@ def write_tables(document: Mapping[str, Any], rows: Iterable[Sequence[Any]], tar
     files = [target.with_name(f"{target.name}.{ending}") for ending in ("json", "csv")]
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(rows)
-    texts = (json.dumps(_dated(document, files[0]), indent=1) + "\n", table.getvalue())
+    dated = _dated(_finite(document), files[0])
+    texts = (json.dumps(dated, indent=1, allow_nan=False) + "\n", table.getvalue())
     try:
         with partials(*files) as parts:
             for part, text in zip(parts, texts, strict=True):
@@ -62,6 +64,15 @@ def write_tables(document: Mapping[str, Any], rows: Iterable[Sequence[Any]], tar
     except OSError as error:
         raise ArgumentsError(f"{target.parent} cannot be written: {error.strerror}. Choose another.") from error
     return files
+
+
+def _finite(value: Any) -> Any:
+    """Return a document with null in the places of infinite numbers and NaN."""
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _dated(document: Mapping[str, Any], file: Path) -> dict[str, Any]:

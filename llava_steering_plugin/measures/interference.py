@@ -44,17 +44,27 @@ class Effects:
     meeting: Sequence[Tensor]
 
     def mean_of_ratios(self, *, shared: bool = False) -> Tensor:
-        """Return I, float64 [tasks i, tasks j], as the paper defines it; NaN where a task has no effect on itself."""
-        return torch.stack([(each / each[:, i : i + 1]).nanmean(0) for i, each in enumerate(self._effects(shared))])
+        """Return I, float64 [tasks i, tasks j], as the paper defines it; NaN where a task has no effect on itself.
+
+        Samples on which the task's own step has no effect are left out.
+        """
+        return torch.stack(
+            [_ratio(each, each[:, i : i + 1]).nanmean(0) for i, each in enumerate(self._effects(shared))]
+        )
 
     def ratio_of_means(self, *, shared: bool = False) -> Tensor:
-        """Return the mean effects relative to the task's own mean effect, float64 [tasks i, tasks j]."""
+        """Return mean effects relative to the task's own mean effect, float64 [tasks i, tasks j]; NaN if it is 0."""
         means = torch.stack([each.nanmean(0) for each in self._effects(shared)])
-        return means / means.diagonal()[:, None]
+        return _ratio(means, means.diagonal()[:, None])
 
     def _effects(self, shared: bool) -> Iterator[Tensor]:
         for effects, meeting in zip(self.by_sample, self.meeting, strict=True):
             yield effects / meeting if shared else effects
+
+
+def _ratio(effects: Tensor, own: Tensor) -> Tensor:
+    """Return effects relative to a task's own, NaN where that is 0: there is nothing to compare with."""
+    return torch.where(own == 0, torch.nan, effects / own)
 
 
 class Interference:

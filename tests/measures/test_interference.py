@@ -82,6 +82,16 @@ def test_a_mean_of_ratios_and_a_ratio_of_means_differ_where_samples_do() -> None
     assert found.ratio_of_means()[0, 1].item() == pytest.approx(2 / 1.1)
 
 
+def test_a_step_that_does_nothing_to_its_own_task_is_nothing_to_compare_with() -> None:
+    """Not even an infinite ratio: JSON has no word for it, and one such sample would hide all others."""
+    nothing, something = [0.0, 3.0], [2.0, 1.0]
+    one_still = Effects([torch.tensor([nothing, something])] * 2, [torch.ones(2, 2)] * 2)
+    assert one_still.mean_of_ratios()[0].tolist() == [1, 0.5]
+    all_still = Effects([torch.tensor([nothing])] * 2, [torch.ones(1, 2)] * 2)
+    assert all_still.mean_of_ratios()[0].isnan().all()
+    assert all_still.ratio_of_means().isnan().tolist() == [[True, True], [False, False]]
+
+
 @pytest.fixture(scope="module")
 def routed(tiny: TinyLlava, patched_llava: Any) -> tuple[Any, dict[str, list[nn.Parameter]]]:
     """A LLaVA with a strong MixLoRA, and its factors by side."""
