@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
-import warnings
 from typing import Annotated
 
 import typer
 
 from llava_steering_plugin.inference import options
+from llava_steering_plugin.inference.quiet import quieten_libraries
 
 
 def chat(
@@ -78,14 +77,3 @@ def chat(
     if image is not None:
         opened.look_at(image)
     Terminal(opened).run()
-
-
-def quieten_libraries() -> None:
-    """Keep what LLaVA's libraries log at every load and every answer out of the conversation."""
-    import transformers
-
-    if not logging.getLogger().isEnabledFor(logging.DEBUG):
-        transformers.logging.set_verbosity_error()
-        for library in ("bitsandbytes", "DeepSpeed"):
-            logging.getLogger(library).setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore", category=UserWarning, module="transformers")
