@@ -15,7 +15,7 @@ def report(
     results: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FOLDER_OR_FILE...",
+            metavar="FOLDER_OR_FILE",
             help="Folders of diagnose or of trainings, searched two levels deep, or single results.",
         ),
     ],

@@ -8,9 +8,35 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin.errors import ArgumentsError, listing
+from llava_steering_plugin.diagnostics.results import weights_of
+from llava_steering_plugin.errors import ArgumentsError, Problems, listing
 
 KEY = "question_id"
+# Settings that are the digests of files: users know the files, and not these.
+DIGESTS = ("questions", "answers", "data", "weights")
+
+
+def open_records(
+    folder: Path, settings: Mapping[str, Any], models: Mapping[str, str], base: str | None
+) -> dict[str, Records]:
+    """Open the measurements of several models, made before or not, by the models' names.
+
+    Args:
+        folder: holds a file for each model.
+        settings: what measurements depend on besides the model.
+        models: the path of each model, by name.
+        base: where the base of adapters is, if it has moved.
+
+    Raises:
+        ArgumentsError: as `Records` does; all models at once.
+    """
+    kept, problems = {}, Problems()
+    for name, path in models.items():
+        own = {**settings, "model": path, "weights": weights_of(path), "base": base}
+        with problems.noted():
+            kept[name] = Records(folder / f"{name}.jsonl", own)
+    problems.raise_any("these measurements cannot be continued")
+    return kept
 
 
 class Records:
@@ -87,9 +113,15 @@ class Records:
             raise ArgumentsError(
                 listing(
                     f"{self.file} holds measurements of other settings; remove it, or choose another --output",
-                    [f"{name}: {found.get(name)!r} there, {self.settings.get(name)!r} now" for name in changed],
+                    [_change(name, found.get(name), self.settings.get(name)) for name in changed],
                 )
             )
         if end < self.file.stat().st_size:
             with self.file.open("r+b") as file:
                 file.truncate(end)
+
+
+def _change(name: str, there: Any, now: Any) -> str:
+    if name in DIGESTS and there is not None and now is not None:
+        return f"{name}: the files have other contents now"
+    return f"{name}: {there!r} there, {now!r} now"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.adapters.files import parse_json
-from llava_steering_plugin.errors import ArgumentsError, listing
+from llava_steering_plugin.errors import ArgumentsError, listing, shortened
 from llava_steering_plugin.pool.pool import BASE
 
 IMAGE_MARK = "<image>"
@@ -67,7 +67,7 @@ def read_questions(path: Path, adapter: str = BASE) -> list[Question]:
             continue
         questions.append(Question(given["question_id"], given["text"], images or (), given.get("adapter", adapter)))
     if problems:
-        raise ArgumentsError(listing(f"{path} is not a file of questions", problems))
+        raise ArgumentsError(listing(f"{path} is not a file of questions", shortened(problems)))
     return questions
 
 
@@ -115,16 +115,16 @@ def check_questions(questions: Sequence[Question], adapters: Collection[str], im
         images: the folder of the images.
 
     Raises:
-        ArgumentsError: some do not; the message lists them all.
+        ArgumentsError: some do not; the message lists them, or the first ones of many.
     """
     problems = [
         f"there is no adapter {name!r}: give it with --adapter {name}=PATH; known: {', '.join(adapters)}"
         for name in sorted({each.adapter for each in questions} - set(adapters))
     ]
-    problems += [
-        f"there is no image {name}"
-        for name in sorted({image for each in questions for image in each.images})
-        if not os.path.isfile(images / name)
-    ]
+    named = sorted({image for each in questions for image in each.images})
+    if named and not images.is_dir():
+        problems.append(f"there is no folder {images}, where their images should be")
+    else:
+        problems += [f"there is no image {name}" for name in named if not os.path.isfile(images / name)]
     if problems:
-        raise ArgumentsError(listing(f"some questions cannot be asked (images from {images})", problems))
+        raise ArgumentsError(listing(f"some questions cannot be asked (images from {images})", shortened(problems)))

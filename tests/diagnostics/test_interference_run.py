@@ -24,7 +24,8 @@ from tiny_llava import TinyLlava
 
 from llava_steering_plugin import attach, save_adapter
 from llava_steering_plugin.adapters.save_load import describe
-from llava_steering_plugin.diagnostics.interference.one_model import Place, choose_samples, grouped
+from llava_steering_plugin.diagnostics.interference.one_model import Place, Sample, choose_samples, grouped
+from llava_steering_plugin.diagnostics.interference.run import check_samples
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.modes.mixlora import MixLoRA
 
@@ -118,10 +119,12 @@ def test_a_task_may_be_a_file(diagnose: Run, tuned: dict[str, Path], tasks: Path
 
 def test_bad_input_is_refused_before_a_model_loads(diagnose: Run, tiny: TinyLlava, tasks: Path, tmp_path: Path) -> None:
     nowhere = {"x": Path("/nowhere")}
-    with pytest.raises(SteeringError, match=r'(?s)give each sample a "task".*24 of 24 samples.*tasks: 0;'):
+    with pytest.raises(SteeringError, match=r'(?s)give each sample a "task".*24 of 24 samples of file 1 name no task$'):
         diagnose(nowhere, "--data", str(tiny.data))
-    with pytest.raises(SteeringError, match="tasks: 1; interference is between two or more"):
+    with pytest.raises(SteeringError, match="all samples are of the task 'all', and interference is between"):
         diagnose(nowhere, "--data", f"all={tiny.data}")
+    with pytest.raises(SteeringError, match=r"tasks\.json is given 2 times"):
+        diagnose(nowhere, "--data", str(tasks), "--data", f"again={tasks}")
     with pytest.raises(SteeringError, match="cannot be read"):
         diagnose(nowhere, "--data", str(tmp_path / "missing.json"))
     broken = json.loads(tasks.read_text())
@@ -163,3 +166,14 @@ def test_parameters_are_grouped_by_layer_linear_and_side() -> None:
     for name, place in names.items():
         assert any(parameter is parameters[name] for parameter in groups[place])
     assert len(groups) == 4
+
+
+def test_a_wrong_folder_of_images_is_one_line_and_many_bad_samples_are_counted(tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+    entries = [(None, [{"id": str(number), "image": "lost.png", "conversations": talk} for number in range(1000)])]
+    chosen = [Sample(0, number) for number in range(1000)]
+    files = [(None, Path("data.json"))]
+    with pytest.raises(SteeringError, match=r"^there is no folder \S*/gone, where the images of the samples"):
+        check_samples(files, entries, chosen, tmp_path / "gone", None)
+    with pytest.raises(SteeringError, match=r"(?s)data.json: sample 0 .*\n  - and 980 more like these$"):
+        check_samples(files, entries, chosen, tmp_path, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from tiny_llava import VISUAL_TOKENS, TinyLlava
 
 from llava_steering_plugin.diagnostics.intervals import RESAMPLES
 from llava_steering_plugin.diagnostics.modality.summary import modality_rows, notes_on, summarise_model
-from llava_steering_plugin.diagnostics.records import Records
+from llava_steering_plugin.diagnostics.records import Records, open_records
+from llava_steering_plugin.diagnostics.results import write_tables
+from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.measures.modality import Kind
 
 SHORT = ("--max-new-tokens", "4")
@@ -177,6 +180,25 @@ def records_of(count: int, folder: Path) -> Records:
             }
         )
     return records
+
+
+def test_measurements_of_other_settings_are_named_for_all_models_at_once(tmp_path: Path) -> None:
+    models = {"one": "base/one", "other": "base/other"}
+    asked = {"questions": "0" * 64, "samples": 3}
+    open_records(tmp_path, asked, models, None)
+    with pytest.raises(ArgumentsError) as refused:
+        open_records(tmp_path, asked | {"questions": "1" * 64, "samples": 4}, models, None)
+    said = str(refused.value)
+    for name in models:
+        assert f"{name}.jsonl holds measurements of other settings" in said
+    assert said.count("questions: the files have other contents now") == said.count("samples: 3 there, 4 now") == 2
+
+
+def test_a_result_is_json_whatever_was_measured(tmp_path: Path) -> None:
+    """JSON has no word for infinity, and other programs than Python's refuse it."""
+    written, _ = write_tables({"a": [math.inf, {"b": (math.nan, 1.5)}]}, [], tmp_path / "result")
+    found = json.loads(written.read_text(), parse_constant=pytest.fail)
+    assert found["a"] == [None, {"b": [None, 1.5]}]
 
 
 def test_means_and_intervals_are_those_of_the_answers(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tiny_llava import TinyLlava, without_half_of_its_weights
 
 from llava_steering_plugin import AdapterPool
 from llava_steering_plugin.errors import ArgumentsError, NotFiniteError, SteeringError
-from llava_steering_plugin.inference.questions import read_questions
+from llava_steering_plugin.inference.questions import Question, check_questions, read_questions
 
 pytest_plugins = ["evaluating_fixtures", "fork_fixtures", "pooled_fixtures", "steered_fixtures"]
 
@@ -92,6 +92,15 @@ def test_lines_that_no_tokenizer_and_no_parser_takes_are_named(tmp_path: Path) -
     file.write_text("".join(f'{{"question_id": 1, "text": {text}}}\n' for text in texts))
     with pytest.raises(ArgumentsError, match=r"(?s)line 1 has half a character.*line 2 is not.*deep.*line 3 is not"):
         read_questions(file)
+
+
+def test_a_wrong_folder_of_images_is_one_line_and_many_lost_images_are_counted(tmp_path: Path) -> None:
+    asked = [Question(number, "?", (f"{number}.png",), "__base__") for number in range(1000)]
+    with pytest.raises(ArgumentsError) as refused:
+        check_questions(asked, ["__base__"], tmp_path / "gone")
+    assert str(refused.value).endswith(f"\n  - there is no folder {tmp_path}/gone, where their images should be")
+    with pytest.raises(ArgumentsError, match=r"0\.png\n(?s:.*)\n  - and 980 more like these$"):
+        check_questions(asked, ["__base__"], tmp_path)
 
 
 def test_every_two_mistakes_are_named_in_one_message(

@@ -15,7 +15,7 @@ from llava_steering_plugin.inference import options
 def interference(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="[NAME=]ADAPTER...", help="Adapters or LoRAs, folders or hub ids; in one picture."),
+        typer.Argument(metavar="[NAME=]ADAPTER", help="Adapters or LoRAs, folders or hub ids; in one picture."),
     ],
     data: Annotated[
         list[str],

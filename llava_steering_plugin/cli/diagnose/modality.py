@@ -19,7 +19,7 @@ def modality(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="[NAME=]MODEL...", help="Bases, adapters or LoRAs: folders or hub ids. Drawn in one picture."
+            metavar="[NAME=]MODEL", help="Bases, adapters or LoRAs: folders or hub ids. Drawn in one picture."
         ),
     ],
     question_file: Annotated[Path, typer.Option(help="LLaVA's question.jsonl.")],

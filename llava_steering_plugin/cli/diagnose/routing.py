@@ -15,7 +15,7 @@ from llava_steering_plugin.inference import options
 def routing(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="[NAME=]ADAPTER...", help="MixLoRA adapters, folders or hub ids; in one picture."),
+        typer.Argument(metavar="[NAME=]ADAPTER", help="MixLoRA adapters, folders or hub ids; in one picture."),
     ],
     data: Annotated[
         list[str],

@@ -15,7 +15,7 @@ from llava_steering_plugin.inference import options
 def steering(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="[NAME=]ADAPTER...", help="MoReS adapters, folders or hub ids; in one picture."),
+        typer.Argument(metavar="[NAME=]ADAPTER", help="MoReS adapters, folders or hub ids; in one picture."),
     ],
     image_folder: Annotated[Path, typer.Option(help="Folder of the images that questions or data name.")],
     output: Annotated[Path, typer.Option(help="Folder for measurements, tables and pictures.")],

@@ -22,7 +22,7 @@ from llava_steering_plugin.whole_files import partials
 # How the last part of a parameter's name is shown; other names stand for themselves.
 SIDES = {"routed_a": "A", "routed_b": "B", "lora_A": "A", "lora_B": "B"}
 ROUTERS = "routers"
-UNKNOWN_TASKS = 'the tasks are not known; give each sample a "task", or --data TASK=FILE for every task'
+UNKNOWN_TASKS = 'the tasks cannot be told; give each sample a "task", or --data TASK=FILE for every task'
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ def choose_samples(
         ArgumentsError: samples name no task, there is only one, or a task has a single sample; all problems at once.
     """
     by_task, problems = samples_by_task(entries)
-    if len(by_task) < 2:
-        problems.append(f"tasks: {len(by_task)}; interference is between two or more")
+    if len(by_task) < 2 and not problems:
+        what = f"all samples are of the task {next(iter(by_task))!r}" if by_task else "the data hold no samples"
+        problems.append(f"{what}, and interference is between two tasks or more")
     problems += [f"the task {name!r} has one sample; it needs two" for name, found in by_task.items() if len(found) < 2]
     if problems:
         raise ArgumentsError(listing(UNKNOWN_TASKS, problems))

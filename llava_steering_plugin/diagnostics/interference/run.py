@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,9 @@ from llava_steering_plugin.diagnostics.interference.one_model import (
     summarise_interference,
 )
 from llava_steering_plugin.diagnostics.pictures.heat_maps import draw_interference
-from llava_steering_plugin.diagnostics.records import Records
-from llava_steering_plugin.diagnostics.results import Progress, digest, weights_of, write_tables
-from llava_steering_plugin.errors import ArgumentsError, listing
+from llava_steering_plugin.diagnostics.records import Records, open_records
+from llava_steering_plugin.diagnostics.results import Progress, digest, write_tables
+from llava_steering_plugin.errors import ArgumentsError, listing, shortened
 from llava_steering_plugin.inference.training_samples import TrainingSamples
 from llava_steering_plugin.inference.tunable import open_tunable
 from llava_steering_plugin.training.data.sample_checks import SampleChecks, name_of, style_of
@@ -77,9 +78,11 @@ def read_entries(files: Sequence[tuple[str | None, Path]]) -> Entries:
     """Read data files: the samples of each, with the task of all of them; None: each sample names its own.
 
     Raises:
-        ArgumentsError: some cannot be read; the message lists them all.
+        ArgumentsError: some cannot be read, or are given twice; the message lists them all.
     """
     entries, problems = [], []
+    times = Counter(file.resolve() for _, file in files)
+    problems += [f"{file} is given {count} times; give it once" for file, count in times.items() if count > 1]
     for task, file in files:
         try:
             listed = json.loads(file.read_text(encoding="utf-8"))
@@ -103,9 +106,11 @@ def check_samples(
     """Check samples as a training would.
 
     Raises:
-        ArgumentsError: LLaVA cannot be trained on some of them; the message lists them all.
+        ArgumentsError: LLaVA cannot be trained on some of them; the message lists them, or the first ones of many.
     """
     checks = SampleChecks(str(images), style=style_of(conversation or CONVERSATION))
+    if not images.is_dir() and any(entries[sample.file][1][sample.number].get("image") for sample in samples):
+        raise ArgumentsError(f"there is no folder {images}, where the images of the samples should be.")
     problems = [
         f"{files[sample.file][1]}: {name_of(sample.number, entry)}: {defect.reason}"
         for sample in samples
@@ -113,7 +118,7 @@ def check_samples(
         for defect in checks.of(entry, whole=True)
     ]
     if problems:
-        raise ArgumentsError(listing("LLaVA cannot be trained on some of the chosen samples", problems))
+        raise ArgumentsError(listing("LLaVA cannot be trained on some of the chosen samples", shortened(problems)))
 
 
 def run_interference(request: InterferenceRequest, progress: Progress) -> list[Path]:
@@ -131,10 +136,7 @@ def run_interference(request: InterferenceRequest, progress: Progress) -> list[P
         "conversation": request.conversation,
         **{name: value for name, value in request.how.items() if name != "device"},
     }
-    kept = {}
-    for name, path in request.models.items():
-        own = {**settings, "model": path, "weights": weights_of(path), "base": request.base}
-        kept[name] = Records(request.output / "interference" / f"{name}.jsonl", own)
+    kept = open_records(request.output / "interference", settings, request.models, request.base)
     summaries = []
     for name, path in request.models.items():
         about = _measure(request, name, path, tasks, kept[name], progress)

@@ -13,9 +13,9 @@ from llava_steering_plugin.diagnostics.modality.one_model import Chosen, measure
 from llava_steering_plugin.diagnostics.modality.summary import modality_rows, notes_on, summarise_model
 from llava_steering_plugin.diagnostics.pictures.heat_maps import draw_heads
 from llava_steering_plugin.diagnostics.pictures.plots import draw_modality
-from llava_steering_plugin.diagnostics.records import Records
-from llava_steering_plugin.diagnostics.results import Progress, weights_of, write_tables
-from llava_steering_plugin.errors import ArgumentsError, listing
+from llava_steering_plugin.diagnostics.records import Records, open_records
+from llava_steering_plugin.diagnostics.results import Progress, write_tables
+from llava_steering_plugin.errors import ArgumentsError, listing, shortened
 from llava_steering_plugin.inference.answering import AnswerOptions, BatchAnswers
 from llava_steering_plugin.inference.models import open_model
 from llava_steering_plugin.inference.questions import Question
@@ -56,7 +56,7 @@ def run_modality(request: ModalityRequest, progress: Progress) -> tuple[list[Pat
     Raises:
         SteeringError: a model cannot be loaded or measured; what was measured before is kept.
     """
-    kept = {name: _records(request, name, path) for name, path in request.models.items()}
+    kept = open_records(request.output / "modality", request.settings, request.models, request.base)
     summaries = []
     for name, path in request.models.items():
         about = _measure(request, name, path, kept[name], progress)
@@ -70,7 +70,7 @@ def read_answers(file: Path, questions: Sequence[Question]) -> dict[Any, str]:
     """Read the answers to some questions from LLaVA's answer file.
 
     Raises:
-        ArgumentsError: the file cannot be read, or lacks answers; the message lists all that is wrong.
+        ArgumentsError: the file cannot be read, or lacks answers; the message lists what is wrong.
     """
     answers: dict[Any, str] = {}
     problems = []
@@ -88,14 +88,8 @@ def read_answers(file: Path, questions: Sequence[Question]) -> dict[Any, str]:
             problems.append(f"line {number} is no answer with question_id and text")
     problems += [f"question {each.id!r} has no answer" for each in questions if each.id not in answers]
     if problems:
-        raise ArgumentsError(listing(f"{file} cannot be used as answers", problems))
+        raise ArgumentsError(listing(f"{file} cannot be used as answers", shortened(problems)))
     return answers
-
-
-def _records(request: ModalityRequest, name: str, path: str) -> Records:
-    """Open the measurements of a model, made before or not."""
-    settings = {**request.settings, "model": path, "weights": weights_of(path), "base": request.base}
-    return Records(request.output / "modality" / f"{name}.jsonl", settings)
 
 
 def _measure(request: ModalityRequest, name: str, path: str, records: Records, progress: Progress) -> Mapping[str, Any]:

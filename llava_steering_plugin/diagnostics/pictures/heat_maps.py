@@ -44,7 +44,7 @@ def draw_interference(document: Mapping[str, Any], target: Path) -> list[Path]:
     for place in axes[-1]:
         place.set_xlabel("effect of a step for", fontsize=9)
     if image is not None:
-        figure.colorbar(image, ax=axes, label="relative to the task's own step", shrink=0.8)
+        figure.colorbar(image, ax=axes, label="relative to the task's own step", shrink=0.8, extend="both")
     return save_figure(figure, target)
 
 
@@ -82,7 +82,7 @@ def draw_heads(models: Sequence[Mapping[str, Any]], target: Path) -> list[Path]:
         label = "attention per image token / per text token"
         bar = figure.colorbar(image, ax=axes, label=label, extend="both")
         bar.locator.set_params(integer=True)
-        bar.formatter = lambda value, _: f"{2**value:.3g}"
+        bar.formatter = lambda value, _: f"{2**value:.4g}"
         bar.update_ticks()
     return save_figure(figure, target)
 

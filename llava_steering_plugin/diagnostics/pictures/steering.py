@@ -28,7 +28,7 @@ def draw_steering(document: Mapping[str, Any], target: Path) -> list[Path]:
     models = document["models"]
     maps = [(model, modality) for model in models for modality in model["cosines"]]
     pairs = document["pairs"]
-    rows = -(-len(maps) // MAPS_IN_A_ROW)
+    rows, columns = -(-len(maps) // MAPS_IN_A_ROW), min(len(maps), MAPS_IN_A_ROW)
     heights = [3.6, *[3.3] * rows, *([0.3 * len(pairs) + 0.9] if pairs else [])]
     figure = new_figure((9, sum(heights)))
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -52,7 +52,7 @@ def draw_steering(document: Mapping[str, Any], target: Path) -> list[Path]:
     handles, labels = norm.get_legend_handles_labels()
     parts[0].legend(handles, labels, loc="outside lower center", ncols=min(2, len(labels)), frameon=False, fontsize=9)
     for row in range(rows):
-        _draw_maps(parts[1 + row], maps[row * MAPS_IN_A_ROW : (row + 1) * MAPS_IN_A_ROW])
+        _draw_maps(parts[1 + row], maps[row * columns : (row + 1) * columns], columns)
     if pairs:
         _draw_pairs(parts[-1], pairs)
     return save_figure(figure, target)
@@ -86,9 +86,9 @@ def _draw_costs(axes: Any, model: Mapping[str, Any], look: Mapping[str, str], be
     axes.errorbar(layers, mean, yerr=arms, linestyle="none", capsize=2, elinewidth=1, markersize=4, **look)
 
 
-def _draw_maps(part: Any, maps: Sequence[tuple[Mapping[str, Any], str]]) -> None:
-    """Draw the cosines between the layers of adapters, from 0 (white) to 1 (dark)."""
-    axes = part.subplots(1, MAPS_IN_A_ROW, squeeze=False)[0]
+def _draw_maps(part: Any, maps: Sequence[tuple[Mapping[str, Any], str]], columns: int) -> None:
+    """Draw the cosines between the layers of adapters in a row of `columns`, from 0 (white) to 1 (dark)."""
+    axes = part.subplots(1, columns, squeeze=False)[0]
     image = None
     for place, (model, modality) in zip(axes, maps, strict=False):
         layers, matrix = model["layers"], model["cosines"][modality]

@@ -160,5 +160,5 @@ def _powers_of_two(values: Sequence[float | None]) -> dict[str, Any]:
         "type": "log",
         "range": [low * math.log10(2), high * math.log10(2)],
         "tickvals": marks,
-        "ticktext": [f"{mark:.3g}" for mark in marks],
+        "ticktext": [f"{mark:.4g}" for mark in marks],
     }

@@ -125,7 +125,7 @@ def _heads(models: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Figure]:
     sizes = [abs(value) for rows in logs.values() for row in rows for value in row if value is not None]
     limit = min(WIDEST, max(1, math.ceil(max(sizes, default=1))))
     step = math.ceil(limit / 4)
-    ticks = {float(power): f"{2.0**power:.3g}" for power in range(-(limit // step) * step, limit + 1, step)}
+    ticks = {float(power): f"{2.0**power:.4g}" for power in range(-(limit // step) * step, limit + 1, step)}
     figures = []
     for name, rows in ratios.items():
         heads = max(map(len, rows), default=0)

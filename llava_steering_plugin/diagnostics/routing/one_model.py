@@ -43,7 +43,7 @@ def choose_by_task(
     """Choose `samples` of each task at random; of a task with fewer, all.
 
     Args:
-        entries: as in `interference_run.choose_samples`.
+        entries: as in `interference.one_model.choose_samples`.
 
     Raises:
         ArgumentsError: samples name no task, or there are fewer than two samples; all problems at once.

@@ -12,8 +12,8 @@ from typing import Any
 from llava_steering_plugin.adapters.attachment import required
 from llava_steering_plugin.diagnostics.interference.run import CONVERSATION, check_samples, read_entries
 from llava_steering_plugin.diagnostics.pictures.routing import draw_routing
-from llava_steering_plugin.diagnostics.records import Records
-from llava_steering_plugin.diagnostics.results import Progress, digest, weights_of, write_tables
+from llava_steering_plugin.diagnostics.records import Records, open_records
+from llava_steering_plugin.diagnostics.results import Progress, digest, write_tables
 from llava_steering_plugin.diagnostics.routing.one_model import (
     FORCED,
     OWN,
@@ -89,10 +89,7 @@ def run_routing(request: RoutingRequest, progress: Progress) -> list[Path]:
         "conversation": request.conversation,
         **{name: value for name, value in request.how.items() if name != "device"},
     }
-    kept = {}
-    for name, path in request.models.items():
-        own = {**settings, "model": path, "weights": weights_of(path), "base": request.base}
-        kept[name] = Records(request.output / "routing" / f"{name}.jsonl", own)
+    kept = open_records(request.output / "routing", settings, request.models, request.base)
     summaries = []
     for name, path in request.models.items():
         about = _measure(request, name, path, tasks, kept[name], progress)

@@ -14,8 +14,8 @@ from llava_steering_plugin.adapters.attachment import required
 from llava_steering_plugin.diagnostics.interference.one_model import Sample
 from llava_steering_plugin.diagnostics.interference.run import CONVERSATION, check_samples, read_entries
 from llava_steering_plugin.diagnostics.pictures.steering import draw_steering
-from llava_steering_plugin.diagnostics.records import Records
-from llava_steering_plugin.diagnostics.results import Progress, weights_of, write_tables
+from llava_steering_plugin.diagnostics.records import Records, open_records
+from llava_steering_plugin.diagnostics.results import Progress, write_tables
 from llava_steering_plugin.diagnostics.steering.one_model import (
     Prepare,
     load_bases,
@@ -102,10 +102,7 @@ def run_steering(request: SteeringRequest, progress: Progress) -> list[Path]:
     Raises:
         SteeringError: a model cannot be loaded, or a file cannot be read; what was measured before is kept.
     """
-    kept = {}
-    for name, path in request.models.items():
-        own = {**request.settings, "model": path, "weights": weights_of(path), "base": request.base}
-        kept[name] = Records(request.output / "steering" / f"{name}.jsonl", own)
+    kept = open_records(request.output / "steering", request.settings, request.models, request.base)
     summaries, bases = [], {}
     for name, path in request.models.items():
         about = _measure(request, name, path, kept[name], progress)
