@@ -92,7 +92,8 @@ def test_the_python_snippet_of_the_readme_works(workplace: Path, monkeypatch: py
     (snippet,) = SNIPPETS
     space: dict[str, Any] = {}
     exec(compile(snippet, "README.md", "exec"), space)
-    assert "llava_steering" in space["model"].__dict__
+    assert type(space["model"]).__name__ == "LlavaLlamaForCausalLM"
+    assert "llava_steering" not in space["model"].__dict__, "the last line takes the adapter off"
 
 
 def test_no_command_is_excused_that_the_pages_do_not_have() -> None:
