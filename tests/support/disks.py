@@ -39,6 +39,14 @@ def without_privileges() -> Iterator[None]:
         os.seteuid(0)
 
 
+def open_to_all(folder: Path) -> None:
+    """Lets everybody look into a folder, and into those above it: pytest's are closed, wherever they are."""
+    for each in (folder, *folder.parents):
+        mode = each.stat().st_mode
+        if not mode & 0o001:
+            each.chmod(mode | 0o055)
+
+
 def mount(*arguments: str) -> None:
     done = subprocess.run(["mount", *arguments], capture_output=True, text=True)
     if done.returncode:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from disks import largest_file, without_privileges
+from disks import largest_file, open_to_all, without_privileges
 from reports import interference_of, modality_of, read_page, reported, write_result
 
 from llava_steering_plugin import __version__
@@ -130,8 +130,7 @@ def test_an_output_that_cannot_be_written_is_refused(result: Path, tmp_path: Pat
         reported(result / "modality.json" / "report.html", result)
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    open_to_all(tmp_path)
     with without_privileges(), pytest.raises(ArgumentsError, match=r"report.html cannot be written: Permission denied"):
         reported(closed / "deeper" / "report.html", result)
     assert list(closed.iterdir()) == []
