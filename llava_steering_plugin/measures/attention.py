@@ -10,6 +10,7 @@ are. Nothing of the size [heads, positions, positions] is made. Flash attention 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def _reading(model: PreTrainedModel, reader: _Reader) -> Iterator[None]:
         )
 
 
-class _Reader(TorchFunctionMode):
+class _Reader(TorchFunctionMode, ABC):
     """Sees all calls of PyTorch's functions, and reads those that compute the attention of a decoder layer.
 
     Args:
@@ -137,13 +138,13 @@ class _Reader(TorchFunctionMode):
     def _enter(self, hidden: Tensor) -> None:
         """Get the hidden states [rows, queries, features] that a layer begins with."""
 
+    @abstractmethod
     def _read_scores(self, layer: int, call: _Fused) -> None:
         """Take weights that a fused kernel computes and does not show."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _read_weights(self, layer: int, weights: Tensor) -> None:
         """Take weights [rows, heads, queries, keys] that the model computed in the open."""
-        raise NotImplementedError
 
 
 class _WantedQueries(_Reader):

@@ -2,7 +2,7 @@
 
 Modules: diagnostics/modality/one_model.py, diagnostics/positions.py, diagnostics/records.py, diagnostics/results.py,
 diagnostics/modality/run.py, diagnostics/modality/summary.py, diagnostics/pictures/plots.py, inference/forced.py,
-cli/diagnose/modality.py, cli/diagnose/__init__.py, cli/diagnose/progress.py.
+cli/diagnose/modality.py, cli/diagnose/__init__.py, cli/diagnose/options.py, cli/diagnose/progress.py.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from llava_steering_plugin.cli.diagnose import options as shared
 from llava_steering_plugin.cli.diagnose.progress import progress_bar
 from llava_steering_plugin.errors import Problems
 from llava_steering_plugin.inference import options
@@ -21,7 +22,7 @@ def image(
     ],
     image: Annotated[list[Path], typer.Option(metavar="FILE", help="The image; one at a time.")],
     question: Annotated[str, typer.Option(help="What is asked about it.")],
-    output: Annotated[Path, typer.Option(help="Folder for measurements, table and picture.")],
+    output: shared.Output,
     answer: Annotated[
         str | None, typer.Option(help="Measure this answer of both models; default: each model's own, greedy.")
     ] = None,
@@ -32,9 +33,7 @@ def image(
         int | None,
         typer.Option(min=1, help="Side of what is hidden at a time, in patches; default: at most 200 passes."),
     ] = None,
-    model_base: Annotated[
-        str | None, typer.Option(help="Where the base of the adapter or LoRA is, if it has moved.")
-    ] = None,
+    model_base: shared.ModelBase = None,
     conv_mode: Annotated[
         str | None, typer.Option(help="LLaVA's conversation template; default: the adapter's own, for both.")
     ] = None,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from llava_steering_plugin.cli.diagnose import options as shared
 from llava_steering_plugin.cli.diagnose.progress import progress_bar
 from llava_steering_plugin.errors import Problems
 from llava_steering_plugin.inference import options
@@ -24,7 +25,7 @@ def modality(
     ],
     question_file: Annotated[Path, typer.Option(help="LLaVA's question.jsonl.")],
     image_folder: Annotated[Path, typer.Option(help="Folder of the images that the questions name.")],
-    output: Annotated[Path, typer.Option(help="Folder for measurements, tables and pictures.")],
+    output: shared.Output,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Questions to measure, chosen at random; default: all about an image.")
     ] = None,
@@ -33,9 +34,7 @@ def modality(
         typer.Option(help="Measure these answers, LLaVA's answer.jsonl; default: each model's own, greedy."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the questions.")] = 0,
-    model_base: Annotated[
-        str | None, typer.Option(help="Where the base of the adapters and LoRAs is, if it has moved.")
-    ] = None,
+    model_base: shared.ModelBase = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers generated at the same time.")] = 8,
     conv_mode: Annotated[
         str | None, typer.Option(help="LLaVA's conversation template; default: the adapters', also for bases.")

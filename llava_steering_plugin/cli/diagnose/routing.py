@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from llava_steering_plugin.cli.diagnose import options as shared
 from llava_steering_plugin.cli.diagnose.progress import progress_bar
 from llava_steering_plugin.errors import Problems
 from llava_steering_plugin.inference import options
@@ -17,19 +18,14 @@ def routing(
         list[str],
         typer.Argument(metavar="[NAME=]ADAPTER", help="MixLoRA adapters, folders or hub ids; in one picture."),
     ],
-    data: Annotated[
-        list[str],
-        typer.Option(metavar="[TASK=]FILE", help='LLaVA\'s training JSON; its samples name a "task", or all are TASK.'),
-    ],
+    data: shared.TaskData,
     image_folder: Annotated[Path, typer.Option(help="Folder of the images that the data names.")],
-    output: Annotated[Path, typer.Option(help="Folder for measurements, tables and pictures.")],
+    output: shared.Output,
     samples: Annotated[int, typer.Option(min=1, help="Samples of each task, chosen at random.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="How often choices are shuffled, and drawn at random.")] = 3,
     seed: Annotated[int, typer.Option(help="Chooses the samples, other choices, and t-SNE's beginning.")] = 0,
-    model_base: Annotated[str | None, typer.Option(help="Where the base of the adapters is, if it has moved.")] = None,
-    version: Annotated[
-        str | None, typer.Option(help="Conversation template of the training; default: each adapter's own, else v1.")
-    ] = None,
+    model_base: shared.ModelBase = None,
+    version: shared.Version = None,
     device: options.Device = "auto",
     load_4bit: options.Load4bit = False,
     load_8bit: options.Load8bit = False,

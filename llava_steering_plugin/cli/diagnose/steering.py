@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from llava_steering_plugin.cli.diagnose import options as shared
 from llava_steering_plugin.cli.diagnose.progress import progress_bar
 from llava_steering_plugin.errors import ArgumentsError, Problems
 from llava_steering_plugin.inference import options
@@ -18,7 +19,7 @@ def steering(
         typer.Argument(metavar="[NAME=]ADAPTER", help="MoReS adapters, folders or hub ids; in one picture."),
     ],
     image_folder: Annotated[Path, typer.Option(help="Folder of the images that questions or data name.")],
-    output: Annotated[Path, typer.Option(help="Folder for measurements, tables and pictures.")],
+    output: shared.Output,
     question_file: Annotated[Path | None, typer.Option(help="LLaVA's question.jsonl.")] = None,
     data: Annotated[
         Path | None,
@@ -32,7 +33,7 @@ def steering(
         typer.Option(help="Measure these answers to the questions, LLaVA's answer.jsonl; default: each adapter's own."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the questions or samples.")] = 0,
-    model_base: Annotated[str | None, typer.Option(help="Where the base of the adapters is, if it has moved.")] = None,
+    model_base: shared.ModelBase = None,
     conv_mode: Annotated[
         str | None, typer.Option(help="LLaVA's conversation template; default: each adapter's own, else v1.")
     ] = None,
