@@ -20,8 +20,8 @@ if TYPE_CHECKING:
         remove,
         remove_adapter,
     )
-    from llava_steering_plugin.adapters.config import AdapterConfig
     from llava_steering_plugin.adapters.save_load import load_adapter, save_adapter
+    from llava_steering_plugin.adapters.stored.config import AdapterConfig
     from llava_steering_plugin.errors import (
         AdapterError,
         ArgumentsError,
@@ -85,7 +85,7 @@ _HOMES = {
         "remove",
         "remove_adapter",
     ),
-    "adapters.config": ("AdapterConfig",),
+    "adapters.stored.config": ("AdapterConfig",),
     "adapters.save_load": ("load_adapter", "save_adapter"),
     "errors": (
         "AdapterError",

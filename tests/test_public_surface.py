@@ -16,7 +16,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
+from llava_steering_plugin.adapters.stored.config import AdapterConfig, BaseModel
 from llava_steering_plugin.checkout.doctor import examine
 from llava_steering_plugin.cli import app
 from llava_steering_plugin.launch import command_parser

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from llava_steering_plugin.adapters.base_model import projector_of
-from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.adapters.counts import ParameterCounts, counted
-from llava_steering_plugin.adapters.original import Original
+from llava_steering_plugin.adapters.fit.base_model import projector_of
 from llava_steering_plugin.adapters.parameters import parameters_of
+from llava_steering_plugin.adapters.parts.original import Original
+from llava_steering_plugin.adapters.stored.config import AdapterConfig
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.hooks.hosts import hang, unhang
 from llava_steering_plugin.hooks.owner import ModelOwner, owner_of

@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.adapters.added_tokens import add_tokens, check_tokens
 from llava_steering_plugin.adapters.attachment import Attachment, required
-from llava_steering_plugin.adapters.card import model_card
-from llava_steering_plugin.adapters.compatibility import check_tensors, fits, prepare
-from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
-from llava_steering_plugin.adapters.fingerprint import FINGERPRINT_COLUMNS, fingerprint_rows
-from llava_steering_plugin.adapters.folder import ADAPTER, ADDED, EXTRA, FINGERPRINT, StoredAdapter
-from llava_steering_plugin.adapters.image_parts import takes_images
-from llava_steering_plugin.adapters.image_settings import SELECTED, differing_settings, trained_settings
-from llava_steering_plugin.adapters.locate import AdapterSource, read
-from llava_steering_plugin.adapters.original import Original
+from llava_steering_plugin.adapters.fit.compatibility import check_tensors, fits, prepare
+from llava_steering_plugin.adapters.fit.fingerprint import FINGERPRINT_COLUMNS, fingerprint_rows
+from llava_steering_plugin.adapters.fit.quantised import unquantise
+from llava_steering_plugin.adapters.fit.unmerged import refuse_unmerged
+from llava_steering_plugin.adapters.fit.values import check_sizes
 from llava_steering_plugin.adapters.parameters import set_parameters
-from llava_steering_plugin.adapters.quantised import unquantise
-from llava_steering_plugin.adapters.unmerged import refuse_unmerged
-from llava_steering_plugin.adapters.values import check_sizes
-from llava_steering_plugin.adapters.writing import write_folder
+from llava_steering_plugin.adapters.parts.added_tokens import add_tokens, check_tokens
+from llava_steering_plugin.adapters.parts.image_parts import takes_images
+from llava_steering_plugin.adapters.parts.image_settings import SELECTED, differing_settings, trained_settings
+from llava_steering_plugin.adapters.parts.original import Original
+from llava_steering_plugin.adapters.stored.card import model_card
+from llava_steering_plugin.adapters.stored.config import AdapterConfig, BaseModel
+from llava_steering_plugin.adapters.stored.folder import ADAPTER, ADDED, EXTRA, FINGERPRINT, StoredAdapter
+from llava_steering_plugin.adapters.stored.locate import AdapterSource, read
+from llava_steering_plugin.adapters.stored.writing import write_folder
 from llava_steering_plugin.distributed import gathered, whole
 from llava_steering_plugin.errors import AdapterError, SteeringError, listing
 from llava_steering_plugin.hooks.decoder import find_decoder

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llava_steering_plugin.adapters.folder import AdapterFolder
-from llava_steering_plugin.adapters.locate import AdapterSource, find
+from llava_steering_plugin.adapters.stored.folder import AdapterFolder
+from llava_steering_plugin.adapters.stored.locate import AdapterSource, find
 from llava_steering_plugin.checkout.find import find_llava
 from llava_steering_plugin.errors import ArgumentsError, Problems
 from llava_steering_plugin.inference.base_files import check_adapters_fit

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.adapters.base_model import language_model, read_config
-from llava_steering_plugin.adapters.config import BaseModel
-from llava_steering_plugin.adapters.fingerprint import FINGERPRINT_COLUMNS, alike, fingerprint_rows
-from llava_steering_plugin.adapters.folder import ADDED, FINGERPRINT
+from llava_steering_plugin.adapters.fit.base_model import language_model, read_config
+from llava_steering_plugin.adapters.fit.fingerprint import FINGERPRINT_COLUMNS, alike, fingerprint_rows
+from llava_steering_plugin.adapters.stored.config import BaseModel
+from llava_steering_plugin.adapters.stored.folder import ADDED, FINGERPRINT
 from llava_steering_plugin.convert.released import Note, Released
 from llava_steering_plugin.convert.torch_files import Weights
 from llava_steering_plugin.errors import (

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.adapters.base_model import read_config
-from llava_steering_plugin.adapters.card import model_card
-from llava_steering_plugin.adapters.compatibility import build
-from llava_steering_plugin.adapters.config import AdapterConfig
-from llava_steering_plugin.adapters.folder import ADAPTER, EXTRA, WEIGHTS, AdapterFolder
-from llava_steering_plugin.adapters.locate import find
+from llava_steering_plugin.adapters.fit.base_model import read_config
+from llava_steering_plugin.adapters.fit.compatibility import build
+from llava_steering_plugin.adapters.fit.values import too_large, unsound
 from llava_steering_plugin.adapters.parameters import parameters_of
-from llava_steering_plugin.adapters.values import too_large, unsound
-from llava_steering_plugin.adapters.writing import write_folder
+from llava_steering_plugin.adapters.stored.card import model_card
+from llava_steering_plugin.adapters.stored.config import AdapterConfig
+from llava_steering_plugin.adapters.stored.folder import ADAPTER, EXTRA, WEIGHTS, AdapterFolder
+from llava_steering_plugin.adapters.stored.locate import find
+from llava_steering_plugin.adapters.stored.writing import write_folder
 from llava_steering_plugin.convert.backbone import Backbone, find_backbone
 from llava_steering_plugin.convert.layouts import read_released
 from llava_steering_plugin.convert.released import Note, Released

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava_steering_plugin.adapters.folder import CONFIG, WEIGHTS
+from llava_steering_plugin.adapters.stored.folder import CONFIG, WEIGHTS
 from llava_steering_plugin.convert import mixlora, mores
 from llava_steering_plugin.convert.released import Released
 from llava_steering_plugin.errors import AdapterError

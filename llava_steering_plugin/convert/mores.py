@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_steering_plugin.adapters.base_model import PROJECTOR_PREFIX
+from llava_steering_plugin.adapters.fit.base_model import PROJECTOR_PREFIX
 from llava_steering_plugin.convert.released import Note, Released
 from llava_steering_plugin.convert.torch_files import Weights, json_in, tensors_in
 from llava_steering_plugin.errors import AdapterError, BaseMismatch, listing, shortened

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from llava_steering_plugin.adapters.files import CONFIG_BYTES, INDEX_BYTES, cut, pinned, read_json
+from llava_steering_plugin.adapters.stored.files import CONFIG_BYTES, INDEX_BYTES, cut, pinned, read_json
 from llava_steering_plugin.errors import AdapterError
 
 SAFE_SINCE = "2.6"

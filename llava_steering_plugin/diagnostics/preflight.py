@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from llava_steering_plugin.adapters.fingerprint import alike
-from llava_steering_plugin.adapters.folder import FINGERPRINT, StoredAdapter
-from llava_steering_plugin.adapters.locate import find, locate
+from llava_steering_plugin.adapters.fit.fingerprint import alike
+from llava_steering_plugin.adapters.stored.folder import FINGERPRINT, StoredAdapter
+from llava_steering_plugin.adapters.stored.locate import find, locate
 from llava_steering_plugin.checkout.find import find_llava
 from llava_steering_plugin.errors import ArgumentsError, Problems
 from llava_steering_plugin.inference.base_files import CONFIG, check_adapters_fit, check_base

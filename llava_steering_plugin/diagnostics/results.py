@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin import __version__
-from llava_steering_plugin.adapters.folder import WEIGHTS
-from llava_steering_plugin.adapters.locate import find
+from llava_steering_plugin.adapters.stored.folder import WEIGHTS
+from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.whole_files import partials
 

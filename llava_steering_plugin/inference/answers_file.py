@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from llava_steering_plugin.adapters.files import INDEX_BYTES, WEIGHT_BYTES, opened
+from llava_steering_plugin.adapters.stored.files import INDEX_BYTES, WEIGHT_BYTES, opened
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.inference.answering import Answer
 from llava_steering_plugin.inference.questions import Question

@@ -10,10 +10,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from llava_steering_plugin.adapters.base_model import read_config
-from llava_steering_plugin.adapters.files import check_folder
-from llava_steering_plugin.adapters.folder import StoredAdapter
-from llava_steering_plugin.adapters.locate import find
+from llava_steering_plugin.adapters.fit.base_model import read_config
+from llava_steering_plugin.adapters.stored.files import check_folder
+from llava_steering_plugin.adapters.stored.folder import StoredAdapter
+from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, UpstreamError
 from llava_steering_plugin.inference.base_files import is_llava
 from llava_steering_plugin.modes.base import default_dtype

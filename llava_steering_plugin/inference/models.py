@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.adapters.attachment import required
-from llava_steering_plugin.adapters.files import read_json
-from llava_steering_plugin.adapters.folder import AdapterFolder, StoredAdapter
-from llava_steering_plugin.adapters.locate import find
+from llava_steering_plugin.adapters.stored.files import read_json
+from llava_steering_plugin.adapters.stored.folder import AdapterFolder, StoredAdapter
+from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, BaseMismatch
 from llava_steering_plugin.inference.base_files import is_llava
 from llava_steering_plugin.inference.base_model import LoadedBase, load_base, load_with_upstream, read_base_config

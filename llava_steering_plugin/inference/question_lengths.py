@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from llava_steering_plugin.adapters.base_model import read_config
+from llava_steering_plugin.adapters.fit.base_model import read_config
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.inference.base_files import VISION_TOWER
 from llava_steering_plugin.inference.context import PromptTokens

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin.adapters.files import parse_json
+from llava_steering_plugin.adapters.stored.files import parse_json
 from llava_steering_plugin.errors import ArgumentsError, listing, shortened
 from llava_steering_plugin.pool.pool import BASE
 

@@ -14,8 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
-from llava_steering_plugin.adapters.folder import AdapterFolder
-from llava_steering_plugin.adapters.locate import AdapterSource, locate
+from llava_steering_plugin.adapters.stored.folder import AdapterFolder
+from llava_steering_plugin.adapters.stored.locate import AdapterSource, locate
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, Problems, SteeringError, listing
 from llava_steering_plugin.upstream.names import harmless
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llava_steering_plugin.adapters.attachment import attachment_of
-from llava_steering_plugin.adapters.locate import find
+from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.convert.torch_files import tensors_in
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.inference.base_model import load_with_upstream, loading_name, read_base_config

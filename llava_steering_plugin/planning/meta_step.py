@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_steering_plugin.adapters.attachment import Attachment, attach
-from llava_steering_plugin.adapters.base_model import language_model
+from llava_steering_plugin.adapters.fit.base_model import language_model
 from llava_steering_plugin.hooks.decoder import find_decoder
 from llava_steering_plugin.hooks.scope import token_map
 from llava_steering_plugin.modes.base import Mode

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llava_steering_plugin.adapters.attachment import attach
-from llava_steering_plugin.adapters.base_model import language_model, read_config
-from llava_steering_plugin.adapters.compatibility import misfits
 from llava_steering_plugin.adapters.counts import LORA_RANKS, ParameterCounts, counted
+from llava_steering_plugin.adapters.fit.base_model import language_model, read_config
+from llava_steering_plugin.adapters.fit.compatibility import misfits
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.lazy_imports import without_glue_metrics
 from llava_steering_plugin.modes import registry

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from llava_steering_plugin.adapters.base_model import read_config
 from llava_steering_plugin.adapters.counts import numel
+from llava_steering_plugin.adapters.fit.base_model import read_config
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.upstream.projector import build_projector
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.adapters.image_parts import NEWLINE
+from llava_steering_plugin.adapters.parts.image_parts import NEWLINE
 from llava_steering_plugin.hooks.look_alike import look_alike
 from llava_steering_plugin.pool.adapter import PooledAdapter
 

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.utils.hooks import RemovableHandle
 
-from llava_steering_plugin.adapters.base_model import PROJECTOR, projector_of
-from llava_steering_plugin.adapters.compatibility import fits
-from llava_steering_plugin.adapters.locate import AdapterSource, read
-from llava_steering_plugin.adapters.original import Original
+from llava_steering_plugin.adapters.fit.base_model import PROJECTOR, projector_of
+from llava_steering_plugin.adapters.fit.compatibility import fits
+from llava_steering_plugin.adapters.parts.original import Original
+from llava_steering_plugin.adapters.stored.locate import AdapterSource, read
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, TokenMapError, nearest
 from llava_steering_plugin.hooks.hosts import SharedHooks, dispatch, refuse_shared
 from llava_steering_plugin.hooks.owner import ModelOwner, owner_of

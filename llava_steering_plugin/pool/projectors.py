@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llava_steering_plugin.adapters.fit.quantised import unquantise
 from llava_steering_plugin.adapters.parameters import set_parameters
-from llava_steering_plugin.adapters.quantised import unquantise
 from llava_steering_plugin.errors import UpstreamError
 from llava_steering_plugin.hooks.look_alike import copied
 from llava_steering_plugin.hooks.row_groups import Rows

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.adapters.added_tokens import knows_tokens
-from llava_steering_plugin.adapters.base_model import projector_of
-from llava_steering_plugin.adapters.compatibility import prepare
-from llava_steering_plugin.adapters.folder import EXTRA, StoredAdapter
-from llava_steering_plugin.adapters.image_settings import differing_settings
+from llava_steering_plugin.adapters.fit.base_model import projector_of
+from llava_steering_plugin.adapters.fit.compatibility import prepare
+from llava_steering_plugin.adapters.parts.added_tokens import knows_tokens
+from llava_steering_plugin.adapters.parts.image_settings import differing_settings
+from llava_steering_plugin.adapters.stored.folder import EXTRA, StoredAdapter
 from llava_steering_plugin.errors import AdapterError, listing
 from llava_steering_plugin.modes.base import DecoderShape
 from llava_steering_plugin.pool.adapter import PooledAdapter

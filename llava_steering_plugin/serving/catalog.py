@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from llava_steering_plugin.adapters.compatibility import fits
-from llava_steering_plugin.adapters.folder import StoredAdapter
-from llava_steering_plugin.adapters.locate import AdapterSource, read
+from llava_steering_plugin.adapters.fit.compatibility import fits
+from llava_steering_plugin.adapters.stored.folder import StoredAdapter
+from llava_steering_plugin.adapters.stored.locate import AdapterSource, read
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
 from llava_steering_plugin.inference.sources import checked_label, name_taken, shown_name
 from llava_steering_plugin.pool.pool import BASE, AdapterPool

@@ -1,8 +1,8 @@
 """Watches a folder of adapter folders: serves new ones, loads changed ones again, and drops removed ones.
 
 It polls every few seconds, because network file systems send no notices of the kernel. An adapter's weights are
-replaced by one rename (`adapters.writing`), so their time, size and inode number show every change. A file that is
-being copied in place is loaded when two looks see the same.
+replaced by one rename (`adapters.stored.writing`), so their time, size and inode number show every change. A file that
+is being copied in place is loaded when two looks see the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llava_steering_plugin.adapters.folder import WEIGHTS
+from llava_steering_plugin.adapters.stored.folder import WEIGHTS
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.serving.catalog import AdapterCatalog, printable
 from llava_steering_plugin.serving.options import checked_folder

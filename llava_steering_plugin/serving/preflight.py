@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from llava_steering_plugin.adapters.folder import AdapterFolder
+from llava_steering_plugin.adapters.stored.folder import AdapterFolder
 from llava_steering_plugin.checkout.find import find_llava
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, Problems, SteeringError, listing
 from llava_steering_plugin.inference import options as inference_options

@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from llava_steering_plugin.adapters.attachment import Attachment
-from llava_steering_plugin.adapters.base_model import read_config
-from llava_steering_plugin.adapters.compatibility import mode_of
-from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
-from llava_steering_plugin.adapters.fingerprint import check_base
-from llava_steering_plugin.adapters.folder import AdapterFolder
+from llava_steering_plugin.adapters.fit.base_model import read_config
+from llava_steering_plugin.adapters.fit.compatibility import mode_of
+from llava_steering_plugin.adapters.fit.fingerprint import check_base
+from llava_steering_plugin.adapters.stored.config import AdapterConfig, BaseModel
+from llava_steering_plugin.adapters.stored.folder import AdapterFolder
 from llava_steering_plugin.errors import BaseMismatch, CheckpointError, listing
 
 

@@ -13,8 +13,8 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from llava_steering_plugin.adapters.attachment import Attachment
-from llava_steering_plugin.adapters.folder import AdapterFolder
 from llava_steering_plugin.adapters.save_load import restore, save_adapter
+from llava_steering_plugin.adapters.stored.folder import AdapterFolder
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.hooks.token_map import IGNORED
 from llava_steering_plugin.training import deepspeed, provenance, steps

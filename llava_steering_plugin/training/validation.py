@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from llava_steering_plugin.adapters.attachment import Attachment
-from llava_steering_plugin.adapters.folder import AdapterFolder
 from llava_steering_plugin.adapters.save_load import restore
+from llava_steering_plugin.adapters.stored.folder import AdapterFolder
 from llava_steering_plugin.errors import DataError, UpstreamError
 from llava_steering_plugin.hooks.token_map import IGNORED
 from llava_steering_plugin.training.beside import evaluating, model_to_evaluate, random_states_kept, spliced_labels

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from wrapt import wrap_function_wrapper
 
-from llava_steering_plugin.adapters.base_model import read_config
-from llava_steering_plugin.adapters.files import check_folder
-from llava_steering_plugin.adapters.folder import LLAVA_CONFIG, AdapterFolder, StoredAdapter
-from llava_steering_plugin.adapters.image_settings import trained_settings
-from llava_steering_plugin.adapters.locate import find
+from llava_steering_plugin.adapters.fit.base_model import read_config
+from llava_steering_plugin.adapters.fit.unmerged import unmerged_lora
+from llava_steering_plugin.adapters.parts.image_settings import trained_settings
 from llava_steering_plugin.adapters.save_load import load_adapter
-from llava_steering_plugin.adapters.unmerged import unmerged_lora
+from llava_steering_plugin.adapters.stored.files import check_folder
+from llava_steering_plugin.adapters.stored.folder import LLAVA_CONFIG, AdapterFolder, StoredAdapter
+from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.errors import BaseMismatch, SteeringError
 from llava_steering_plugin.modes.base import default_dtype
 from llava_steering_plugin.upstream.names import display_name

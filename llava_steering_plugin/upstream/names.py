@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from llava_steering_plugin.adapters.locate import AdapterSource, find
+from llava_steering_plugin.adapters.stored.locate import AdapterSource, find
 from llava_steering_plugin.errors import UpstreamError
 
 # The prefix that makes the rules of upstream's command line and scripts pick each conversation template.

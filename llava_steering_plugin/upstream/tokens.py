@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.adapters.base_model import read_config
-from llava_steering_plugin.adapters.locate import find
+from llava_steering_plugin.adapters.fit.base_model import read_config
+from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.hooks.token_map import IGNORED
 from llava_steering_plugin.upstream.samples import KEEPING_THE_TEMPLATE

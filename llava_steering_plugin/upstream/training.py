@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 import torch
 from wrapt import wrap_function_wrapper
 
-from llava_steering_plugin.adapters.base_model import language_model, read_config
-from llava_steering_plugin.adapters.compatibility import misfits
+from llava_steering_plugin.adapters.fit.base_model import language_model, read_config
+from llava_steering_plugin.adapters.fit.compatibility import misfits
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing, nearest
 from llava_steering_plugin.training.attaching import REQUEST
 from llava_steering_plugin.training.data.source import early_problem

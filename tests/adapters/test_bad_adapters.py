@@ -1,6 +1,6 @@
 """Adapters that are damaged or foreign are refused, and the model stays as it is.
 
-Holds for `adapters/folder.py` and `adapters/compatibility.py`. Other bases: `test_fingerprint.py`.
+Holds for `adapters/stored/folder.py` and `adapters/fit/compatibility.py`. Other bases: `test_fingerprint.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Loading leaves model and tokenizer as they were wherever it fails (`adapters/original.py`, `adapters/quantised.py`).
+"""Loading leaves model and tokenizer as they were wherever it fails.
+
+It covers `adapters/parts/original.py` and `adapters/fit/quantised.py`.
 
 Wherever: an error is raised in turn at every call that the package makes while it loads, to its own functions, to
 torch, to transformers and to the tokenizer.
@@ -22,8 +24,8 @@ from torch import Tensor, nn
 
 import llava_steering_plugin
 from llava_steering_plugin import AdapterPool, attach, load_adapter, save_adapter
-from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.adapters.save_load import describe
+from llava_steering_plugin.adapters.stored.config import AdapterConfig
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.mixlora import MixLoRA

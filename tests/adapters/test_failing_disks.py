@@ -1,4 +1,4 @@
-"""Saving to a disk that fails (`adapters/writing.py`): one clear error, and the adapter that it names."""
+"""Saving to a disk that fails (`adapters/stored/writing.py`): one clear error, and the adapter that it names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from steered import contents, strengthen
 
 from llava_steering_plugin import load_adapter, remove, save_adapter
 from llava_steering_plugin.adapters.attachment import Attachment
-from llava_steering_plugin.adapters.folder import CARD, CONFIG, LLAVA_CONFIG, OLD_CONFIG, WEIGHTS
+from llava_steering_plugin.adapters.stored.folder import CARD, CONFIG, LLAVA_CONFIG, OLD_CONFIG, WEIGHTS
 from llava_steering_plugin.errors import AdapterError, SteeringError
 from llava_steering_plugin.modes.mores import MoReS
 

@@ -1,6 +1,6 @@
 """A refusal takes no more memory than the adapter's file is large, whatever sizes the file claims.
 
-Holds for `adapters/files.py`, `adapters/tensor_file.py` and `adapters/compatibility.py`.
+Holds for `adapters/stored/files.py`, `adapters/stored/tensor_file.py` and `adapters/fit/compatibility.py`.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from steered import contents
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 
-from llava_steering_plugin.adapters.folder import CONFIG, LLAVA_HEADER, OLD_CONFIG
-from llava_steering_plugin.adapters.locate import locate, read
+from llava_steering_plugin.adapters.stored.folder import CONFIG, LLAVA_HEADER, OLD_CONFIG
+from llava_steering_plugin.adapters.stored.locate import locate, read
 
 pytestmark = pytest.mark.slow
 

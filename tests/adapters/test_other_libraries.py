@@ -1,4 +1,4 @@
-"""PEFT and transformers do not take an adapter folder for theirs, and say so; see `adapters/writing.py`."""
+"""PEFT and transformers do not take an adapter folder for theirs, and say so; see `adapters/stored/writing.py`."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from llava_steering_plugin import attach, load_adapter, remove, save_adapter
 from llava_steering_plugin.adapters.attachment import Attachment
-from llava_steering_plugin.adapters.folder import WEIGHTS
-from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.adapters.stored.folder import WEIGHTS
+from llava_steering_plugin.adapters.stored.locate import read
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.modes.mores import MoReS
 

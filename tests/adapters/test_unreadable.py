@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from disks import without_privileges
 
-from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
-from llava_steering_plugin.adapters.folder import CONFIG, WEIGHTS
-from llava_steering_plugin.adapters.locate import find, read
-from llava_steering_plugin.adapters.writing import write_folder
+from llava_steering_plugin.adapters.stored.config import AdapterConfig, BaseModel
+from llava_steering_plugin.adapters.stored.folder import CONFIG, WEIGHTS
+from llava_steering_plugin.adapters.stored.locate import find, read
+from llava_steering_plugin.adapters.stored.writing import write_folder
 from llava_steering_plugin.errors import AdapterError
 
 

@@ -33,9 +33,9 @@ from tiny_llava import TinyLlava
 from transformers import LlamaForCausalLM
 
 from llava_steering_plugin import load_adapter, remove, token_map
-from llava_steering_plugin.adapters.config import AdapterConfig
-from llava_steering_plugin.adapters.folder import ADAPTER, CARD, CONFIG, EXTRA, LLAVA_CONFIG, WEIGHTS
-from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.adapters.stored.config import AdapterConfig
+from llava_steering_plugin.adapters.stored.folder import ADAPTER, CARD, CONFIG, EXTRA, LLAVA_CONFIG, WEIGHTS
+from llava_steering_plugin.adapters.stored.locate import read
 from llava_steering_plugin.convert import conversion
 from llava_steering_plugin.convert.conversion import Conversion, convert
 from llava_steering_plugin.errors import AdapterError

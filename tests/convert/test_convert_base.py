@@ -27,8 +27,8 @@ from training_runs import train_flags, train_in_process
 from transformers import LlamaForCausalLM
 
 from llava_steering_plugin import load_adapter
-from llava_steering_plugin.adapters.folder import ADAPTER
-from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.adapters.stored.folder import ADAPTER
+from llava_steering_plugin.adapters.stored.locate import read
 from llava_steering_plugin.convert.conversion import Conversion, convert
 from llava_steering_plugin.errors import ArgumentsError, BaseMismatch, SteeringError
 

@@ -12,7 +12,7 @@ import pytest
 from released_checkpoints import golden, golden_base
 from typer.testing import CliRunner
 
-from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.adapters.stored.locate import read
 from llava_steering_plugin.cli import app
 from llava_steering_plugin.errors import AdapterError, ArgumentsError
 

@@ -12,8 +12,8 @@ import torch
 from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 
-from llava_steering_plugin.adapters.folder import ADAPTER, EXTRA, StoredAdapter
-from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.adapters.stored.folder import ADAPTER, EXTRA, StoredAdapter
+from llava_steering_plugin.adapters.stored.locate import read
 
 pytestmark = pytest.mark.gpu
 

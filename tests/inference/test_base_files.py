@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from base_folders import LLAVA, adapter_folder, base_folder
 
-from llava_steering_plugin.adapters.locate import locate
+from llava_steering_plugin.adapters.stored.locate import locate
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, UpstreamError
 from llava_steering_plugin.inference.base_files import check_adapters_fit, check_base
 

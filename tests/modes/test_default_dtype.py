@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from llava_steering_plugin import AdapterPool, attach, load_adapter, remove_adapter, save_adapter, token_map
-from llava_steering_plugin.adapters.fingerprint import fingerprint_rows
+from llava_steering_plugin.adapters.fit.fingerprint import fingerprint_rows
 from llava_steering_plugin.modes.base import DecoderShape, ForwardPass, Mode, default_dtype
 from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mixlora_balance import Tally, shares

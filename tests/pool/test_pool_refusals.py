@@ -15,9 +15,9 @@ from steered import strengthen
 from transformers import LlamaTokenizer
 
 from llava_steering_plugin import AdapterPool, attach, remove, save_adapter
-from llava_steering_plugin.adapters.folder import EXTRA
-from llava_steering_plugin.adapters.locate import read
 from llava_steering_plugin.adapters.save_load import describe
+from llava_steering_plugin.adapters.stored.folder import EXTRA
+from llava_steering_plugin.adapters.stored.locate import read
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, BaseMismatch
 from llava_steering_plugin.modes.mores import MoReS
 from llava_steering_plugin.pool.projectors import own_projector

@@ -13,8 +13,8 @@ from quick_runs import SCRIPTS
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 
-from llava_steering_plugin.adapters.folder import EXTRA
-from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.adapters.stored.folder import EXTRA
+from llava_steering_plugin.adapters.stored.locate import read
 from llava_steering_plugin.planning.from_flags import Wanted
 from llava_steering_plugin.planning.plan import plan
 

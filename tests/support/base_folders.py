@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
-from llava_steering_plugin.adapters.folder import HEADER
+from llava_steering_plugin.adapters.stored.config import AdapterConfig, BaseModel
+from llava_steering_plugin.adapters.stored.folder import HEADER
 
 LLAVA = {"model_type": "llava_llama", "mm_vision_tower": "openai/clip", "hidden_size": 64, "num_hidden_layers": 4}
 

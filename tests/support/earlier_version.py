@@ -9,6 +9,7 @@ package but what every version has, and the tests do the same with the present o
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import shutil
 import sys
@@ -91,8 +92,8 @@ def adapter_file(folder: Path) -> Path:
 def save(tiny: TinyLlava, name: str, out: Path) -> None:
     """Save a strong adapter and what it answers."""
     from llava_steering_plugin import AdapterConfig, attach, save_adapter
-    from llava_steering_plugin.adapters.config import BaseModel
 
+    earlier: Any = importlib.import_module("llava_steering_plugin.adapters.config")  # where it was in that version
     mode, settings, projector, tokens = ADAPTERS[name]
     model = load_llava(tiny.llava)
     attachment = attach(model, mode, **settings)
@@ -109,7 +110,9 @@ def save(tiny: TinyLlava, name: str, out: Path) -> None:
             model.resize_token_embeddings(703)
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
                 layer.weight[700:] = torch.randn(3, layer.weight.shape[1], generator=generator)
-    base = BaseModel(str(tiny.llava), "llava_llama", model.config.hidden_size, model.config.num_hidden_layers, 700)
+    base = earlier.BaseModel(
+        str(tiny.llava), "llava_llama", model.config.hidden_size, model.config.num_hidden_layers, 700
+    )
     given = ADDED if tokens else {}
     attachment.config = AdapterConfig(mode, attachment.mode.settings(), base, "v1", dict(given))
     save_adapter(model, out / name)

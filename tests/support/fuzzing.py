@@ -29,8 +29,8 @@ from mutations import kind_of, mutate
 from steered import PROMPT, ids_of, load_llava, pictures, strengthen
 
 from llava_steering_plugin import AdapterPool, attach, load_adapter, remove_adapter, save_adapter
-from llava_steering_plugin.adapters.config import AdapterConfig
 from llava_steering_plugin.adapters.save_load import describe
+from llava_steering_plugin.adapters.stored.config import AdapterConfig
 from llava_steering_plugin.errors import AdapterError
 from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode

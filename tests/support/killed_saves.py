@@ -19,8 +19,8 @@ from typing import Any
 
 from torch import Tensor, full
 
-from llava_steering_plugin.adapters import writing
-from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
+from llava_steering_plugin.adapters.stored import writing
+from llava_steering_plugin.adapters.stored.config import AdapterConfig, BaseModel
 
 # Calls of these modules change files, but for those that only look.
 MODULES = ("posix", "_io", "io", "safetensors._safetensors_rust")

@@ -13,7 +13,7 @@ from tiny_llava import IMAGE_SIDE, TinyLlava
 from torch import Tensor
 
 from llava_steering_plugin import attach, save_adapter
-from llava_steering_plugin.adapters.image_parts import image_parameters
+from llava_steering_plugin.adapters.parts.image_parts import image_parameters
 from llava_steering_plugin.adapters.save_load import describe
 from llava_steering_plugin.modes.mores import MoReS
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from tiny_llava import TinyLlava
 
-from llava_steering_plugin.adapters.folder import StoredAdapter
-from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.adapters.stored.folder import StoredAdapter
+from llava_steering_plugin.adapters.stored.locate import read
 
 MORES: dict[str, object] = {"tuning_mode": "mores", "mores_rank": 2, "mores_tokens": "all"}
 MIXLORA: dict[str, object] = {"tuning_mode": "mixlora"}

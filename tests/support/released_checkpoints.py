@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.adapters.stored.locate import read
 from llava_steering_plugin.convert.conversion import Conversion, convert
 from llava_steering_plugin.errors import AdapterError, SteeringError
 

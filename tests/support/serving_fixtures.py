@@ -26,7 +26,7 @@ from steered import load_llava, strengthen
 from tiny_llava import TinyLlava
 
 from llava_steering_plugin import attach, load_adapter, remove, save_adapter
-from llava_steering_plugin.adapters.image_parts import image_parameters
+from llava_steering_plugin.adapters.parts.image_parts import image_parameters
 from llava_steering_plugin.adapters.save_load import describe
 from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS

@@ -26,7 +26,7 @@ from tiny_llava import TinyLlava
 from torch.utils import cpp_extension
 from training_runs import train_flags
 
-from llava_steering_plugin.adapters.folder import WEIGHTS
+from llava_steering_plugin.adapters.stored.folder import WEIGHTS
 from llava_steering_plugin.training.saving import checkpoints, integrity
 
 pytest_plugins = ["fork_fixtures"]

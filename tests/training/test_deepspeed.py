@@ -30,8 +30,8 @@ from tiny_llava import HIDDEN, LAYERS, TinyLlava
 from training_runs import subprocess_environment, train_flags, train_in_process
 
 from llava_steering_plugin.adapters.attachment import required
-from llava_steering_plugin.adapters.folder import ADAPTER
-from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.adapters.stored.folder import ADAPTER
+from llava_steering_plugin.adapters.stored.locate import read
 
 OFFLOADED: dict[str, object] = {**RESUMABLE, "bf16": True}
 

@@ -17,8 +17,8 @@ from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 from transformers import PreTrainedModel
 
-from llava_steering_plugin.adapters.folder import StoredAdapter
-from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.adapters.stored.folder import StoredAdapter
+from llava_steering_plugin.adapters.stored.locate import read
 
 MODES: dict[str, dict[str, object]] = {
     "mores": {"tuning_mode": "mores", "mores_tokens": "all"},

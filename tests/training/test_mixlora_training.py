@@ -14,8 +14,8 @@ from tiny_llava import HIDDEN, LAYERS, TinyLlava
 from training_runs import train_flags, train_in_process
 
 from llava_steering_plugin import disabled
-from llava_steering_plugin.adapters.folder import ADAPTER, EXTRA, StoredAdapter
-from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.adapters.stored.folder import ADAPTER, EXTRA, StoredAdapter
+from llava_steering_plugin.adapters.stored.locate import read
 
 MIXLORA = {
     "tuning_mode": "mixlora",

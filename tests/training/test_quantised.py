@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from training_runs import train_flags, train_in_process
 
 from llava_steering_plugin.adapters.attachment import required
-from llava_steering_plugin.adapters.folder import ADAPTER, CARD, EXTRA
-from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.adapters.stored.folder import ADAPTER, CARD, EXTRA
+from llava_steering_plugin.adapters.stored.locate import read
 from llava_steering_plugin.training import trainer
 
 MORES: dict[str, object] = {"tuning_mode": "mores", "mores_rank": 2, "mores_tokens": "all"}

@@ -11,8 +11,8 @@ from rank_runs import MIXLORA, MORES, assert_equal, losses, resumed_from
 from tiny_llava import TinyLlava
 from training_runs import train_flags
 
-from llava_steering_plugin.adapters.folder import EXTRA
-from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.adapters.stored.folder import EXTRA
+from llava_steering_plugin.adapters.stored.locate import read
 
 # More than the ten steps after which a parameter without a gradient would have stopped the training.
 COMMON = {"use_cpu": None, "max_steps": 11, "per_device_train_batch_size": 2}

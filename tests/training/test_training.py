@@ -18,8 +18,8 @@ from rank_runs import assert_trained
 from tiny_llava import HIDDEN, LAYERS, TinyLlava
 from training_runs import plain_llm_overrides, train_flags, train_in_process
 
-from llava_steering_plugin.adapters.folder import ADAPTER, EXTRA, WEIGHTS, StoredAdapter
-from llava_steering_plugin.adapters.locate import find, read
+from llava_steering_plugin.adapters.stored.folder import ADAPTER, EXTRA, WEIGHTS, StoredAdapter
+from llava_steering_plugin.adapters.stored.locate import find, read
 
 MORES = {"tuning_mode": "mores", "mores_rank": 2, "mores_tokens": "all"}
 FROZEN = {"freeze_mm_mlp_adapter": True}

@@ -20,7 +20,7 @@ from rank_runs import assert_equal, losses
 from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 
-from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.adapters.stored.locate import read
 from llava_steering_plugin.training.beside import random_states_kept
 from llava_steering_plugin.training.saving import integrity
 from llava_steering_plugin.training.saving.best_checkpoint import without_nan

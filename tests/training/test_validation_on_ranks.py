@@ -13,7 +13,7 @@ from rank_runs import RESUMABLE, assert_equal, losses, resumed_from
 from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 
-from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.adapters.stored.locate import read
 
 KINDS = ("ddp", "zero-3")
 # Three samples: one of two ranks measures two, the other one of its own and one of the other's.

@@ -18,9 +18,9 @@ from steered import ids_of, load_llava, strengthen, words
 from tiny_llava import TinyLlava
 
 from llava_steering_plugin import attach, attachment_of, disabled, load_adapter, remove, save_adapter
-from llava_steering_plugin.adapters.image_parts import image_parameters
-from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.adapters.parts.image_parts import image_parameters
 from llava_steering_plugin.adapters.save_load import describe
+from llava_steering_plugin.adapters.stored.locate import read
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.inference.models import load_adapter_and_base
 from llava_steering_plugin.modes.mores import MoReS

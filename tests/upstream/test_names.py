@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
-from llava_steering_plugin.adapters.writing import write_folder
+from llava_steering_plugin.adapters.stored.config import AdapterConfig, BaseModel
+from llava_steering_plugin.adapters.stored.writing import write_folder
 from llava_steering_plugin.errors import UpstreamError
 from llava_steering_plugin.upstream.names import CHAT_PREFIXES, display_name
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava_steering_plugin.adapters.locate import find
+from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.diagnostics.image.one_model import EffectOptions, measure_image
 from llava_steering_plugin.diagnostics.pictures.overlays import draw_image
 from llava_steering_plugin.diagnostics.results import weights_of, write_tables

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import distributed
 
-from llava_steering_plugin.adapters.folder import CARD
-from llava_steering_plugin.adapters.writing import remove_leftovers
+from llava_steering_plugin.adapters.stored.folder import CARD
+from llava_steering_plugin.adapters.stored.writing import remove_leftovers
 from llava_steering_plugin.errors import AdapterError, CheckpointError, listing
 from llava_steering_plugin.training.data.skipped import LIST as SKIPPED
 from llava_steering_plugin.training.diagnostics.file import NAME as DIAGNOSTICS

@@ -8,7 +8,7 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
-from llava_steering_plugin.adapters.folder import AdapterFolder
+from llava_steering_plugin.adapters.stored.folder import AdapterFolder
 from llava_steering_plugin.errors import AdapterError
 from llava_steering_plugin.training.saving import notes
 

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from llava_steering_plugin.adapters.folder import OLD_CONFIG
-from llava_steering_plugin.adapters.locate import find
+from llava_steering_plugin.adapters.stored.folder import OLD_CONFIG
+from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.errors import AdapterError
 from llava_steering_plugin.training.saving.integrity import LATEST, NAME, STATE, checkpoint_problems
 from llava_steering_plugin.training.saving.notes import NOTES

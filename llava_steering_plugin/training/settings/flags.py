@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
-from llava_steering_plugin.adapters.folder import AdapterFolder
-from llava_steering_plugin.adapters.locate import find, locate
-from llava_steering_plugin.adapters.unmerged import unmerged_lora
+from llava_steering_plugin.adapters.fit.unmerged import unmerged_lora
+from llava_steering_plugin.adapters.stored.folder import AdapterFolder
+from llava_steering_plugin.adapters.stored.locate import find, locate
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing, nearest
 from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode

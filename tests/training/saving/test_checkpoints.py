@@ -22,7 +22,7 @@ from tiny_llava import TinyLlava
 from training_runs import FOUR_STEPS, train_flags, train_in_process
 from transformers import TrainingArguments
 
-from llava_steering_plugin.adapters.folder import WEIGHTS
+from llava_steering_plugin.adapters.stored.folder import WEIGHTS
 from llava_steering_plugin.errors import CheckpointError
 from llava_steering_plugin.training.saving import checkpoints, integrity
 from llava_steering_plugin.training.saving.notes import NOTES

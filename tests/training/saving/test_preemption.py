@@ -13,8 +13,8 @@ from rank_runs import assert_equal
 from tiny_llava import TinyLlava
 from training_runs import train_flags, train_in_process
 
-from llava_steering_plugin.adapters.folder import WEIGHTS
-from llava_steering_plugin.adapters.locate import read
+from llava_steering_plugin.adapters.stored.folder import WEIGHTS
+from llava_steering_plugin.adapters.stored.locate import read
 from llava_steering_plugin.training.gradient_check import GradientCheck
 
 FLAGS: dict[str, object] = {

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from llava_steering_plugin.adapters.config import AdapterConfig, BaseModel
-from llava_steering_plugin.adapters.writing import write_folder
+from llava_steering_plugin.adapters.stored.config import AdapterConfig, BaseModel
+from llava_steering_plugin.adapters.stored.writing import write_folder
 from llava_steering_plugin.modes.mores import MoReS
 from llava_steering_plugin.training.settings.flags import TrainingRequest, read_request
 from llava_steering_plugin.upstream.training import flag_classes

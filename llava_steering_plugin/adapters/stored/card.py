@@ -1,0 +1,71 @@
+"""The model card of an adapter: README.md, for a person who finds the folder."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from llava_steering_plugin.adapters.stored.config import AdapterConfig
+
+# What the hub accepts as `base_model`; it refuses to store a card that names a local folder there.
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def model_card(config: AdapterConfig, parameters: int, extras: list[str]) -> str:
+    """Return the text of README.md: what the adapter is, how to load it, and its settings.
+
+    Args:
+        config: the adapter's.
+        parameters: how many the tuning mode has.
+        extras: names of the base's own tensors that are saved with it.
+    """
+    base = config.base
+    on_hub = _HUB_ID.fullmatch(base.name_or_path) and not os.path.exists(base.name_or_path)
+    hub_id = f"base_model: {base.name_or_path}\n" if on_hub else ""
+    values = {**config.settings, **config.trained_on, "conversation template": config.conversation}
+    rows = "\n".join(f"| {key} | {_code(value)} |" for key, value in values.items())
+    carried = (
+        f"\nIt also holds {len(extras)} tensors of the model itself, which the base lacks or which were trained: "
+        f"{', '.join(map(_code, extras))}.\n"
+        if extras
+        else ""
+    )
+    return f"""---
+library_name: llava-steering-plugin
+{hub_id}tags:
+- llava
+- {config.mode}
+---
+
+# {config.mode} adapter for {base.name_or_path}
+
+An adapter for LLaVA: {parameters:,} parameters of tuning mode `{config.mode}`, trained with
+llava-steering-plugin. Its base, {base.name_or_path}, has {base.num_layers} layers of width {base.hidden_size}.
+{carried}
+## How to use it
+
+Install llava-steering-plugin beside LLaVA: `pip install llava-steering-plugin`, then
+`llava-steering patch`. LLaVA's own commands then take this folder as a model:
+
+    python -m llava.serve.cli --model-path THIS_FOLDER --image-file image.jpg
+
+The base is loaded from the name above. If it is elsewhere, add `--model-base`. In Python, on a base
+that is loaded already:
+
+    from llava_steering_plugin import load_adapter
+
+    load_adapter(model, "THIS_FOLDER", tokenizer=tokenizer)
+
+PEFT and transformers' `from_pretrained` cannot load it: this is not an adapter of PEFT's.
+
+## Settings
+
+| setting | value |
+| --- | --- |
+{rows}
+"""
+
+
+def _code(value: object) -> str:
+    """Show a value as code in a table's cell, where a bar would end it."""
+    return f"`{value}`".replace("|", "\\|").replace("\n", " ")
