@@ -100,12 +100,12 @@ def test_an_earlier_training_goes_on_from_its_checkpoint_as_it_would_have(
     here, there = (load_file(adapter_file(earlier / folder / name)) for folder in ("waiting", "resumed"))
     begun = load_file(adapter_file(earlier / "waiting" / name / f"checkpoint-{STOPPED_AT}"))
     assert here.keys() == there.keys()
-    # Not to the bit: an update of the package may sum gradients in another order.
+    # Not to the bit: gradients are summed in another order now. Adam makes whole steps of MixLoRA's near zero.
     off, moved = (
         torch.cat([(one[key] - other[key]).flatten() for key in here]).norm()
         for one, other in ((here, there), (there, begun))
     )
-    assert off < 0.02 * moved
+    assert off < {"mores": 1e-5, "mixlora": 0.02}[name] * moved
     assert any(not torch.equal(value, begun[key]) for key, value in here.items()), "nothing was trained"
     # What it has saved now says that it keeps the order of the earlier version; a new training has another.
     assert order_of(earlier / "waiting" / name / f"checkpoint-{2 * STOPPED_AT}") == SUMMED != HASHED
