@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 from llava_steering_plugin.diagnostics.results import weights_of
 from llava_steering_plugin.errors import ArgumentsError, Problems, listing
+from llava_steering_plugin.whole_files import write_whole
 
 KEY = "question_id"
 # Settings that are the digests of files: users know the files, and not these.
@@ -39,6 +41,10 @@ def open_records(
     return kept
 
 
+# The file of what is known of the model ends so, beside that of its measurements.
+ABOUT = ".json"
+
+
 class Records:
     """Holds the measurements of one model, one JSON object a line after a line with the settings.
 
@@ -62,6 +68,32 @@ class Records:
                 self._append(self.settings)
         except OSError as error:
             raise ArgumentsError(f"{file} cannot be written: {error.strerror}. Choose another --output.") from error
+
+    @property
+    def mark(self) -> str:
+        """Return a digest of the settings."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+
+    def about(self) -> dict[str, Any] | None:
+        """Return what `note` has kept of the model; None if nothing was, or of other settings."""
+        try:
+            kept = json.loads(self.file.with_suffix(ABOUT).read_text(encoding="utf-8"))
+            return dict(kept["about"]) if kept["settings"] == self.mark else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def note(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        """Keep what is known of the model, beside its measurements, and return it.
+
+        Raises:
+            ArgumentsError: it cannot be written.
+        """
+        file = self.file.with_suffix(ABOUT)
+        try:
+            write_whole(file, json.dumps({"settings": self.mark, "about": about}) + "\n")
+        except OSError as error:
+            raise ArgumentsError(f"{file} cannot be written: {error.strerror}. Choose another --output.") from error
+        return dict(about)
 
     def __contains__(self, key: object) -> bool:
         return json.dumps(key) in self._keys

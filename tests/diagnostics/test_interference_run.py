@@ -1,13 +1,14 @@
 """A run over training data measures the tasks of adapters and LoRAs, keeps what it has, and goes on where it ended.
 
-Modules: diagnostics/interference/one_model.py, diagnostics/interference/run.py, diagnostics/pictures/heat_maps.py,
-inference/tunable.py, inference/training_samples.py, cli/diagnose/interference.py.
+Modules: diagnostics/interference/one_model.py, diagnostics/interference/run.py, diagnostics/task_data.py,
+diagnostics/pictures/heat_maps.py, inference/tunable.py, inference/training_samples.py, cli/diagnose/interference.py.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +25,9 @@ from tiny_llava import TinyLlava
 
 from llava_steering_plugin import attach, save_adapter
 from llava_steering_plugin.adapters.save_load import describe
-from llava_steering_plugin.diagnostics.interference.one_model import Place, Sample, choose_samples, grouped
-from llava_steering_plugin.diagnostics.interference.run import check_samples
+from llava_steering_plugin.diagnostics.interference import run
+from llava_steering_plugin.diagnostics.interference.one_model import Place, choose_samples, grouped
+from llava_steering_plugin.diagnostics.task_data import Sample, check_samples
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.modes.mixlora import MixLoRA
 
@@ -106,6 +108,29 @@ def test_an_interrupted_run_goes_on_and_ends_as_the_whole_one(
     assert diagnose(adapter, "--data", str(tasks)) == whole
     with pytest.raises(ArgumentsError, match=r"(?s)of other settings.*seed: 0 there, 5 now"):
         diagnose(adapter, "--data", str(tasks), "--seed", "5")
+
+
+def test_steps_of_other_settings_are_not_taken_for_these(
+    diagnose: Run, tuned: dict[str, Path], tasks: Path, tmp_path: Path
+) -> None:
+    adapter, kept = {"mixlora": tuned["mixlora"]}, tmp_path / "out" / "interference"
+    diagnose(adapter, "--data", str(tasks))
+    (kept / "mixlora.jsonl").unlink()  # as the message about other settings says
+    mixed = diagnose(adapter, "--data", str(tasks), "--seed", "5")
+    shutil.rmtree(kept)
+    assert mixed["models"] == diagnose(adapter, "--data", str(tasks), "--seed", "5")["models"]
+
+
+def test_what_is_measured_is_not_loaded_again_unless_what_is_known_of_it_is_damaged(
+    diagnose: Run, tuned: dict[str, Path], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, words = {"mixlora": tuned["mixlora"]}, ("--data", str(tasks))
+    whole = diagnose(adapter, *words)
+    about = tmp_path / "out" / "interference" / "mixlora.json"
+    about.write_bytes(about.read_bytes()[:20])  # killed while it was written
+    assert diagnose(adapter, *words) == whole
+    monkeypatch.setattr(run, "open_tunable", lambda *_: pytest.fail("a model was loaded"))
+    assert diagnose(adapter, *words) == whole
 
 
 def test_a_task_may_be_a_file(diagnose: Run, tuned: dict[str, Path], tasks: Path, tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from tiny_llava import TinyLlava
 
 from llava_steering_plugin import save_adapter
 from llava_steering_plugin.adapters.attachment import Attachment, attachment_of
-from llava_steering_plugin.diagnostics.interference.one_model import Sample
 from llava_steering_plugin.diagnostics.routing.one_model import Others, choose_by_task
+from llava_steering_plugin.diagnostics.task_data import Sample
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.inference.training_samples import TrainingSamples, score_of
 from llava_steering_plugin.inference.tunable import open_tunable

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llava_steering_plugin.diagnostics.records import KEY, Records
+from llava_steering_plugin.diagnostics.task_data import UNKNOWN_TASKS, Entries, Sample, samples_by_task
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.measures.interference import EVERYTHING, Effects, Interference, gathered
 from llava_steering_plugin.whole_files import partials
@@ -22,15 +24,6 @@ from llava_steering_plugin.whole_files import partials
 # How the last part of a parameter's name is shown; other names stand for themselves.
 SIDES = {"routed_a": "A", "routed_b": "B", "lora_A": "A", "lora_B": "B"}
 ROUTERS = "routers"
-UNKNOWN_TASKS = 'the tasks cannot be told; give each sample a "task", or --data TASK=FILE for every task'
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Names a sample of a task: the number of its file among those given, and its own in that file."""
-
-    file: int
-    number: int
 
 
 @dataclass(frozen=True)
@@ -46,32 +39,7 @@ class TaskSamples:
     losses: Sequence[Sample]
 
 
-def samples_by_task(
-    entries: Sequence[tuple[str | None, Sequence[Mapping[str, Any]]]],
-) -> tuple[dict[str, list[Sample]], list[str]]:
-    """Return the samples of each task in the order in which the tasks appear, and what is wrong with the names.
-
-    Args:
-        entries: as in `choose_samples`.
-    """
-    by_task: dict[str, list[Sample]] = defaultdict(list)
-    problems = []
-    for file, (task, listed) in enumerate(entries):
-        nameless = 0
-        for number, entry in enumerate(listed):
-            name = task or entry.get("task")
-            if isinstance(name, str) and name:
-                by_task[name].append(Sample(file, number))
-            else:
-                nameless += 1
-        if nameless:
-            problems.append(f"{nameless} of {len(listed)} samples of file {file + 1} name no task")
-    return dict(by_task), problems
-
-
-def choose_samples(
-    entries: Sequence[tuple[str | None, Sequence[Mapping[str, Any]]]], samples: int, seed: int
-) -> dict[str, TaskSamples]:
+def choose_samples(entries: Entries, samples: int, seed: int) -> dict[str, TaskSamples]:
     """Choose two batches of `samples` for each task at random; of a task with too few, halves of what there is.
 
     Args:
@@ -140,14 +108,14 @@ def measure_tasks(
     done = 0
     for number, samples in enumerate(tasks.values()):
         kept = records.file.with_suffix(f".{number}.safetensors")
-        if kept.is_file():
+        if kept.is_file() and _mark_of(kept) == records.mark:
             _load_directions(measure, number, kept)
         else:
             for sample in samples.steps:
                 measure.step(number, lambda sample=sample: loss(sample))  # type: ignore[misc]
                 done += 1
                 yield done
-            _save_directions(measure, number, kept)
+            _save_directions(measure, number, kept, records.mark)
         done = sum(len(each.steps) for each in list(tasks.values())[: number + 1])
         yield done
     for name, samples in tasks.items():
@@ -160,6 +128,11 @@ def measure_tasks(
             yield done
 
 
+def is_measured(records: Records, tasks: Mapping[str, TaskSamples]) -> bool:
+    """Say whether the effects of all samples are there."""
+    return all([name, each.file, each.number] in records for name, batch in tasks.items() for each in batch.losses)
+
+
 def effects_in(records: Records, tasks: Sequence[str]) -> dict[str, Effects]:
     """Return what was measured, for each group of parameters."""
     rows = {name: [row["effects"] for row in records if row[KEY][0] == name] for name in tasks}
@@ -167,7 +140,13 @@ def effects_in(records: Records, tasks: Sequence[str]) -> dict[str, Effects]:
     return {group: gathered([[row[group] for row in rows[name]] for name in tasks]) for group in groups}
 
 
-def _save_directions(measure: Interference, task: int, file: Path) -> None:
+def _mark_of(file: Path) -> str | None:
+    """Return of which settings the directions in a file are."""
+    with safe_open(file, "pt") as directions:
+        return (directions.metadata() or {}).get("settings")
+
+
+def _save_directions(measure: Interference, task: int, file: Path, mark: str) -> None:
     tensors = {
         f"{name}/{number}": tensor.contiguous().cpu()
         for name, parts in measure.directions[task].items()
@@ -175,7 +154,7 @@ def _save_directions(measure: Interference, task: int, file: Path) -> None:
     }
     tensors |= {f"{name}/used": used for name, used in measure.used[task].items()}
     with partials(file) as (part,):
-        save_file(tensors, part)
+        save_file(tensors, part, {"settings": mark})
 
 
 def _load_directions(measure: Interference, task: int, file: Path) -> None:

@@ -95,18 +95,14 @@ def read_answers(file: Path, questions: Sequence[Question]) -> dict[Any, str]:
 def _measure(request: ModalityRequest, name: str, path: str, records: Records, progress: Progress) -> Mapping[str, Any]:
     """Measure what is missing of one model, and return what is known of it."""
     questions = request.chosen.questions
-    about = request.output / "modality" / f"{name}.json"
-    if all(question.id in records for question in questions) and about.is_file():
+    if (known := records.about()) is not None and all(question.id in records for question in questions):
         progress(name, len(questions), len(questions))
-        known: dict[str, Any] = json.loads(about.read_text(encoding="utf-8"))
         return known
     opened = open_model(path, request.base, dict(request.how))
     answering = BatchAnswers(opened.loaded, request.images, request.options)
     for done in measure_questions(opened, answering, questions, request.given, records):
         progress(name, done, len(questions))
-    known = {"kind": opened.kind, "path": path, "base": opened.base}
-    about.write_text(json.dumps(known) + "\n", encoding="utf-8")
-    return known
+    return records.note({"kind": opened.kind, "path": path, "base": opened.base})
 
 
 def _write(summaries: Sequence[Mapping[str, Any]], request: ModalityRequest) -> list[Path]:

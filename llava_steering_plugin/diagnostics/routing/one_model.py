@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from llava_steering_plugin.adapters.attachment import required
-from llava_steering_plugin.diagnostics.interference.one_model import UNKNOWN_TASKS, Sample, samples_by_task
 from llava_steering_plugin.diagnostics.records import KEY, Records
 from llava_steering_plugin.diagnostics.steering.one_model import NO_ANSWER
+from llava_steering_plugin.diagnostics.task_data import UNKNOWN_TASKS, Sample, samples_by_task
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.hooks.decoder import find_decoder
 from llava_steering_plugin.inference.training_samples import Score

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.adapters.attachment import required
-from llava_steering_plugin.diagnostics.interference.run import CONVERSATION, check_samples, read_entries
 from llava_steering_plugin.diagnostics.pictures.routing import draw_routing
 from llava_steering_plugin.diagnostics.records import Records, open_records
 from llava_steering_plugin.diagnostics.results import Progress, digest, write_tables
@@ -25,7 +23,7 @@ from llava_steering_plugin.diagnostics.routing.one_model import (
     routed_model,
 )
 from llava_steering_plugin.diagnostics.routing.summary import routing_rows, summarise_routing
-from llava_steering_plugin.inference.training_samples import TrainingSamples
+from llava_steering_plugin.diagnostics.task_data import CONVERSATION, check_samples, open_samples, read_entries
 from llava_steering_plugin.inference.tunable import open_tunable
 
 INDEPENDENT, CONDITIONAL = "independent", "conditional"
@@ -105,17 +103,12 @@ def _measure(
 ) -> dict[str, Any]:
     """Measure what is missing of one adapter, and return what is known of it."""
     total = sum(map(len, tasks.values())) * (1 + passes_of(tasks, request.repeats))
-    about = request.output / "routing" / f"{name}.json"
-    if about.is_file() and _whole(records, tasks):
+    if (known := records.about()) is not None and _whole(records, tasks):
         progress(name, total, total)
-        known: dict[str, Any] = json.loads(about.read_text(encoding="utf-8"))
         return known
     opened = open_tunable(path, request.base, request.how)
     template = request.conversation or opened.conversation or CONVERSATION
-    files = [
-        TrainingSamples(opened.model, opened.tokenizer, opened.processor, file, request.images, template)
-        for _, file in request.files
-    ]
+    files = open_samples(opened, request.files, request.images, template)
     routed, mode = routed_model(opened.model), required(opened.model).mode
     done = measure_routing(
         routed,
@@ -128,18 +121,18 @@ def _measure(
     for passes in done:
         progress(name, passes, total)
     settings = mode.settings()
-    known = {
-        "kind": opened.kind,
-        "path": path,
-        "base": opened.base,
-        "conversation": template,
-        "adapter": settings,
-        "factors": routed.factors,
-        "chosen": settings["rank"],
-        "selection": {"A": INDEPENDENT, "B": CONDITIONAL if settings["conditional"] else INDEPENDENT},
-    }
-    about.write_text(json.dumps(known) + "\n", encoding="utf-8")
-    return known
+    return records.note(
+        {
+            "kind": opened.kind,
+            "path": path,
+            "base": opened.base,
+            "conversation": template,
+            "adapter": settings,
+            "factors": routed.factors,
+            "chosen": settings["rank"],
+            "selection": {"A": INDEPENDENT, "B": CONDITIONAL if settings["conditional"] else INDEPENDENT},
+        }
+    )
 
 
 def _whole(records: Records, tasks: Tasks) -> bool:

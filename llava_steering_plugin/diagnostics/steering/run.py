@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.adapters.attachment import required
-from llava_steering_plugin.diagnostics.interference.one_model import Sample
-from llava_steering_plugin.diagnostics.interference.run import CONVERSATION, check_samples, read_entries
 from llava_steering_plugin.diagnostics.pictures.steering import draw_steering
 from llava_steering_plugin.diagnostics.records import Records, open_records
 from llava_steering_plugin.diagnostics.results import Progress, write_tables
@@ -26,6 +23,7 @@ from llava_steering_plugin.diagnostics.steering.one_model import (
     steered_model,
 )
 from llava_steering_plugin.diagnostics.steering.summary import compare_subspaces, steering_rows, summarise_steering
+from llava_steering_plugin.diagnostics.task_data import CONVERSATION, Sample, check_samples, read_entries
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.inference.questions import Question
 from llava_steering_plugin.inference.training_samples import TrainingSamples
@@ -117,10 +115,9 @@ def run_steering(request: SteeringRequest, progress: Progress) -> list[Path]:
 def _measure(request: SteeringRequest, name: str, path: str, records: Records, progress: Progress) -> dict[str, Any]:
     """Measure what is missing of one adapter, and return what is known of it."""
     keys = request.answers.keys
-    about, bases = request.output / "steering" / f"{name}.json", _bases_file(request, name)
-    if all(key in records for key in keys) and about.is_file() and bases.is_file():
+    bases, known = _bases_file(request, name), records.about()
+    if known is not None and all(key in records for key in keys) and bases.is_file():
         progress(name, len(keys), len(keys))
-        known: dict[str, Any] = json.loads(about.read_text(encoding="utf-8"))
         return known
     opened = open_tunable(path, request.base, request.how)
     steered = steered_model(opened.model)
@@ -128,15 +125,15 @@ def _measure(request: SteeringRequest, name: str, path: str, records: Records, p
     for done in measure_steering(steered, keys, _prepare(request, opened, template), records):
         progress(name, done, len(keys))
     save_bases(steered, bases)
-    known = {
-        "kind": opened.kind,
-        "path": path,
-        "base": opened.base,
-        "conversation": template,
-        "adapter": required(opened.model).mode.settings(),
-    }
-    about.write_text(json.dumps(known) + "\n", encoding="utf-8")
-    return known
+    return records.note(
+        {
+            "kind": opened.kind,
+            "path": path,
+            "base": opened.base,
+            "conversation": template,
+            "adapter": required(opened.model).mode.settings(),
+        }
+    )
 
 
 def _prepare(request: SteeringRequest, opened: TunableModel, template: str) -> Prepare:
