@@ -9,6 +9,7 @@ from typing import Any
 from plotly import graph_objects
 
 from llava_steering_plugin.diagnostics.report.look import HEIGHT, dress, escaped
+from llava_steering_plugin.diagnostics.report.parts import NONE
 
 DIVERGING = "PuOr_r"  # purple, white, orange
 SEQUENTIAL = "Blues"
@@ -144,3 +145,20 @@ def draw_overlay(
     figure.update_yaxes(range=[ends[3], ends[1]], showgrid=False, showticklabels=False, ticks="", constrain="domain")
     figure.update_yaxes(scaleanchor="x")
     return figure
+
+
+def draw_shares(
+    values: Sequence[Sequence[float | None]], columns: Sequence[str], rows: Sequence[str], *, x: str, y: str
+) -> Any:
+    """Draw a heat map of numbers from 0 to 1, with two digits of each; the arguments are those of `draw_map`."""
+    return draw_map(
+        values,
+        columns,
+        rows,
+        x=x,
+        y=y,
+        scale=(0, 1),
+        colours=SEQUENTIAL,
+        ticks={0: "0", 0.5: "0.5", 1: "1"},
+        words=[[NONE if value is None else f"{value:.2f}" for value in row] for row in values],
+    )

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava_steering_plugin.diagnostics.report.lines import Line, draw_lines
-from llava_steering_plugin.diagnostics.report.maps import SEQUENTIAL, draw_map
+from llava_steering_plugin.diagnostics.report.maps import draw_shares
 from llava_steering_plugin.diagnostics.report.parts import (
-    NONE,
     Figure,
     Run,
     Section,
@@ -160,16 +159,12 @@ def _use(name: str, model: Mapping[str, Any]) -> list[Figure]:
     for side in SIDES:
         places = [place for place in model["places"] if place["side"] == side]
         rows = [numbers(place["use"]) for place in places]
-        drawing = draw_map(
+        drawing = draw_shares(
             rows,
             [str(factor) for factor in range(max(map(len, rows), default=0))],
             [f"{place['layer']} {place['linear']}" for place in places],
             x="factor",
             y="linear",
-            scale=(0, 1),
-            colours=SEQUENTIAL,
-            ticks={0: "0", 0.5: "0.5", 1: "1"},
-            words=[[NONE if value is None else f"{value:.2f}" for value in row] for row in rows],
         )
         words = "The share of samples that choose a factor, for every linear (its layer and name)."
         figures.append(Figure(f"Use of the factors {side}: {name}", words, drawing))
@@ -182,16 +177,12 @@ def _overlap(name: str, model: Mapping[str, Any]) -> list[Figure]:
     tasks = short_names(list(model["samples"]), LONGEST_TASK)
     for side, values in (model["overlap"] or {}).items():
         rows = matrix(values)
-        drawing = draw_map(
+        drawing = draw_shares(
             rows,
             tasks,
             tasks,
             x="task",
             y="task",
-            scale=(0, 1),
-            colours=SEQUENTIAL,
-            ticks={0: "0", 0.5: "0.5", 1: "1"},
-            words=[[NONE if value is None else f"{value:.2f}" for value in row] for row in rows],
         )
         words = "1: two tasks choose every factor as often; 0: no factor is chosen by both. The mean over linears."
         figures.append(Figure(f"Overlap of tasks, factors {side}: {name}", words, drawing))

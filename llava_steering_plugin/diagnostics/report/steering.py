@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava_steering_plugin.diagnostics.report.lines import MANY_LINES, Line, draw_lines
-from llava_steering_plugin.diagnostics.report.maps import SEQUENTIAL, draw_map
+from llava_steering_plugin.diagnostics.report.maps import draw_shares
 from llava_steering_plugin.diagnostics.report.parts import (
     NONE,
     Figure,
@@ -124,16 +124,12 @@ def _cosines(models: Named) -> list[Figure]:
         for modality, values in model["cosines"].items():
             rows = matrix(values)
             chance = written(number(model["cosines_by_chance"][modality]))
-            drawing = draw_map(
+            drawing = draw_shares(
                 rows,
                 labels,
                 labels,
                 x="layer",
                 y="layer",
-                scale=(0, 1),
-                colours=SEQUENTIAL,
-                ticks={0: "0", 0.5: "0.5", 1: "1"},
-                words=[[NONE if value is None else f"{value:.2f}" for value in row] for row in rows],
             )
             words = (
                 "Mean cosine of the principal angles between the subspaces of two layers: 1 if one holds the other, "
