@@ -12,7 +12,7 @@ from llava_steering_plugin.errors import ArgumentsError, NotFiniteError, Problem
 from llava_steering_plugin.inference import options
 
 if TYPE_CHECKING:
-    from llava_steering_plugin.inference.questions import Question
+    from llava_steering_plugin.inference.asking.questions import Question
 
 
 def evaluate(
@@ -63,12 +63,12 @@ def evaluate(
         options.check_bits(load_4bit, load_8bit)
 
     from llava_steering_plugin.checkout.find import find_llava
-    from llava_steering_plugin.inference.answering import AnswerOptions, BatchAnswers
-    from llava_steering_plugin.inference.answers_file import AnswersFile, contents_of
+    from llava_steering_plugin.inference.asking.answering import AnswerOptions, BatchAnswers
+    from llava_steering_plugin.inference.asking.answers_file import AnswersFile, contents_of
+    from llava_steering_plugin.inference.asking.question_lengths import check_lengths
+    from llava_steering_plugin.inference.asking.questions import check_questions, read_questions
     from llava_steering_plugin.inference.base_files import check_adapters_fit, is_llava
     from llava_steering_plugin.inference.base_model import load_base, no_llava, read_base_config
-    from llava_steering_plugin.inference.question_lengths import check_lengths
-    from llava_steering_plugin.inference.questions import check_questions, read_questions
     from llava_steering_plugin.inference.sources import load_all, locate_all, read_sources
     from llava_steering_plugin.pool.pool import BASE
     from llava_steering_plugin.upstream.conversations import checked_template

@@ -13,7 +13,7 @@ from torch import Tensor
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.hooks.scope import current
 from llava_steering_plugin.hooks.token_map import IGNORED, spliced
-from llava_steering_plugin.inference.forced import ForcedAnswer
+from llava_steering_plugin.inference.asking.forced import ForcedAnswer
 from llava_steering_plugin.measures.modality import PADDING, Kind
 
 if TYPE_CHECKING:

@@ -109,7 +109,7 @@ class Run:
 
     def answering(self) -> Any:
         """Return what answers questions, always with so many tokens."""
-        from llava_steering_plugin.inference.answering import AnswerOptions, BatchAnswers
+        from llava_steering_plugin.inference.asking.answering import AnswerOptions, BatchAnswers
         from llava_steering_plugin.inference.base_model import LoadedBase
 
         class InOnePrecision(BatchAnswers):
@@ -123,7 +123,7 @@ class Run:
 
     def questions(self, name: str, count: int) -> list[Any]:
         """Return questions of different lengths."""
-        from llava_steering_plugin.inference.questions import Question
+        from llava_steering_plugin.inference.asking.questions import Question
 
         return [Question(n, " ".join(WORDS[: 3 + n % 5]), (f"{n % 4}.png",), self.names[name]) for n in range(count)]
 

@@ -1,7 +1,7 @@
 """Two mistakes in one command are both named in one message: serve, worker, chat (`chat/preflight.py`), convert
 and diagnose (`diagnostics/preflight.py`).
 
-The test of eval is tests/inference/test_questions.py.
+The test of eval is tests/inference/asking/test_questions.py.
 """
 
 from __future__ import annotations

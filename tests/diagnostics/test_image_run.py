@@ -32,7 +32,7 @@ from llava_steering_plugin.diagnostics.image.answer_score import AnswerScore, di
 from llava_steering_plugin.diagnostics.pictures.overlays import draw_image, scales_of
 from llava_steering_plugin.diagnostics.positions import forced_pass
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
-from llava_steering_plugin.inference.forced import force_answer
+from llava_steering_plugin.inference.asking.forced import force_answer
 from llava_steering_plugin.inference.images import read_image
 from llava_steering_plugin.measures.effect import integrated_gradients, occlusion
 from llava_steering_plugin.modes.mixlora import MixLoRA

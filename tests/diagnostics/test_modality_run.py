@@ -1,7 +1,7 @@
 """A run over a question file measures the answers that the models give, keeps them, and goes on where it ended.
 
 Modules: diagnostics/modality/one_model.py, diagnostics/positions.py, diagnostics/records.py, diagnostics/results.py,
-diagnostics/modality/run.py, diagnostics/modality/summary.py, diagnostics/pictures/plots.py, inference/forced.py,
+diagnostics/modality/run.py, diagnostics/modality/summary.py, diagnostics/pictures/plots.py, inference/asking/forced.py,
 cli/diagnose/modality.py, cli/diagnose/__init__.py, cli/diagnose/options.py, cli/diagnose/progress.py.
 """
 
@@ -32,8 +32,8 @@ from llava_steering_plugin.diagnostics.modality.one_model import choose_question
 from llava_steering_plugin.diagnostics.positions import forced_pass
 from llava_steering_plugin.diagnostics.preflight import shared_template
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
-from llava_steering_plugin.inference.forced import force_answer
-from llava_steering_plugin.inference.questions import Question, read_questions
+from llava_steering_plugin.inference.asking.forced import force_answer
+from llava_steering_plugin.inference.asking.questions import Question, read_questions
 from llava_steering_plugin.measures.modality import Kind
 from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
@@ -186,7 +186,7 @@ def test_answers_that_are_missing_are_all_named_before_a_model_loads(
 
 
 def test_the_forced_pass_predicts_the_tokens_that_were_generated(tiny: TinyLlava, patched_llava: Path) -> None:
-    from llava_steering_plugin.inference.answering import AnswerOptions, BatchAnswers
+    from llava_steering_plugin.inference.asking.answering import AnswerOptions, BatchAnswers
     from llava_steering_plugin.inference.models import open_model
 
     opened = open_model(str(tiny.llava), None, {"device": "cpu"})

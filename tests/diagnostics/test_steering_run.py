@@ -1,7 +1,7 @@
 """A run over questions or data measures the steering of MoReS adapters, layer by layer, and goes on where it ended.
 
 Modules: diagnostics/steering/one_model.py, diagnostics/steering/run.py, diagnostics/steering/summary.py,
-diagnostics/intervals.py, diagnostics/pictures/steering.py, diagnostics/preflight.py, inference/greedy.py,
+diagnostics/intervals.py, diagnostics/pictures/steering.py, diagnostics/preflight.py, inference/asking/greedy.py,
 cli/diagnose/steering.py.
 """
 

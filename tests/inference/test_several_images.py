@@ -1,6 +1,7 @@
 """A question may be about several images: the model sees each where the text has its mark, in any batch.
 
-Modules: inference/questions.py, inference/prompts.py, inference/answering.py, inference/question_lengths.py.
+Modules: inference/asking/questions.py, inference/asking/prompts.py, inference/asking/answering.py,
+inference/asking/question_lengths.py.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from typer.testing import CliRunner
 
 from llava_steering_plugin.cli import app
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
-from llava_steering_plugin.inference.prompts import said
-from llava_steering_plugin.inference.question_lengths import check_lengths
-from llava_steering_plugin.inference.questions import Question, read_questions
+from llava_steering_plugin.inference.asking.prompts import said
+from llava_steering_plugin.inference.asking.question_lengths import check_lengths
+from llava_steering_plugin.inference.asking.questions import Question, read_questions
 
 pytest_plugins = ["evaluating_fixtures", "pooled_fixtures", "steered_fixtures"]
 

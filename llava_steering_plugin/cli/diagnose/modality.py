@@ -61,8 +61,8 @@ def modality(
     from llava_steering_plugin.diagnostics.modality.one_model import Chosen, choose_questions
     from llava_steering_plugin.diagnostics.modality.run import ModalityRequest, read_answers, run_modality
     from llava_steering_plugin.diagnostics.results import digest
-    from llava_steering_plugin.inference.answering import AnswerOptions
-    from llava_steering_plugin.inference.questions import check_questions, read_questions
+    from llava_steering_plugin.inference.asking.answering import AnswerOptions
+    from llava_steering_plugin.inference.asking.questions import check_questions, read_questions
     from llava_steering_plugin.inference.sources import read_sources
     from llava_steering_plugin.pool.pool import BASE
 

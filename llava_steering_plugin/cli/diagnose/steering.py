@@ -56,7 +56,7 @@ def steering(
     from llava_steering_plugin.diagnostics.modality.run import read_answers
     from llava_steering_plugin.diagnostics.results import digest
     from llava_steering_plugin.diagnostics.steering.run import Answers, SteeringRequest, choose_data, run_steering
-    from llava_steering_plugin.inference.questions import check_questions, read_questions
+    from llava_steering_plugin.inference.asking.questions import check_questions, read_questions
     from llava_steering_plugin.inference.sources import read_sources
     from llava_steering_plugin.pool.pool import BASE
 

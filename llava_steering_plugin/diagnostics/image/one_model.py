@@ -14,8 +14,9 @@ from llava_steering_plugin.diagnostics.modality.one_model import answer_ids
 from llava_steering_plugin.diagnostics.positions import ForcedPass, forced_pass
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.hooks.decoder import find_decoder
-from llava_steering_plugin.inference.answering import BatchAnswers
-from llava_steering_plugin.inference.forced import force_answer
+from llava_steering_plugin.inference.asking.answering import BatchAnswers
+from llava_steering_plugin.inference.asking.forced import force_answer
+from llava_steering_plugin.inference.asking.questions import Question
 from llava_steering_plugin.inference.models import AnsweringModel
 from llava_steering_plugin.inference.patch_grid import (
     PatchGrid,
@@ -25,7 +26,6 @@ from llava_steering_plugin.inference.patch_grid import (
     window_numbers,
     windows_of,
 )
-from llava_steering_plugin.inference.questions import Question
 from llava_steering_plugin.inference.words import Word, group_words
 from llava_steering_plugin.measures.effect import GRADIENTS, NONE, OCCLUSION, STEPS, integrated_gradients, occlusion
 from llava_steering_plugin.measures.modality import Kind, answer_queries

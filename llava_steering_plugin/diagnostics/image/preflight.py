@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from llava_steering_plugin.errors import ArgumentsError, Problems, nearest
+from llava_steering_plugin.inference.asking.questions import IMAGE_MARK
 from llava_steering_plugin.inference.images import read_image
-from llava_steering_plugin.inference.questions import IMAGE_MARK
 from llava_steering_plugin.measures.effect import EFFECTS, NONE, OCCLUSION
 
 

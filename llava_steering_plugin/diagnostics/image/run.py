@@ -17,10 +17,10 @@ from llava_steering_plugin.diagnostics.image.one_model import EffectOptions, mea
 from llava_steering_plugin.diagnostics.pictures.overlays import draw_image
 from llava_steering_plugin.diagnostics.results import weights_of, write_tables
 from llava_steering_plugin.errors import ArgumentsError
-from llava_steering_plugin.inference.answering import AnswerOptions, BatchAnswers
+from llava_steering_plugin.inference.asking.answering import AnswerOptions, BatchAnswers
+from llava_steering_plugin.inference.asking.questions import Question
 from llava_steering_plugin.inference.images import read_image
 from llava_steering_plugin.inference.models import PEFT_CONFIG, AnsweringModel, base_of_lora, open_model
-from llava_steering_plugin.inference.questions import Question
 from llava_steering_plugin.measures.patches import SINK
 from llava_steering_plugin.pool.pool import BASE
 

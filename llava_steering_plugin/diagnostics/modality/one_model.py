@@ -14,11 +14,11 @@ import torch
 from llava_steering_plugin.diagnostics.positions import TOO_LONG, NotMeasured, forced_pass, prompt_kinds
 from llava_steering_plugin.diagnostics.records import KEY, Records
 from llava_steering_plugin.errors import ArgumentsError
-from llava_steering_plugin.inference.answering import BatchAnswers
-from llava_steering_plugin.inference.forced import force_answer
-from llava_steering_plugin.inference.greedy import until_end
+from llava_steering_plugin.inference.asking.answering import BatchAnswers
+from llava_steering_plugin.inference.asking.forced import force_answer
+from llava_steering_plugin.inference.asking.greedy import until_end
+from llava_steering_plugin.inference.asking.questions import Question
 from llava_steering_plugin.inference.models import AnsweringModel
-from llava_steering_plugin.inference.questions import Question
 from llava_steering_plugin.measures.modality import PADDING, GenerationShares, Kind, Shares, measure_shares
 
 NAMED = 10  # ids in a message

@@ -16,9 +16,9 @@ from llava_steering_plugin.diagnostics.pictures.plots import draw_modality
 from llava_steering_plugin.diagnostics.records import Records, open_records
 from llava_steering_plugin.diagnostics.results import Progress, write_tables
 from llava_steering_plugin.errors import ArgumentsError, listing, shortened
-from llava_steering_plugin.inference.answering import AnswerOptions, BatchAnswers
+from llava_steering_plugin.inference.asking.answering import AnswerOptions, BatchAnswers
+from llava_steering_plugin.inference.asking.questions import Question
 from llava_steering_plugin.inference.models import open_model
-from llava_steering_plugin.inference.questions import Question
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from llava_steering_plugin.diagnostics.positions import forced_pass
 from llava_steering_plugin.diagnostics.records import KEY, Records
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.hooks.decoder import find_decoder
-from llava_steering_plugin.inference.forced import force_answer
-from llava_steering_plugin.inference.greedy import answer_greedily, pixels_of
-from llava_steering_plugin.inference.prompts import said
-from llava_steering_plugin.inference.questions import Question
+from llava_steering_plugin.inference.asking.forced import force_answer
+from llava_steering_plugin.inference.asking.greedy import answer_greedily, pixels_of
+from llava_steering_plugin.inference.asking.prompts import said
+from llava_steering_plugin.inference.asking.questions import Question
 from llava_steering_plugin.inference.training_samples import TrainingSamples
 from llava_steering_plugin.inference.tunable import TunableModel
 from llava_steering_plugin.measures.steering import steerings, watched_norms, without_layer, without_layers

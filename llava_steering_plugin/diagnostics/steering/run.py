@@ -25,7 +25,7 @@ from llava_steering_plugin.diagnostics.steering.one_model import (
 from llava_steering_plugin.diagnostics.steering.summary import compare_subspaces, steering_rows, summarise_steering
 from llava_steering_plugin.diagnostics.task_data import CONVERSATION, Sample, check_samples, read_entries
 from llava_steering_plugin.errors import ArgumentsError
-from llava_steering_plugin.inference.questions import Question
+from llava_steering_plugin.inference.asking.questions import Question
 from llava_steering_plugin.inference.training_samples import TrainingSamples
 from llava_steering_plugin.inference.tunable import TunableModel, open_tunable
 from llava_steering_plugin.upstream.conversations import checked_template

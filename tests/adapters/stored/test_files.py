@@ -172,8 +172,8 @@ OTHERS = {
     "adapters/stored/writing.py",  # writes
     "whole_files.py",  # writes
     "training",  # what this very training has written, and its flags' files
-    "inference/questions.py",  # the user's questions and images
-    "inference/answers_file.py",  # answers that are written, and read again
+    "inference/asking/questions.py",  # the user's questions and images
+    "inference/asking/answers_file.py",  # answers that are written, and read again
     "inference/images.py",
     "evaluation",
     "diagnostics",

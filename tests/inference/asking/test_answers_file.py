@@ -17,9 +17,9 @@ from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
-from llava_steering_plugin.inference.answering import Answer, BatchAnswers
-from llava_steering_plugin.inference.answers_file import SUFFIX, AnswersFile, contents_of
-from llava_steering_plugin.inference.questions import Question
+from llava_steering_plugin.inference.asking.answering import Answer, BatchAnswers
+from llava_steering_plugin.inference.asking.answers_file import SUFFIX, AnswersFile, contents_of
+from llava_steering_plugin.inference.asking.questions import Question
 
 pytest_plugins = ["evaluating_fixtures", "pooled_fixtures", "steered_fixtures"]
 
@@ -41,7 +41,7 @@ def batches(first: int = 0, end: int = len(ASKED)) -> Iterable[tuple[int, list[Q
 KILLED_AT_THE_FOURTH = """
 import os, signal
 from llava_steering_plugin.cli import main
-from llava_steering_plugin.inference.answering import BatchAnswers
+from llava_steering_plugin.inference.asking.answering import BatchAnswers
 
 generated, asked = BatchAnswers.generated, []
 

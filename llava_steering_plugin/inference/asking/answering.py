@@ -20,10 +20,10 @@ from torch import Tensor
 
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.hooks.finite_rows import broken_rows
+from llava_steering_plugin.inference.asking.prompts import CONVERSATION, said, write_prompt
+from llava_steering_plugin.inference.asking.questions import Question
 from llava_steering_plugin.inference.base_model import LoadedBase
 from llava_steering_plugin.inference.images import image_arguments, read_image
-from llava_steering_plugin.inference.prompts import CONVERSATION, said, write_prompt
-from llava_steering_plugin.inference.questions import Question
 from llava_steering_plugin.upstream.conversations import checked_template
 
 

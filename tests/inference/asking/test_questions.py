@@ -19,7 +19,7 @@ from tiny_llava import TinyLlava, without_half_of_its_weights
 
 from llava_steering_plugin import AdapterPool
 from llava_steering_plugin.errors import ArgumentsError, NotFiniteError, SteeringError
-from llava_steering_plugin.inference.questions import Question, check_questions, read_questions
+from llava_steering_plugin.inference.asking.questions import Question, check_questions, read_questions
 
 pytest_plugins = ["evaluating_fixtures", "fork_fixtures", "pooled_fixtures", "steered_fixtures"]
 

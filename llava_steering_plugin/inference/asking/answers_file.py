@@ -16,8 +16,8 @@ from typing import IO, Any
 
 from llava_steering_plugin.adapters.stored.files import INDEX_BYTES, WEIGHT_BYTES, opened
 from llava_steering_plugin.errors import ArgumentsError, listing
-from llava_steering_plugin.inference.answering import Answer
-from llava_steering_plugin.inference.questions import Question
+from llava_steering_plugin.inference.asking.answering import Answer
+from llava_steering_plugin.inference.asking.questions import Question
 
 SUFFIX = ".unfinished"
 

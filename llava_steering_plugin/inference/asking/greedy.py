@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from llava_steering_plugin.inference.asking.prompts import write_prompt
+from llava_steering_plugin.inference.asking.questions import Question
 from llava_steering_plugin.inference.images import image_arguments, read_image
-from llava_steering_plugin.inference.prompts import write_prompt
-from llava_steering_plugin.inference.questions import Question
 from llava_steering_plugin.inference.tunable import TunableModel
 
 

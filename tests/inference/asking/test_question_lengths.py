@@ -12,8 +12,8 @@ from evaluating_fixtures import Evaluate
 from tiny_llava import VISUAL_TOKENS, TinyLlava
 
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
-from llava_steering_plugin.inference.question_lengths import NAMED, check_lengths
-from llava_steering_plugin.inference.questions import Question
+from llava_steering_plugin.inference.asking.question_lengths import NAMED, check_lengths
+from llava_steering_plugin.inference.asking.questions import Question
 
 pytest_plugins = ["evaluating_fixtures", "pooled_fixtures", "steered_fixtures"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llava_steering_plugin.inference.questions import IMAGE_MARK, Question
+from llava_steering_plugin.inference.asking.questions import IMAGE_MARK, Question
 from llava_steering_plugin.upstream.conversations import marked_as
 
 # The default template of upstream's eval scripts.

@@ -10,11 +10,11 @@ from typing import Any
 
 from llava_steering_plugin.adapters.fit.base_model import read_config
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
+from llava_steering_plugin.inference.asking.prompts import CONVERSATION, write_prompt
+from llava_steering_plugin.inference.asking.questions import Question
 from llava_steering_plugin.inference.base_files import VISION_TOWER
 from llava_steering_plugin.inference.context import PromptTokens
 from llava_steering_plugin.inference.images import image_size
-from llava_steering_plugin.inference.prompts import CONVERSATION, write_prompt
-from llava_steering_plugin.inference.questions import Question
 from llava_steering_plugin.upstream.conversations import checked_template
 
 NAMED = 20  # questions in a message
