@@ -30,7 +30,7 @@ FLOORS = (
     ("training", "convert", "pool"),
     ("upstream",),
     ("planning", "checkout", "inference", "launch"),
-    ("serving", "chat", "evaluation", "diagnostics"),
+    ("serving", "chat", "evaluation", "diagnostics", "comparison"),
     ("cli",),
     ("__main__",),
 )

@@ -1,0 +1,1 @@
+"""Compare methods over settings, learning rates, seeds and tasks: `llava-steering compare`."""
