@@ -54,6 +54,7 @@ OPTIONS = {
     "prepare": {"task", "--source", "--output", "--split", "--samples", "--seed"},
     "score": {
         *("task", "answers", "--annotations", "--output", "--submission", "--split", "--questions", "--allow-missing"),
+        "--per-question",
     },
     "convert": {"source", "target", "--base", "--conversation", "--projector", "--no-projector", "--force"},
 }

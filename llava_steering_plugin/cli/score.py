@@ -18,6 +18,9 @@ def score(
     submission: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what the test server or the judge takes.")
     ] = None,
+    per_question: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the score of each question, one JSON object a line.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Part of the benchmark, where its files name several.")] = None,
     questions: Annotated[Path | None, typer.Option(help="LLaVA's question file; for pope alone.")] = None,
     allow_missing: Annotated[
@@ -29,10 +32,10 @@ def score(
     All answers must be to questions of the annotations, one to each. Nothing is downloaded.
     """
     from llava_steering_plugin.cli.tables import console, score_table
-    from llava_steering_plugin.evaluation.scoring import check_writable, write_json
+    from llava_steering_plugin.evaluation.scoring import check_writable, write_json, write_points
     from llava_steering_plugin.evaluation.scoring import score as scored
 
-    for file in (submission, output):
+    for file in (submission, per_question, output):
         if file is not None:
             check_writable(file)
     found = scored(
@@ -43,9 +46,12 @@ def score(
         questions=questions,
         allow_missing=allow_missing,
         submission=submission is not None,
+        per_question=per_question is not None,
     )
     if submission is not None:
         write_json(submission, found.submission)
+    if per_question is not None and found.points is not None:
+        write_points(per_question, found.points)
     if output is not None:
         write_json(output, found.as_json())
     if found.metrics:
@@ -53,6 +59,6 @@ def score(
     typer.echo(f"{found.answers:,} answers, {found.missing:,} missing")
     for note in found.notes:
         typer.echo(f"note: {note}")
-    for file in (submission, output):
+    for file in (submission, per_question, output):
         if file is not None:
             typer.echo(str(file))

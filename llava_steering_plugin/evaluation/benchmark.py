@@ -10,6 +10,8 @@ from typing import Any
 # What a benchmark comes to: numbers by name, for all questions (`ALL`) and for groups of them. None: undefined.
 Metrics = dict[str, dict[str, float | int | None]]
 ALL = "all"
+# What the answer to each question is worth by itself, by key: between 0 and 1, and for CIDEr from 0 on.
+Points = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ class Benchmark:
         shared_ids: several questions may have the same id: those about one image.
         options: the options of `score` that `read` looks at: "split", "questions".
         remarks: returns what this installation leaves out of the numbers.
+        points: what the rule gives each question by itself; None: it gives nothing. 100 times their mean is the metric
+            `mean_of_points` of all questions, and of each group.
+        mean_of_points: the name of that metric.
     """
 
     annotations: str
@@ -94,6 +99,8 @@ class Benchmark:
     shared_ids: bool = False
     options: frozenset[str] = field(default_factory=frozenset)
     remarks: Callable[[], Sequence[str]] | None = None
+    points: Callable[[Sequence[Pair]], Points] | None = None
+    mean_of_points: str = "accuracy"
 
 
 def percent(points: Sequence[float]) -> float | None:

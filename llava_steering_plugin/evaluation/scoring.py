@@ -12,7 +12,16 @@ from typing import Any
 
 from llava_steering_plugin.errors import ArgumentsError, DataError, Problems
 from llava_steering_plugin.evaluation.answers import Paired, pair, read_answers
-from llava_steering_plugin.evaluation.benchmark import Benchmark, GivenAnswer, Metrics, Pair, References, Wanted
+from llava_steering_plugin.evaluation.benchmark import (
+    Benchmark,
+    GivenAnswer,
+    Metrics,
+    Pair,
+    Points,
+    References,
+    Wanted,
+    percent,
+)
 from llava_steering_plugin.evaluation.registry import benchmark_of
 from llava_steering_plugin.whole_files import write_whole
 
@@ -27,6 +36,8 @@ class Scores:
         failed: how many answers are none: the model's logits became NaN or infinite.
         submission: what the test server or the judge takes; None: it was not asked for.
         notes: what a reader of the numbers must know.
+        points: what each question is worth by itself, by its key; None: it was not asked for.
+        mean_of_points: the name of the metric that is 100 times their mean.
     """
 
     task: str
@@ -36,11 +47,17 @@ class Scores:
     failed: int
     submission: Any = None
     notes: tuple[str, ...] = ()
+    points: Points | None = None
+    mean_of_points: str = "accuracy"
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything but the submission as plain values."""
+        """Return everything but the submission and the points as plain values; of these, their mean in percent."""
         counts = {"answers": self.answers, "missing": self.missing, "failed": self.failed}
-        return {"task": self.task, **counts, "metrics": self.metrics, "notes": list(self.notes)}
+        found = {"task": self.task, **counts, "metrics": self.metrics, "notes": list(self.notes)}
+        if self.points is None:
+            return found
+        mean = percent(list(self.points.values()))
+        return {**found, "per_question": {"metric": self.mean_of_points, "mean": mean, "questions": len(self.points)}}
 
 
 def score(
@@ -52,6 +69,7 @@ def score(
     questions: Path | None = None,
     allow_missing: bool = False,
     submission: bool = False,
+    per_question: bool = False,
 ) -> Scores:
     """Score the answers to a benchmark by its official rule.
 
@@ -63,6 +81,7 @@ def score(
         questions: LLaVA's question file, for POPE.
         allow_missing: questions without an answer are left out; otherwise they are refused.
         submission: make the file for the test server or the judge.
+        per_question: also return what each question is worth by itself.
 
     Raises:
         ArgumentsError: the task is unknown, or lacks what is asked for.
@@ -72,7 +91,7 @@ def score(
     benchmark = benchmark_of(task)
     problems = Problems()
     with problems.noted():
-        _check_options(task, benchmark, {"split": split, "questions": questions}, submission)
+        _check_options(task, benchmark, {"split": split, "questions": questions}, submission, per_question)
     given: list[GivenAnswer] = []
     with problems.noted():
         given = read_answers(answers)
@@ -83,6 +102,10 @@ def score(
             raise ArgumentsError(
                 f"{annotations} holds no answers: it is a test split. Give --submission FILE to make what its test "
                 "server takes, or the annotations of another split."
+            )
+        if references.secret and per_question:
+            raise ArgumentsError(
+                f"{annotations} holds no answers, so no question has a score: leave out --per-question."
             )
     problems.raise_any(f"{task} cannot be scored")
     assert references is not None
@@ -99,15 +122,21 @@ def score(
         paired.failed,
         benchmark.submission(_all(paired, references)) if submission and benchmark.submission is not None else None,
         _notes(benchmark, references, paired),
+        benchmark.points(paired.answered) if per_question and benchmark.points is not None else None,
+        benchmark.mean_of_points,
     )
 
 
-def _check_options(task: str, benchmark: Benchmark, options: Mapping[str, Any], submission: bool) -> None:
+def _check_options(
+    task: str, benchmark: Benchmark, options: Mapping[str, Any], submission: bool, per_question: bool
+) -> None:
     for name, value in options.items():
         if value is not None and name not in benchmark.options:
             raise ArgumentsError(f"{task} takes no --{name}.")
     if submission and benchmark.submission is None:
         raise ArgumentsError(f"{task} has no file for a test server or a judge; leave out --submission.")
+    if per_question and benchmark.points is None:
+        raise ArgumentsError(f"{task} has no rule that scores single questions here; leave out --per-question.")
     if not submission and benchmark.metrics is None:
         raise ArgumentsError(f"{task} is scored by a judge model: --submission FILE makes the file that it takes.")
 
@@ -163,8 +192,21 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         ArgumentsError: it cannot be written.
     """
+    _write(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_points(path: Path, points: Points) -> None:
+    """Write what each question is worth, one JSON object a line: `question_id`, which is its key, and `score`.
+
+    Raises:
+        ArgumentsError: it cannot be written.
+    """
+    lines = (json.dumps({"question_id": key, "score": point}) + "\n" for key, point in points.items())
+    _write(path, "".join(lines))
+
+
+def _write(path: Path, text: str) -> None:
     check_writable(path)
-    text = json.dumps(value, indent=1) + "\n"
     try:
         if path.exists() and not path.is_file():  # a pipe, or /dev/stdout
             path.write_text(text, encoding="utf-8")

@@ -41,6 +41,42 @@ def test_a_benchmark_in_its_official_layout_scores_as_its_rule_says(task: str, t
     assert all(group in done.stdout for group in case.expected)
 
 
+def points_in(file: Path) -> dict[str, float]:
+    """Return the scores of a file of `--per-question`, by question."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert all(line.keys() == {"question_id", "score"} for line in lines)
+    return {line["question_id"]: line["score"] for line in lines}
+
+
+@pytest.mark.parametrize("task", SCORED)
+def test_the_mean_of_the_questions_scores_is_the_number_that_is_reported(task: str, tmp_path: Path) -> None:
+    case, file = make(task, tmp_path / "official"), tmp_path / "made" / "points.jsonl"
+    answers, output = case.write_answers(tmp_path / "answer.jsonl"), tmp_path / "scores.json"
+    written = ("--per-question", file, "--output", output)
+    done = run(task, answers, "--annotations", case.annotations, *written, *case.options)
+    points, found = points_in(file), json.loads(output.read_text())
+    assert all(0 <= point <= 1 for point in points.values()) and str(file) in done.stdout
+    mean = 100 * sum(points.values()) / len(points)
+    assert found["per_question"] == {"metric": "accuracy", "mean": approx(mean), "questions": len(points)}
+    if task == "mme":  # each subtask has an accuracy, and all of them together have none
+        for subtask in ("existence", "OCR", "code_reasoning"):
+            of_subtask = [point for key, point in points.items() if key.startswith(f"{subtask}/")]
+            assert 100 * sum(of_subtask) / len(of_subtask) == approx(found["metrics"][subtask]["accuracy"])
+        return
+    assert mean == approx(found["metrics"]["all"]["accuracy"])
+    assert len(points) == found["metrics"]["all"].get("questions", len(points))
+
+
+def test_scores_of_questions_are_those_of_the_rule_under_the_ids_of_the_annotations(tmp_path: Path) -> None:
+    vqa, mme = make("vqav2", tmp_path / "vqa"), make("mme", tmp_path / "mme")
+    found = score("vqav2", vqa.write_answers(tmp_path / "a.jsonl"), vqa.annotations, per_question=True).points
+    assert found == approx({"1": (3 * 2 / 3 + 7) / 10, "2": 1.0, "3": (2 / 3 + 8 * 2 / 3) / 10})
+    found = score("mme", mme.write_answers(tmp_path / "a.jsonl"), mme.annotations, per_question=True).points
+    assert found is not None and len(found) == len(mme.answers)
+    assert (found["existence/1: Is there a dog?"], found["existence/2: Is there a cat?"]) == (1, 0)
+    assert score("mme", tmp_path / "a.jsonl", mme.annotations).points is None
+
+
 def test_these_are_all_benchmarks_but_those_for_a_judge_and_for_pycocoevalcap() -> None:
     assert set(BENCHMARKS) - set(SCORED) == {"mmvet", "hallusionbench", "flickr30k"}
 
@@ -94,10 +130,14 @@ def test_damaged_answers_and_annotations_come_in_one_message(tmp_path: Path) -> 
         (["gqa", "--split", "val"], "gqa takes no --split"),
         (["okvqa", "--submission", "s.json"], "okvqa has no file for a test server or a judge"),
         (["mmvet"], "mmvet is scored by a judge model: --submission FILE"),
+        (["mmvet", "--per-question", "p.jsonl"], "mmvet has no rule that scores single questions here"),
     ],
 )
-def test_options_that_do_not_fit_the_benchmark_are_refused(words: list[str], message: str, tmp_path: Path) -> None:
+def test_options_that_do_not_fit_the_benchmark_are_refused(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task, *options = words
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SteeringError) as caught:
         run(task, tmp_path / "none.jsonl", "--annotations", tmp_path / "none.json", *options)
     assert message in str(caught.value)
@@ -121,6 +161,8 @@ class TestASubmission:
         given = ("vqav2", answers, "--annotations", tmp_path / "test.json", "--allow-missing")
         with pytest.raises(ArgumentsError, match=r"it is a test split\. Give --submission FILE"):
             run(*given)
+        with pytest.raises(ArgumentsError, match="holds no answers, so no question has a score"):
+            run(*given, "--submission", tmp_path / "s.json", "--per-question", tmp_path / "p.jsonl")
         done = run(*given, "--submission", tmp_path / "s.json")
         assert "note: a test split: its test server scores the submission" in done.stdout
         written = json.loads((tmp_path / "s.json").read_text())

@@ -312,6 +312,18 @@ def _vision_flan(folder: Path) -> Case:
     return Case(_write(folder / "annotation_191-task_1k.json", samples), answers, expected)
 
 
+def _own(folder: Path) -> Case:
+    lines = [
+        {"question_id": 7, "text": "What colour?", "answer": "Dark red", "task": "colours"},
+        {"question_id": 8, "text": "How many?", "answer": ["2", "two"], "task": "numbers"},
+        {"question_id": 9, "text": "How many?", "answer": "3"},
+    ]
+    expected = {"all": {"accuracy": 200 / 3}, "colours": {"accuracy": 100.0}, "numbers": {"accuracy": 100.0}}
+    return Case(
+        _write_lines(folder / "q.jsonl", lines), [(7, " dark red.", ""), (8, "Two", ""), (9, "33", "")], expected
+    )
+
+
 def make(task: str, folder: Path) -> Case:
     """Write the tiny benchmark of a name that a rule scores without further packages."""
     makers: dict[str, Any] = {
@@ -323,6 +335,7 @@ def make(task: str, folder: Path) -> Case:
         **{"scienceqa_img": _scienceqa_img, "mmmu": _mmmu, "vsr": _vsr, "snli_ve": _snli_ve, "cifar10": _cifar10},
         **{"cifar100": _cifar100, "mnist": _mnist, "hellaswag": _hellaswag, "mmlu": _mmlu},
         "vision_flan": _vision_flan,
+        "exact_match": _own,
     }
     folder.mkdir(parents=True, exist_ok=True)
     case: Case = makers[task](folder)
@@ -343,6 +356,7 @@ SCORED = (
         "pope",
     ),
     *("mme", "mmmu", "vsr", "snli_ve", "cifar10", "cifar100", "mnist", "hellaswag", "mmlu", "vision_flan"),
+    "exact_match",
 )
 
 

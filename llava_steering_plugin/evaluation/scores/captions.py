@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.errors import DataError
-from llava_steering_plugin.evaluation.benchmark import ALL, Metrics, Pair, References, Wanted
+from llava_steering_plugin.evaluation.benchmark import ALL, Metrics, Pair, Points, References, Wanted, percent
 from llava_steering_plugin.evaluation.official_files import keyed, official, read_json, reading, text_of
 
 PACKAGE = "pycocoevalcap"
@@ -48,6 +48,23 @@ def caption_metrics(pairs: Sequence[Pair]) -> Metrics:
     Raises:
         DataError: the package or Java is missing.
     """
+    cider, bleu = _measured(pairs)
+    values: dict[str, float | int | None] = {"cider": percent(list(cider.values()))}
+    values |= {f"bleu-{order}": 100 * value for order, value in enumerate(bleu, 1)}
+    return {ALL: {**values, "questions": len(pairs)}}
+
+
+def cider_points(pairs: Sequence[Pair]) -> Points:
+    """Return the CIDEr of each image, whose mean is that of all; BLEU is no mean over images.
+
+    Raises:
+        DataError: the package or Java is missing.
+    """
+    return _measured(pairs)[0]
+
+
+def _measured(pairs: Sequence[Pair]) -> tuple[Points, list[float]]:
+    """Return the CIDEr of each image, and BLEU-1 to BLEU-4 of all."""
     problems = []
     scorers: dict[str, Any] = {}
     try:
@@ -69,7 +86,5 @@ def caption_metrics(pairs: Sequence[Pair]) -> Metrics:
         right = tokenizer.tokenize({pair.key: [{"caption": text} for text in pair.reference] for pair in pairs})
         said = tokenizer.tokenize({pair.key: [{"caption": pair.text}] for pair in pairs})
         bleu, _ = scorers["Bleu"](4).compute_score(right, said)
-        cider, _ = scorers["Cider"]().compute_score(right, said)
-    values: dict[str, float | int | None] = {"cider": 100 * float(cider)}
-    values |= {f"bleu-{order}": 100 * float(value) for order, value in enumerate(bleu, 1)}
-    return {ALL: {**values, "questions": len(pairs)}}
+        _, cider = scorers["Cider"]().compute_score(right, said)  # in the order of `right`
+    return dict(zip(right, map(float, cider), strict=True)), [float(value) for value in bleu]

@@ -12,7 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin.evaluation.benchmark import ALL, Metrics, Pair, References, Wanted, accuracies, percent
+from llava_steering_plugin.evaluation.benchmark import (
+    ALL,
+    Metrics,
+    Pair,
+    Points,
+    References,
+    Wanted,
+    accuracies,
+    percent,
+)
 from llava_steering_plugin.evaluation.official_files import keyed, official, read_json, reading, text_of
 
 ANLS_THRESHOLD = 0.5
@@ -50,11 +59,16 @@ def _gqa_reference(question: Mapping[str, Any], secret: bool) -> dict[str, Any]:
     return {"answer": text_of(question, "answer"), "type": kind, "balanced": bool(question.get("isBalanced", True))}
 
 
+def gqa_points(pairs: Sequence[Pair]) -> Points:
+    """Tell which of the balanced questions are answered right."""
+    balanced = (pair for pair in pairs if pair.reference["balanced"])
+    return {pair.key: float(gqa_answer(pair.text) == pair.reference["answer"]) for pair in balanced}
+
+
 def gqa_metrics(pairs: Sequence[Pair]) -> Metrics:
     """Return the accuracy of the balanced questions, and of open and binary ones."""
-    pairs = [pair for pair in pairs if pair.reference["balanced"]]
-    points = {pair.key: float(gqa_answer(pair.text) == pair.reference["answer"]) for pair in pairs}
-    return accuracies(points, {pair.key: pair.reference["type"] for pair in pairs})
+    points = gqa_points(pairs)
+    return accuracies(points, {pair.key: pair.reference["type"] for pair in pairs if pair.key in points})
 
 
 def gqa_submission(pairs: Sequence[Pair]) -> list[dict[str, str]]:
@@ -105,13 +119,21 @@ def _iconqa_answer(text: str, choices: Sequence[str]) -> str:
     return plain(text)
 
 
+def _compared(pair: Pair) -> tuple[str, str]:
+    """Return the answer to a question of IconQA and the right one, as they are compared."""
+    return _iconqa_answer(pair.text, pair.reference["choices"]), plain(pair.reference["answer"])
+
+
+def iconqa_points(pairs: Sequence[Pair]) -> Points:
+    """Tell which answers match exactly, in lower case."""
+    compared = {pair.key: _compared(pair) for pair in pairs}
+    return {key: float(said == right) for key, (said, right) in compared.items()}
+
+
 def iconqa_metrics(pairs: Sequence[Pair]) -> Metrics:
     """Return the accuracy by exact match, in lower case, and the ANLS."""
-    said = [_iconqa_answer(pair.text, pair.reference["choices"]) for pair in pairs]
-    right = [plain(pair.reference["answer"]) for pair in pairs]
-    exact = [float(one == other) for one, other in zip(said, right, strict=True)]
-    near = [anls(one, other) for one, other in zip(said, right, strict=True)]
-    return {ALL: {"accuracy": percent(exact), "anls": percent(near), "questions": len(pairs)}}
+    exact, near = iconqa_points(pairs), [anls(*_compared(pair)) for pair in pairs]
+    return {ALL: {"accuracy": percent(list(exact.values())), "anls": percent(near), "questions": len(pairs)}}
 
 
 def anls(answer: str, right: str) -> float:
@@ -151,9 +173,14 @@ def _sample_reference(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {"answer": said[0], "task": sample.get("task_name", sample.get("task"))}
 
 
+def vision_flan_points(pairs: Sequence[Pair]) -> Points:
+    """Tell which answers match exactly, in lower case and without full stops at their ends."""
+    return {pair.key: float(plain(pair.text) == plain(pair.reference["answer"])) for pair in pairs}
+
+
 def vision_flan_metrics(pairs: Sequence[Pair]) -> Metrics:
     """Return the accuracy by exact match of all samples and of each task, and ROUGE-L if rouge-score is installed."""
-    points = {pair.key: float(plain(pair.text) == plain(pair.reference["answer"])) for pair in pairs}
+    points = vision_flan_points(pairs)
     tasks = {pair.key: str(pair.reference["task"]) for pair in pairs if pair.reference["task"] is not None}
     metrics = accuracies(points, tasks)
     if (scorer := _rouge_scorer()) is not None:

@@ -13,7 +13,7 @@ import string
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from llava_steering_plugin.evaluation.benchmark import Metrics, Pair, References, Wanted, accuracies
+from llava_steering_plugin.evaluation.benchmark import Metrics, Pair, Points, References, Wanted, accuracies
 from llava_steering_plugin.evaluation.official_files import keyed, official, read_lines, reading, text_of
 from llava_steering_plugin.evaluation.scores.vqa_text import NUMBERS
 
@@ -27,23 +27,39 @@ def label_of(text: str) -> str:
     return " ".join(text.replace("_", " ").lower().strip(string.punctuation + string.whitespace).split())
 
 
+def label_points(pairs: Sequence[Pair]) -> Points:
+    """Tell which answers are the right label."""
+    return {pair.key: float(label_of(pair.text) == pair.reference) for pair in pairs}
+
+
 def label_metrics(pairs: Sequence[Pair]) -> Metrics:
     """Return the accuracy of all questions, and of each label."""
-    points = {pair.key: float(label_of(pair.text) == pair.reference) for pair in pairs}
-    return accuracies(points, {pair.key: pair.reference for pair in pairs})
+    return _by_label(label_points(pairs), pairs)
+
+
+def statement_points(pairs: Sequence[Pair]) -> Points:
+    """Tell which statements are judged right; yes is true, and no is false."""
+    said = {pair.key: label_of(label_of(pair.text).split(" ")[0]) for pair in pairs}
+    return {pair.key: float(_SAME.get(said[pair.key], said[pair.key]) == pair.reference) for pair in pairs}
 
 
 def statement_metrics(pairs: Sequence[Pair]) -> Metrics:
     """Return the accuracy of all statements, and of true and false ones; yes is true, and no is false."""
-    said = {pair.key: label_of(label_of(pair.text).split(" ")[0]) for pair in pairs}
-    points = {pair.key: float(_SAME.get(said[pair.key], said[pair.key]) == pair.reference) for pair in pairs}
-    return accuracies(points, {pair.key: pair.reference for pair in pairs})
+    return _by_label(statement_points(pairs), pairs)
+
+
+def digit_points(pairs: Sequence[Pair]) -> Points:
+    """Tell which digits are right; a number word is its digit."""
+    said = {pair.key: label_of(pair.text) for pair in pairs}
+    return {pair.key: float(NUMBERS.get(said[pair.key], said[pair.key]) == pair.reference) for pair in pairs}
 
 
 def digit_metrics(pairs: Sequence[Pair]) -> Metrics:
     """Return the accuracy of all digits, and of each; a number word is its digit."""
-    said = {pair.key: label_of(pair.text) for pair in pairs}
-    points = {pair.key: float(NUMBERS.get(said[pair.key], said[pair.key]) == pair.reference) for pair in pairs}
+    return _by_label(digit_points(pairs), pairs)
+
+
+def _by_label(points: Points, pairs: Sequence[Pair]) -> Metrics:
     return accuracies(points, {pair.key: pair.reference for pair in pairs})
 
 

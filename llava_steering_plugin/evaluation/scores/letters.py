@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.errors import DataError
-from llava_steering_plugin.evaluation.benchmark import Metrics, Pair, References, Wanted, accuracies
+from llava_steering_plugin.evaluation.benchmark import Metrics, Pair, Points, References, Wanted, accuracies
 from llava_steering_plugin.evaluation.official_files import keyed, official, read_json, read_lines, reading
 
 LETTERS = "ABCDE"
@@ -32,9 +32,14 @@ def letter_of(text: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+def letter_points(pairs: Sequence[Pair]) -> Points:
+    """Tell which answers are the letter of the right choice."""
+    return {pair.key: float(_is_right(pair.text, pair.reference)) for pair in pairs}
+
+
 def letter_metrics(pairs: Sequence[Pair]) -> Metrics:
     """Return the accuracy of all questions, and of each group that references name."""
-    points = {pair.key: float(_is_right(pair.text, pair.reference)) for pair in pairs}
+    points = letter_points(pairs)
     return accuracies(points, {pair.key: pair.reference["group"] for pair in pairs if pair.reference["group"]})
 
 

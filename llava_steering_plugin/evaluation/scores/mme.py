@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from llava_steering_plugin.errors import DataError
-from llava_steering_plugin.evaluation.benchmark import GivenAnswer, Metrics, Pair, References, Wanted
+from llava_steering_plugin.evaluation.benchmark import GivenAnswer, Metrics, Pair, Points, References, Wanted
 from llava_steering_plugin.evaluation.official_files import reading
 
 PERCEPTION = (
@@ -69,6 +69,11 @@ def _key(image: str, question: str) -> str:
     return f"{image}: {' '.join(asked.split())}"
 
 
+def mme_points(pairs: Sequence[Pair]) -> Points:
+    """Tell which questions are answered right. Their mean over a subtask is its accuracy; acc+ is of images."""
+    return {pair.key: float(verdict(pair.text) == pair.reference["right"]) for pair in pairs}
+
+
 def mme_metrics(pairs: Sequence[Pair]) -> Metrics:
     """Return the sums for perception and cognition, and accuracy, acc+ and score of each subtask."""
     metrics: Metrics = {}
@@ -87,10 +92,11 @@ def mme_metrics(pairs: Sequence[Pair]) -> Metrics:
 
 
 def _subtask(pairs: Sequence[Pair]) -> dict[str, float | int | None]:
-    right: dict[str, list[bool]] = {}
+    points = mme_points(pairs)
+    right: dict[str, list[float]] = {}
     for pair in pairs:
-        right.setdefault(pair.reference["image"], []).append(verdict(pair.text) == pair.reference["right"])
-    accuracy = 100 * sum(map(sum, right.values())) / len(pairs)
+        right.setdefault(pair.reference["image"], []).append(points[pair.key])
+    accuracy = 100 * sum(points.values()) / len(pairs)
     both = 100 * sum(sum(each) == 2 for each in right.values()) / len(right)
     other = sum(verdict(pair.text) == "other" for pair in pairs)
     return {"score": accuracy + both, "accuracy": accuracy, "acc+": both, "other": other, "questions": len(pairs)}

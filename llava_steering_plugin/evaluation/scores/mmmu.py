@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.errors import DataError
-from llava_steering_plugin.evaluation.benchmark import ALL, Metrics, Pair, References, Wanted, percent
+from llava_steering_plugin.evaluation.benchmark import ALL, Metrics, Pair, Points, References, Wanted, percent
 from llava_steering_plugin.evaluation.official_files import keyed, read_json, reading, text_of
 
 # In the order of the official code: what it draws at random for unreadable answers follows this order.
@@ -164,12 +164,18 @@ def _reference(entry: Mapping[str, Any], subject: str, right: Any) -> dict[str, 
     return {"kind": text_of(entry, "question_type"), "choices": choices, "right": right, "subject": subject}
 
 
+def mmmu_points(pairs: Sequence[Pair]) -> Points:
+    """Tell which questions are answered right; for unreadable choices this depends on the draws before them."""
+    draw = random.Random(SEED).choice
+    return {pair.key: float(_point(pair, draw)) for pair in pairs}
+
+
 def mmmu_metrics(pairs: Sequence[Pair]) -> Metrics:
     """Return the accuracy of all questions, of each discipline and of each subject."""
-    draw = random.Random(SEED).choice
+    of_question = mmmu_points(pairs)
     points: dict[str, list[float]] = {}
     for pair in pairs:
-        points.setdefault(pair.reference["subject"], []).append(float(_point(pair, draw)))
+        points.setdefault(pair.reference["subject"], []).append(of_question[pair.key])
     metrics: Metrics = {ALL: _row([point for each in points.values() for point in each])}
     for discipline, names in DISCIPLINES.items():
         subjects = [subject for subject in names.split() if subject in points]

@@ -12,7 +12,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin.evaluation.benchmark import GivenAnswer, Metrics, Pair, References, Wanted, accuracies
+from llava_steering_plugin.evaluation.benchmark import (
+    GivenAnswer,
+    Metrics,
+    Pair,
+    Points,
+    References,
+    Wanted,
+    accuracies,
+)
 from llava_steering_plugin.evaluation.official_files import (
     keyed,
     official,
@@ -58,24 +66,38 @@ def textvqa_point(text: str, humans: Sequence[str]) -> float:
     return leave_one_out(textvqa_answer(text), [textvqa_answer(human) for human in humans])
 
 
+def vqa_points(pairs: Sequence[Pair]) -> Points:
+    """Return the accuracy of each question by VQA's rule."""
+    return {pair.key: vqa_point(pair.text, pair.reference["answers"]) for pair in pairs}
+
+
 def vqa_metrics(pairs: Sequence[Pair]) -> Metrics:
     """Return the accuracy of all questions and of each type of answer."""
-    return _metrics(pairs, vqa_point)
+    return _by_type(vqa_points(pairs), pairs)
+
+
+def vizwiz_points(pairs: Sequence[Pair]) -> Points:
+    """Return the accuracy of each question by VizWiz's rule."""
+    return {pair.key: vizwiz_point(pair.text, pair.reference["answers"]) for pair in pairs}
 
 
 def vizwiz_metrics(pairs: Sequence[Pair]) -> Metrics:
     """Return the accuracy of all questions and of each type of answer."""
-    return _metrics(pairs, vizwiz_point)
+    return _by_type(vizwiz_points(pairs), pairs)
+
+
+def textvqa_points(pairs: Sequence[Pair]) -> Points:
+    """Return the accuracy of each question by TextVQA's rule."""
+    return {pair.key: textvqa_point(pair.text, pair.reference["answers"]) for pair in pairs}
 
 
 def textvqa_metrics(pairs: Sequence[Pair]) -> Metrics:
     """Return the accuracy of all questions."""
-    return _metrics(pairs, textvqa_point)
+    return _by_type(textvqa_points(pairs), pairs)
 
 
-def _metrics(pairs: Sequence[Pair], point: Any) -> Metrics:
-    types = {pair.key: pair.reference["type"] for pair in pairs if pair.reference["type"]}
-    return accuracies({pair.key: point(pair.text, pair.reference["answers"]) for pair in pairs}, types)
+def _by_type(points: Points, pairs: Sequence[Pair]) -> Metrics:
+    return accuracies(points, {pair.key: pair.reference["type"] for pair in pairs if pair.reference["type"]})
 
 
 def read_vqa(source: Path, wanted: Wanted) -> References:

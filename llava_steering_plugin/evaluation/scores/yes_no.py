@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.errors import DataError
-from llava_steering_plugin.evaluation.benchmark import ALL, GivenAnswer, Metrics, Pair, References, Wanted
+from llava_steering_plugin.evaluation.benchmark import ALL, GivenAnswer, Metrics, Pair, Points, References, Wanted
 from llava_steering_plugin.evaluation.official_files import keyed, read_lines, reading, text_of
 
 SPLITS = ("random", "popular", "adversarial")
@@ -72,6 +72,11 @@ def _keys_by_id(file: Path, items: dict[str, Any]) -> dict[str, str]:
                 found[str(question["question_id"])] = key
             place[split] += 1
     return found
+
+
+def pope_points(pairs: Sequence[Pair]) -> Points:
+    """Tell which questions are answered right."""
+    return {pair.key: float(says_yes(pair.text) == pair.reference["yes"]) for pair in pairs}
 
 
 def pope_metrics(pairs: Sequence[Pair]) -> Metrics:

@@ -55,3 +55,13 @@ def test_captions_that_the_annotators_gave_have_a_bleu_of_100(flickr: Path, caps
     found = score("flickr30k", flickr / "a.jsonl", flickr).metrics["all"]
     assert found["bleu-4"] == pytest.approx(100) and float(found["cider"] or 0) > 100
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(not INSTALLED or shutil.which("java") is None, reason="pycocoevalcap or Java is missing")
+def test_cider_is_the_mean_of_its_images_and_these_are_the_scores_of_questions(flickr: Path) -> None:
+    write_answers(flickr / "a.jsonl", [("1.jpg", CAPTIONS["1.jpg"][0], ""), ("2.jpg", "A dog runs .", "")])
+    found = score("flickr30k", flickr / "a.jsonl", flickr, per_question=True)
+    assert found.points is not None and found.points["1.jpg"] > 1 > found.points["2.jpg"] >= 0
+    mean = 100 * sum(found.points.values()) / 2
+    assert found.metrics["all"]["cider"] == pytest.approx(mean)
+    assert found.as_json()["per_question"] == {"metric": "cider", "mean": pytest.approx(mean), "questions": 2}
