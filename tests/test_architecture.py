@@ -23,8 +23,8 @@ PACKAGE = "llava_steering_plugin"
 # From the ground up. A room imports rooms of lower floors only; rooms of one floor know nothing of each other.
 FLOORS = (
     ("errors", "lazy_imports", "whole_files"),
-    ("distributed",),
-    ("modes",),
+    ("distributed", "registered"),
+    ("modes", "components"),
     ("hooks",),
     ("adapters", "measures"),
     ("training", "convert", "pool"),

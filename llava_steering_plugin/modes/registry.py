@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import sys
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, get_args, get_type_hints
 
-from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing, nearest
+from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.modes.base import Mode
+from llava_steering_plugin.registered import Registered
 
-GROUP = "llava_steering.modes"
+# The abstract class is the parent of those that are registered; mypy fears that it is called.
+_MODES = Registered("llava_steering.modes", "tuning mode", Mode, "docs/adding-a-mode.md")  # type: ignore[type-abstract]
 
 logger = logging.getLogger(__name__)
 
 
 def names() -> list[str]:
     """Return the names of all registered modes, sorted. No mode is imported."""
-    return sorted(_found())
+    return _MODES.names()
 
 
 def loadable() -> dict[str, type[Mode]]:
@@ -41,32 +41,7 @@ def get(name: str) -> type[Mode]:
         ArgumentsError: nothing is registered under that name.
         SteeringError: the registered object cannot be imported, is no mode, or several packages register the name.
     """
-    found = _found()
-    if name not in found:
-        _found_on.cache_clear()  # it may have been installed while this process runs
-        found = _found()
-    if name not in found:
-        known = ", ".join(sorted(found)) or "none; is llava-steering-plugin installed with pip?"
-        raise ArgumentsError(f"unknown tuning mode {name!r}: {nearest(name, found)}Registered: {known}")
-    entry, *others = found[name]
-    if others:
-        raise SteeringError(
-            f"the tuning mode {name!r} is registered by several packages: "
-            f"{', '.join(f'{_origin(each)} ({each.value})' for each in found[name])}. Uninstall all but one."
-        )
-    try:
-        loaded = entry.load()
-    except Exception as error:
-        raise SteeringError(
-            f"the tuning mode {name!r} ({entry.value}, from {_origin(entry)}) cannot be loaded: {error!r}. "
-            "Mend or uninstall that package."
-        ) from error
-    if not (isinstance(loaded, type) and issubclass(loaded, Mode) and loaded.name == name):
-        raise SteeringError(
-            f"{entry.value} (from {_origin(entry)}) is registered as tuning mode {name!r} and is no subclass of "
-            f"llava_steering_plugin.modes.base.Mode with name = {name!r}. docs/adding-a-mode.md shows one."
-        )
-    return loaded
+    return _MODES.get(name)
 
 
 def configured(name: str, settings: Mapping[str, Any]) -> Mode:
@@ -103,23 +78,3 @@ def _is_a(value: object, expected: Any) -> bool:
 
 def _spelled(expected: Any) -> str:
     return " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in get_args(expected) or (expected,))
-
-
-def _found() -> dict[str, list[EntryPoint]]:
-    return _found_on(tuple(sys.path))
-
-
-@functools.cache
-def _found_on(path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
-    """Return what the packages on `path`, which is sys.path, register. Reading that takes as long as a small load."""
-    found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=GROUP):
-        same = found.setdefault(entry.name, [])
-        # One package found twice (an editable install beside its source) is no conflict.
-        if entry.value not in [other.value for other in same]:
-            same.append(entry)
-    return found
-
-
-def _origin(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist is not None else "an unknown distribution"

@@ -1,4 +1,7 @@
-"""Tuning modes of other distributions are found, used like our own, and named where they are broken."""
+"""Tuning modes of other distributions are found, used like our own, and named where they are broken.
+
+Covers `registered.py`, too, which does the looking up.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from forks import Forks
 from tiny_llava import LAYERS, TinyLlava
 from training_runs import TRAIN_CODE, subprocess_environment, train_flags
 
+from llava_steering_plugin import registered
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.modes import registry
 
@@ -213,7 +217,7 @@ def test_packages_are_read_once_and_again_when_a_name_is_unknown(
         reads.append(group)
         return entry_points(group=group)
 
-    monkeypatch.setattr(registry, "entry_points", counted)
+    monkeypatch.setattr(registered, "entry_points", counted)
     monkeypatch.syspath_prepend(tmp_path)
     for _ in range(3):
         assert registry.get("mores").name in registry.names()

@@ -9,7 +9,6 @@ that went wrong, and exits with 1 if anything did.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import random
@@ -32,7 +31,6 @@ from llava_steering_plugin import AdapterPool, attach, load_adapter, remove_adap
 from llava_steering_plugin.adapters.save_load import describe
 from llava_steering_plugin.adapters.stored.config import AdapterConfig
 from llava_steering_plugin.errors import AdapterError
-from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
@@ -240,7 +238,6 @@ def table(counts: dict[str, Counter[tuple[str, str]]], names: list[str]) -> Iter
 
 def main(llava: Path, work: Path, count: int, seed: int, only: int | None = None) -> int:
     torch.set_num_threads(1)
-    registry._found = functools.cache(registry._found)  # looking through all that is installed takes most of the time
     numbers, started = list(range(count)) if only is None else [only], time.monotonic()
     templates = save_templates(work / "templates", llava)
     with torch.inference_mode():

@@ -1,0 +1,1 @@
+"""Connectors, which LLaVA calls projectors: each file is one."""

@@ -1,0 +1,1 @@
+"""Language models: each file is one, or one family."""

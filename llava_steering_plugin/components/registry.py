@@ -1,0 +1,18 @@
+"""Look up the installed components: vision towers, connectors and language models, each in a group of entry points."""
+
+from __future__ import annotations
+
+from llava_steering_plugin.components.base import Connector, LanguageModel, Tower
+from llava_steering_plugin.registered import Registered
+
+PAGE = "docs/adding-a-component.md"
+# The abstract class is the parent of those that are registered; mypy fears that it is called.
+TOWERS = Registered("llava_steering.towers", "vision tower", Tower, PAGE)  # type: ignore[type-abstract]
+CONNECTORS = Registered("llava_steering.connectors", "connector", Connector, PAGE)  # type: ignore[type-abstract]
+LANGUAGE_MODELS = Registered("llava_steering.language_models", "language model", LanguageModel, PAGE)
+
+
+def split(text: str) -> tuple[str, str]:
+    """Return the name of a component and what follows its colon: ("siglip", "google/siglip-base-patch16-224")."""
+    name, _, rest = text.partition(":")
+    return name, rest

@@ -1,0 +1,1 @@
+"""Vision towers: each file is one."""
