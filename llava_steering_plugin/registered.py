@@ -23,12 +23,15 @@ class Registered(Generic[T]):
         kind: what they are, for messages: "tuning mode".
         parent: their common class. It has `name`, which is that of the entry point.
         page: that shows how to write one.
+        ours: names and objects that this package registers itself, as its setup.cfg does. They are known here too:
+            after an update of an editable install, the metadata that pip wrote are older than the code.
     """
 
     group: str
     kind: str
     parent: type[T]
     page: str
+    ours: tuple[tuple[str, str], ...] = ()
 
     def names(self) -> list[str]:
         """Return the names of all that is registered, sorted. Nothing is imported."""
@@ -76,14 +79,14 @@ class Registered(Generic[T]):
         return _origin(self._found()[name][0])
 
     def _found(self) -> Mapping[str, list[EntryPoint]]:
-        return _found_on(self.group, tuple(sys.path))
+        return _found_on(self.group, self.ours, tuple(sys.path))
 
 
 @functools.cache
-def _found_on(group: str, path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
+def _found_on(group: str, ours: tuple[tuple[str, str], ...], path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
     """Return what the packages on `path`, which is sys.path, register. Reading that takes as long as a small load."""
     found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=group):
+    for entry in [*entry_points(group=group), *(EntryPoint(name, value, group) for name, value in ours)]:
         same = found.setdefault(entry.name, [])
         # One package found twice (an editable install beside its source) is no conflict.
         if entry.value not in [other.value for other in same]:

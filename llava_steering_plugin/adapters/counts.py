@@ -78,7 +78,8 @@ def parameter_table(name: str, counts: ParameterCounts) -> Table:
     table.add_column("part")
     table.add_column("parameters", justify="right")
     table.add_column("of the model", justify="right")
-    rows = [(name, counts.mode), ("projector", counts.other), ("total", counts.trainable)]
+    rows: list[tuple[str, int | None]] = [(name, counts.mode)] if counts.mode else []
+    rows += [("projector", counts.other), ("total", counts.trainable)]
     rows += [(f"for comparison: LoRA r={rank}", count) for rank, count in counts.lora.items()]
     for label, count in rows:
         share = () if count is None else (f"{count:,}", f"{100 * count / counts.model:.4f} %")

@@ -139,6 +139,8 @@ class Mode(ABC):
     name: ClassVar[str]
     # True if the modules change nothing at decode steps: where many adapters share a model, they are not called there.
     idle_at_decode: ClassVar[bool] = False
+    # True if the mode builds nothing, so that there is no training without the projector's.
+    projector_alone: ClassVar[bool] = False
 
     def problems(self, decoder: DecoderShape | None = None) -> list[str]:
         """Return everything wrong with the settings, one sentence each.

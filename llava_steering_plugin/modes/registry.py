@@ -12,8 +12,18 @@ from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.registered import Registered
 
-# The abstract class is the parent of those that are registered; mypy fears that it is called.
-_MODES = Registered("llava_steering.modes", "tuning mode", Mode, "docs/adding-a-mode.md")  # type: ignore[type-abstract]
+_OURS = {
+    "mixlora": "llava_steering_plugin.modes.mixlora:MixLoRA",
+    "mores": "llava_steering_plugin.modes.mores:MoReS",
+    "projector": "llava_steering_plugin.modes.projector:Projector",
+}
+_MODES = Registered(
+    "llava_steering.modes",
+    "tuning mode",
+    Mode,  # type: ignore[type-abstract] # the parent of those that are registered; mypy fears that it is called
+    "docs/adding-a-mode.md",
+    tuple(_OURS.items()),
+)
 
 logger = logging.getLogger(__name__)
 

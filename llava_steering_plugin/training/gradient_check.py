@@ -12,6 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from llava_steering_plugin.adapters.attachment import Attachment
+from llava_steering_plugin.adapters.fit.base_model import projector_of
+from llava_steering_plugin.adapters.parameters import parameters_of
 from llava_steering_plugin.errors import SteeringError, listing
 
 logger = logging.getLogger(__name__)
@@ -40,12 +42,12 @@ class GradientCheck(TrainerCallback):
     Args:
         parameters: the trained ones of the adapter, by name.
         modules: of the adapter, which hold them.
-        last_layer: path of the last decoder layer, with which the names of its parameters begin.
+        zeros: path with which the names of those parameters begin whose gradients may be zero, the last layer's.
     """
 
     # Hooks rather than `.grad`, which DeepSpeed keeps elsewhere. Each is removed once it has seen enough.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], modules: Mapping[str, nn.Module], last_layer: str):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], modules: Mapping[str, nn.Module], zeros: str):
         self.names = list(parameters)
         self.steps, self.warned = 0, False
         self._chains = _chains(parameters, modules)
@@ -56,15 +58,22 @@ class GradientCheck(TrainerCallback):
         self._seen = torch.zeros(2, len(self.names), device=device)
         self._counting = torch.zeros(STEPS, len(self.names))  # whether the steps since the last exchange count
         self._counted = torch.zeros(len(self.names))
-        self._passes = torch.tensor([name.startswith(f"{last_layer}.") for name in self.names])
+        self._passes = torch.tensor([name.startswith(f"{zeros}.") for name in self.names])
         self._gradients = {at: each.register_hook(self._hook(at)) for at, each in enumerate(parameters.values())}
         parts = {id(part): part for chain in self._chains for part in chain}
         self._calls = [part.register_forward_hook(self._note_call) for part in parts.values()]
 
     @classmethod
     def of(cls, attachment: Attachment) -> GradientCheck:
-        """Return the check of an adapter on its model."""
-        return cls(attachment.trained(), attachment.modules, attachment.shape.layers[-1].path)
+        """Return the check of an adapter on its model; of the projector, where that alone is trained.
+
+        A projector may get zeros for long: LLaVA sends a blank picture through it for a text.
+        """
+        if attachment.modules or (found := projector_of(attachment.model)) is None:
+            return cls(attachment.trained(), attachment.modules, attachment.shape.layers[-1].path)
+        path, projector = found
+        trained = parameters_of({path: projector})
+        return cls({name: each for name, each in trained.items() if each.requires_grad}, {path: projector}, path)
 
     @property
     def handles(self) -> list[RemovableHandle]:

@@ -5,6 +5,7 @@ Covers `registered.py`, too, which does the looking up.
 
 from __future__ import annotations
 
+import configparser
 import dataclasses
 import json
 import os
@@ -93,6 +94,16 @@ def gain_here(gain: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_our_own_modes_are_registered_like_anybody_elses() -> None:
     assert "mores" in registry.names()
     assert registry.get("mores").name == "mores"
+
+
+def test_our_own_modes_are_known_where_the_metadata_are_older_than_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = configparser.ConfigParser()
+    described.read(Path(__file__).parents[2] / "setup.cfg")
+    lines = described["options.entry_points"]["llava_steering.modes"].split("\n")
+    monkeypatch.setattr(registered, "entry_points", lambda group: EntryPoints())
+    monkeypatch.syspath_prepend("a folder that nothing was read from yet")
+    assert registry.names() == sorted(line.partition(" = ")[0] for line in lines if line)
+    assert all(registry.get(name).name == name for name in registry.names())
 
 
 def test_a_foreign_mode_trains_through_upstream_saves_and_loads(

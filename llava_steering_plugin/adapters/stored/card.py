@@ -22,6 +22,7 @@ def model_card(config: AdapterConfig, parameters: int, extras: list[str]) -> str
     base = config.base
     on_hub = _HUB_ID.fullmatch(base.name_or_path) and not os.path.exists(base.name_or_path)
     hub_id = f"base_model: {base.name_or_path}\n" if on_hub else ""
+    held = f"{parameters:,} parameters" if parameters else "the result"
     values = {**config.settings, **config.trained_on, "conversation template": config.conversation}
     rows = "\n".join(f"| {key} | {_code(value)} |" for key, value in values.items())
     carried = (
@@ -39,7 +40,7 @@ library_name: llava-steering-plugin
 
 # {config.mode} adapter for {base.name_or_path}
 
-An adapter for LLaVA: {parameters:,} parameters of tuning mode `{config.mode}`, trained with
+An adapter for LLaVA: {held} of tuning mode `{config.mode}`, trained with
 llava-steering-plugin. Its base, {base.name_or_path}, has {base.num_layers} layers of width {base.hidden_size}.
 {carried}
 ## How to use it

@@ -18,7 +18,8 @@ DATA_PARALLEL = (
 NO_FSDP = "FSDP flattens adapter parameters together with frozen ones; use DeepSpeed ZeRO or plain DDP"
 _REASONS = {
     "lora_enable": "LoRA is a tuning mode of its own; remove one of the two",
-    "tune_mm_mlp_adapter": "it trains the projector alone (stage 1); run that first, without a mode",
+    "tune_mm_mlp_adapter": "it trains the projector alone (stage 1); run that first, without a mode. For an adapter of "
+    "the projector alone, give --tuning_mode projector in its place",
     "fsdp": NO_FSDP,
     "fsdp_config": NO_FSDP,
     "fsdp_min_num_params": NO_FSDP,

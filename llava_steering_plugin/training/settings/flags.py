@@ -232,6 +232,10 @@ def _mode_problems(flags: Namespace, mode: Mode, given: Mapping[str, Mapping[str
             if value != getattr(mode, name)
         ]
     problems += [f"--{problem}" for problem in mode.problems()]
+    if mode.projector_alone and getattr(flags, "freeze_mm_mlp_adapter", False):
+        problems.append(
+            f"--freeze_mm_mlp_adapter True leaves nothing to train: --tuning_mode {mode.name} trains that alone"
+        )
     problems += [
         f"--{other}_{name} belongs to another mode than {mode.name}; remove it"
         for other, settings in given.items()
