@@ -16,6 +16,7 @@ from typing import Any
 
 from llava_steering_plugin.errors import UpstreamError
 from llava_steering_plugin.upstream.source import defined_names, module_file, package_folder
+from llava_steering_plugin.upstream.trainer_seams import OF_TRAINER
 
 # What a missing name stops: training, adapters in LLaVA's own programs, or a sub-command of `llava-steering`.
 COMMANDS = ("train", "load", "plan", "chat", "eval", "serve", "diagnose")
@@ -209,47 +210,7 @@ SEAMS = (
     *_seams("llava.serve.controller", (SERVE,), {"app": "answers the controller's requests"}),
     *_seams("llava.serve.gradio_web_server", (SERVE,), {"__main__": "runs the web page"}),
     *_seams("llava.serve.gradio_web_server", (SERVE,), {"logger": "is the web page's log"}),
-    *_seams(
-        "transformers.trainer",
-        (TRAIN,),
-        {
-            "Trainer.train": "is where a training starts or goes on",
-            "Trainer.training_step": "is where a loss that is not a number is reported",
-            "Trainer.log": "is where a mode adds its own figures",
-            "Trainer.add_callback": "adds the checks that run after each step",
-            "Trainer.remove_callback": "takes off what a resumed training alone needs",
-            "Trainer._inner_training_loop": "is where a resumed training finds its place in the data",
-            "Trainer._save_rng_state": "is where the random states of the last step are written",
-            "Trainer.create_accelerator_and_postprocess": "is where DeepSpeed is set up",
-            "Trainer.create_optimizer": "is where groups without parameters are dropped",
-            "Trainer.get_train_dataloader": "is where the order of the data is fixed for each epoch",
-            "Trainer._get_train_sampler": "is where the order of the data is fixed for each epoch",
-            "Trainer.save_model": "is where the adapter is written",
-            "Trainer.save_state": "is where a full disk is reported",
-            "Trainer._save_checkpoint": "is where a checkpoint is written",
-            "Trainer._rotate_checkpoints": "is where old checkpoints are deleted",
-            "Trainer._load_from_checkpoint": "is where the adapter of a checkpoint is read",
-            "Trainer._load_rng_state": "is where the random states of a checkpoint are read",
-            "Trainer.evaluate": "is where a validation leaves no trace in the random states",
-            "Trainer.get_eval_dataloader": "is where each rank gets its share of a validation",
-            "Trainer.evaluation_loop": "is where the loss of a validation is computed",
-            "Trainer._load_best_model": "is where the adapter of the best checkpoint is read",
-            "Trainer._prepare_inputs": "moves a batch of a validation to its device",
-            "Trainer.compute_loss_context_manager": "gives a validation the precision of the training",
-            "Trainer.push_to_hub": "uploads the adapter",
-            "Trainer.accelerator": "prepares the engine of DeepSpeed",
-            "Trainer.is_deepspeed_enabled": "says whether DeepSpeed is used",
-            "Trainer.args": "holds the flags of the training",
-            "Trainer.model": "is the model that is trained",
-            "Trainer.state": "holds the step that the training has reached",
-            "Trainer.train_dataset": "holds the samples",
-            "Trainer.eval_dataset": "holds the samples of a validation",
-            "Trainer.data_collator": "makes batches of them",
-            "Trainer.callback_handler": "is told of every batch of a validation",
-            "Trainer.control": "is what it answers",
-            "Trainer.deepspeed": "is the engine of DeepSpeed, which evaluates too",
-        },
-    ),
+    *_seams("transformers.trainer", (TRAIN,), OF_TRAINER),
 )
 
 

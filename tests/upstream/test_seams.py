@@ -1,6 +1,6 @@
 """`upstream/seams.py` lists each name of LLaVA that the package uses, and what it overrides in transformers.
 
-Covers `upstream/source.py`.
+Covers `upstream/trainer_seams.py` and `upstream/source.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from llava_steering_plugin.upstream.seams import COMMANDS, SEAMS, Seam, missing_
 from llava_steering_plugin.upstream.source import defined_names, module_file, package_folder
 
 PACKAGE = Path(__file__).parents[2] / "llava_steering_plugin"
+LISTS = ("seams.py", "trainer_seams.py")
 # A class is listed with its members.
 LISTED = {f"{seam.module}.{name}" for seam in SEAMS for name in (seam.attribute, seam.attribute.split(".")[0])}
 # Rooms whose code serves one command alone.
@@ -94,7 +95,7 @@ class Uses(ast.NodeVisitor):
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
     for file in sorted(PACKAGE.rglob("*.py")):
-        if file.name != "seams.py":
+        if file.name not in LISTS:
             yield str(file.relative_to(PACKAGE)), ast.parse(file.read_text())
 
 
@@ -237,7 +238,7 @@ def test_a_program_of_llava_that_the_package_starts_is_a_seam(llava: Path) -> No
 
 
 def test_no_seam_is_listed_that_nothing_uses() -> None:
-    text = "\n".join(file.read_text() for file in PACKAGE.rglob("*.py") if file.name != "seams.py")
+    text = "\n".join(file.read_text() for file in PACKAGE.rglob("*.py") if file.name not in LISTS)
     unused = [
         str(seam)
         for seam in SEAMS
