@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin.diagnostics.pictures.plots import new_figure, save_figure
+from llava_steering_plugin.figures import new_figure, save_figure
 
 # The order of the maps, and what stands above them.
 SIDES = {"all": "all parameters", "A": "factors A", "B": "factors B", "routers": "routers"}

@@ -10,7 +10,7 @@ from pathlib import Path
 from textwrap import shorten, wrap
 from typing import Any
 
-from llava_steering_plugin.diagnostics.pictures.plots import new_figure, save_figure
+from llava_steering_plugin.figures import new_figure, save_figure
 
 # Words that are drawn; the JSON holds all.
 WORDS = 5

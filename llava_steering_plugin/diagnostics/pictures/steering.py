@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin.diagnostics.pictures.plots import look_of, new_figure, save_figure
+from llava_steering_plugin.figures import look_of, new_figure, save_figure
 
 MAPS_IN_A_ROW = 3
 LINES = {"vis": "-", "text": ":"}

@@ -1,0 +1,1 @@
+"""Make tables and pictures of results.jsonl, without any model."""
