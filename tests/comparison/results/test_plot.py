@@ -1,4 +1,4 @@
-"""The picture shows every method that has a score, and no label covers another: plot.py and labels.py there.
+"""The picture shows every method that has a score, and no label covers another.
 
 Covers `comparison/results/plot.py` and `comparison/results/labels.py`.
 """

@@ -1,4 +1,4 @@
-"""Records become means, paired differences and costs: comparison/results/summarising.py and its summary.py."""
+"""Records become means, paired differences and costs: `comparison/results/summarising.py`, `comparison/results/summary.py`."""
 
 from __future__ import annotations
 
