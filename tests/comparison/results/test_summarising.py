@@ -1,4 +1,7 @@
-"""Records become means, paired differences and costs: `comparison/results/summarising.py`, `comparison/results/summary.py`."""
+"""Records become means, paired differences and costs.
+
+Covers `comparison/results/summarising.py` and `comparison/results/summary.py`.
+"""
 
 from __future__ import annotations
 
