@@ -1,8 +1,9 @@
-"""Points with their intervals, and points in a plane, drawn by plotly."""
+"""Points with their intervals, over places, numbers or a plane, drawn by plotly."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from plotly import graph_objects
@@ -52,6 +53,49 @@ def draw_points(
     figure.update_xaxes(tickvals=list(range(len(places))), ticktext=list(places), range=[-0.5, len(places) - 0.5])
     figure.update_yaxes(title={"text": y}, range=list(scale), tickformat=".4~g")
     figure.add_hline(0, line={"color": GREY, "dash": DASHES[1], "width": 1})
+    return figure
+
+
+@dataclass(frozen=True)
+class Dot:
+    """Holds a point and its name.
+
+    Attributes:
+        deviation: drawn below and above it; None: it has none.
+        look: chooses colour and mark.
+    """
+
+    name: str
+    x: float
+    y: float | None
+    deviation: float | None
+    look: int
+
+
+def draw_dots(dots: Sequence[Dot], x: str, y: str, *, level: float | None = None) -> Any:
+    """Draw points over a logarithmic axis, each with its name in the key.
+
+    Args:
+        x, y: titles of the axes.
+        level: a value of y to draw as a dashed line.
+    """
+    figure = graph_objects.Figure()
+    for dot in dots:
+        figure.add_scatter(
+            x=[dot.x],
+            y=[dot.y],
+            error_y={"array": [dot.deviation or 0], "thickness": 1, "width": 3},
+            name=escaped(dot.name),
+            mode="markers",
+            marker={"color": COLOURS[dot.look % len(COLOURS)], "symbol": MARKS[dot.look % len(MARKS)], "size": 9},
+            hovertemplate="%{fullData.name}<br>%{x:,}: %{y:.4g} ± %{error_y.array:.3g}<extra></extra>",
+        )
+    dress(figure, HEIGHT + KEY_ROW * max(0, len(dots) - 4))
+    figure.update_layout(legend=LEGEND, showlegend=True, hovermode="closest")
+    figure.update_xaxes(title={"text": x}, type="log", dtick=1)
+    figure.update_yaxes(title={"text": y}, tickformat=".4~g")
+    if level is not None:
+        figure.add_hline(level, line={"color": GREY, "dash": DASHES[1], "width": 1})
     return figure
 
 

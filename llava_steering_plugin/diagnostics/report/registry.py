@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from llava_steering_plugin.diagnostics.report.comparison import comparison_section
 from llava_steering_plugin.diagnostics.report.during import during_section
 from llava_steering_plugin.diagnostics.report.image import image_section
 from llava_steering_plugin.diagnostics.report.interference import interference_section
@@ -39,6 +40,7 @@ MEASURES = {
     "steering": Measure("steering.json", "llava-steering diagnose steering", steering_section),
     "interference": Measure("interference.json", "llava-steering diagnose interference", interference_section),
     "routing": Measure("routing.json", "llava-steering diagnose routing", routing_section),
+    "comparison": Measure("results.json", "llava-steering compare", comparison_section),
     DURING: Measure("diagnostics.jsonl", "a training with --steering_diagnostics_steps", during_section),
     TRAINING: Measure("trainer_state.json", "any training of LLaVA's", training_section),
 }
