@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from llava_steering_plugin.comparison.results.outcomes import MEAN
 from llava_steering_plugin.comparison.results.statistics import RESAMPLES, Difference, Spread
 from llava_steering_plugin.comparison.results.summary import Ended, Outcome, Reached, Summary, TaskSummary, Tried
 
@@ -20,7 +21,8 @@ HOW_TO_READ = f"""\
   same question, at the same seed, with the same order of samples. In brackets is its 95 % interval
   by the bootstrap: {RESAMPLES:,} times, seeds and questions are drawn with replacement, and all drawn
   seeds answer the drawn questions. With one seed only questions are drawn: such an interval says
-  nothing of what another seed would give. Of two or three seeds it is too narrow.
+  nothing of what another seed would give. Of two or three seeds it is too narrow. In a mean of
+  tests, each test counts as much as another, and questions are drawn within each.
 - An interval that holds 0 does not show that two methods are equal.
 - Every method chose its learning rate from the same number of rates on the validation split, by
   the mean over seeds and tests. A rate at which a seed has diverged is not chosen, and a method of
@@ -90,6 +92,7 @@ def _task(task: TaskSummary) -> list[str]:
     asked = ", ".join(
         f"{test} ({benchmark}, {max(one.outcomes[test].questions for one in task.methods):,} questions)"
         for test, benchmark in task.tests.items()
+        if test != MEAN
     )
     parts = [
         f"## {_cell(task.task)}",

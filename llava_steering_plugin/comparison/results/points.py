@@ -24,6 +24,8 @@ def read_points(file: Path) -> dict[str, float]:
             if key in found:
                 raise ValueError(f"question {key} stands there twice, again in line {number}")
             found[key] = score
+        if not found:
+            raise ValueError("it is empty")
     except OSError as error:
         raise ArgumentsError(f"{file} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError) as error:

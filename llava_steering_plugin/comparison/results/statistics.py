@@ -60,26 +60,32 @@ def spread_of(values: Sequence[float]) -> Spread | None:
     return Spread(math.fsum(values) / len(values), deviation, len(values))
 
 
-def paired(method: Mapping[int, Points], reference: Mapping[int, Points]) -> Difference | None:
+def paired(*tests: tuple[Mapping[int, Points], Mapping[int, Points]]) -> Difference | None:
     """Return how much more a question is worth with a method than with the reference, in percent.
 
     Args:
-        method, reference: the points of each question, by seed. Seeds and questions that one of them lacks are left
-            out: questions that one seed lacks are left out for all, so that the seeds stay crossed with them.
+        tests: of each test, the points of each question by seed: the method's and the reference's. Seeds that one of
+            them lacks are left out. Questions that one seed lacks are left out for all, so that the seeds stay crossed
+            with them. Of several tests, the mean is returned: each counts as much as another.
 
     Returns:
-        None: they share no seed, or no question.
+        None: they share no seed, or no question of some test.
     """
-    seeds = sorted(method.keys() & reference.keys())
+    seeds = sorted(set.intersection(*(set(each) for test in tests for each in test)))
     if not seeds:
         return None
-    shared = set.intersection(*(set(each[seed]) for each in (method, reference) for seed in seeds))
-    questions = sorted(shared)
-    if not questions:
-        return None
-    table = numpy.array([[method[seed][key] - reference[seed][key] for key in questions] for seed in seeds])
-    low, high = interval(table)
-    return Difference(100 * float(table.mean()), _percent(low), _percent(high), len(seeds), len(questions))
+    tables = []
+    for method, reference in tests:
+        shared = set.intersection(*(set(each[seed]) for each in (method, reference) for seed in seeds))
+        if not shared:
+            return None
+        questions = sorted(shared)
+        rows = [[method[seed][key] - reference[seed][key] for key in questions] for seed in seeds]
+        tables.append(numpy.array(rows, dtype=numpy.float64))
+    mean = math.fsum(float(table.mean()) for table in tables) / len(tables)
+    low, high = interval(*tables)
+    count = sum(table.shape[1] for table in tables)
+    return Difference(100 * mean, _percent(low), _percent(high), len(seeds), count)
 
 
 def paired_by_seed(method: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
@@ -92,23 +98,25 @@ def paired_by_seed(method: Mapping[int, float], reference: Mapping[int, float]) 
 
 
 def interval(
-    table: NDArray[numpy.float64], resamples: int = RESAMPLES, seed: int = 0
+    *tables: NDArray[numpy.float64], resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float | None, float | None]:
     """Return the bootstrap interval (percentile) of the mean of a table, whose rows and columns are both drawn.
 
     Args:
-        table: numbers [seeds, questions]. A single row is drawn always, so its interval is over questions alone.
+        tables: numbers [seeds, questions]. Of several, the interval is that of the mean of their means: the same seeds
+            are drawn for all, and questions within each. A single row is drawn always, so its interval is over
+            questions alone.
     """
-    seeds, questions = table.shape
-    if seeds * questions < 2:
+    seeds = tables[0].shape[0]
+    if sum(table.size for table in tables) < 2:
         return None, None
     random = numpy.random.default_rng(seed)
-    means = numpy.empty(resamples)
+    means = numpy.zeros(resamples)
     for place in range(resamples):
-        row = table[0]
-        if seeds > 1:
-            row = table[random.integers(0, seeds, seeds)].mean(0)
-        means[place] = row[random.integers(0, questions, questions)].mean()
+        drawn = random.integers(0, seeds, seeds) if seeds > 1 else None
+        for table in tables:
+            row = table[0] if drawn is None else table[drawn].mean(0)
+            means[place] += row[random.integers(0, len(row), len(row))].mean() / len(tables)
     ends = (1 - CONFIDENCE) / 2
     low, high = numpy.quantile(means, (ends, 1 - ends))
     return float(low), float(high)

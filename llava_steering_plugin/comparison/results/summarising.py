@@ -7,20 +7,18 @@ from pathlib import Path
 from statistics import fmean
 
 from llava_steering_plugin.comparison.records import DIVERGED, DONE, TEST, VALIDATION, Record
+from llava_steering_plugin.comparison.results.outcomes import MEAN, has_mean, outcomes_of
 from llava_steering_plugin.comparison.results.points import points_of
-from llava_steering_plugin.comparison.results.statistics import Points, paired, paired_by_seed, spread_of
+from llava_steering_plugin.comparison.results.statistics import Points, spread_of
 from llava_steering_plugin.comparison.results.summary import (
     Costs,
     Ended,
-    Outcome,
     Reached,
     Summary,
     TaskSummary,
     Tried,
 )
 from llava_steering_plugin.errors import ArgumentsError, nearest
-
-SAME = 0.01  # percent: a score that is the mean of its questions differs from it by rounding alone
 
 
 def summarise(records: Sequence[Record], output: Path, reference: str | None = None) -> Summary:
@@ -76,6 +74,8 @@ def _task(
         method: {each.seed: each for each in found if each.split == TEST and each.status == DONE}
         for method, found in own.items()
     }
+    if has_mean(tests, [each for by_seed in done.values() for each in by_seed.values()], points):
+        tests = {MEAN: "", **tests}
     seeds = sorted({seed for method, by_seed in done.items() if method not in frozen for seed in by_seed})
     # The base has no seed of its own: it stands beside every one of them.
     spread_out = {
@@ -87,16 +87,8 @@ def _task(
     reached = []
     for method, found in own.items():
         rate = None if method in frozen else _chosen(found)
-        outcomes = {
-            test: _outcome(
-                test,
-                list(done[method].values()),
-                spread_out[method],
-                None if method == reference else spread_out.get(reference, {}),
-                points,
-            )
-            for test in tests
-        }
+        against = None if method == reference else spread_out.get(reference, {})
+        outcomes = outcomes_of(tests, list(done[method].values()), spread_out[method], against, points)
         tried = {each.seed for each in found if method in frozen or each.learning_rate == rate}
         reached.append(
             Reached(
@@ -127,44 +119,6 @@ def _tests(records: Sequence[Record], split: str) -> dict[str, str]:
 def _chosen(records: Sequence[Record]) -> float | None:
     """Return the learning rate that came to the test; None: none did."""
     return next((record.learning_rate for record in records if record.split == TEST), None)
-
-
-def _outcome(
-    test: str,
-    done: Sequence[Record],
-    method: Mapping[int, Record],
-    reference: Mapping[int, Record] | None,
-    points: Mapping[tuple[str, str], Points],
-) -> Outcome:
-    """Return the outcome of a method in a test.
-
-    Args:
-        done: its records.
-        method, reference: records by seed, where the base stands at every seed; None: it is the reference itself.
-    """
-    scores = [record.scores[test] for record in done if test in record.scores]
-    spread = spread_of([score.score for score in scores])
-    questions = max((score.questions for score in scores), default=0)
-    if reference is None:
-        return Outcome(spread, questions)
-    of_questions = [
-        {seed: points[record.cell, test] for seed, record in each.items() if (record.cell, test) in points}
-        for each in (method, reference)
-    ]
-    if all(of_questions):
-        means = [
-            (record.scores[test].score, 100 * fmean(points[record.cell, test].values()))
-            for each in (method, reference)
-            for record in each.values()
-            if points.get((record.cell, test))
-        ]
-        other = any(abs(score - mean) > SAME for score, mean in means)
-        return Outcome(spread, questions, paired(*of_questions), by_points=other)
-    by_seed = [
-        {seed: record.scores[test].score for seed, record in each.items() if test in record.scores}
-        for each in (method, reference)
-    ]
-    return Outcome(spread, questions, paired_by_seed(*by_seed))
 
 
 def _costs(records: Sequence[Record]) -> Costs | None:

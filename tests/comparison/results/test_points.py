@@ -21,6 +21,7 @@ def test_what_score_writes_is_read(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{}\n", "question_id"),
+        ("", "it is empty"),
         ("nonsense\n", "Expecting value"),
         ('{"question_id": 1, "score": null}\n', "holds no scores of questions"),
         ("[1]\n", "holds no scores of questions"),

@@ -25,7 +25,7 @@ def test_a_spread_is_the_mean_and_the_deviation_of_a_sample() -> None:
 def test_a_difference_is_paired_by_seed_and_question() -> None:
     method = {1: {"a": 1.0, "b": 1.0}, 2: {"a": 1.0, "b": 0.0}, 3: {"a": 1.0, "b": 1.0}}
     reference = {1: {"a": 1.0, "b": 0.0}, 2: {"a": 0.0, "b": 0.5}}
-    found = paired(method, reference)
+    found = paired((method, reference))
     # Seed 3 has no partner. Of seeds 1 and 2: 0, 1; 1, -0.5.
     assert found is not None and found.mean == pytest.approx(100 * (0 + 1 + 1 - 0.5) / 4)
     assert (found.seeds, found.questions) == (2, 2)
@@ -35,13 +35,13 @@ def test_a_difference_is_paired_by_seed_and_question() -> None:
 def test_the_order_of_questions_in_the_files_makes_no_difference() -> None:
     one = {1: {"a": 1.0, "b": 0.0, "c": 1.0}}
     other = {1: {"c": 0.0, "a": 0.0, "b": 1.0}}
-    assert paired(one, other) == paired({1: dict(reversed(one[1].items()))}, other)
+    assert paired((one, other)) == paired(({1: dict(reversed(one[1].items()))}, other))
 
 
 def test_a_question_that_one_seed_lacks_is_left_out_for_all() -> None:
     method = {1: {"a": 1.0, "b": 1.0}, 2: {"a": 1.0}}
     reference = {1: {"a": 0.0, "b": 1.0}, 2: {"a": 1.0, "b": 0.0}}
-    found = paired(method, reference)
+    found = paired((method, reference))
     assert found is not None and (found.mean, found.seeds, found.questions) == (50.0, 2, 1)
 
 
@@ -51,13 +51,35 @@ def test_a_question_that_one_seed_lacks_is_left_out_for_all() -> None:
 def test_without_a_shared_seed_or_question_there_is_no_difference(
     method: dict[int, dict[str, float]], reference: dict[int, dict[str, float]]
 ) -> None:
-    assert paired(method, reference) is None
+    assert paired((method, reference)) is None
 
 
 def test_a_single_pair_has_no_interval_and_equal_methods_have_one_of_no_width() -> None:
-    assert paired({1: {"a": 1.0}}, {1: {"a": 0.0}}) == Difference(100.0, None, None, 1, 1)
+    assert paired(({1: {"a": 1.0}}, {1: {"a": 0.0}})) == Difference(100.0, None, None, 1, 1)
     same = {seed: {"a": 1.0, "b": 0.0} for seed in (1, 2)}
-    assert paired(same, same) == Difference(0.0, 0.0, 0.0, 2, 2)
+    assert paired((same, same)) == Difference(0.0, 0.0, 0.0, 2, 2)
+
+
+def test_of_several_tests_each_counts_as_much_as_another_and_seeds_are_those_of_all() -> None:
+    short = ({1: {"a": 1.0}, 2: {"a": 1.0}}, {1: {"a": 0.0}, 2: {"a": 1.0}})
+    long = (
+        {1: {"a": 0.0, "b": 0.0}, 2: {"a": 1.0, "b": 0.0}, 3: {"a": 1.0}},
+        {1: {"a": 1.0, "b": 1.0}, 2: {"a": 1.0, "b": 0.0}},
+    )
+    found = paired(short, long)
+    # Over seeds 1 and 2: (1 + 0) / 2, and (-1 - 1 + 0 + 0) / 4.
+    assert found is not None and (found.mean, found.seeds, found.questions) == (0.0, 2, 3)
+    assert paired(short, ({1: {"a": 1.0}}, {1: {"b": 1.0}})) is None
+
+
+def test_the_interval_of_a_mean_of_tests_draws_questions_within_each() -> None:
+    random = numpy.random.default_rng(10)
+    few, many = random.normal(0, 1, (1, 40)), random.normal(0, 1, (1, 400))
+    low, high = interval(few, many, resamples=4000)
+    assert low is not None and high is not None
+    deviation = numpy.sqrt(few.var() / 40 + many.var() / 400) / 2
+    assert (high - low) / (2 * 1.96) == pytest.approx(deviation, rel=0.06)
+    assert interval(few, few.copy())[0] != interval(few)[0], "each draws for itself"
 
 
 def test_scores_without_questions_are_paired_by_seed_and_have_no_interval() -> None:

@@ -1,6 +1,6 @@
 """Records become means, paired differences and costs.
 
-Covers `comparison/results/summarising.py` and `comparison/results/summary.py`.
+Covers `comparison/results/summarising.py`, `comparison/results/outcomes.py` and `comparison/results/summary.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import pytest
 from compared import BASE, record
 
 from llava_steering_plugin.comparison.records import DIVERGED, FAILED, VALIDATION, Record
+from llava_steering_plugin.comparison.results.outcomes import MEAN
 from llava_steering_plugin.comparison.results.statistics import Difference, Spread
 from llava_steering_plugin.comparison.results.summarising import summarise
 from llava_steering_plugin.comparison.results.summary import Outcome, Reached
@@ -96,8 +97,28 @@ def test_several_tests_and_tasks_stand_apart(tmp_path: Path) -> None:
     tests = {"easy": [1, 1], "hard": [0, 1]}
     records = [record(tmp_path, "A", 1, tests), record(tmp_path, "A", 1, [1, 0, 0, 0], task="shapes")]
     colours, shapes = summarise(records, tmp_path).tasks
-    assert list(colours.tests) == ["easy", "hard"] and list(shapes.tests) == ["held out"]
-    assert [colours.methods[0].outcomes[test].score.mean for test in tests] == [100, 50]  # type: ignore[union-attr]
+    assert list(colours.tests) == [MEAN, "easy", "hard"] and list(shapes.tests) == ["held out"]
+    means = {test: outcome.score.mean for test, outcome in colours.methods[0].outcomes.items() if outcome.score}
+    assert means == {MEAN: 75, "easy": 100, "hard": 50}
+
+
+def test_the_mean_of_tests_counts_each_of_them_alike_and_is_paired(tmp_path: Path) -> None:
+    records = [
+        record(tmp_path, "A", 1, {"short": [1], "long": [0, 0, 1, 1]}),
+        record(tmp_path, "B", 1, {"short": [0], "long": [1, 1, 1, 1]}),
+        record(tmp_path, "B", 2, {"short": [0], "long": [1, 1, 1, 0]}),
+    ]
+    found = of(records, tmp_path)
+    assert found["A"].outcomes[MEAN] == Outcome(Spread(75.0, None, 1), 5)
+    outcome = found["B"].outcomes[MEAN]
+    assert outcome.score == Spread(43.75, pytest.approx(6.25 * 2**0.5), 2) and outcome.difference is not None
+    assert (outcome.difference.mean, outcome.difference.seeds, outcome.difference.questions) == (-25.0, 1, 5)
+
+
+def test_tests_whose_scores_are_no_means_of_questions_have_no_mean(tmp_path: Path) -> None:
+    one = record(tmp_path, "A", 1, {"easy": [1], "sums": [1]})
+    one.scores["sums"] = dataclasses.replace(one.scores["sums"], score=1500.0)
+    assert list(of([one], tmp_path)["A"].outcomes) == ["easy", "sums"]
 
 
 def test_the_learning_rates_that_were_tried_are_kept_with_what_diverged(tmp_path: Path) -> None:
