@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from compared import BASE, record
+from comparison_records import BASE, record
 
 from llava_steering_plugin.comparison.records import DIVERGED, FAILED, VALIDATION, Record
 from llava_steering_plugin.comparison.results.markdown import byte_count, markdown, table

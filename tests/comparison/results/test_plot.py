@@ -9,7 +9,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from compared import BASE, record
+from comparison_records import BASE, record
 from PIL import Image
 
 from llava_steering_plugin.comparison.records import FAILED

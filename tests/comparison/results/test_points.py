@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from compared import record
+from comparison_records import record
 
 from llava_steering_plugin.comparison.results.points import points_of, read_points
 from llava_steering_plugin.errors import ArgumentsError

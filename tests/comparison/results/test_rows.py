@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from compared import BASE, record
+from comparison_records import BASE, record
 
 from llava_steering_plugin.comparison.records import DIVERGED, VALIDATION
 from llava_steering_plugin.comparison.results.rows import COLUMNS, csv_text

@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from compared import BASE, record
+from comparison_records import BASE, record
 
 from llava_steering_plugin.comparison.records import DIVERGED, FAILED, VALIDATION, Record
 from llava_steering_plugin.comparison.results.outcomes import MEAN

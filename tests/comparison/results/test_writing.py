@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from compared import BASE, record
+from comparison_records import BASE, record
 
 from llava_steering_plugin.comparison.records import FILE, write_records
 from llava_steering_plugin.comparison.results.writing import write_results

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from compared import BASE, record
+from comparison_records import BASE, record
 from reports import reported
 
 from llava_steering_plugin.comparison.records import DIVERGED, FILE, VALIDATION, write_records
