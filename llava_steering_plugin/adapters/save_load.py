@@ -68,10 +68,10 @@ def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], *, writ
     tensors = {name: whole(parameter, write) for name, parameter in parameters.items()}
     tensors |= _vocabulary(model, config, write)
     if write:
-        count = sum(value.numel() for name, value in tensors.items() if name.startswith(ADAPTER))
-        write_folder(
-            folder, config, tensors, _llava_config(model), model_card(config, count, sorted(attachment.extras))
-        )
+        ours = {name.removeprefix(ADAPTER): value for name, value in tensors.items() if name.startswith(ADAPTER)}
+        count = sum(value.numel() for value in ours.values())
+        card = model_card(config, count, sorted(attachment.extras), attachment.mode.learned(ours))
+        write_folder(folder, config, tensors, _llava_config(model), card)
 
 
 def _vocabulary(model: PreTrainedModel, config: AdapterConfig, keep: bool) -> dict[str, Tensor]:

@@ -213,6 +213,10 @@ class Mode(ABC):
         """
         return {}
 
+    def learned(self, parameters: Mapping[str, Tensor]) -> dict[str, str]:
+        """Return what a training has chosen, for the model card, from all parameters by name; often nothing."""
+        return {}
+
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
         return dataclasses.asdict(self)

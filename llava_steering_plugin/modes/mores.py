@@ -3,14 +3,15 @@
     h' = h + R^T (W h + b - R h) = h + R^T (M h + b),   M = W - R,   rows of R orthonormal
 
 The update of a hidden state lives in the d-dimensional subspace that R spans. M is learned directly, which saves a
-matrix product, and M = b = 0 is the identity to start from. The paper's W is `M + R`.
+matrix product, and M = b = 0 is the identity to start from. The paper's W is `M + R`. Which tokens are steered is a
+setting (`mores_selection.py`), or learned by each layer (`mores_choice.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,14 @@ from llava_steering_plugin.modes.base import (
     ForwardPass,
     Mode,
     largest_in,
-    no_autocast,
     setting,
 )
-from llava_steering_plugin.modes.mores_frames import Basis, Frames, orthonormal
-from llava_steering_plugin.modes.mores_selection import TokenSelection, parse_layers
+from llava_steering_plugin.modes.mores_choice import TokenChoice, chosen_by_layer, count_choices, listed
+from llava_steering_plugin.modes.mores_frames import Frames
+from llava_steering_plugin.modes.mores_selection import TokenSelection, parse_choices, parse_layers
+from llava_steering_plugin.modes.mores_steering import Pick, Steering
+
+__all__ = ["MoReS", "SteeredLayer", "Steering"]
 
 # How far R R^T may be from I. Measured: 3e-8 at most up to a condition number of 1e4, 1e-6 at 1e5, 1e-2 at 1e7.
 ORTHONORMAL = 1e-5
@@ -34,79 +38,6 @@ FEW_TOKENS = 6
 MODALITIES = {"vis": ("vis",), "text": ("text",), "vis+text": ("vis", "text")}
 
 
-class Steering(nn.Module):
-    """Computes the update R^T (M h + b) of hidden states h (eq. 3-4), inside a learned `rank`-dimensional subspace.
-
-    Args:
-        hidden_size: D, width of the residual stream.
-        rank: d <= D, dimension of the subspace; 1 is the paper's smallest setting.
-        dropout: probability of dropping an element of the update while training.
-
-    Shapes:
-        hidden: [tokens, D] in any float dtype. Computed in float32; the update, without h, has the input's dtype.
-    """
-
-    def __init__(self, hidden_size: int, rank: int, dropout: float = 0.0):
-        super().__init__()
-        self.steer_basis = nn.Parameter(torch.empty(rank, hidden_size, dtype=torch.float32))
-        self.steer_shift = nn.Parameter(torch.zeros(rank, hidden_size, dtype=torch.float32))
-        self.steer_offset = nn.Parameter(torch.zeros(rank, dtype=torch.float32))
-        self.dropout = nn.Dropout(dropout)
-        nn.init.orthogonal_(self.steer_basis)
-        self.frames = Frames([self])
-
-    def basis(self, this_pass: ForwardPass | None = None) -> Tensor:
-        """Return R, float32 [rank, D] with orthonormal rows, made from the unconstrained parameter.
-
-        Args:
-            this_pass: in which those of all layers are made at once.
-        """
-        made = orthonormal(self.steer_basis) if this_pass is None else self.frames.of(self, this_pass)
-        basis: Tensor = Basis.apply(self.steer_basis, *made)  # type: ignore[no-untyped-call]
-        return basis
-
-    def forward(self, hidden: Tensor, this_pass: ForwardPass | None = None) -> Tensor:
-        with no_autocast(hidden.device):
-            shifted = nn.functional.linear(hidden.float(), self.steer_shift.float(), self.steer_offset.float())
-            update: Tensor = self.dropout(shifted @ self.basis(this_pass))
-        return update.to(hidden.dtype)
-
-    def train(self, mode: bool = True) -> Steering:
-        self.frames.forget(self)  # some optimizers write through `.data`, which torch does not count as a change
-        return super().train(mode)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self.frames.forget(self)  # what was kept would stay behind on another device
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    @torch.no_grad()
-    def set_paper_weights(self, rotation: Tensor, weight: Tensor, offset: Tensor) -> None:
-        """Set the parameters from the paper's R [rank, D] with orthonormal rows, W [rank, D] and b [rank]."""
-        self.steer_basis.copy_(rotation)
-        # R as `basis()` returns it, so that M + R is the given W to the last bit that float32 holds.
-        self.steer_shift.copy_(weight - self.basis())
-        self.steer_offset.copy_(offset)
-
-
-class _Pick(torch.autograd.Function):
-    """Return the hidden states, and a copy of those that are to be updated.
-
-    `index_select` alone does the same, but its gradient is as large as all hidden states and zero except for a few
-    rows, and autograd adds it to theirs: more memory traffic than all the rest of MoReS' backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(chosen)
-        return hidden.view_as(hidden), hidden.index_select(0, chosen)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (chosen,) = ctx.saved_tensors
-        whole, picked = gradients
-        return whole.index_add(0, chosen, picked), None
-
-
 class SteeredLayer(nn.Module):
     """Steers the selected tokens of a decoder layer's output, with one `Steering` for each modality.
 
@@ -114,7 +45,7 @@ class SteeredLayer(nn.Module):
     every parameter has a gradient in every training pass.
 
     Args:
-        selection: which tokens of a modality are steered.
+        selections: which tokens of a modality are steered; of several, the layer learns which, for each modality.
         steerings: by modality, "vis" or "text".
 
     Shapes:
@@ -123,34 +54,78 @@ class SteeredLayer(nn.Module):
 
     reads_inputs: ClassVar[bool] = False
 
-    def __init__(self, selection: TokenSelection, steerings: dict[str, Steering]):
+    def __init__(self, selections: Sequence[TokenSelection], steerings: Mapping[str, Steering]):
         super().__init__()
-        self.selection = selection
+        self.selections = tuple(selections)
         for modality, steering in steerings.items():
             self.add_module(modality, steering)
+        if len(self.selections) > 1:
+            self.choices = nn.ModuleDict({modality: TokenChoice(self.selections) for modality in steerings})
 
     def forward(self, output: Tensor, inputs: object, this_pass: ForwardPass) -> Tensor:
         if this_pass.decode:
             return output
         hidden = output.flatten(0, 1)
         for modality, steering in self.named_children():
-            chosen = self.chosen(this_pass, modality, output.device)
-            hidden, picked = _Pick.apply(hidden, chosen)  # type: ignore[no-untyped-call]
-            hidden = hidden.index_add(0, chosen, steering(picked, this_pass))
+            if not isinstance(steering, Steering):
+                continue
+            choice = self.choice(modality)
+            if choice is None or not choice.learns():
+                chosen = self.chosen(this_pass, modality, output.device)
+                hidden, picked = Pick.apply(hidden, chosen)  # type: ignore[no-untyped-call]
+                update = steering(picked, this_pass)
+            else:
+                chosen, options = self._options(this_pass, modality, output.device)
+                hidden, picked = Pick.apply(hidden, chosen)  # type: ignore[no-untyped-call]
+                update = choice(steering(picked, this_pass), options)
+            hidden = hidden.index_add(0, chosen, update)
         return hidden.view_as(output)
+
+    def choice(self, modality: str) -> TokenChoice | None:
+        """Return what chooses among the selections; None where there is only one."""
+        return None if len(self.selections) == 1 else cast(TokenChoice, self.choices[modality])
+
+    def selection(self, modality: str) -> TokenSelection:
+        """Return which tokens of a modality are steered."""
+        choice = self.choice(modality)
+        return self.selections[0] if choice is None else choice.selection()
 
     def chosen(self, this_pass: ForwardPass, modality: str, device: torch.device) -> Tensor:
         """Return the numbers of the selected positions among the flattened [rows * positions]; int64 [tokens]."""
+        selection = self.selection(modality)
 
         def choose() -> Tensor:
-            if modality == "vis":
-                return self.selection.numbers(this_pass.visual)
-            # Answers are not steered while they are decoded, so they must not be in training either.
-            text = this_pass.text & this_pass.prompt & this_pass.visual.any(1, keepdim=True)
-            return self.selection.numbers(text, per_row=True)
+            candidates, per_row = _candidates(this_pass, modality)
+            return selection.numbers(candidates, per_row=per_row)
 
-        everywhere = this_pass.once(("mores", self.selection.spec, modality), choose)
-        return this_pass.once(("mores", self.selection.spec, modality, device), lambda: everywhere.to(device))
+        key = ("mores", selection.spec, modality)
+        everywhere = this_pass.once(key, choose)
+        return this_pass.once((*key, device), lambda: everywhere.to(device))
+
+    def _options(self, this_pass: ForwardPass, modality: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the numbers of the positions that any selection has, int64 [tokens], and which have them.
+
+        The second is bool [tokens, selections].
+        """
+
+        def choose() -> tuple[Tensor, Tensor]:
+            candidates, per_row = _candidates(this_pass, modality)
+            masks = [each.mask(candidates, per_row=per_row).flatten() for each in self.selections]
+            options = torch.stack(masks, 1)
+            chosen = options.any(1).nonzero().flatten()
+            return chosen, options[chosen]
+
+        key = ("mores options", self.selections, modality)
+        everywhere = this_pass.once(key, choose)
+        return this_pass.once((*key, device), lambda: (everywhere[0].to(device), everywhere[1].to(device)))
+
+
+def _candidates(this_pass: ForwardPass, modality: str) -> tuple[Tensor, bool]:
+    """Return where a modality has tokens, bool [rows, positions], and whether those of a row count as one run."""
+    if modality == "vis":
+        return this_pass.visual, False
+    # Answers are not steered while they are decoded, so they must not be in training either.
+    return this_pass.text & this_pass.prompt & this_pass.visual.any(1, keepdim=True), True
 
 
 def _steering(module: nn.Module, kind: str) -> Steering:
@@ -187,6 +162,20 @@ def _unsound(steerings: Mapping[str, Steering], dtype: torch.dtype) -> list[str]
     return problems
 
 
+def _alike(selections: Sequence[TokenSelection], image_tokens: int) -> list[str]:
+    """Say which selections are the same tokens of an image, so that nothing can tell them apart."""
+    alike: dict[tuple[bool, ...], list[str]] = {}
+    for selection in selections:
+        mask = selection.mask(torch.ones(1, image_tokens, dtype=torch.bool))
+        alike.setdefault(tuple(mask[0].tolist()), []).append(selection.spec)
+    return [
+        f"{' and '.join(specs)} of --mores_tokens are the same {sum(tokens)} of the {image_tokens} tokens of an image, "
+        "so no layer can tell them apart. Leave out all but one."
+        for tokens, specs in alike.items()
+        if len(specs) > 1
+    ]
+
+
 @dataclass(frozen=True)
 class MoReS(Mode):
     """Holds the settings of MoReS, and puts one `SteeredLayer` on every chosen decoder layer."""
@@ -195,7 +184,9 @@ class MoReS(Mode):
     idle_at_decode: ClassVar[bool] = True
 
     rank: int = setting(1, "dimension of the steering subspace, 1 to 4 in the paper")
-    tokens: str = setting("1%", "which tokens of each image: all, f4+l5, uniform9, 1%")
+    tokens: str = setting(
+        "1%", "which tokens of each image: all, f4+l5, uniform9, 1%; of several (1%,5%,all) each layer learns which"
+    )
     modality: str = setting("vis", "which tokens may be steered: vis, text or vis+text (own weights for each)")
     layers: str = setting("all", "which decoder layers: all, 0-15, every:2, 0-7,12")
     dropout: float = setting(0.0, "dropout on the steering update; 0.05 in the paper")
@@ -211,7 +202,7 @@ class MoReS(Mode):
         if not 0 <= self.dropout < 1:
             found.append(f"mores_dropout is {self.dropout}; it must be at least 0 and below 1")
         try:
-            TokenSelection.parse(self.tokens)
+            parse_choices(self.tokens)
         except ValueError as error:
             found.append(f"mores_tokens: {error}")
         try:
@@ -221,9 +212,13 @@ class MoReS(Mode):
         return found
 
     def remarks(self, image_tokens: int) -> list[str]:
-        selection = TokenSelection.parse(self.tokens)
-        count = selection.count(image_tokens)
-        if not selection.has_percentage or count >= FEW_TOKENS or "vis" not in MODALITIES[self.modality]:
+        selections = parse_choices(self.tokens)
+        if "vis" not in MODALITIES[self.modality]:
+            return []
+        if len(selections) > 1:
+            return _alike(selections, image_tokens)
+        count = selections[0].count(image_tokens)
+        if not selections[0].has_percentage or count >= FEW_TOKENS:
             return []
         return [
             f"--mores_tokens {self.tokens} steers only {count} of the {image_tokens} tokens of an image. The paper's "
@@ -240,8 +235,17 @@ class MoReS(Mode):
             )
         ]
 
+    def report(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
+        layers = [module for module in modules.values() if isinstance(module, SteeredLayer)]
+        choices = {kind: [each.choice(kind) for each in layers] for kind in MODALITIES[self.modality]}
+        return count_choices({kind: [each for each in found if each is not None] for kind, found in choices.items()})
+
+    def learned(self, parameters: Mapping[str, Tensor]) -> dict[str, str]:
+        chosen = chosen_by_layer(parameters, parse_choices(self.tokens))
+        return {f"chosen tokens, {kind}": listed(by_layer) for kind, by_layer in chosen.items()}
+
     def build(self, decoder: DecoderShape) -> dict[str, nn.Module]:
-        selection = TokenSelection.parse(self.tokens)
+        selections = parse_choices(self.tokens)
         layers = {
             decoder.layers[number].path: {
                 kind: Steering(decoder.hidden_size, self.rank, self.dropout) for kind in MODALITIES[self.modality]
@@ -251,4 +255,4 @@ class MoReS(Mode):
         frames = Frames([steering for steerings in layers.values() for steering in steerings.values()])
         for steering in frames.steerings:
             steering.frames = frames
-        return {path: SteeredLayer(selection, steerings) for path, steerings in layers.items()}
+        return {path: SteeredLayer(selections, steerings) for path, steerings in layers.items()}

@@ -1,7 +1,8 @@
 """Read the two flags that choose what MoReS steers: which of an image's tokens, and which decoder layers.
 
 Tokens (per image): `all`, `f4` (first 4), `l5` (last 5), `f4+l5`, `uniform9` (9 evenly spaced, both ends included),
-`1%` (1 % of the image's tokens, at least one, evenly spaced). Layers: `all`, `7`, `0-15`, `every:2`, joined by commas.
+`1%` (1 % of the image's tokens, at least one, evenly spaced). Of several, joined by commas, each layer learns which.
+Layers: `all`, `7`, `0-15`, `every:2`, joined by commas.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ Places = npt.NDArray[Any]
 _TERM = re.compile(r"(?P<all>all)|f(?P<first>\d+)|l(?P<last>\d+)|uniform(?P<uniform>\d+)|(?P<percent>\d+(\.\d+)?)%")
 # More tokens than any image has. A longer number is none to a float, and means the same.
 _ALL_OF_ANY = 1e15
+# A layer's choice is a score for each selection, and a mask over all tokens.
+MANY = 32
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,18 @@ class TokenSelection:
             if match is None or kind is None:
                 raise ValueError(
                     f"{part.strip()!r:.100} is none of all, fN, lN, uniformN, P% (join terms with '+': f4+l5)"
+                    f"{_in_percent(part.strip())}"
                 )
             amount = min(float(match[kind]), _ALL_OF_ANY) if kind != "all" else 0.0
             if kind != "all" and (amount <= 0 or (kind == "percent" and amount > 100)):
                 raise ValueError(f"{part.strip()!r} selects nothing or more than everything")
             terms.append((kind, amount))
         return cls(spec, tuple(terms))
+
+    @property
+    def meaning(self) -> frozenset[tuple[str, float]]:
+        """Return what is equal for two ways to write one selection, such as 100% and all."""
+        return frozenset(("all", 0.0) if term == ("percent", 100.0) else term for term in self.terms)
 
     @property
     def has_percentage(self) -> bool:
@@ -103,6 +112,42 @@ class TokenSelection:
                 count = np.maximum((length * thousandths + 50_000) // 100_000, 1)
                 chosen |= _evenly(place, length, count)
         return chosen & candidates
+
+
+def parse_choices(spec: str) -> tuple[TokenSelection, ...]:
+    """Return the selections that `spec` joins by commas; each layer chooses one of them. Of one, there is no choice.
+
+    Raises:
+        ValueError: parts that are no selections, and selections that are there twice (all listed); too many.
+    """
+    parts = [part.strip() for part in spec.split(",")]
+    if len(parts) > MANY:
+        raise ValueError(f"{len(parts)} selections are more than the {MANY} that a layer may choose among")
+    selections: dict[frozenset[tuple[str, float]], TokenSelection] = {}
+    problems = []
+    for part in parts:
+        try:
+            if not part and len(parts) > 1:
+                raise ValueError("nothing stands before or behind one of the commas")
+            selection = TokenSelection.parse(part)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        first = selections.setdefault(selection.meaning, selection)
+        if first is not selection:
+            problems.append(f"{part!r:.100} and {first.spec!r:.100} are the same selection")
+    if problems:
+        raise ValueError("; ".join(dict.fromkeys(problems)))
+    return tuple(selections.values())
+
+
+def _in_percent(part: str) -> str:
+    """Return a hint for a share that is written as a fraction."""
+    try:
+        share = float(part)
+    except ValueError:
+        return ""
+    return f"; a share is written in percent: {100 * share:g}%" if 0 < share <= 1 else ""
 
 
 def _places(candidates: Places, per_row: bool) -> tuple[Places, Places]:

@@ -94,7 +94,7 @@ def test_every_trained_parameter_of_mixlora_learns_in_the_whole_grid_of_settings
 def test_every_trained_parameter_of_mores_learns_in_the_whole_grid_of_settings() -> None:
     model = tiny_llama(2)
     grid = itertools.product(
-        (1, 2, 8), ("all", "1%", "f1", "f1+l2"), ("vis", "text", "vis+text"), ("all", "0"), (0.0, 0.3)
+        (1, 2, 8), ("all", "1%", "f1", "f1+l2", "f1,f2,all"), ("vis", "text", "vis+text"), ("all", "0"), (0.0, 0.3)
     )
     for rank, tokens, modality, layers, dropout in grid:
         mode = MoReS(rank=rank, tokens=tokens, modality=modality, layers=layers, dropout=dropout)

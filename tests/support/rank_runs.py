@@ -12,6 +12,8 @@ from llava_steering_plugin.adapters.stored.folder import StoredAdapter
 from llava_steering_plugin.adapters.stored.locate import read
 
 MORES: dict[str, object] = {"tuning_mode": "mores", "mores_rank": 2, "mores_tokens": "all"}
+# Layers that learn which tokens they steer.
+CHOICE: dict[str, object] = {"mores_tokens": "f1,uniform4,all"}
 MIXLORA: dict[str, object] = {"tuning_mode": "mixlora"}
 
 # With a trained projector, in float32, so that only the order of sums may differ.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import ranks
 from rank_runs import (
+    CHOICE,
     MIXLORA,
     MORES,
     ONE_RANK,
@@ -36,6 +37,7 @@ def ddp(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathF
         [
             train_flags(tiny, folder / "two-ranks", {**PARITY, **TWO_RANKS, **mixed}),
             train_flags(tiny, folder / "mixlora-two-ranks", {**mixlora, **TWO_RANKS, **mixed}),
+            train_flags(tiny, folder / "choice-two-ranks", {**PARITY, **CHOICE, **TWO_RANKS, **mixed}),
             train_flags(tiny, folder / "whole", RESUMABLE),
             train_flags(tiny, resumed_from(folder / "whole", 3, folder / "resumed"), RESUMABLE),
         ],
@@ -43,12 +45,13 @@ def ddp(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathF
         folder,
     )
     train_in_process(train_flags(tiny, folder / "one-rank", {**PARITY, **ONE_RANK, **mixed}))
+    train_in_process(train_flags(tiny, folder / "choice-one-rank", {**PARITY, **CHOICE, **ONE_RANK, **mixed}))
     train_in_process(train_flags(tiny, folder / "mixlora-one-rank", {**mixlora, **ONE_RANK, **mixed}))
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["", "mixlora-"], ids=["mores", "mixlora"])
+@pytest.mark.parametrize("mode", ["", "choice-", "mixlora-"], ids=["mores", "mores choice", "mixlora"])
 def test_two_ranks_end_where_one_rank_with_accumulation_ends_also_when_one_has_no_image(ddp: Path, mode: str) -> None:
     assert_close(ddp / f"{mode}one-rank", ddp / f"{mode}two-ranks")
 

@@ -13,6 +13,7 @@ from deepspeed_files import zero
 from launching import LAUNCH, launch
 from ports import free_port
 from rank_runs import (
+    CHOICE,
     MIXLORA,
     MORES,
     ONE_RANK,
@@ -55,6 +56,7 @@ def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
         two += [
             flags(tiny, folder / f"two-{stage}", settings, {**PARITY, **TWO_RANKS, **mixed}),
             flags(tiny, folder / f"mixlora-two-{stage}", settings, {**PARITY, **TWO_RANKS, **mixed, **mixlora}),
+            flags(tiny, folder / f"choice-two-{stage}", settings, {**PARITY, **TWO_RANKS, **mixed, **CHOICE}),
             flags(tiny, folder / f"whole-{stage}", settings, resumable[stage]),
             flags(tiny, resumed, settings, resumable[stage]),
             flags(tiny, folder / f"text-{stage}", settings, {**PARITY, **TWO_RANKS, **text}),
@@ -62,6 +64,7 @@ def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
         ]
         one += [
             flags(tiny, folder / f"one-{stage}", settings, {**PARITY, **ONE_RANK, **mixed}),
+            flags(tiny, folder / f"choice-one-{stage}", settings, {**PARITY, **ONE_RANK, **mixed, **CHOICE}),
             flags(tiny, folder / f"mixlora-one-{stage}", settings, {**PARITY, **ONE_RANK, **mixed, **mixlora}),
         ]
     ungathered = {**MORES, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
@@ -77,7 +80,7 @@ def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("mode", ["", "mixlora-"], ids=["mores", "mixlora"])
+@pytest.mark.parametrize("mode", ["", "choice-", "mixlora-"], ids=["mores", "mores choice", "mixlora"])
 def test_two_ranks_end_where_one_rank_with_accumulation_ends_also_when_one_has_no_image(
     runs: Path, mode: str, stage: int
 ) -> None:
@@ -114,7 +117,7 @@ def test_sharded_parameters_are_saved_whole_whether_or_not_deepspeed_gathers_on_
 @pytest.mark.slow
 def test_no_adapter_of_any_run_holds_an_empty_tensor(runs: Path) -> None:
     trained = [folder for folder in runs.iterdir() if folder.is_dir()]
-    assert len(trained) == 19
+    assert len(trained) == 23
     for folder in trained:
         assert not [name for name, value in read(folder).tensors.items() if not value.numel()], folder
 

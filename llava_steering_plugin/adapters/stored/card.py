@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 
 from llava_steering_plugin.adapters.stored.config import AdapterConfig
 
@@ -11,19 +12,22 @@ from llava_steering_plugin.adapters.stored.config import AdapterConfig
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-def model_card(config: AdapterConfig, parameters: int, extras: list[str]) -> str:
+def model_card(
+    config: AdapterConfig, parameters: int, extras: list[str], learned: Mapping[str, str] | None = None
+) -> str:
     """Return the text of README.md: what the adapter is, how to load it, and its settings.
 
     Args:
         config: the adapter's.
         parameters: how many the tuning mode has.
         extras: names of the base's own tensors that are saved with it.
+        learned: what training has chosen, by name, as `Mode.learned` returns it.
     """
     base = config.base
     on_hub = _HUB_ID.fullmatch(base.name_or_path) and not os.path.exists(base.name_or_path)
     hub_id = f"base_model: {base.name_or_path}\n" if on_hub else ""
     held = f"{parameters:,} parameters" if parameters else "the result"
-    values = {**config.settings, **config.trained_on, "conversation template": config.conversation}
+    values = {**config.settings, **(learned or {}), **config.trained_on, "conversation template": config.conversation}
     rows = "\n".join(f"| {key} | {_code(value)} |" for key, value in values.items())
     carried = (
         f"\nIt also holds {len(extras)} tensors of the model itself, which the base lacks or which were trained: "

@@ -167,6 +167,8 @@ def _table(name: str, model: Mapping[str, Any]) -> Table:
     columns = {"added loss when off": cost}
     for modality, norms in model["norms"].items():
         what = MODALITIES.get(modality, modality)
+        if modality in model.get("tokens", {}):  # earlier versions did not write them
+            columns[f"steered {what}"] = [str(spec) for spec in model["tokens"][modality]]
         sizes = zip(*(numbers(norms[key]) for key in ("low", "mean", "high")), strict=True)
         columns[f"relative size, {what}"] = [between(*each) for each in sizes]
         columns[f"spread over tokens, {what}"] = [written(value) for value in numbers(norms["spread_tokens"])]

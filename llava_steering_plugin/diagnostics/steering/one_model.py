@@ -24,7 +24,7 @@ from llava_steering_plugin.inference.asking.questions import Question
 from llava_steering_plugin.inference.training_samples import TrainingSamples
 from llava_steering_plugin.inference.tunable import TunableModel
 from llava_steering_plugin.measures.steering import steerings, watched_norms, without_layer, without_layers
-from llava_steering_plugin.modes.mores import Steering
+from llava_steering_plugin.modes.mores import SteeredLayer, Steering
 
 NO_ANSWER = "no token of its answer is within the length that the model reads."
 
@@ -53,6 +53,16 @@ def steered_model(model: Any) -> SteeredModel:
     found = {(numbers[path], modality): each for (path, modality), each in steerings(modules).items()}
     layers = {numbers[path]: module for path, module in modules.items()}
     return SteeredModel(dict(sorted(layers.items())), dict(sorted(found.items())))
+
+
+def chosen_tokens(steered: SteeredModel) -> dict[str, list[str]]:
+    """Return which tokens are steered, as `--mores_tokens` writes them, by modality; in the order of the layers."""
+    found: dict[str, list[str]] = {}
+    for number, modality in steered.steerings:
+        layer = steered.layers[number]
+        assert isinstance(layer, SteeredLayer)
+        found.setdefault(modality, []).append(layer.selection(modality).spec)
+    return found
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from llava_steering_plugin.diagnostics.records import Records, open_records
 from llava_steering_plugin.diagnostics.results import Progress, write_tables
 from llava_steering_plugin.diagnostics.steering.one_model import (
     Prepare,
+    chosen_tokens,
     load_bases,
     measure_steering,
     questions_prepared,
@@ -132,6 +133,7 @@ def _measure(request: SteeringRequest, name: str, path: str, records: Records, p
             "base": opened.base,
             "conversation": template,
             "adapter": required(opened.model).mode.settings(),
+            "tokens": chosen_tokens(steered),
         }
     )
 
