@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from llava_steering_plugin.hooks.scope import token_map
     from llava_steering_plugin.modes.base import ForwardPass, Mode, setting
+    from llava_steering_plugin.modes.joint import joint
     from llava_steering_plugin.modes.mixlora import MixLoRA
     from llava_steering_plugin.modes.mores import MoReS
     from llava_steering_plugin.pool.pool import AdapterPool, use_adapter, using
@@ -65,6 +66,7 @@ __all__ = [
     "attachment_of",
     "disable_adapter",
     "disabled",
+    "joint",
     "load_adapter",
     "remove",
     "remove_adapter",
@@ -101,6 +103,7 @@ _HOMES = {
     ),
     "hooks.scope": ("token_map",),
     "modes.base": ("ForwardPass", "Mode", "setting"),
+    "modes.joint": ("joint",),
     "modes.mixlora": ("MixLoRA",),
     "modes.mores": ("MoReS",),
     "pool.pool": ("AdapterPool", "use_adapter", "using"),

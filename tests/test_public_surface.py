@@ -168,8 +168,9 @@ def test_a_plan_as_json_has_these_keys(tmp_path: Path, llava_copies: object) -> 
     report = json.loads(json.dumps(plan(words, Wanted(gpu="T4")).as_json()))
     assert report.keys() == {"mode", "settings", "parameters", "memory", "notes", "problems"}
     assert report["parameters"].keys() == {
-        *("mode", "projector", "trainable", "model", "percent", "lora_r8", "lora_r128"),
+        *("mode", "parts", "projector", "trainable", "model", "percent", "lora_r8", "lora_r128"),
     }
+    assert report["parameters"]["parts"] == {"mores": report["parameters"]["mode"]}
     memory = report["memory"]
     assert memory.keys() == {"assumed", "gpu", "chosen", "per_gpu"}
     assert memory["gpu"].keys() == {"name", "bytes"}

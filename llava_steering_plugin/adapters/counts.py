@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.table import Table
 from torch import nn
 
 from llava_steering_plugin.modes.base import DecoderShape
+from llava_steering_plugin.modes.joint import part_of
 
 # What the table compares with: a small LoRA, and LLaVA-1.5's own.
 LORA_RANKS = (8, 128)
@@ -20,6 +21,7 @@ class ParameterCounts:
 
     Attributes:
         mode: trainable ones of the tuning mode.
+        parts: of these, those of each part of a joint mode, by its name; none of another mode.
         other: trainable ones of the model itself: the projector, unless it is frozen; None if unknown.
         model: all parameters of the model without the adapter.
         lora: for comparison, what LoRA on every decoder linear would train, by rank.
@@ -29,6 +31,7 @@ class ParameterCounts:
     other: int | None
     model: int
     lora: dict[int, int]
+    parts: dict[str, int] = field(default_factory=dict)
 
     @property
     def trainable(self) -> int | None:
@@ -79,6 +82,7 @@ def parameter_table(name: str, counts: ParameterCounts) -> Table:
     table.add_column("parameters", justify="right")
     table.add_column("of the model", justify="right")
     rows: list[tuple[str, int | None]] = [(name, counts.mode)] if counts.mode else []
+    rows += [(f"of it {part}", count) for part, count in counts.parts.items()]
     rows += [("projector", counts.other), ("total", counts.trainable)]
     rows += [(f"for comparison: LoRA r={rank}", count) for rank, count in counts.lora.items()]
     for label, count in rows:
@@ -92,6 +96,14 @@ def counted(
 ) -> ParameterCounts:
     """Count a model that carries `modules`; `other` is the number of parameters trained in the model itself."""
     ours = [parameter for module in modules.values() for parameter in module.parameters()]
-    trained = sum(parameter.numel() for parameter in ours if parameter.requires_grad)
     lora = {rank: lora_parameters(shape, rank) for rank in LORA_RANKS}
-    return ParameterCounts(trained, other, numel(model) - sum(parameter.numel() for parameter in ours), lora)
+    rest = numel(model) - sum(parameter.numel() for parameter in ours)
+    parts: dict[str, int] = {}
+    for module in modules.values():
+        if (part := part_of(module)) is not None:
+            parts[part] = parts.get(part, 0) + _trained(module)
+    return ParameterCounts(sum(map(_trained, modules.values())), other, rest, lora, parts)
+
+
+def _trained(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

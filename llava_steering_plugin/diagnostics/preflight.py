@@ -20,6 +20,7 @@ from llava_steering_plugin.inference.base_files import CONFIG, check_adapters_fi
 from llava_steering_plugin.inference.base_model import read_base_config
 from llava_steering_plugin.inference.models import PEFT_CONFIG, base_of_lora, moved
 from llava_steering_plugin.inference.options import check_bits, choose_device
+from llava_steering_plugin.modes.joint import part_names
 from llava_steering_plugin.upstream.conversations import checked_template
 from llava_steering_plugin.upstream.install import install
 
@@ -77,7 +78,7 @@ def check_models(models: Mapping[str, str], base: str | None, problems: Problems
 
 
 def check_mode(models: Mapping[str, str], base: str | None, problems: Problems, mode: str) -> None:
-    """Check that all models are adapters of one mode, of the size of their bases.
+    """Check that all models are adapters of one mode, or joint ones with it as a part, of the size of their bases.
 
     Args:
         models: the path of each, by name.
@@ -87,8 +88,8 @@ def check_mode(models: Mapping[str, str], base: str | None, problems: Problems, 
     for name, path in models.items():
         with problems.noted():
             own = find(path)
-            if own is not None and own.config.mode != mode:
-                other = FITTING.get(own.config.mode, "diagnose modality")
+            if own is not None and mode not in (parts := part_names(own.config.mode)):
+                other = next((FITTING[part] for part in parts if part in FITTING), "diagnose modality")
                 raise ArgumentsError(
                     f"{path} is a {own.config.mode} adapter, and `{FITTING[mode]}` is for {mode}: use "
                     f"`llava-steering {other}`."

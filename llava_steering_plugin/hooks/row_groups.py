@@ -19,14 +19,14 @@ class Adapter(Protocol):
 
     Attributes:
         modules: by the path of their host below the decoder stack.
-        idle_at_decode: they change nothing at decode steps.
+        at_decode: those of them that are called at decode steps; the others change nothing there.
     """
 
     @property
     def modules(self) -> Mapping[str, nn.Module]: ...
 
     @property
-    def idle_at_decode(self) -> bool: ...
+    def at_decode(self) -> Mapping[str, nn.Module]: ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Group:
     """The rows of one pass that share an adapter.
 
     Attributes:
-        modules: of the adapter, by the path of their host.
+        modules: of the adapter that work in the pass, by the path of their host.
         this_pass: describes the pass for these rows alone.
         rows: int64 [rows of the group], their numbers in the batch; None if they are all rows of the pass.
         of: the numbers of rows and positions of the whole pass.
@@ -104,7 +104,7 @@ class Rows:
     def __init__(self, adapters: Sequence[Adapter | None]):
         self.adapters = tuple(adapters)
         self.active = tuple(dict.fromkeys(adapter for adapter in adapters if adapter is not None))
-        self._at_decode = tuple(adapter for adapter in self.active if not adapter.idle_at_decode)
+        self._at_decode = tuple(adapter for adapter in self.active if adapter.at_decode)
         self._kept: dict[Adapter, dict[Hashable, Any]] = {adapter: {} for adapter in self.active}
         self._numbers: dict[tuple[int, torch.device], dict[Adapter, Tensor | None]] = {}
 
@@ -126,7 +126,7 @@ class Rows:
         if rows is not None:
             masks = (this_pass.visual[rows], this_pass.text[rows], this_pass.prompt[rows])
         part = ForwardPass(*masks, this_pass.decode, self._kept[adapter], loss_gradient=this_pass.loss_gradient)
-        return Group(adapter.modules, part, rows, of)
+        return Group(adapter.at_decode if this_pass.decode else adapter.modules, part, rows, of)
 
     def _numbers_of(self, rows: int, device: torch.device) -> dict[Adapter, Tensor | None]:
         """Return every adapter's row numbers in a pass of `rows` rows, in which the call's rows may be repeated.

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+# What torch and modes raise where the sizes of what they build are beyond all measure.
+UNBUILDABLE = (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, MemoryError)
 
 
 @dataclass(frozen=True)

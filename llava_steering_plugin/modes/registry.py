@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.modes.base import Mode
+from llava_steering_plugin.modes.joint import JOIN, joint_kind, part_names
 from llava_steering_plugin.registered import Registered
 
 _OURS = {
@@ -45,13 +46,36 @@ def loadable() -> dict[str, type[Mode]]:
 
 
 def get(name: str) -> type[Mode]:
-    """Import and return the mode registered as `name`.
+    """Import and return the mode registered as `name`; for `a+b` the joint mode of two that are registered.
 
     Raises:
-        ArgumentsError: nothing is registered under that name.
+        ArgumentsError: nothing is registered under that name, or the two cannot be joined.
         SteeringError: the registered object cannot be imported, is no mode, or several packages register the name.
     """
+    if JOIN in name and name not in names():
+        return _joint(name)
     return _MODES.get(name)
+
+
+def _joint(name: str) -> type[Mode]:
+    parts = part_names(name)
+    if not all(part.strip() for part in parts):
+        raise ArgumentsError(f"the tuning mode {name!r} lacks a part; write two modes, such as mores{JOIN}mixlora")
+    kinds, problems = [], []
+    for part in parts:
+        try:
+            kinds.append(get(part))
+        except ArgumentsError as error:
+            problems.append(str(error))
+    if problems:
+        raise ArgumentsError("; ".join(problems))
+    return joint_kind(kinds)
+
+
+def known(name: str) -> bool:
+    """Say whether a mode is registered under a name, or all parts of a joint one are. No mode is imported."""
+    found = names()
+    return name in found or all(part in found for part in part_names(name))
 
 
 def configured(name: str, settings: Mapping[str, Any]) -> Mode:
@@ -67,12 +91,12 @@ def configured(name: str, settings: Mapping[str, Any]) -> Mode:
     """
     kind = get(name)
     types = get_type_hints(kind)
-    known = [field.name for field in dataclasses.fields(kind)]
-    problems = [f"it has no {setting:.100}, only {', '.join(known)}" for setting in settings if setting not in known]
+    has = [field.name for field in dataclasses.fields(kind)]
+    problems = [f"it has no {setting:.100}, only {', '.join(has)}" for setting in settings if setting not in has]
     problems += [
         f"{setting} is {value!r:.100} where {_spelled(types[setting])} is expected"
         for setting, value in settings.items()
-        if setting in known and not _is_a(value, types[setting])
+        if setting in has and not _is_a(value, types[setting])
     ]
     if problems:
         raise ArgumentsError(listing(f"the tuning mode {name!r} cannot take these settings", problems))

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 USAGE = "llava-steering plan [--json] [--gpu NAME] [--gpus N] [--sequence N] [the flags of a training]"
 BASE_FLAG = "--model_name_or_path"
 PARAMETERS = ("mode", "projector", "trainable", "model", "percent", *(f"lora_r{rank}" for rank in LORA_RANKS))
+PARTS = "parts"  # by name, how many each part of a joint mode has; of another mode it is the one part
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,12 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as plain values. Every key is always there; what is unknown is None."""
-        parameters: dict[str, float | None] = dict.fromkeys(PARAMETERS)
+        parameters: dict[str, Any] = dict.fromkeys((*PARAMETERS, PARTS))
         if self.counts is not None:
             counts = self.counts
             known = (counts.mode, counts.other, counts.trainable, counts.model, counts.percent)
             parameters = dict(zip(PARAMETERS, (*known, *counts.lora.values()), strict=True))
+            parameters[PARTS] = dict(counts.parts) or {self.mode: counts.mode}
         return {
             "mode": self.mode,
             "settings": dict(self.settings),

@@ -46,7 +46,7 @@ class PooledAdapter:
         modules: in eval mode, by the path of their host below the decoder stack.
         projector: the adapter's own; None if it takes the base's.
         newline: the adapter's own image_newline; None if it takes the base's.
-        idle_at_decode: the modules change nothing at decode steps.
+        at_decode: those of the modules that are called at decode steps; the others change nothing there.
         resident: on the model's device rather than in CPU memory.
         users: calls in flight that use it.
     """
@@ -56,7 +56,7 @@ class PooledAdapter:
     path: Path
     modules: Mapping[str, nn.Module]
     projector: nn.Module | None
-    idle_at_decode: bool
+    at_decode: Mapping[str, nn.Module]
     newline: Tensor | None = None
     resident: bool = field(default=False, init=False)
     users: int = field(default=0, init=False)

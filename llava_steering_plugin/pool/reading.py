@@ -15,6 +15,7 @@ from llava_steering_plugin.adapters.parts.image_settings import differing_settin
 from llava_steering_plugin.adapters.stored.folder import EXTRA, StoredAdapter
 from llava_steering_plugin.errors import AdapterError, listing
 from llava_steering_plugin.modes.base import DecoderShape
+from llava_steering_plugin.modes.joint import at_decode
 from llava_steering_plugin.pool.adapter import PooledAdapter
 from llava_steering_plugin.pool.newlines import newline_of
 from llava_steering_plugin.pool.projectors import own_projector
@@ -54,7 +55,7 @@ def pooled(
     if found is not None and prefix is not None and extras:
         own = {key.removeprefix(prefix): tensor for key, tensor in extras.items()}
         projector = own_projector(found[1], own, model.dtype).cpu()
-    return PooledAdapter(name, stored.config, stored.path, modules, projector, mode.idle_at_decode, newline)
+    return PooledAdapter(name, stored.config, stored.path, modules, projector, at_decode(mode, modules), newline)
 
 
 def _different(model: PreTrainedModel, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from llava_steering_plugin.adapters.fit.fingerprint import check_base
 from llava_steering_plugin.adapters.stored.config import AdapterConfig, BaseModel
 from llava_steering_plugin.adapters.stored.folder import AdapterFolder
 from llava_steering_plugin.errors import BaseMismatch, CheckpointError, listing
+from llava_steering_plugin.modes.base import Mode
+from llava_steering_plugin.modes.joint import flags_of
 
 
 def projector_parameters(model: Any) -> dict[str, nn.Parameter]:
@@ -73,7 +75,7 @@ def refuse_another_training(attachment: Attachment, checkpoint: Path) -> None:
         AdapterError: the checkpoint's adapter is damaged.
     """
     stored = AdapterFolder(checkpoint).read()
-    here, there = (_as_flags(each.name, each.settings()) for each in (attachment.mode, mode_of(stored.config)))
+    here, there = (_as_flags(each) for each in (attachment.mode, mode_of(stored.config)))
     problems = [
         f"--{name} is {here.get(name)} and was {there.get(name)}"
         for name in (*there, *(here.keys() - there.keys()))
@@ -93,8 +95,8 @@ def refuse_another_training(attachment: Attachment, checkpoint: Path) -> None:
         )
 
 
-def _as_flags(mode: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {"tuning_mode": mode, **{f"{mode}_{name}": value for name, value in settings.items()}}
+def _as_flags(mode: Mode) -> dict[str, Any]:
+    return {"tuning_mode": mode.name, **flags_of(mode)}
 
 
 def _conversation() -> str | None:

@@ -15,6 +15,7 @@ from llava_steering_plugin import (
     AdapterPool,
     attach,
     disable_adapter,
+    joint,
     load_adapter,
     remove_adapter,
     save_adapter,
@@ -26,6 +27,7 @@ from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
 
 MODES = [MoReS(rank=2, tokens="all"), MixLoRA(factors=8, rank=2)]
+MODES.append(joint(*MODES))
 IDS, ATTENTION = batch(SHORT, LONG)
 VISUAL = ATTENTION.bool() & (torch.arange(IDS.shape[1]) < 7)
 

@@ -30,7 +30,7 @@ def test_gradient_checkpointing_gives_the_gradients_of_the_plain_run(
     plain = gradients(model, run, "off")
     for name, gradient in plain.items():
         # What a token of the prompt is behind the last layer reaches no other token.
-        assert gradient.abs().max() > 1e-6 or (mode == "mores" and name.startswith("layers.3.")), name
+        assert gradient.abs().max() > 1e-6 or ("steer_" in name and name.startswith("layers.3.")), name
     for checkpointing in ("reentrant", "not reentrant"):
         again = gradients(model, run, checkpointing)
         assert plain.keys() == again.keys()
@@ -39,7 +39,7 @@ def test_gradient_checkpointing_gives_the_gradients_of_the_plain_run(
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
-@pytest.mark.parametrize("mode", sorted(MODES))
+@pytest.mark.parametrize("mode", ["mixlora", "mores"])
 def test_no_hook_on_the_embeddings_is_needed_for_that(
     model: Any, mode: str, run: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -33,11 +33,12 @@ class Adapted:
     """An adapter with one module."""
 
     modules: Mapping[str, nn.Module]
-    idle_at_decode: bool = field(default=False)
+    at_decode: Mapping[str, nn.Module]
 
 
 def adapter(factor: float, *, idle_at_decode: bool = False) -> Adapted:
-    return Adapted({"host": Scales(factor)}, idle_at_decode)
+    modules = {"host": Scales(factor)}
+    return Adapted(modules, {} if idle_at_decode else modules)
 
 
 def a_pass(rows: int, positions: int, *, decode: bool = False) -> ForwardPass:

@@ -7,6 +7,7 @@ How rows are named: `pool/row_names.py`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import repeat
@@ -16,19 +17,22 @@ from typing import Any
 import pytest
 import torch
 from pooled import BASE, Batch, alone
-from steered import IMAGE, PROMPT, TEXT, generate, ids_of, logits_of, mask_of, pictures
+from steered import IMAGE, NEW, PROMPT, TEXT, generate, ids_of, logits_of, mask_of, pictures
+from tiny_llava import LAYERS
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from llava_steering_plugin import AdapterPool, disabled, token_map, using
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, TokenMapError
 from llava_steering_plugin.hooks.scope import current
+from llava_steering_plugin.modes.mixlora import RoutedLinear
+from llava_steering_plugin.modes.mores import SteeredLayer
 
 pytest_plugins = ["steered_fixtures", "pooled_fixtures"]
 
 # Every kind of adapter between rows of the base, on rows with one image, two, none, one, two, none, ... `fish` pools
 # padding too, as its authors' code does, so it is on one of the longest rows.
-NAMES = ["cats", BASE, "pets", "bats", "fish", "pets", "dogs", "birds", BASE]
+NAMES = ["cats", BASE, "pets", "bats", "fish", "pets", "dogs", "birds", BASE, "newts"]
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "beams": {"do_sample": False, "num_beams": 3},
@@ -101,7 +105,7 @@ def test_mixed_rows_generate_what_a_batch_of_one_adapter_generates_in_the_same_p
             assert together[mine] == expected[mine], name
 
 
-@pytest.mark.parametrize("name", ["cats", "dogs", "pets", "fish", "birds", "bats"])
+@pytest.mark.parametrize("name", ["cats", "dogs", "pets", "fish", "birds", "bats", "newts"])
 def test_one_adapter_for_all_rows_is_bit_equal_to_the_same_adapter_attached(
     pool: AdapterPool, shared: Any, frozen: Any, folders: Folders, name: str
 ) -> None:
@@ -264,3 +268,18 @@ def test_decode_steps_have_nothing_to_do_for_mores_and_only_their_own_rows_for_m
     generate(shared, ids, images, adapter_names=["cats", "dogs", "birds", BASE], stopping_criteria=criteria)
     generate(shared, ids, images, adapter_names=["cats", "pets", BASE, "bats"], stopping_criteria=criteria)
     assert watch.groups == [3, 0, 0, 0, 0, 3, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("names", ["newts", ["newts", BASE, "cats", "pets"]], ids=["alone", "mixed"])
+def test_the_steering_of_a_joint_adapter_is_not_called_at_decode_steps(
+    pool: AdapterPool, shared: Any, names: Any
+) -> None:
+    calls: Counter[type] = Counter()
+    handles = [
+        module.register_forward_pre_hook(lambda module, args: calls.update([type(module)]))
+        for module in pool.modules("newts").values()
+    ]
+    generate(shared, ids_of(*[PROMPT] * 4), pictures(4), adapter_names=names)
+    for handle in handles:
+        handle.remove()
+    assert calls == {SteeredLayer: LAYERS, RoutedLinear: NEW * LAYERS * 2}

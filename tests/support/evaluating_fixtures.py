@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from llava_steering_plugin.cli import app
 from llava_steering_plugin.errors import SteeringError
 
-ADAPTERS = ("cats", "pets", "birds", "bats")
+ADAPTERS = ("cats", "pets", "birds", "bats", "newts")
 SHORT = 12
 
 Evaluate = Callable[..., list[dict[str, Any]]]
@@ -33,7 +33,7 @@ def questions(tiny: TinyLlava) -> list[dict[str, Any]]:
     asked[2] |= {"text": "Is it red?"}
     asked.append({"question_id": "text", "text": "How many sides does a triangle have?"})
     for number, question in enumerate(asked):
-        question["adapter"] = (*ADAPTERS, BASE)[number % 5]
+        question["adapter"] = (*ADAPTERS, BASE)[number % (len(ADAPTERS) + 1)]
     return asked
 
 

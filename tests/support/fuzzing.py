@@ -27,7 +27,7 @@ import torch
 from mutations import kind_of, mutate
 from steered import PROMPT, ids_of, load_llava, pictures, strengthen
 
-from llava_steering_plugin import AdapterPool, attach, load_adapter, remove_adapter, save_adapter
+from llava_steering_plugin import AdapterPool, attach, joint, load_adapter, remove_adapter, save_adapter
 from llava_steering_plugin.adapters.save_load import describe
 from llava_steering_plugin.adapters.stored.config import AdapterConfig
 from llava_steering_plugin.errors import AdapterError
@@ -44,6 +44,7 @@ MODES: dict[str, Mode] = {
     "mores with tokens": MoReS(tokens="all"),
     "mixlora": MixLoRA(factors=3, rank=2, start_layer=3),
     "mixlora with projector": MixLoRA(factors=2, rank=1, start_layer=3, targets="q_proj,down_proj", conditional=False),
+    "both": joint(MoReS(rank=2, layers="1-2"), MixLoRA(factors=3, rank=2, start_layer=3)),
 }
 
 

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from llava_steering_plugin import disabled
 
-# Both modes with everything in them that a recomputation has to repeat, and that the same seed repeats.
+# The modes with everything in them that a recomputation has to repeat, and that the same seed repeats.
 MODES: dict[str, dict[str, Any]] = {
     "mores": {"rank": 2, "tokens": "f4+l5", "modality": "vis+text", "dropout": 0.1},
     "mixlora": {"factors": 8, "rank": 2, "dropout": 0.1, "noise": 0.5, "balance": 0.5},
+}
+MODES["mores+mixlora"] = {
+    f"{mode}_{name}": value for mode in ("mores", "mixlora") for name, value in MODES[mode].items()
 }
 
 

@@ -17,13 +17,10 @@ from llava_steering_plugin.adapters.stored.folder import ADAPTER, ADDED, EXTRA, 
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, listing, shortened
 from llava_steering_plugin.hooks.decoder import find_decoder
 from llava_steering_plugin.modes import registry
-from llava_steering_plugin.modes.base import DecoderShape, Mode, build_modules, meaning_of_absent
+from llava_steering_plugin.modes.base import UNBUILDABLE, DecoderShape, Mode, build_modules, meaning_of_absent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# What torch and modes raise where sizes are beyond all measure.
-_UNBUILDABLE = (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, MemoryError)
 
 
 def prepare(model: PreTrainedModel, shape: DecoderShape, stored: StoredAdapter) -> tuple[Mode, dict[str, nn.Module]]:
@@ -77,7 +74,7 @@ def check_shapes(model: PreTrainedModel, shape: DecoderShape, stored: StoredAdap
     try:
         with torch.device("meta"):
             parameters = parameters_of(build_modules(mode, shape))
-    except _UNBUILDABLE as error:
+    except UNBUILDABLE as error:
         raise AdapterError(
             f"the settings of the adapter in {stored.path} describe nothing that can be built ({brief(error, 200)}). "
             "The file is damaged or was edited by hand; copy the adapter again."
@@ -96,7 +93,7 @@ def mode_of(config: AdapterConfig) -> Mode:
         meant, missing = meaning_of_absent(registry.get(config.mode), config.settings)
         mode = registry.configured(config.mode, {**config.settings, **meant})
     except ArgumentsError as error:
-        if config.mode in registry.names():
+        if registry.known(config.mode):
             raise AdapterError(f"the adapter is of another version of its mode, or damaged: {error}") from error
         raise AdapterError(f"the adapter needs a mode that is not installed: {error}") from error
     problems = mode.problems()

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 from llava_steering_plugin.adapters.stored.config import AdapterConfig
+from llava_steering_plugin.modes.joint import part_names
 
 # What the hub accepts as `base_model`; it refuses to store a card that names a local folder there.
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -35,11 +36,12 @@ def model_card(
         if extras
         else ""
     )
+    tags = "\n".join(f"- {name}" for name in dict.fromkeys([config.mode, *part_names(config.mode)]))
     return f"""---
 library_name: llava-steering-plugin
 {hub_id}tags:
 - llava
-- {config.mode}
+{tags}
 ---
 
 # {config.mode} adapter for {base.name_or_path}

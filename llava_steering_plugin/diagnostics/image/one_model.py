@@ -30,6 +30,7 @@ from llava_steering_plugin.inference.words import Word, group_words
 from llava_steering_plugin.measures.effect import GRADIENTS, NONE, OCCLUSION, STEPS, integrated_gradients, occlusion
 from llava_steering_plugin.measures.modality import Kind, answer_queries
 from llava_steering_plugin.measures.patches import Updates, find_sinks, measure_attention, watched_updates
+from llava_steering_plugin.modes.joint import part_names
 
 # By default, windows are as small as they can be with so many passes.
 PASSES = 200
@@ -179,7 +180,7 @@ def _update(updates: Updates, opened: AnsweringModel, adapter: str, visual: Tens
     pool = opened.loaded.pool
     if not updates.by_layer:
         mode = pool.details(adapter).mode
-        if mode == "mores":
+        if "mores" in part_names(mode):
             return {"left_out": "this MoReS adapter steers text only"}
         return {"left_out": f"only MoReS moves hidden states of patches; this is {_called(opened, mode)}"}
     numbers = {layer.path: number for number, layer in enumerate(find_decoder(pool.model)[1].layers)}

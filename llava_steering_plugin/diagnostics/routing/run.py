@@ -25,7 +25,9 @@ from llava_steering_plugin.diagnostics.routing.one_model import (
 from llava_steering_plugin.diagnostics.routing.summary import routing_rows, summarise_routing
 from llava_steering_plugin.diagnostics.task_data import CONVERSATION, check_samples, open_samples, read_entries
 from llava_steering_plugin.inference.tunable import open_tunable
+from llava_steering_plugin.modes.joint import parts_of
 
+MODE = "mixlora"
 INDEPENDENT, CONDITIONAL = "independent", "conditional"
 
 
@@ -120,14 +122,15 @@ def _measure(
     )
     for passes in done:
         progress(name, passes, total)
-    settings = mode.settings()
+    (routing,) = (part for part in parts_of(mode) if part.name == MODE)
+    settings = routing.settings()
     return records.note(
         {
             "kind": opened.kind,
             "path": path,
             "base": opened.base,
             "conversation": template,
-            "adapter": settings,
+            "adapter": mode.settings(),
             "factors": routed.factors,
             "chosen": settings["rank"],
             "selection": {"A": INDEPENDENT, "B": CONDITIONAL if settings["conditional"] else INDEPENDENT},

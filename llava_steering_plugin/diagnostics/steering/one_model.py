@@ -43,15 +43,16 @@ class SteeredModel:
 
 
 def steered_model(model: Any) -> SteeredModel:
-    """Return the steering of a model that carries a MoReS adapter.
+    """Return the steering of a model that carries a MoReS adapter, or a joint one with MoReS as a part.
 
     Raises:
-        SteeringError: it carries none.
+        SteeringError: it carries no adapter.
     """
     numbers = {layer.path: number for number, layer in enumerate(find_decoder(model)[1].layers)}
     modules = required(model).modules
-    found = {(numbers[path], modality): each for (path, modality), each in steerings(modules).items()}
-    layers = {numbers[path]: module for path, module in modules.items()}
+    steered = steerings(modules)
+    found = {(numbers[path], modality): each for (path, modality), each in steered.items()}
+    layers = {numbers[path]: modules[path] for path, _ in steered}
     return SteeredModel(dict(sorted(layers.items())), dict(sorted(found.items())))
 
 

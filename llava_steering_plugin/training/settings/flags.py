@@ -18,10 +18,12 @@ from llava_steering_plugin.adapters.stored.locate import find, locate
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing, nearest
 from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode
+from llava_steering_plugin.modes.joint import joint, kinds_of, part_names, parts_of
 from llava_steering_plugin.training.settings import diagnostics_flags, validation_flags
 from llava_steering_plugin.training.settings.conflicts import conflicts
 
 NONE = "none"
+JOINED = "two of them joined by a plus, such as mores+mixlora"
 CANNOT_START = "this training cannot start"
 # Also with the dashes that text processors make of two hyphens; a value may be a negative number.
 _FLAG = re.compile("[-–—]+[A-Za-z]")
@@ -84,7 +86,7 @@ def extended(original: type) -> type:
     """
     modes = registry.loadable()
     fields: list[tuple[str, Any, Any]] = [
-        ("tuning_mode", str, _flag(NONE, f"parameter-efficient tuning mode: {NONE}, {', '.join(modes)}")),
+        ("tuning_mode", str, _flag(NONE, f"parameter-efficient tuning mode: {NONE}, {', '.join(modes)}, or {JOINED}")),
         ("adapter_path", str | None, _flag(None, "continue training from this adapter (folder or hub id)")),
         (validation_flags.DATA, str | None, _flag(None, validation_flags.HELP)),
     ]
@@ -153,12 +155,12 @@ def mode_from(arguments: Any, adapter: AdapterFolder | None = None) -> Mode:
     if arguments.adapter_path:
         config = locate(adapter or arguments.adapter_path).config
         return registry.configured(config.mode, config.settings)
-    mode = registry.get(arguments.tuning_mode)
-    return mode(**_settings(arguments, mode))
+    kinds = kinds_of(registry.get(arguments.tuning_mode))
+    return joint(*(kind(**_settings(arguments, kind)) for kind in kinds))
 
 
 def _settings(arguments: Any, mode: type[Mode]) -> dict[str, Any]:
-    """Return the settings of a mode that were given as flags."""
+    """Return the settings of a mode, which is no joint one, that were given as flags."""
     values = {field.name: getattr(arguments, f"{mode.name}_{field.name}", None) for field in dataclasses.fields(mode)}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -204,7 +206,7 @@ def _base_problems(flags: Namespace) -> list[str]:
 
 def _unknown_mode(flags: Namespace) -> list[str]:
     named = flags.tuning_mode
-    if named in (None, NONE) or named in registry.names():
+    if named in (None, NONE) or named in registry.names():  # a registered one is loaded only where it is wanted
         return []
     try:
         registry.get(named)
@@ -220,16 +222,18 @@ def _mode_problems(flags: Namespace, mode: Mode, given: Mapping[str, Mapping[str
         given: the settings that were given as flags, by mode.
     """
     problems = []
+    parts = {part.name: part for part in parts_of(mode)}
     if flags.adapter_path:
-        if flags.tuning_mode not in (None, NONE, mode.name):
+        if flags.tuning_mode not in (None, NONE) and not _names(flags.tuning_mode, mode):
             problems.append(
                 f"--adapter_path {flags.adapter_path} is a {mode.name} adapter and --tuning_mode says "
                 f"{flags.tuning_mode}"
             )
         problems += [
-            f"--{mode.name}_{name} {value} contradicts the adapter in --adapter_path, which has {getattr(mode, name)}"
-            for name, value in given.get(mode.name, {}).items()
-            if value != getattr(mode, name)
+            f"--{name}_{each} {value} contradicts the adapter in --adapter_path, which has {getattr(part, each)}"
+            for name, part in parts.items()
+            for each, value in given.get(name, {}).items()
+            if value != getattr(part, each)
         ]
     problems += [f"--{problem}" for problem in mode.problems()]
     if mode.projector_alone and getattr(flags, "freeze_mm_mlp_adapter", False):
@@ -239,7 +243,12 @@ def _mode_problems(flags: Namespace, mode: Mode, given: Mapping[str, Mapping[str
     problems += [
         f"--{other}_{name} belongs to another mode than {mode.name}; remove it"
         for other, settings in given.items()
-        if other != mode.name
+        if other not in parts
         for name in settings
     ]
     return problems
+
+
+def _names(written: str, mode: Mode) -> bool:
+    """Say whether a mode is written so; the parts of a joint one may be in any order."""
+    return written == mode.name or sorted(part_names(written)) == sorted(part_names(mode.name))

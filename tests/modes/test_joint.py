@@ -1,0 +1,374 @@
+"""A joint mode is its two parts at once: their settings, hosts, checks and statistics; no host has two modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from routed import LONG, SHORT, batch, small_llama
+from steered import ByHand
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from llava_steering_plugin import attach, disable_adapter, load_adapter, save_adapter, token_map
+from llava_steering_plugin.adapters.attachment import Attachment
+from llava_steering_plugin.errors import AdapterError, ArgumentsError
+from llava_steering_plugin.hooks.decoder import find_decoder
+from llava_steering_plugin.modes import registry
+from llava_steering_plugin.modes.base import DecoderShape, Mode, setting
+from llava_steering_plugin.modes.joint import (
+    Joint,
+    JointStatistics,
+    at_decode,
+    flags_of,
+    joint,
+    kinds_of,
+    part_of,
+    parts_of,
+)
+from llava_steering_plugin.modes.mixlora import MixLoRA, RoutedLinear
+from llava_steering_plugin.modes.mixlora_balance import BalanceOverSteps
+from llava_steering_plugin.modes.mores import MoReS, SteeredLayer
+
+STEERING = MoReS(rank=2, tokens="all")
+ROUTING = MixLoRA(factors=6, rank=2, balance=0.5)
+STEP = 1e-3  # of finite differences
+
+
+class Gain(nn.Module):
+    """Scales what its host returns."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.gain_delta = nn.Parameter(torch.zeros(size))
+
+    def forward(self, output: Tensor, inputs: object, this_pass: object) -> Tensor:
+        return output + self.gain_delta * output
+
+
+@dataclass(frozen=True)
+class GainMode(Mode):
+    """A mode of another package, on layers or on linears of one name."""
+
+    name: ClassVar[str] = "gain"
+    where: str = setting("layers", "layers, or the name of linears")
+
+    def build(self, decoder: DecoderShape) -> dict[str, nn.Module]:
+        if self.where == "layers":
+            return {layer.path: Gain(decoder.hidden_size) for layer in decoder.layers}
+        return {
+            path: Gain(features[1])
+            for layer in decoder.layers
+            for path, features in layer.linears.items()
+            if path.endswith(self.where)
+        }
+
+    def report(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
+        return {"hosts": float(len(modules))}
+
+
+class CountMode(GainMode):
+    """Another one, which reports a figure of the same name."""
+
+    name: ClassVar[str] = "count"
+
+
+@pytest.fixture(scope="module")
+def base() -> LlamaForCausalLM:
+    return small_llama()
+
+
+@contextmanager
+def attached(base: LlamaForCausalLM, mode: Mode, size: float = 0.1) -> Iterator[Attachment]:
+    """A model with a mode far from the identity; afterwards as it was."""
+    attachment = attach(base, mode)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in attachment.parameters().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+    try:
+        yield attachment
+    finally:
+        attachment.remove()
+        base.eval().zero_grad(set_to_none=True)
+
+
+def logits(model: LlamaForCausalLM, ids: Tensor, attention: Tensor) -> Tensor:
+    with torch.no_grad(), token_map(image(ids), attention):
+        found: Tensor = model(ids, attention_mask=attention).logits
+    return found
+
+
+def image(ids: Tensor) -> Tensor:
+    """The second and the third of the last four positions, whatever the padding, are an image's."""
+    positions = torch.arange(ids.shape[1]) - ids.shape[1]
+    return ((positions == -4) | (positions == -3)).expand(ids.shape)
+
+
+# What it is called, and what it is made of
+
+
+def test_the_name_is_one_whichever_part_comes_first() -> None:
+    kind = registry.get("mores+mixlora")
+    assert registry.get("mixlora+mores") is kind
+    assert (kind.name, kind.idle_at_decode) == ("mores+mixlora", False)
+    assert kinds_of(kind) == (MoReS, MixLoRA) and kinds_of(MoReS) == (MoReS,)
+    assert joint(STEERING, ROUTING) == joint(ROUTING, STEERING)
+    assert type(joint(STEERING, ROUTING)) is kind
+    assert joint(STEERING) is STEERING
+    assert registry.known("mores+mixlora") and not registry.known("mores+mixlra")
+
+
+def test_the_settings_are_those_of_the_parts_by_the_names_of_their_flags() -> None:
+    mode = joint(STEERING, ROUTING)
+    assert isinstance(mode, Joint)
+    expected = {f"mores_{name}": value for name, value in STEERING.settings().items()}
+    expected |= {f"mixlora_{name}": value for name, value in ROUTING.settings().items()}
+    assert mode.settings() == flags_of(mode) == expected
+    assert mode.parts == parts_of(mode) == (STEERING, ROUTING)
+    assert registry.configured("mores+mixlora", expected) == mode
+    assert (parts_of(STEERING), flags_of(STEERING)["mores_rank"]) == ((STEERING,), 2)
+    assert mode.problems() == []
+    bad = joint(MoReS(rank=0), MixLoRA(factors=2, rank=3))
+    assert [problem.split()[0] for problem in bad.problems()] == ["mores_rank", "mixlora_rank"]
+    assert joint(MoReS(tokens="1%"), ROUTING).remarks(16) == MoReS(tokens="1%").remarks(16) != []
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mores+mores", r"two different parts, and mores\+mores is mores twice"),
+        ("mores+mixlra", "unknown tuning mode 'mixlra': did you mean 'mixlora'"),
+        ("mroes+mixlra", r"(?s)did you mean 'mores'.*did you mean 'mixlora'"),
+        ("mores+", r"lacks a part; write two modes, such as mores\+mixlora"),
+        ("+", "lacks a part"),
+        ("mores+ +mixlora", "lacks a part"),
+        ("mores+mixlora+mores", r"has two parts, and mores\+mores\+mixlora has 3"),
+        ("mores+projector", r"mores\+projector is nothing new: mores trains the projector too, unless --freeze"),
+        ("mores+none", "unknown tuning mode 'none'"),
+    ],
+)
+def test_what_is_no_pair_of_modes_is_refused_with_what_to_write(name: str, said: str) -> None:
+    with pytest.raises(ArgumentsError, match=said):
+        registry.get(name)
+
+
+def test_settings_that_no_part_has_and_joints_of_joints_are_refused() -> None:
+    with pytest.raises(ArgumentsError, match=r"(?s)has no rank, only mores_rank, .*mores_rank is 'x' where int"):
+        registry.configured("mores+mixlora", {"rank": 2, "mores_rank": "x"})
+    with pytest.raises(ArgumentsError, match=r"has two parts, and mores\+gain\+mixlora has 3"):
+        joint(joint(STEERING, ROUTING), GainMode())
+    with pytest.raises(ArgumentsError, match="has two parts"):
+        joint()
+
+
+# What it does
+
+
+def test_a_fresh_one_is_the_identity_and_off_or_removed_it_is_the_base_to_the_bit(base: LlamaForCausalLM) -> None:
+    ids, attention = batch(SHORT, LONG)
+    names = [name for name, _ in base.named_parameters()]
+    frozen = logits(base, ids, attention)
+    attachment = attach(base, "mixlora+mores", mores_tokens="all", mixlora_factors=4, mixlora_rank=2)
+    assert torch.equal(logits(base, ids, attention), frozen)
+    attachment.remove()
+    with attached(base, joint(STEERING, ROUTING)):
+        assert not torch.allclose(logits(base, ids, attention), frozen, atol=1e-2)
+        with disable_adapter(base):
+            assert torch.equal(logits(base, ids, attention), frozen)
+    assert torch.equal(logits(base, ids, attention), frozen)
+    assert [name for name, _ in base.named_parameters()] == names
+
+
+def test_it_computes_factors_in_the_linears_and_steering_by_hand_on_the_layers(base: LlamaForCausalLM) -> None:
+    """With the weights of a joint adapter: MixLoRA alone, and the formula of MoReS token by token, decode steps too."""
+    ids, attention = batch(SHORT, LONG)
+    visual = image(ids)
+    with attached(base, joint(STEERING, ROUTING)) as attachment:
+        weights = {name: value.detach().clone() for name, value in attachment.parameters().items()}
+        here = logits(base, ids, attention), generated(base, ids, attention)
+    with attached(base, STEERING) as steering:
+        fill(steering, weights)
+        by_hand = ByHand(steering)
+        steered = logits(base, ids, attention)
+    with attached(base, ROUTING) as routing:
+        fill(routing, weights)
+        routed = logits(base, ids, attention)
+        with by_hand.steering(base, visual):
+            there = logits(base, ids, attention), generated(base, ids, attention)
+    torch.testing.assert_close(here[0], there[0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(here[1], there[1])
+    assert not torch.allclose(here[0], steered, atol=1e-2) and not torch.allclose(here[0], routed, atol=1e-2)
+
+
+@pytest.mark.parametrize("part", ["steer_", "routed_"])
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "not reentrant"])
+def test_gradients_of_both_parts_are_those_of_finite_differences(
+    base: LlamaForCausalLM, part: str, checkpointing: str | None
+) -> None:
+    # Routers that nothing of this changes: a choice that flips between two losses has no difference.
+    fixed = MixLoRA(factors=6, rank=2, alpha=1.0, conditional=False, router_grad="none")
+    with attached(base, joint(STEERING, fixed)) as attachment:
+        base.train().requires_grad_(False)
+        parameters = {name: each for name, each in attachment.trained().items() if part in name}
+        assert len(parameters) == {"steer_": 6, "routed_": 28}[part]
+        for parameter in attachment.trained().values():
+            parameter.requires_grad_(True)
+        if checkpointing is not None:
+            base.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+        loss_of(base).backward()
+        base.gradient_checkpointing_disable()
+        generator = torch.Generator().manual_seed(7)
+        directions = {name: torch.randn(each.shape, generator=generator) for name, each in parameters.items()}
+        slope = sum(float((each.grad * directions[name]).sum()) for name, each in parameters.items())
+        losses = []
+        with torch.no_grad():
+            for step in (STEP, -2 * STEP):
+                for name, each in parameters.items():
+                    each += step * directions[name]
+                losses.append(float(loss_of(base)))
+    assert abs(slope) > 0.05, "it would show nothing"
+    assert (losses[0] - losses[1]) / (2 * STEP) == pytest.approx(slope, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        (GainMode(), STEERING, "mores and gain both change the output of layers.0, and only one can"),
+        (ROUTING, GainMode("o_proj"), "gain and mixlora both change the output of layers.0.self_attn.o_proj, and only"),
+    ],
+    ids=["layers", "linears"],
+)
+def test_two_modes_that_want_one_host_are_refused_with_their_names(
+    base: LlamaForCausalLM, one: Mode, other: Mode, said: str
+) -> None:
+    mode, shape = joint(one, other), find_decoder(base)[1]
+    assert mode.problems() == [], "only the model says which hosts there are"
+    assert len(mode.problems(shape)) == len(shape.layers)
+    assert said in mode.problems(shape)[0]
+    with pytest.raises(ArgumentsError, match=said):
+        attach(base, mode)
+    with pytest.raises(ArgumentsError, match=said):
+        mode.build(shape)
+
+
+def test_a_mode_of_another_package_is_joined_like_our_own(base: LlamaForCausalLM, tmp_path: Path) -> None:
+    ids, attention = batch(SHORT, LONG)
+    mode = joint(GainMode("o_proj"), STEERING)
+    assert (mode.name, type(mode).idle_at_decode) == ("mores+gain", False)
+    with attached(base, mode) as attachment:
+        assert {part_of(module) for module in attachment.modules.values()} == {"mores", "gain"}
+        assert list(at_decode(mode, attachment.modules)) == [f"layers.{layer}.self_attn.o_proj" for layer in (0, 1)]
+        assert mode.report(attachment.modules) == {"hosts": 2.0}
+        expected = logits(base, ids, attention)
+        save_adapter(base, tmp_path)
+    # What is not installed here is named as a whole.
+    with pytest.raises(AdapterError, match="needs a mode that is not installed: unknown tuning mode 'gain'"):
+        load_adapter(base, tmp_path)
+    assert not torch.equal(logits(base, ids, attention), expected)
+
+
+def test_figures_of_the_same_name_get_the_names_of_their_parts(base: LlamaForCausalLM) -> None:
+    mode = joint(CountMode(), GainMode("q_proj"))
+    modules = mode.build(find_decoder(base)[1])
+    assert mode.report(modules) == {"hosts": 2.0, "gain_hosts": 2.0}
+
+
+# What is asked of every mode
+
+
+def test_it_is_saved_and_loaded_with_both_parts(base: LlamaForCausalLM, tmp_path: Path) -> None:
+    ids, attention = batch(SHORT, LONG)
+    mode = joint(STEERING, ROUTING)
+    with attached(base, mode) as attachment:
+        expected, text = logits(base, ids, attention), generated(base, ids, attention)
+        summary = attachment.summary()
+        save_adapter(base, tmp_path)
+    assert list(summary.parts) == ["mores", "mixlora"] and sum(summary.parts.values()) == summary.mode
+    assert summary.parts["mores"] == 2 * (2 * 32 * 2 + 2)
+    card = (tmp_path / "README.md").read_text()
+    assert "- mores+mixlora\n- mores\n- mixlora\n" in card and "| mixlora_balance | `0.5` |" in card
+    loaded = load_adapter(base, tmp_path)
+    try:
+        assert loaded.mode == mode and loaded.config is not None and loaded.config.mode == "mores+mixlora"
+        assert torch.equal(logits(base, ids, attention), expected)
+        assert torch.equal(generated(base, ids, attention), text)
+    finally:
+        loaded.remove()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "said"),
+    [
+        ("layers.0.vis.steer_basis", 0.0, "layers.0.vis.steer_basis: its 2 rows span no subspace"),
+        ("layers.1.mlp.up_proj.routed_a", 1e15, "layers.1.mlp.up_proj.routed_a: its products .* overflow"),
+    ],
+)
+def test_values_that_do_not_compute_in_either_part_are_refused(
+    base: LlamaForCausalLM, tmp_path: Path, tensor: str, value: float, said: str
+) -> None:
+    with attached(base, joint(STEERING, ROUTING)) as attachment:
+        with torch.no_grad():
+            attachment.parameters()[tensor].fill_(value)
+        save_adapter(base, tmp_path)
+    with pytest.raises(AdapterError, match=said):
+        load_adapter(base, tmp_path)
+
+
+def test_only_the_factors_are_called_at_decode_steps(base: LlamaForCausalLM) -> None:
+    mode = joint(STEERING, ROUTING)
+    modules = mode.build(find_decoder(base)[1])
+    assert {type(module) for module in modules.values()} == {SteeredLayer, RoutedLinear}
+    assert {type(module) for module in at_decode(mode, modules).values()} == {RoutedLinear}
+    assert at_decode(STEERING, modules) == {} and at_decode(ROUTING, modules) is modules
+
+
+def test_the_balance_of_the_factors_is_led_and_its_state_stands_under_the_name_of_its_part(
+    base: LlamaForCausalLM,
+) -> None:
+    mode = joint(STEERING, ROUTING)
+    shape = find_decoder(base)[1]
+    statistics = mode.statistics(mode.build(shape))
+    assert isinstance(statistics, JointStatistics)
+    (of_factors,) = statistics.parts.values()
+    assert isinstance(of_factors, BalanceOverSteps)
+    statistics.begin(2)
+    summed: list[Tensor] = []
+    statistics.end_step(lambda tensor: summed.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    assert len(summed) == 1
+    state = statistics.state()
+    assert state == {"mixlora": of_factors.state()}
+    statistics.load(state)
+    statistics.load({})
+    assert statistics.parts == {} and statistics.state() == {}, "a checkpoint without them goes on without them"
+    assert joint(STEERING, GainMode("q_proj")).statistics({}) is None
+
+
+def fill(attachment: Attachment, weights: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in attachment.parameters().items():
+            parameter.copy_(weights[name])
+
+
+def generated(model: LlamaForCausalLM, ids: Tensor, attention: Tensor) -> Tensor:
+    with token_map(image(ids), attention):
+        output: Tensor = model.generate(
+            ids, attention_mask=attention, max_new_tokens=5, pad_token_id=0, do_sample=False
+        )
+    return output
+
+
+def loss_of(model: LlamaForCausalLM) -> Tensor:
+    ids, attention = batch(SHORT + LONG, LONG, side="right")
+    labels = ids.masked_fill(~attention.bool(), -100)
+    labels[:, :6] = -100
+    visual = torch.zeros_like(attention, dtype=torch.bool)
+    visual[:, 2:5] = True
+    with token_map(visual, attention, (labels != -100).cumsum(1) == 0):
+        loss: Tensor = model(ids, attention_mask=attention, labels=labels).loss
+    return loss
