@@ -79,6 +79,9 @@ class Joint(Mode):
                 figures[f"{part.name}_{name}" if name in figures else name] = value
         return figures
 
+    def learned(self, parameters: Mapping[str, Tensor]) -> dict[str, str]:
+        return {name: chosen for part in self.parts for name, chosen in part.learned(parameters).items()}
+
     def settings(self) -> dict[str, Any]:
         return flags_of(self)
 
@@ -152,10 +155,10 @@ def joint_kind(kinds: Iterable[type[Mode]]) -> type[Joint]:
     if len(names) != 2:
         raise ArgumentsError(f"a joint mode has two parts, and {JOIN.join(names) or 'nothing'} has {len(names)}")
     if alone := [kind.name for kind in ordered if kind.projector_alone]:
-        others = [name for name in names if name not in alone]
+        others = " and ".join(name for name in names if name not in alone) or "every mode"
         raise ArgumentsError(
-            f"{JOIN.join(names)} is nothing new: {' and '.join(others) or 'every mode'} trains the projector too, unless "
-            "--freeze_mm_mlp_adapter is True"
+            f"{JOIN.join(names)} is nothing new: {others} trains the projector too, unless --freeze_mm_mlp_adapter is "
+            "True"
         )
     if names[0] == names[1]:
         raise ArgumentsError(f"a joint mode has two different parts, and {JOIN.join(names)} is {names[0]} twice")

@@ -22,7 +22,7 @@ from steered import strengthen
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
 
-from llava_steering_plugin import attach, remove, save_adapter
+from llava_steering_plugin import attach, joint, remove, save_adapter
 from llava_steering_plugin.adapters.save_load import describe
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.mixlora import MixLoRA
@@ -34,10 +34,10 @@ SHORT = 12  # tokens of an answer
 CHAT = ["-m", "llava_steering_plugin", "chat"]
 GREEDY = ["--device", "cpu", "--temperature", "0", "--max-new-tokens"]
 QUESTION = Question("What color is the circle?", "00.png")
-# Two of one template and one of another.
+# Two of one template, of which one is two modes at once, and one of another.
 KINDS: dict[str, tuple[Mode, str]] = {
     "cats": (MoReS(rank=2, tokens="all"), "v1"),
-    "pets": (MixLoRA(factors=4, rank=2, alpha=1.0), "v1"),
+    "pets": (joint(MoReS(rank=1, tokens="f4+l5"), MixLoRA(factors=4, rank=2, alpha=1.0)), "v1"),
     "bots": (MoReS(rank=2, tokens="all", modality="vis+text"), "chatml_direct"),
 }
 
@@ -182,7 +182,7 @@ def test_commands_say_what_they_did(programs: dict[str, Future[Ended]], tiny: Ti
         "/image FILE",
     ):
         assert line in notes
-    assert re.search(r"^\*  pets\s+mixlora\s+[\d,]+ parameters\s+llava_v1", notes, re.MULTILINE), notes
+    assert re.search(r"^\*  pets\s+mores\+mixlora\s+[\d,]+ parameters\s+llava_v1", notes, re.MULTILINE), notes
 
 
 def test_every_answer_is_followed_by_its_prefill_and_decode_speed(programs: dict[str, Future[Ended]]) -> None:

@@ -15,6 +15,7 @@ MORES: dict[str, object] = {"tuning_mode": "mores", "mores_rank": 2, "mores_toke
 # Layers that learn which tokens they steer.
 CHOICE: dict[str, object] = {"mores_tokens": "f1,uniform4,all"}
 MIXLORA: dict[str, object] = {"tuning_mode": "mixlora"}
+JOINT: dict[str, object] = {**MORES, "tuning_mode": "mores+mixlora"}
 
 # With a trained projector, in float32, so that only the order of sums may differ.
 PARITY: dict[str, object] = {**MORES, "bf16": False, "max_steps": 5, "group_by_modality_length": False}

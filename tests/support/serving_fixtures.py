@@ -25,9 +25,10 @@ from ports import free_port
 from steered import load_llava, strengthen
 from tiny_llava import TinyLlava
 
-from llava_steering_plugin import attach, load_adapter, remove, save_adapter
+from llava_steering_plugin import attach, joint, load_adapter, remove, save_adapter
 from llava_steering_plugin.adapters.parts.image_parts import image_parameters
 from llava_steering_plugin.adapters.save_load import describe
+from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
 from llava_steering_plugin.serving.http.limits import Limits
@@ -35,6 +36,8 @@ from llava_steering_plugin.serving.http.limits import Limits
 PATIENCE = 120
 TOKEN = "a-token-that-is-long-enough"
 WITH_PROJECTOR = ("birds", "routed")
+MODES: dict[str, Mode] = {"mixlora-x": MixLoRA(factors=4, rank=2)}
+MODES["routed"] = joint(MoReS(rank=2, tokens="f4+l5"), MODES["mixlora-x"])
 NAMES = ("cats", "dogs", "pets", "birds", "fish", "mixlora-x", "my-mpt", "routed")
 BASE_NAME = "llava-v1.5-tiny"
 PROMPT = "A chat. USER: <image>\nWhat is in the picture? ASSISTANT:"
@@ -43,11 +46,11 @@ TEXT_PROMPT = "A chat. USER: What do you like? ASSISTANT:"
 
 @pytest.fixture(scope="session")
 def shelf(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with eight adapters of both modes; read it, never write to it."""
+    """A folder with eight adapters of both modes, one of them of both at once; read it, never write to it."""
     folder = tmp_path_factory.mktemp("shelf")
     model = load_llava(tiny.llava)
     for seed, name in enumerate(NAMES):
-        mode = MixLoRA(factors=4, rank=2) if name in ("routed", "mixlora-x") else MoReS(rank=2, tokens="all")
+        mode = MODES.get(name, MoReS(rank=2, tokens="all"))
         attachment = strengthen(attach(model, mode), seed=seed)
         attachment.config = replace(describe(attachment), conversation="v1")
         if name in WITH_PROJECTOR:

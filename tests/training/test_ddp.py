@@ -8,6 +8,7 @@ import pytest
 import ranks
 from rank_runs import (
     CHOICE,
+    JOINT,
     MIXLORA,
     MORES,
     ONE_RANK,
@@ -33,13 +34,17 @@ def ddp(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathF
     mixed = {"data_path": mixed_data(tiny, folder)}
     mixlora = {**PARITY, **MIXLORA, "mores_rank": None, "mores_tokens": None}
     mixlora |= {"mixlora_balance": 1.0, "save_strategy": "steps", "save_steps": 5}
+    joint, resumable = {**PARITY, **JOINT, "mixlora_balance": 1.0}, {**RESUMABLE, **JOINT, "mixlora_dropout": 0.1}
     ranks.run_on_ranks(
         [
             train_flags(tiny, folder / "two-ranks", {**PARITY, **TWO_RANKS, **mixed}),
             train_flags(tiny, folder / "mixlora-two-ranks", {**mixlora, **TWO_RANKS, **mixed}),
             train_flags(tiny, folder / "choice-two-ranks", {**PARITY, **CHOICE, **TWO_RANKS, **mixed}),
+            train_flags(tiny, folder / "joint-two-ranks", {**joint, **TWO_RANKS, **mixed}),
             train_flags(tiny, folder / "whole", RESUMABLE),
             train_flags(tiny, resumed_from(folder / "whole", 3, folder / "resumed"), RESUMABLE),
+            train_flags(tiny, folder / "joint-whole", resumable),
+            train_flags(tiny, resumed_from(folder / "joint-whole", 3, folder / "joint-resumed"), resumable),
         ],
         patched_llava,
         folder,
@@ -47,11 +52,14 @@ def ddp(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathF
     train_in_process(train_flags(tiny, folder / "one-rank", {**PARITY, **ONE_RANK, **mixed}))
     train_in_process(train_flags(tiny, folder / "choice-one-rank", {**PARITY, **CHOICE, **ONE_RANK, **mixed}))
     train_in_process(train_flags(tiny, folder / "mixlora-one-rank", {**mixlora, **ONE_RANK, **mixed}))
+    train_in_process(train_flags(tiny, folder / "joint-one-rank", {**joint, **ONE_RANK, **mixed}))
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["", "choice-", "mixlora-"], ids=["mores", "mores choice", "mixlora"])
+@pytest.mark.parametrize(
+    "mode", ["", "choice-", "mixlora-", "joint-"], ids=["mores", "mores choice", "mixlora", "joint"]
+)
 def test_two_ranks_end_where_one_rank_with_accumulation_ends_also_when_one_has_no_image(ddp: Path, mode: str) -> None:
     assert_close(ddp / f"{mode}one-rank", ddp / f"{mode}two-ranks")
 
@@ -66,9 +74,10 @@ def test_routers_are_balanced_over_the_choices_of_both_ranks(ddp: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_resume_bit_equal(ddp: Path) -> None:
-    assert len(losses(ddp / "resumed")) == 6
-    assert_equal(ddp / "whole", ddp / "resumed")
+@pytest.mark.parametrize("mode", ["", "joint-"], ids=["mores", "joint"])
+def test_two_ranks_resume_bit_equal(ddp: Path, mode: str) -> None:
+    assert len(losses(ddp / f"{mode}resumed")) == 6
+    assert_equal(ddp / f"{mode}whole", ddp / f"{mode}resumed")
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from launching import LAUNCH, launch
 from ports import free_port
 from rank_runs import (
     CHOICE,
+    JOINT,
     MIXLORA,
     MORES,
     ONE_RANK,
@@ -48,7 +49,7 @@ def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
     mixed = {"data_path": mixed_data(tiny, folder)}
     text = {"data_path": text_data(tiny, folder), "max_steps": 2, "group_by_modality_length": False}
     mixlora = {**MIXLORA, "mores_rank": None, "mores_tokens": None, "mores_dropout": None}
-    resumable = {2: {**RESUMABLE, **mixlora, "mixlora_dropout": 0.1}, 3: RESUMABLE}
+    resumable = {2: {**RESUMABLE, **JOINT, "mixlora_dropout": 0.1}, 3: RESUMABLE}
     two, one = [], []
     for stage in (2, 3):
         settings = zero(folder, stage)
@@ -57,6 +58,7 @@ def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
             flags(tiny, folder / f"two-{stage}", settings, {**PARITY, **TWO_RANKS, **mixed}),
             flags(tiny, folder / f"mixlora-two-{stage}", settings, {**PARITY, **TWO_RANKS, **mixed, **mixlora}),
             flags(tiny, folder / f"choice-two-{stage}", settings, {**PARITY, **TWO_RANKS, **mixed, **CHOICE}),
+            flags(tiny, folder / f"joint-two-{stage}", settings, {**PARITY, **TWO_RANKS, **mixed, **JOINT}),
             flags(tiny, folder / f"whole-{stage}", settings, resumable[stage]),
             flags(tiny, resumed, settings, resumable[stage]),
             flags(tiny, folder / f"text-{stage}", settings, {**PARITY, **TWO_RANKS, **text}),
@@ -66,6 +68,7 @@ def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
             flags(tiny, folder / f"one-{stage}", settings, {**PARITY, **ONE_RANK, **mixed}),
             flags(tiny, folder / f"choice-one-{stage}", settings, {**PARITY, **ONE_RANK, **mixed, **CHOICE}),
             flags(tiny, folder / f"mixlora-one-{stage}", settings, {**PARITY, **ONE_RANK, **mixed, **mixlora}),
+            flags(tiny, folder / f"joint-one-{stage}", settings, {**PARITY, **ONE_RANK, **mixed, **JOINT}),
         ]
     ungathered = {**MORES, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     two.append(flags(tiny, folder / "ungathered", zero(folder, 3, gather=False), ungathered))
@@ -80,7 +83,9 @@ def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("mode", ["", "choice-", "mixlora-"], ids=["mores", "mores choice", "mixlora"])
+@pytest.mark.parametrize(
+    "mode", ["", "choice-", "mixlora-", "joint-"], ids=["mores", "mores choice", "mixlora", "joint"]
+)
 def test_two_ranks_end_where_one_rank_with_accumulation_ends_also_when_one_has_no_image(
     runs: Path, mode: str, stage: int
 ) -> None:
@@ -117,7 +122,7 @@ def test_sharded_parameters_are_saved_whole_whether_or_not_deepspeed_gathers_on_
 @pytest.mark.slow
 def test_no_adapter_of_any_run_holds_an_empty_tensor(runs: Path) -> None:
     trained = [folder for folder in runs.iterdir() if folder.is_dir()]
-    assert len(trained) == 23
+    assert len(trained) == 27
     for folder in trained:
         assert not [name for name, value in read(folder).tensors.items() if not value.numel()], folder
 
