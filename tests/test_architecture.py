@@ -67,6 +67,7 @@ EXPORTED = {
     "attachment_of",
     "disable_adapter",
     "disabled",
+    "joint",
     "load_adapter",
     "remove",
     "remove_adapter",

@@ -282,6 +282,13 @@ def test_figures_of_the_same_name_get_the_names_of_their_parts(base: LlamaForCau
 # What is asked of every mode
 
 
+def test_whatever_is_asked_of_a_mode_is_asked_of_the_parts() -> None:
+    asked = {
+        name for name, value in vars(Mode).items() if not name.startswith("_") and not isinstance(value, str | bool)
+    }
+    assert asked <= vars(Joint).keys(), "a joint mode has to ask its parts too: add it to `Joint`"
+
+
 def test_it_is_saved_and_loaded_with_both_parts(base: LlamaForCausalLM, tmp_path: Path) -> None:
     ids, attention = batch(SHORT, LONG)
     mode = joint(STEERING, ROUTING)
