@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
-# What torch and modes raise where the sizes of what they build are beyond all measure.
 UNBUILDABLE = (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, MemoryError)
 
 

@@ -74,7 +74,7 @@ def check_shapes(model: PreTrainedModel, shape: DecoderShape, stored: StoredAdap
     try:
         with torch.device("meta"):
             parameters = parameters_of(build_modules(mode, shape))
-    except UNBUILDABLE as error:
+    except UNBUILDABLE as error:  # sizes beyond all measure
         raise AdapterError(
             f"the settings of the adapter in {stored.path} describe nothing that can be built ({brief(error, 200)}). "
             "The file is damaged or was edited by hand; copy the adapter again."
