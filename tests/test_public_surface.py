@@ -48,6 +48,7 @@ OPTIONS = {
     "check-data": {
         *("file", "--image-folder", "--image_folder", "--model_name_or_path", "--model-name-or-path", "--version"),
         *("--model_max_length", "--model-max-length", "--vision_tower", "--vision-tower", "--json", "--processes"),
+        *("--language_model", "--language-model"),
         *("--image_aspect_ratio", "--image-aspect-ratio"),
     },
     "report": {"results", "--output", "-o", "--title"},
@@ -62,6 +63,7 @@ TRAINING = {
     "tuning_mode",
     "adapter_path",
     "eval_data_path",
+    "language_model",
     "skip_bad_samples",
     *("steering_diagnostics_steps", "steering_diagnostics_samples"),
     *("mores_rank", "mores_tokens", "mores_modality", "mores_layers", "mores_dropout"),

@@ -13,7 +13,7 @@ from llava_steering_plugin.inference.base_model import load_base
 from llava_steering_plugin.inference.models import load_adapter_and_base
 from llava_steering_plugin.inference.sources import load_all, locate_all
 from llava_steering_plugin.pool.pool import BASE
-from llava_steering_plugin.upstream.conversations import checked_template
+from llava_steering_plugin.upstream.conversations import checked_template, template_of_base
 
 
 def open_chat(
@@ -54,7 +54,7 @@ def open_chat(
         shown = get_model_name_from_path(base or stored.config.base.name_or_path)
     pool = loaded.pool
     load_all(pool.load, folders)
-    templates = {BASE: template_by_name(shown)}
+    templates = {BASE: template_of_base(vars(pool.model.config)) or template_by_name(shown)}
     templates |= {name: template_of_adapter(pool.details(name).conversation, name) for name in adapters}
     return Chat(
         loaded,

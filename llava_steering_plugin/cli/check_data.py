@@ -56,6 +56,15 @@ def check_data(
             help="How many tokens an image becomes; default: the tower that the base names.",
         ),
     ] = None,
+    language_model: Annotated[
+        str | None,
+        typer.Option(
+            "--language_model",
+            "--language-model",
+            metavar="NAME",
+            help="The component for the base's language model, as in the training; default: by its model type.",
+        ),
+    ] = None,
     image_aspect_ratio: Annotated[
         str, typer.Option("--image_aspect_ratio", "--image-aspect-ratio", help="As in the training: pad, or square.")
     ] = "pad",
@@ -79,7 +88,7 @@ def check_data(
         problems.append(f"--image-folder: there is no folder {image_folder}")
     if problems:
         raise ArgumentsError(". ".join(problems) + ".")
-    counter = _counter(base, version, model_max_length, vision_tower)
+    counter = _counter(base, version, model_max_length, vision_tower, language_model)
     checks = SampleChecks(image_folder, padded=image_aspect_ratio == "pad", style=style_of(version))
     with ExitStack() as stack:
         report = checked(
@@ -96,7 +105,9 @@ def check_data(
     raise typer.Exit(0 if report.sound else 1)
 
 
-def _counter(base: str | None, version: str, longest: int, vision_tower: str | None) -> TokenCounter | None:
+def _counter(
+    base: str | None, version: str, longest: int, vision_tower: str | None, language_model: str | None
+) -> TokenCounter | None:
     if base is None:
         return None
     with redirect_stdout(sys.stderr):  # DeepSpeed logs that it has been imported
@@ -104,7 +115,7 @@ def _counter(base: str | None, version: str, longest: int, vision_tower: str | N
         from llava_steering_plugin.upstream.tokens import TokenCounter
 
         find_llava()  # its error says what to do if there is none
-        return TokenCounter(base, version, longest, vision_tower)
+        return TokenCounter(base, version, longest, vision_tower, language_model)
 
 
 class _Progress:

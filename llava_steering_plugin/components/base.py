@@ -6,11 +6,12 @@ A component is a description: it knows its sizes from files of settings alone, a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+
+from llava_steering_plugin.components.chat_format import ChatFormat
 
 
 @dataclass(frozen=True)
@@ -143,14 +144,50 @@ class Connector(Component):
         """
 
 
-@dataclass(frozen=True)
 class LanguageModel(Component):
-    """Describes a family of language models. Register it as `llava_steering.language_models`.
+    """Describes a family of language models: `--language_model NAME`. Register it as `llava_steering.language_models`.
 
-    It is found by `model_type` in config.json, which is its name.
+    The LLaVA is made of transformers' own causal model. Its decoder must be its attribute `model`, with `embed_tokens`.
+    `model_type` in config.json finds it without its name, where LLaVA has no class of its own for that type.
 
     Attributes:
-        config: config.json of the model.
+        model_type: of the plain language models, in their config.json.
+        llava_type: of the LLaVAs that are made of them; "llava_" and the model type by default.
+        version: the name of the conversation template that suits them, for `--version`.
+        since: the first version of transformers that has this model type.
     """
 
-    config: Mapping[str, Any]
+    model_type: ClassVar[str]
+    llava_type: ClassVar[str] = ""
+    version: ClassVar[str] = "tokenizer"
+    since: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls.llava_type = cls.llava_type or f"llava_{cls.model_type}"
+
+    @classmethod
+    def formats(cls) -> dict[str, ChatFormat]:
+        """Return chat formats by the names of their conversation templates, where LLaVA has none that suits."""
+        return {}
+
+    @classmethod
+    def causal_class(cls) -> Any:
+        """Return transformers' class of the language model.
+
+        Raises:
+            KeyError: this version of transformers has none; `missing` says which has.
+        """
+        from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+        return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[cls.model_type]]
+
+    @classmethod
+    def missing(cls) -> str:
+        """Return which transformers is needed, if the one that is installed does not have this model type."""
+        import transformers
+
+        if cls.model_type in transformers.CONFIG_MAPPING:
+            return ""
+        needed = f"transformers {cls.since} or newer" if cls.since else "another version of transformers"
+        return f"{needed}; {transformers.__version__} is installed, and knows no {cls.model_type}"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from llava_steering_plugin.components.model_types import of_llava_type
 from llava_steering_plugin.errors import ArgumentsError, nearest
+from llava_steering_plugin.upstream.chat_templates import OF_TOKENIZER
 
 
 def checked_template(name: str, adapter: str | None = None) -> str:
@@ -19,13 +22,24 @@ def checked_template(name: str, adapter: str | None = None) -> str:
     """
     from llava.conversation import conv_templates
 
-    if name not in conv_templates:
+    # That of a tokenizer is there once the tokenizer has been loaded.
+    if name not in conv_templates and name != OF_TOKENIZER:
         hint = nearest(name, conv_templates)
         whose = "" if adapter is None else f" of the adapter {adapter!r}"
         raise ArgumentsError(
             f"unknown conversation template {name!r}{whose}: {hint}LLaVA has {', '.join(conv_templates)}"
         )
     return name
+
+
+def template_of_base(config: Mapping[str, Any]) -> str | None:
+    """Return the template that suits a LLaVA by its model type; None if it is not one that a component made.
+
+    Args:
+        config: its config.json.
+    """
+    component = of_llava_type(str(config.get("model_type")))
+    return None if component is None else component.version
 
 
 def about_an_image(question: str, config: Any) -> str:

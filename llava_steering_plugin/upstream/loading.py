@@ -23,6 +23,7 @@ from llava_steering_plugin.adapters.stored.folder import LLAVA_CONFIG, AdapterFo
 from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.errors import BaseMismatch, SteeringError
 from llava_steering_plugin.modes.base import default_dtype
+from llava_steering_plugin.upstream.language_models import load_by_type
 from llava_steering_plugin.upstream.names import display_name
 from llava_steering_plugin.upstream.seams import require
 
@@ -51,14 +52,22 @@ def on_builder_import(module: ModuleType) -> None:
         given = call.arguments["model_path"]
         folder = find(given) if isinstance(given, str | StoredAdapter) else None
         if folder is None:
-            return original(*args, **kwargs)
+            return load_by_type(module, original, call, _model_type(given))
         with default_dtype():  # also where transformers fails and leaves another one
-            return _load(original, call, given if isinstance(given, StoredAdapter) else folder.read())
+            return _load(module, original, call, given if isinstance(given, StoredAdapter) else folder.read())
 
     wrap_function_wrapper(module, "load_pretrained_model", load)
 
 
-def _load(original: Callable[..., Any], call: inspect.BoundArguments, stored: StoredAdapter) -> Any:
+def _model_type(path: Any) -> str | None:
+    """Return the model type of a checkpoint; None if it cannot be read: LLaVA says what is wrong."""
+    try:
+        return str(read_config(os.fspath(path))["model_type"])
+    except (SteeringError, TypeError):
+        return None
+
+
+def _load(module: ModuleType, original: Callable[..., Any], call: inspect.BoundArguments, stored: StoredAdapter) -> Any:
     folder, trained_on = stored.folder, stored.config.base.name_or_path
     base = call.arguments.get("model_base") or trained_on
     if os.path.isdir(base) and find(base) is not None:
@@ -77,11 +86,13 @@ def _load(original: Callable[..., Any], call: inspect.BoundArguments, stored: St
     with tempfile.TemporaryDirectory(prefix="llava-steering-") as staging:
         if "mm_vision_tower" in described:
             call.arguments |= {"model_path": base, "model_base": None, "model_name": name_for(described["model_type"])}
+            model_type = described["model_type"]
         else:
             _stage_plain_base(Path(staging), trained, described)
             _leave_projector_unpacked(call)
             call.arguments |= {"model_path": staging, "model_base": base, "model_name": "llava-staged"}
-        loaded = original(*call.args, **call.kwargs)
+            model_type = trained["model_type"]
+        loaded = load_by_type(module, original, call, model_type)
     tokenizer, model = loaded[0], loaded[1]
     parts = load_adapter(model, stored, tokenizer).original
     parts.set_config({key: value for key, value in trained.items() if key.startswith("tokenizer_")})

@@ -12,6 +12,7 @@ from llava_steering_plugin.training.attaching import REQUEST
 from llava_steering_plugin.training.data.sample_checks import ALTERNATING, PLAIN, SINGLE, SampleChecks
 from llava_steering_plugin.training.data.source import SOURCE, DataSource, check_entries, reading, refuse_bad_entries
 from llava_steering_plugin.training.settings.flags import mode_is_on
+from llava_steering_plugin.upstream.chat_templates import is_chat_template
 
 QUICKLY_READ = 64 << 20  # bytes
 # Values of --version for which LLaVA leaves the template as it is.
@@ -83,7 +84,12 @@ def template_style(version: str | None = None) -> str:
         template = templates.get(version, templates["vicuna_v1"])
     if template.sep_style.name == "PLAIN":
         return PLAIN
-    if template.sep_style.name == "LLAMA_2" or template.version.startswith("v1") or template.version == "mpt":
+    if (
+        is_chat_template(template)
+        or template.sep_style.name == "LLAMA_2"
+        or template.version.startswith("v1")
+        or template.version == "mpt"
+    ):
         return ALTERNATING
     return SINGLE
 

@@ -64,6 +64,8 @@ SEAMS = (
             "preprocess_multimodal": "turns samples into tokens, which are counted",
             "LazySupervisedDataset.__init__": "reads the data file, which is checked",
             "LLaVATrainer": "attaches the adapter, saves and resumes it",
+            "transformers": "loads the tokenizer, of whichever language model",
+            "DataCollatorForSupervisedDataset.__call__": "makes the attention mask",
             "safe_save_model_for_hf_trainer": "writes the adapter instead of the whole model",
         },
     ),
@@ -78,7 +80,10 @@ SEAMS = (
     *_seams(
         "llava.model.builder",
         (LOAD, *ANSWERING),
-        {"load_pretrained_model": "loads an adapter's base, then the adapter"},
+        {
+            "load_pretrained_model": "loads an adapter's base, then the adapter",
+            "AutoTokenizer": "loads the tokenizer, of whichever language model",
+        },
     ),
     *_seams(
         "llava.mm_utils",
@@ -88,7 +93,11 @@ SEAMS = (
     *_seams(
         "llava.model.llava_arch",
         (TRAIN, LOAD, *ANSWERING),
-        {"LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal": "tells which tokens are visual"},
+        {
+            "LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal": "tells which tokens are visual",
+            "LlavaMetaForCausalLM": "makes a LLaVA of a language model",
+            "LlavaMetaModel": "makes the decoder of a LLaVA of a language model's",
+        },
     ),
     *_seams(
         "llava.model.llava_arch",
@@ -106,6 +115,8 @@ SEAMS = (
         {
             "LlavaLlamaForCausalLM.forward": "opens the token map",
             "LlavaLlamaForCausalLM.generate": "opens the token map",
+            "LlavaLlamaForCausalLM": "gives way to the LLaVA of another language model, which is made like it",
+            "LlavaLlamaForCausalLM.prepare_inputs_for_generation": "goes into LLaVAs of other language models",
         },
     ),
     *_seams(
@@ -154,6 +165,8 @@ SEAMS = (
         "llava.conversation",
         (CHAT, EVAL, DIAGNOSE),
         {
+            "Conversation": "is what templates of other language models are made like",
+            "SeparatorStyle.PLAIN": "is that of captions, which have no turns",
             "Conversation.roles": "names who speaks",
             "Conversation.append_message": "adds a message",
             "Conversation.copy": "begins a conversation in a template",

@@ -15,9 +15,13 @@ from torch import Tensor
 
 from llava_steering_plugin.adapters.fit.base_model import read_config
 from llava_steering_plugin.adapters.stored.locate import find
+from llava_steering_plugin.components.base import LanguageModel
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.hooks.token_map import IGNORED
+from llava_steering_plugin.upstream.chat_templates import OF_TOKENIZER, offer
+from llava_steering_plugin.upstream.language_models import chosen
 from llava_steering_plugin.upstream.samples import KEEPING_THE_TEMPLATE
+from llava_steering_plugin.upstream.tokenizers import Tokenizers
 
 USUAL_IMAGE_TOKENS = 576  # of LLaVA-1.5
 UNLIMITED = 1 << 30
@@ -44,13 +48,21 @@ class TokenCounter:
         version: --version.
         longest: --model_max_length.
         vision_tower: --vision_tower; None: the one that the base names.
+        language_model: --language_model; None: by the base's model type.
 
     Raises:
         SteeringError: the base, or its tokenizer, cannot be read.
         ImportError: LLaVA cannot be imported.
     """
 
-    def __init__(self, base: str, version: str, longest: int, vision_tower: str | None = None):
+    def __init__(
+        self,
+        base: str,
+        version: str,
+        longest: int,
+        vision_tower: str | None = None,
+        language_model: str | None = None,
+    ):
         from llava import conversation
         from llava.train.train import preprocess, preprocess_multimodal
 
@@ -61,7 +73,9 @@ class TokenCounter:
         self.longest = longest
         self.notes: list[str] = []
         self.image_tokens = self._image_tokens(described, vision_tower or described.get("mm_vision_tower"))
-        self.tokenizer = _tokenizer(base, longest)
+        self.tokenizer = _tokenizer(base, longest, chosen(described, base, language_model))
+        if version == OF_TOKENIZER:
+            offer(self.tokenizer, base)
         self.settings = SimpleNamespace(
             is_multimodal=True, mm_use_im_start_end=bool(described.get("mm_use_im_start_end", False))
         )
@@ -139,13 +153,14 @@ class TokenCounter:
         return int(side * side + (described.get("mm_vision_select_feature") == "cls_patch"))
 
 
-def _tokenizer(base: str, longest: int) -> Any:
+def _tokenizer(base: str, longest: int, component: type[LanguageModel] | None) -> Any:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # it would warn of the first sample that is too long
     slow = {} if "mpt" in base else {"use_fast": False}
+    loader = AutoTokenizer if component is None else Tokenizers(AutoTokenizer, component.name)
     try:
-        return AutoTokenizer.from_pretrained(base, model_max_length=longest, padding_side="right", **slow)
+        return loader.from_pretrained(base, model_max_length=longest, padding_side="right", **slow)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise SteeringError(f"the tokenizer of {base} cannot be loaded: {error}") from error

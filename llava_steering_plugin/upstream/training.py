@@ -28,8 +28,12 @@ from llava_steering_plugin.training.settings.flags import (
 )
 from llava_steering_plugin.training.settings.trainer_flags import machine_problems
 from llava_steering_plugin.training.trainer import SteeringTrainerMixin
+from llava_steering_plugin.upstream.language_models import in_training
 from llava_steering_plugin.upstream.samples import refuse_bad_data, with_source
 from llava_steering_plugin.upstream.seams import require
+from llava_steering_plugin.upstream.targets import of_any_tokenizer
+from llava_steering_plugin.upstream.tokenizers import attend_to_ends
+from llava_steering_plugin.upstream.trained_base import TrainedBase
 
 # Values of --version that LLaVA's train() knows without a conversation template of that name.
 TEMPLATES_OF_VERSIONS = ("v0", "v0.5")
@@ -47,6 +51,10 @@ def on_train_import(module: ModuleType) -> None:
     wrap_function_wrapper(module, "safe_save_model_for_hf_trainer", _save)
     require(module, "LazySupervisedDataset")
     wrap_function_wrapper(module, "LazySupervisedDataset.__init__", with_source)
+    require(module, "preprocess")
+    wrap_function_wrapper(module, "preprocess", of_any_tokenizer)
+    require(module, "DataCollatorForSupervisedDataset")
+    wrap_function_wrapper(module, "DataCollatorForSupervisedDataset.__call__", attend_to_ends)
     require(module, "train")
     wrap_function_wrapper(module, "train", _checked(module))
 
@@ -70,13 +78,15 @@ def _save(original: Callable[..., Any], instance: None, args: tuple[Any, ...], k
 def _checked(module: ModuleType) -> Callable[..., Any]:
     def train(original: Callable[..., Any], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         request = read_request(flag_classes(module), sys.argv[1:])
-        if problems := [*request.problems, *_problems_here(request)]:
+        base = TrainedBase.of(request.flags, sys.argv[1:])
+        if problems := [*request.problems, *base.problems, *_problems_here(request)]:
             _exit(ArgumentsError(listing(CANNOT_START, problems)), every_rank=False)
         token = REQUEST.set(request)
         try:
             if mode_is_on(request.flags):
                 refuse_bad_data(request.flags)
-            return original(*args, **kwargs)
+            with in_training(module, base.component):
+                return original(*args, **kwargs)
         except SteeringError as error:
             _exit(error, every_rank=True)
         finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from asking import Question
 from served import Served, train_adapters
+from tiny_language_models import FAMILIES, build
 from tiny_llava import TinyLlava
 
 
@@ -21,3 +22,10 @@ def served(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPa
 def questions(tiny: TinyLlava) -> list[Question]:
     lines = [json.loads(line) for line in tiny.questions.read_text().splitlines()]
     return [Question(line["text"], line["image"]) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def language_models(tiny: TinyLlava, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A plain language model of each family, by the name of its component; read-only."""
+    root = tmp_path_factory.mktemp("language-models")
+    return {family.name: build(family, tiny, root / family.name) for family in FAMILIES}

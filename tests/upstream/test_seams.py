@@ -24,7 +24,7 @@ LISTED = {f"{seam.module}.{name}" for seam in SEAMS for name in (seam.attribute,
 # Rooms whose code serves one command alone.
 COMMAND_OF = {"training": "train", "planning": "plan", "chat": "chat", "serving": "serve", "diagnostics": "diagnose"}
 # Members of LLaVA's classes whose names other objects have, too; and the constructor.
-COMMON = {"__init__", "config", "model", "forward", "generate", "vocab_size", "lm_head", "vision_tower"}
+COMMON = {"__init__", "config", "model", "forward", "generate", "vocab_size", "lm_head", "vision_tower", "config_class"}
 
 
 # What our files call modules of other packages in which they replace something: gradio, gradio.routes, uvicorn.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llava_steering_plugin.adapters.stored.files import read_json
+from llava_steering_plugin.components.model_types import of_llava_type
 from llava_steering_plugin.errors import SteeringError
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ def _config_class(kind: str) -> Any:
     """Return the class of language-model configs of that type, or of what LLaVA calls llava_<type>; None if unknown."""
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
+    if component := of_llava_type(f"{VISION_PREFIX}_{kind}"):
+        kind = component.model_type
     if kind in CONFIG_MAPPING:
         return CONFIG_MAPPING[kind]
     registered = f"{VISION_PREFIX}_{kind}"

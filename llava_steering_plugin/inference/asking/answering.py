@@ -24,7 +24,7 @@ from llava_steering_plugin.inference.asking.prompts import CONVERSATION, said, w
 from llava_steering_plugin.inference.asking.questions import Question
 from llava_steering_plugin.inference.base_model import LoadedBase
 from llava_steering_plugin.inference.images import image_arguments, read_image
-from llava_steering_plugin.upstream.conversations import checked_template
+from llava_steering_plugin.upstream.conversations import checked_template, template_of_base
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,10 @@ class BatchAnswers:
     def template(self, question: Question) -> str:
         """Return the name of the conversation template that a question is asked in."""
         return checked_template(
-            self.options.conversation or self.pool.details(question.adapter).conversation or CONVERSATION
+            self.options.conversation
+            or self.pool.details(question.adapter).conversation
+            or template_of_base(vars(self.model.config))
+            or CONVERSATION
         )
 
     def said(self, question: Question) -> str:

@@ -15,7 +15,10 @@ from llava_steering_plugin.inference.asking.questions import Question
 from llava_steering_plugin.inference.base_files import VISION_TOWER
 from llava_steering_plugin.inference.context import PromptTokens
 from llava_steering_plugin.inference.images import image_size
-from llava_steering_plugin.upstream.conversations import checked_template
+from llava_steering_plugin.upstream.chat_templates import offer_if_any
+from llava_steering_plugin.upstream.conversations import checked_template, template_of_base
+from llava_steering_plugin.upstream.language_models import loaded_as
+from llava_steering_plugin.upstream.tokenizers import Tokenizers
 
 NAMED = 20  # questions in a message
 
@@ -82,7 +85,8 @@ def _lengths(
     from llava.mm_utils import tokenizer_image_token
 
     for question in questions:
-        template = checked_template(templates.get(question.adapter) or CONVERSATION, question.adapter)
+        named = templates.get(question.adapter) or template_of_base(vars(config)) or CONVERSATION
+        template = checked_template(named, question.adapter)
         ids = tokenizer_image_token(write_prompt(question, template, config), tokenizer, IMAGE_TOKEN_INDEX)
         yield question, tokens.count(ids, [_size(images / name, config) for name in question.images])
 
@@ -99,11 +103,15 @@ def _tokenizer(base: str, described: Mapping[str, Any]) -> Any:
     """Return the tokenizer that LLaVA's loader takes for a base."""
     from transformers import AutoTokenizer
 
-    fast = any(name in str(described.get("model_type")) for name in ("mpt", "mistral"))
+    model_type = str(described.get("model_type"))
+    fast = any(name in model_type for name in ("mpt", "mistral"))
+    component = loaded_as(model_type)
+    loader = AutoTokenizer if component is None else Tokenizers(AutoTokenizer, component.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, use_fast=fast)
+        tokenizer = loader.from_pretrained(base, use_fast=fast)
     except (OSError, ValueError, TypeError, LookupError, ImportError, RuntimeError) as error:
         raise SteeringError(f"the tokenizer of {base} cannot be loaded: {error}. Copy the model again.") from error
+    offer_if_any(tokenizer, base)
     if described.get("mm_use_im_start_end"):
         from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 

@@ -15,6 +15,7 @@ from typing import Any, get_args, get_type_hints
 from llava_steering_plugin.adapters.fit.unmerged import unmerged_lora
 from llava_steering_plugin.adapters.stored.folder import AdapterFolder
 from llava_steering_plugin.adapters.stored.locate import find, locate
+from llava_steering_plugin.components.registry import LANGUAGE_MODELS
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing, nearest
 from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode
@@ -24,6 +25,7 @@ from llava_steering_plugin.training.settings.conflicts import conflicts
 
 NONE = "none"
 JOINED = "two of them joined by a plus, such as mores+mixlora"
+LANGUAGE_MODEL = "language_model"
 CANNOT_START = "this training cannot start"
 # Also with the dashes that text processors make of two hyphens; a value may be a negative number.
 _FLAG = re.compile("[-–—]+[A-Za-z]")
@@ -88,6 +90,7 @@ def extended(original: type) -> type:
     fields: list[tuple[str, Any, Any]] = [
         ("tuning_mode", str, _flag(NONE, f"parameter-efficient tuning mode: {NONE}, {', '.join(modes)}, or {JOINED}")),
         ("adapter_path", str | None, _flag(None, "continue training from this adapter (folder or hub id)")),
+        (LANGUAGE_MODEL, str | None, _flag(None, _language_models())),
         (validation_flags.DATA, str | None, _flag(None, validation_flags.HELP)),
     ]
     fields.append(("skip_bad_samples", bool, _flag(False, "train another sample in the place of one that is bad")))
@@ -105,6 +108,11 @@ def extended(original: type) -> type:
     )
     new.__module__, new.__qualname__, new.__doc__ = original.__module__, original.__qualname__, original.__doc__
     return new
+
+
+def _language_models() -> str:
+    names = ", ".join(LANGUAGE_MODELS.names())
+    return f"component that makes a LLaVA of the base: {names} (default: by model_type in the base's config.json)"
 
 
 def _checking(original: Any) -> Callable[[Any], None]:

@@ -1,0 +1,99 @@
+"""Turn samples into ids and targets, for any tokenizer: a training sees the ids of a chat, and learns its answers.
+
+LLaVA's own `preprocess` finds answers by the lengths of pieces, counts on a token before every text, and on tokenizers
+that never merge the end of one piece with the beginning of the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_steering_plugin.hooks.token_map import IGNORED
+from llava_steering_plugin.upstream.chat_templates import is_chat_template
+from llava_steering_plugin.upstream.seams import require
+from llava_steering_plugin.upstream.tokenizers import is_prepared
+
+Turn = Mapping[str, str]
+
+
+def of_any_tokenizer(
+    original: Callable[..., Any], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Wrap LLaVA's `preprocess`: prepared tokenizers and chat formats take another way than Llama's with a template."""
+    given = dict(zip(("sources", "tokenizer", "has_image"), args, strict=False)) | kwargs
+    conversations = import_module("llava.conversation")
+    template = require(conversations, "default_conversation")
+    plain = template.sep_style == require(conversations, "SeparatorStyle.PLAIN")  # captions: one length is all it asks
+    if plain or not (is_chat_template(template) or is_prepared(given["tokenizer"])):
+        return original(*args, **kwargs)
+    encoded = [
+        encode(source, template, given["tokenizer"], has_image=given.get("has_image", False))
+        for source in given["sources"]
+    ]
+    return {"input_ids": [ids for ids, _ in encoded], "labels": [labels for _, labels in encoded]}
+
+
+def encode(turns: Sequence[Turn], template: Any, tokenizer: Any, *, has_image: bool) -> tuple[Tensor, Tensor]:
+    """Return ids and targets of one conversation, both [positions], int64.
+
+    The ids before an answer are those of the prompt that a chat would write there, and the targets are all that follows
+    until the answer's end is said. Where a tokenizer would merge the last of a prompt with the first of its answer, the
+    two stay apart, as they are when the model answers.
+
+    Args:
+        turns: as LLaVA's data files hold them; a first turn that is not the user's is left out.
+        template: one of LLaVA's conversation templates.
+        has_image: <image> in a text stands for one.
+
+    Raises:
+        KeyError: a turn is by neither "human" nor "gpt".
+        AssertionError: two turns in a row are by the same one, as LLaVA raises it.
+    """
+    ids: list[int] = []
+    targets: list[int] = []
+    before = ""
+    for text, learned in _pieces(turns, template):
+        now = _ids(text, tokenizer, has_image)
+        if now[: len(ids)] != ids:
+            now = ids + _ids(text[len(before) :], tokenizer, has_image, begun=True)
+        targets += now[len(ids) :] if learned else [IGNORED] * (len(now) - len(ids))
+        ids, before = now, text
+    # Those with an image are cut by the collator, as LLaVA's are.
+    limit = None if has_image else tokenizer.model_max_length
+    return torch.tensor(ids[:limit], dtype=torch.long), torch.tensor(targets[:limit], dtype=torch.long)
+
+
+def _pieces(turns: Sequence[Turn], template: Any) -> Iterator[tuple[str, bool]]:
+    """Yield the conversation up to each end of a prompt (False), and up to each end of an answer (True)."""
+    conversation = template.copy()
+    conversation.messages = []
+    roles = dict(zip(("human", "gpt"), conversation.roles, strict=True))
+    turns = turns if not turns or roles[turns[0]["from"]] == conversation.roles[0] else turns[1:]
+    for number, turn in enumerate(turns):
+        role = roles[turn["from"]]
+        assert role == conversation.roles[number % 2], f"turn {number} is by the same speaker as the one before"
+        if number % 2:
+            conversation.append_message(role, None)
+            yield conversation.get_prompt(), False
+            conversation.messages[-1][1] = turn["value"]
+            yield conversation.get_prompt(), True
+        else:
+            conversation.append_message(role, turn["value"])
+    if len(turns) % 2:
+        yield conversation.get_prompt(), False
+
+
+def _ids(text: str, tokenizer: Any, has_image: bool, *, begun: bool = False) -> list[int]:
+    """Return the ids of a text as a chat has them; of one that goes on (`begun`), without what begins a text."""
+    if has_image:
+        tokenize = require(import_module("llava.mm_utils"), "tokenizer_image_token")
+        found: list[int] = tokenize(text, tokenizer)
+    else:
+        found = list(tokenizer(text).input_ids)
+    begins = tokenizer.bos_token_id
+    return found[1:] if begun and begins is not None and found[:1] == [begins] else found
