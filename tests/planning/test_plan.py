@@ -76,6 +76,21 @@ def test_phi_2_has_the_papers_number_of_parameters(planned: Planned, rank: int, 
     assert not made.problems
 
 
+def test_two_modes_at_once_are_counted_together_and_apart(planned: Planned) -> None:
+    made = planned(LLAVA_7B, "--tuning_mode", "mixlora+mores")
+    assert not made.problems and made.mode == "mores+mixlora"
+    counted = made.as_json()["parameters"]
+    assert counted["parts"] == {"mores": 262_176, "mixlora": 149_291_008}
+    assert counted["mode"] == sum(counted["parts"].values()) == 149_553_184
+
+
+def test_what_does_not_fit_the_model_is_said_of_both_parts(planned: Planned) -> None:
+    flags = ("--mores_rank", "5000", "--mixlora_start_layer", "32", "--mixlora_noise", "-1")
+    problems = "\n".join(planned(LLAVA_7B, "--tuning_mode", "mores+mixlora", *flags).problems)
+    for said in ("--mores_rank is 5000", "--mixlora_start_layer is 32", "--mixlora_noise is -1"):
+        assert problems.count(said) == 1, problems
+
+
 @pytest.mark.parametrize(("config", "parameters"), [(LLAVA_7B, 262_176), (LLAVA_13B, 409_640)], ids=["7B", "13B"])
 def test_llava_has_the_papers_number_of_parameters(planned: Planned, config: dict[str, Any], parameters: int) -> None:
     made = planned(config)
