@@ -179,6 +179,10 @@ def _made(*kinds: type[Mode]) -> type[Joint]:
     joined = JOIN.join(kind.name for kind in kinds)
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ArgumentsError(f"the parts of {joined} have settings of the same name: {', '.join(twice)}")
+    if hidden := [name for name in names if hasattr(Joint, name)]:
+        raise ArgumentsError(
+            f"{joined} cannot be: modes use the names of these settings themselves: {', '.join(hidden)}"
+        )
     namespace = {
         "name": joined,
         "kinds": kinds,

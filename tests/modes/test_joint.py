@@ -167,6 +167,23 @@ def test_settings_that_no_part_has_and_joints_of_joints_are_refused() -> None:
         joint()
 
 
+def test_settings_whose_names_two_parts_share_or_modes_need_are_refused() -> None:
+    @dataclass(frozen=True)
+    class Idle(GainMode):
+        name: ClassVar[str] = "idle"
+        at_decode: bool = setting(False, "as the attribute of a mode")
+
+    @dataclass(frozen=True)
+    class MixLoRATwice(GainMode):
+        name: ClassVar[str] = "mixlora_start"
+        layer: int = setting(0, "as a setting of MixLoRA")
+
+    with pytest.raises(ArgumentsError, match="modes use the names of these settings themselves: idle_at_decode"):
+        joint(STEERING, Idle())
+    with pytest.raises(ArgumentsError, match="have settings of the same name: mixlora_start_layer"):
+        joint(ROUTING, MixLoRATwice())
+
+
 # What it does
 
 
