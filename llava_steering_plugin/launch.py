@@ -1,6 +1,6 @@
 """Run one of LLaVA's programs with the plugin active, without editing LLaVA: for installs that are read-only.
 
-    python -m llava_steering_plugin.launch [--cpu] [--seed N] [--same-order] MODULE [ARGUMENTS of MODULE]
+    python -m llava_steering_plugin.launch [--cpu] [--seed N] [--same-order] [--measure FILE] MODULE [ARGUMENTS]
     deepspeed --module llava_steering_plugin.launch llava.train.train_mem --tuning_mode mores ...
     torchrun --nproc_per_node 2 -m llava_steering_plugin.launch llava.train.train_mem --tuning_mode mores ...
 
@@ -56,6 +56,7 @@ class LaunchRequest:
         cpu: run on the CPU, also what asks for CUDA.
         seed: of torch, set before the program starts; None: not set.
         same_order: a training without a mode sees its samples in the order of one with a mode.
+        measure: where a training writes losses, times and memory; None: nowhere.
     """
 
     module: str
@@ -63,6 +64,7 @@ class LaunchRequest:
     cpu: bool = False
     seed: int | None = None
     same_order: bool = False
+    measure: str | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,7 +76,8 @@ def command_parser() -> argparse.ArgumentParser:
     """Return the parser of the options that come before MODULE."""
     parser = _Parser(
         prog="python -m llava_steering_plugin.launch",
-        usage="python -m llava_steering_plugin.launch [--cpu] [--seed N] [--same-order] MODULE [ARGUMENTS of MODULE]",
+        usage="python -m llava_steering_plugin.launch [--cpu] [--seed N] [--same-order] [--measure FILE] MODULE "
+        "[ARGUMENTS of MODULE]",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
@@ -102,6 +105,11 @@ def command_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let a training without a mode (LoRA, full) see its samples in the order that a mode has at the same seed",
     )
+    parser.add_argument(
+        "--measure",
+        metavar="FILE",
+        help="write a training's losses, the time of a step beside the frozen model's, memory and parameters as JSON",
+    )
     parser.add_argument("-h", "--help", action="store_true", help="show this text; after MODULE, the help of MODULE")
     # deepspeed and old versions of torchrun put it before MODULE, with `=`.
     for name in ("--local_rank", "--local-rank"):
@@ -126,7 +134,7 @@ def read_request(words: Sequence[str]) -> LaunchRequest | None:
         raise UsageError("no MODULE given, for example llava.train.train")
     module, *arguments = options.program
     ranks = [f"{name}={rank}" for name, rank in vars(options).items() if name.startswith("--local") and rank]
-    return LaunchRequest(module, [*ranks, *arguments], options.cpu, options.seed, options.same_order)
+    return LaunchRequest(module, [*ranks, *arguments], options.cpu, options.seed, options.same_order, options.measure)
 
 
 def _seed(word: str) -> int:
@@ -174,6 +182,10 @@ def run(request: LaunchRequest) -> None:
         from llava_steering_plugin.training.data.samples import SAME_ORDER
 
         SAME_ORDER.set(True)
+    if request.measure is not None:
+        from llava_steering_plugin.training.measured import MEASURE
+
+        MEASURE.set(Path(request.measure).absolute())
     exec(program, vars(module))
 
 

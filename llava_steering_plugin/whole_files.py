@@ -65,15 +65,17 @@ def remove_partials(folder: Path, names: Collection[str]) -> None:
     for path in folder.glob(f".*{SUFFIX}"):
         name, _, process = path.name.removeprefix(".").removesuffix(SUFFIX).rpartition(".")
         # In a container, the process before may have had the number of this one.
-        if name in names and process.isdigit() and (int(process) == os.getpid() or not _runs(int(process))):
+        if name in names and process.isdigit() and (int(process) == os.getpid() or not runs(int(process))):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
 
 
-def _runs(process: int) -> bool:
+def runs(process: int) -> bool:
     """Tell whether a process of this number runs on this machine."""
+    if process <= 0:
+        return False
     try:
         os.kill(process, 0)
     except PermissionError:

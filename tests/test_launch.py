@@ -30,6 +30,7 @@ class TestCommandLine:
             (["--seed", "7", "a.b", "--seed", "8"], LaunchRequest("a.b", ["--seed", "8"], seed=7)),
             (["--cpu", "--seed=0", "a.b"], LaunchRequest("a.b", [], cpu=True, seed=0)),
             (["--same-order", "a.b"], LaunchRequest("a.b", [], same_order=True)),
+            (["--measure", "m.json", "a.b"], LaunchRequest("a.b", [], measure="m.json")),
             (["a.b", "--same-order"], LaunchRequest("a.b", ["--same-order"])),
             (["a.b", "--help"], LaunchRequest("a.b", ["--help"])),
             (["a.b", "--", "-x", "--local_rank=1"], LaunchRequest("a.b", ["--", "-x", "--local_rank=1"])),

@@ -39,6 +39,7 @@ COMMANDS = {
     "score",
     "prepare",
     "report",
+    "compare",
 }
 OPTIONS = {
     "patch": {"--llava"},
@@ -51,6 +52,7 @@ OPTIONS = {
         *("--language_model", "--language-model"),
         *("--image_aspect_ratio", "--image-aspect-ratio"),
     },
+    "compare": {"file", "--dry-run", "--processes"},
     "report": {"results", "--output", "-o", "--title"},
     "prepare": {"task", "--source", "--output", "--split", "--samples", "--seed"},
     "score": {
@@ -132,10 +134,10 @@ def test_the_options_of_a_diagnosis_are_these(group: Any) -> None:
 
 def test_the_options_of_launch_are_these() -> None:
     words = {word for action in command_parser()._actions for word in action.option_strings}
-    assert words == {"--cpu", "--seed", "--same-order", "-h", "--help", "--local_rank", "--local-rank"}
+    assert words == {"--cpu", "--seed", "--same-order", "--measure", "-h", "--help", "--local_rank", "--local-rank"}
     text = command_parser().format_help()
     assert text.startswith(
-        "usage: python -m llava_steering_plugin.launch [--cpu] [--seed N] [--same-order] MODULE [ARGUMENTS of MODULE]"
+        "usage: python -m llava_steering_plugin.launch [--cpu] [--seed N] [--same-order] [--measure FILE] MODULE "
     )
 
 

@@ -16,6 +16,7 @@ from llava_steering_plugin.cli import (
     chat,
     check_data,
     checkout,
+    compare,
     convert,
     diagnose,
     evaluate,
@@ -69,6 +70,7 @@ app.command("convert", short_help="Make an adapter folder from a MoReS or MixLoR
 app.command("prepare", short_help="Make LLaVA's files of a benchmark that lies on disk.")(prepare.prepare)
 app.command("eval", short_help="Answer a file of questions in batches, each with its adapter.")(evaluate.evaluate)
 app.command("score", short_help="Score answers by the official rule of a benchmark.")(score.score)
+app.command("compare", short_help="Compare methods over learning rates, seeds and tasks.")(compare.compare)
 app.add_typer(diagnose.app, name="diagnose")
 app.command("report", short_help="Draw results of diagnose and of trainings as one page.")(report.report)
 app.command("serve", short_help="Serve many adapters on one base, with LLaVA's web page.")(serve.serve)

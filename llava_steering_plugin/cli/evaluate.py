@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,13 +11,16 @@ import typer
 
 from llava_steering_plugin.errors import ArgumentsError, NotFiniteError, Problems
 from llava_steering_plugin.inference import options
+from llava_steering_plugin.whole_files import write_whole
 
 if TYPE_CHECKING:
     from llava_steering_plugin.inference.asking.questions import Question
 
 
 def evaluate(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The base model, a LLaVA: folder or hub id.")],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="The base model: folder or hub id of a LLaVA, or a LoRA.")
+    ],
     question_file: Annotated[
         Path, typer.Option(help="LLaVA's question.jsonl; lines may name adapters and several images.")
     ],
@@ -49,6 +53,10 @@ def evaluate(
     load_4bit: options.Load4bit = False,
     load_8bit: options.Load8bit = False,
     max_resident: options.MaxResident = None,
+    timing: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Afterwards, time a batch beside the base's; write both as JSON."),
+    ] = None,
 ) -> None:
     """Answer a file of questions in batches, each question with an adapter of its own, in LLaVA's formats.
 
@@ -67,8 +75,16 @@ def evaluate(
     from llava_steering_plugin.inference.asking.answers_file import AnswersFile, contents_of
     from llava_steering_plugin.inference.asking.question_lengths import check_lengths
     from llava_steering_plugin.inference.asking.questions import check_questions, read_questions
+    from llava_steering_plugin.inference.asking.timing import time_answers
     from llava_steering_plugin.inference.base_files import check_adapters_fit, is_llava
     from llava_steering_plugin.inference.base_model import load_base, no_llava, read_base_config
+    from llava_steering_plugin.inference.models import (
+        PEFT_CONFIG,
+        base_of_lora,
+        is_lora,
+        load_adapter_and_base,
+        open_model,
+    )
     from llava_steering_plugin.inference.sources import load_all, locate_all, read_sources
     from llava_steering_plugin.pool.pool import BASE
     from llava_steering_plugin.upstream.conversations import checked_template
@@ -88,7 +104,10 @@ def evaluate(
     with problems.noted():
         check_questions(questions, (BASE, *sources), image_folder)
     with problems.noted():
-        check_writable(answers_file)
+        check_writable(answers_file, "--answers-file")
+    if timing is not None:
+        with problems.noted():
+            check_writable(timing, "--timing")
     config: dict[str, Any] = {}
     with problems.noted():
         config = read_base_config(base, " Give the base that the adapters were trained on.")
@@ -98,7 +117,10 @@ def evaluate(
     if config and questions and not problems.errors:
         templates = {name: conv_mode or folder.config.conversation for name, folder in folders.items()}
         with problems.noted():
-            notes = check_lengths(questions, image_folder, base, config, {BASE: conv_mode, **templates}, max_new_tokens)
+            words_of = base_of_lora(Path(base).expanduser() / PEFT_CONFIG) if is_lora(base) else base
+            notes = check_lengths(
+                questions, image_folder, words_of, config, {BASE: conv_mode, **templates}, max_new_tokens
+            )
             for note in notes:
                 typer.echo(f"note: {note}", err=True)
     generation = {
@@ -124,15 +146,21 @@ def evaluate(
     problems.raise_any("these questions cannot be answered")
     if already:
         typer.echo(f"{already} of {len(questions)} answers are there; the rest follows", err=True)
-    if already < len(questions):
-        loaded = load_base(
-            base, device=chosen, load_4bit=load_4bit, load_8bit=load_8bit, max_resident=max_resident, only_llava=True
-        )
-        load_all(loaded.pool.load, folders)
+    answers: BatchAnswers | None = None
+    if already < len(questions) or (timing is not None and questions):
+        how: dict[str, Any] = {"device": chosen, "load_4bit": load_4bit, "load_8bit": load_8bit}
+        if is_lora(base):
+            loaded = open_model(base, None, how).loaded
+        elif len(folders) == 1:  # one alone may bring what it could not share with others, such as tokens
+            ((name, folder),) = folders.items()
+            loaded = load_adapter_and_base(name, folder.read(), base, how)
+        else:
+            loaded = load_base(base, **how, max_resident=max_resident, only_llava=True)
+            load_all(loaded.pool.load, folders)
         answers = BatchAnswers(loaded, image_folder, AnswerOptions(batch_size, conv_mode, generation, seed))
-        file.write(answers.batches(questions, already), already)
-    else:
-        file.write((), already)
+    file.write(answers.batches(questions, already) if answers is not None and already < len(questions) else (), already)
+    if timing is not None and answers is not None:
+        write_timing(timing, time_answers(answers, questions))
     if file.failed:
         raise NotFiniteError(
             f"{file.failed} of {len(questions)} questions have no answer: the logits became NaN or infinite. In "
@@ -141,8 +169,20 @@ def evaluate(
     typer.echo(f"{len(questions)} answers in {answers_file}")
 
 
-def check_writable(answers: Path) -> None:
-    """Create the folder of the answers and check that the file can be written; an existing file stays as it is.
+def write_timing(file: Path, times: dict[str, Any]) -> None:
+    """Write what `time_answers` has found.
+
+    Raises:
+        ArgumentsError: it cannot be written.
+    """
+    try:
+        write_whole(file, json.dumps(times) + "\n")
+    except OSError as error:
+        raise ArgumentsError(f"--timing {file} cannot be written: {error.strerror}. Choose another.") from error
+
+
+def check_writable(answers: Path, option: str) -> None:
+    """Create the folder of a file and check that the file can be written; an existing file stays as it is.
 
     Raises:
         ArgumentsError: it cannot be written.
@@ -156,6 +196,4 @@ def check_writable(answers: Path) -> None:
         if not exists:
             os.unlink(os.path.realpath(answers))
     except OSError as error:
-        raise ArgumentsError(
-            f"--answers-file {answers} cannot be written: {error.strerror}. Choose another."
-        ) from error
+        raise ArgumentsError(f"{option} {answers} cannot be written: {error.strerror}. Choose another.") from error

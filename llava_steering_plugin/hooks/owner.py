@@ -198,8 +198,9 @@ class ModelOwner:
     def _method_of(self, alike: PreTrainedModel, name: str) -> Callable[..., Any]:
         """Return a method of a look-alike of the model, without what the owner does to the model's."""
         alike.__dict__.pop(ATTRIBUTE, None)
-        for each, (shadow, before) in self._overridden.items():
-            if alike.__dict__.get(each) is shadow:
+        for each, (_, before) in self._overridden.items():
+            # The owner's own, or what other code has put around it since (mixed precision does): this call is in there.
+            if each in alike.__dict__:
                 del alike.__dict__[each]
                 if getattr(before, "__self__", None) is self.model:  # such as mixed precision, put on before
                     alike.__dict__[each] = MethodType(before.__func__, alike)  # type: ignore[union-attr]

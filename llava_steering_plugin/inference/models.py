@@ -20,6 +20,8 @@ from llava_steering_plugin.pool.pool import BASE, AdapterPool
 logger = logging.getLogger(__name__)
 # The file by which PEFT knows its own folders.
 PEFT_CONFIG = "adapter_config.json"
+# What LLaVA's own training writes beside a LoRA: the projector.
+LORA_EXTRAS = "non_lora_trainables.bin"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,12 @@ def open_model(path: str, base: str | None, how: dict[str, Any]) -> AnsweringMod
         tokenizer, model, processor = load_with_upstream(path, where, "llava-lora", how)
         return AnsweringModel(LoadedBase(AdapterPool(model, tokenizer), tokenizer, processor), BASE, "lora", where)
     return AnsweringModel(load_base(path, only_llava=True, **how), BASE, "base", path)
+
+
+def is_lora(path: str) -> bool:
+    """Return whether a folder holds an unmerged LoRA of LLaVA's own training."""
+    folder = Path(path).expanduser()
+    return (folder / PEFT_CONFIG).is_file() and (folder / LORA_EXTRAS).is_file() and find(path) is None
 
 
 def base_of_lora(config: Path) -> str:

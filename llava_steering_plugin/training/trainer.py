@@ -32,6 +32,7 @@ from llava_steering_plugin.training.data.samples import (
 from llava_steering_plugin.training.data.skipped import SkippedSamples
 from llava_steering_plugin.training.diagnostics.callback import TrainingDiagnostics
 from llava_steering_plugin.training.gradient_check import GradientCheck
+from llava_steering_plugin.training.measured import measure
 from llava_steering_plugin.training.saving import checkpoints, integrity, notes
 from llava_steering_plugin.training.saving.best_checkpoint import (
     ResumedValidation,
@@ -65,6 +66,7 @@ class SteeringTrainerMixin(ValidationMixin, ResumePositionMixin):
         model = kwargs.get("model")
         if not mode_is_on(arguments):
             super().__init__(*positional, **kwargs)
+            measure(self)
             return
         refuse_unsupported(arguments)
         self._attachment = attach_mode(model, arguments, kwargs.get("tokenizer"))
@@ -92,6 +94,7 @@ class SteeringTrainerMixin(ValidationMixin, ResumePositionMixin):
         self.add_callback(GradientCheck.of(self._attachment))  # type: ignore[attr-defined]
         if arguments.steering_diagnostics_steps:
             self.add_callback(TrainingDiagnostics(self))  # type: ignore[attr-defined]
+        measure(self)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self._attachment is None:

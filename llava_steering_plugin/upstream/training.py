@@ -95,6 +95,22 @@ def _checked(module: ModuleType) -> Callable[..., Any]:
     return train
 
 
+def problems_of(request: TrainingRequest) -> list[str]:
+    """Return why a training would not start, as far as its flags, its base and this machine tell; any training.
+
+    Of one without a mode LLaVA itself says less, and later. How many GPUs its process will see is not known here.
+    """
+    flags = request.flags
+    found = [
+        *request.problems,
+        *_misfits(request),
+        *early_problem(getattr(flags, "data_path", None)),
+        *_of_llava(flags),
+        *machine_problems(flags),
+    ]
+    return [*found, *folder_problems(flags)] if mode_is_on(flags) else found
+
+
 def _problems_here(request: TrainingRequest) -> list[str]:
     """Return what base and machine tell before a model is loaded."""
     if not mode_is_on(request.flags):

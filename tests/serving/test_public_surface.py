@@ -91,6 +91,7 @@ OPTIONS = {
         "--load-4bit": False,
         "--load-8bit": False,
         "--max-resident": None,
+        "--timing": None,
     },
 }
 

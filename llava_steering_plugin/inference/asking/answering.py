@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,12 @@ class BatchAnswers:
         self.images, self.options = images, options
         if not hasattr(self.model, "prepare_inputs_labels_for_multimodal"):
             raise ArgumentsError(f"{type(self.model).__name__} is no LLaVA; questions about images need one.")
+
+    def with_options(self, options: AnswerOptions) -> BatchAnswers:
+        """Return the same models with other settings."""
+        other = copy(self)
+        other.options = options
+        return other
 
     def batches(
         self, questions: Sequence[Question], first: int = 0

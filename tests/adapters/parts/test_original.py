@@ -83,6 +83,26 @@ def test_what_is_done_to_the_model_meanwhile_holds_for_the_base_too(
     assert differences(snapshot(plain), snapshot(model)) == []
 
 
+def test_what_is_put_around_the_forward_meanwhile_is_called_once_and_the_base_answers(
+    tiny: TinyLlava, folders: dict[str, Path]
+) -> None:
+    """accelerate puts mixed precision there, after the adapter; a call of the base ended in an endless recursion."""
+    plain, model = base(tiny, "projector"), base(tiny, "projector")
+    load_adapter(model, folders["projector"])
+    calls, forward = [], model.forward
+
+    def around(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    model.forward = around
+    expected = logits_of(plain, ids_of(ROW), pictures(1))
+    with disabled(model):
+        assert torch.equal(logits_of(model, ids_of(ROW), pictures(1)), expected)
+    assert len(calls) == 1
+    assert not torch.equal(logits_of(model, ids_of(ROW), pictures(1)), expected)
+
+
 def test_a_projector_that_is_trained_in_place_is_not_the_bases(tiny: TinyLlava) -> None:
     model = base(tiny, "newline")
     before, answers = snapshot(model), ask(model, "newline")

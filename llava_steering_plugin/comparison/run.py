@@ -1,0 +1,267 @@
+"""Run a comparison: several cells at a time, each to its end, and nothing twice."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from llava_steering_plugin.comparison import commands
+from llava_steering_plugin.comparison.board import Board, Running
+from llava_steering_plugin.comparison.cells import Cell, Plan, plan_cells
+from llava_steering_plugin.comparison.evaluation import evaluate
+from llava_steering_plugin.comparison.logs import progress_in, summary
+from llava_steering_plugin.comparison.output import begin, locked, output_problems, refuse_another, write_results
+from llava_steering_plugin.comparison.preflight import check
+from llava_steering_plugin.comparison.processes import Command, Processes
+from llava_steering_plugin.comparison.provenance import provenance
+from llava_steering_plugin.comparison.records import FAILED, FILE, Record
+from llava_steering_plugin.comparison.schedule import Schedule
+from llava_steering_plugin.comparison.schema import Comparison
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
+
+LOG = "compare.log"
+POLL_SECONDS = 0.1
+# Trainings with a mode save a checkpoint when they are asked to end.
+GRACE_SECONDS = 60.0
+FULL_BYTES = 50e6
+
+
+class Interrupted(SteeringError):
+    """Raised when the user has ended a comparison; all programs have ended, and the same command goes on."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison has come to.
+
+    Attributes:
+        records: of all evaluations that have ended, as in results.jsonl.
+        problems: why the comparison is not whole: cells that failed, methods without a learning rate.
+    """
+
+    records: list[Record]
+    problems: list[str]
+
+
+@dataclass
+class _Job:
+    """An evaluation that runs.
+
+    Attributes:
+        steps: what is left of it.
+        process: the number of its present program.
+        slot: of the places for jobs, the one that it has.
+    """
+
+    cell: Cell
+    split: str
+    steps: Generator[Command, int, Record]
+    slot: int
+    begun: float = field(default_factory=time.monotonic)
+    process: int = 0
+    command: Command | None = None
+
+
+def compare(comparison: Comparison, board: Board | None = None) -> Outcome:
+    """Check a comparison, and run what of it has not been run.
+
+    Args:
+        board: shows how far it is; None: nothing is shown.
+
+    Raises:
+        ArgumentsError: it cannot start, or the disk is full; what has ended stays, and the same call goes on.
+        Interrupted: by SIGINT or SIGTERM.
+    """
+    board = board or Board()
+    plan = plan_cells(comparison)
+    if problems := output_problems(comparison.output):
+        raise ArgumentsError(". ".join(problems) + ".")
+    refuse_another(plan, comparison.output)
+    output = comparison.output
+    with locked(output, lambda: board.say("waiting for programs of a comparison that was killed")) as lock:
+        try:
+            log = output / LOG
+            with _processes(not comparison.launcher, log, lock) as processes:
+                check(plan, board.say)
+                left_out = refuse_another(plan, output)
+                begin(plan, output)
+                if left_out:
+                    board.say(f"{len(left_out)} finished cells are not of this comparison any more, and stay unused")
+                with _interruptible():
+                    return _Run(plan, output, processes, board).run()
+        except OSError as error:
+            raise ArgumentsError(
+                f"{output} cannot be written: {error.strerror}. What has ended is kept; the same command goes on."
+            ) from error
+
+
+def checked_plan(comparison: Comparison, board: Board | None = None) -> Plan:
+    """Return the cells of a comparison, after all checks; nothing is written.
+
+    Raises:
+        ArgumentsError: it cannot start.
+    """
+    plan = plan_cells(comparison)
+    if problems := output_problems(comparison.output):
+        raise ArgumentsError(". ".join(problems) + ".")
+    refuse_another(plan, comparison.output)
+    check(plan, (board or Board()).say)
+    return plan
+
+
+@contextmanager
+def _processes(preload: bool, log: Path, lock: int) -> Iterator[Processes]:
+    processes = Processes(preload, log, [lock])
+    try:
+        yield processes
+    finally:
+        processes.close()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Have SIGTERM end the block as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Run:
+    def __init__(self, plan: Plan, output: Path, processes: Processes, board: Board):
+        self.plan, self.output, self.processes, self.board = plan, output, processes, board
+        self.schedule = Schedule(plan, output)
+        self.jobs: list[_Job] = []
+        self.gpus = _gpus(plan.comparison)
+        self.provenance = provenance()
+
+    def run(self) -> Outcome:
+        self._write()
+        with self.board.shown(self.schedule):
+            try:
+                while self.schedule.waiting or self.jobs:
+                    while self.schedule.waiting and len(self.jobs) < self.plan.comparison.processes:
+                        self._begin()
+                    self._look()
+                    self.board.update([_running(job) for job in self.jobs])
+                    time.sleep(POLL_SECONDS)
+            except KeyboardInterrupt:
+                self._stop()
+                raise Interrupted(
+                    "interrupted; all trainings have ended. The same command goes on where this one ended."
+                ) from None
+        return Outcome(self._write(), self._problems())
+
+    def _begin(self) -> None:
+        cell, split = self.schedule.waiting.popleft()
+        slot = min(set(range(self.plan.comparison.processes)) - {job.slot for job in self.jobs})
+        env = {"CUDA_VISIBLE_DEVICES": str(self.gpus[slot % len(self.gpus)])} if self.gpus else {}
+        if split != "validation" and (others := self.schedule.tested_before(cell)):
+            self.board.say(
+                f"note: test data of {cell.task.name} was answered before at learning rate "
+                f"{', '.join(sorted({f'{other.rate:g}' for other in others}))} of {cell.method.name}: the file was "
+                "edited since, and the test has been looked at more than once"
+            )
+        steps = evaluate(cell, self.plan, split, self.output, self.provenance, env)
+        job = _Job(cell, split, steps, slot)
+        self.jobs.append(job)
+        self._advance(job, None)
+
+    def _advance(self, job: _Job, status: int | None) -> None:
+        """Start the next program of a job, or take its record."""
+        try:
+            job.command = next(job.steps) if status is None else job.steps.send(status)
+        except StopIteration as ended:
+            self.jobs.remove(job)
+            self._ended(job, ended.value)
+            return
+        job.process = self.processes.start(job.command)
+
+    def _look(self) -> None:
+        for job in list(self.jobs):
+            status = self.processes.poll(job.process)
+            if status is not None:
+                self._advance(job, status)
+
+    def _ended(self, job: _Job, record: Record) -> None:
+        choice = self.schedule.ended(job.cell, record)
+        self._write()
+        self.board.ended(job.cell, record, time.monotonic() - job.begun)
+        if choice is not None and not job.cell.method.frozen:
+            self.board.chosen(job.cell, choice)
+        if record.status == FAILED and shutil.disk_usage(self.output).free < FULL_BYTES:
+            self._stop()
+            raise ArgumentsError(
+                f"the disk of {self.output} is full, so {job.cell.named()} failed and the comparison ends. Free some "
+                f"space; the same command goes on.\n{record.error}"
+            )
+
+    def _stop(self) -> None:
+        """End all programs: with time to save at first, and at once if the user asks again."""
+        self.board.say("ending all trainings; once more to end them at once")
+        for job in self.jobs:
+            self.processes.signal(job.process, signal.SIGTERM)
+        try:
+            end = time.monotonic() + GRACE_SECONDS
+            running = list(self.jobs)
+            while running and time.monotonic() < end:
+                running = [job for job in running if self.processes.poll(job.process) is None]
+                time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:
+            pass
+        for job in running:
+            self.processes.signal(job.process, signal.SIGKILL)
+
+    def _write(self) -> list[Record]:
+        failed = [record for record in self.schedule.records.values() if record.status == FAILED]
+        return write_results(self.plan, self.output, failed, self.schedule.tested)
+
+    def _problems(self) -> list[str]:
+        failed = [
+            f"{cell.named()}: {summary(record.error or '')}"
+            for cell in self.plan.cells
+            for split in ("validation", "test")
+            if (record := self.schedule.records.get((cell.id, split))) is not None and record.status == FAILED
+        ]
+        return failed + [
+            f"{task}, {method}: no learning rate was chosen, so it was not tested: {choice.reason}"
+            for (task, method), choice in self.schedule.choices.items()
+            if choice.rate is None
+        ]
+
+
+def _running(job: _Job) -> Running:
+    log = job.command.log if job.command is not None else None
+    training = log is not None and log.name == commands.TRAIN_LOG
+    return Running(job.cell, job.split, job.begun, progress_in(log) if training and log is not None else None)
+
+
+def _gpus(comparison: Comparison) -> tuple[Any, ...]:
+    """Return the GPUs that processes get one each of; none where a launcher gives them out, or there is only one."""
+    if comparison.gpus or comparison.launcher:
+        return comparison.gpus
+    import torch
+
+    count = torch.cuda.device_count()
+    if count < 2:
+        return ()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(visible.split(",")) if visible else tuple(range(count))
+
+
+def results_file(comparison: Comparison) -> Path:
+    """Return where the records of a comparison are."""
+    return comparison.output / FILE
