@@ -40,6 +40,7 @@ FOREIGN = {
     "image.png",
     "interference.json",
     "interference.png",
+    "comparison.yaml",
     "modality-heads.png",
     "modality.json",
     "modality.png",

@@ -1,4 +1,4 @@
-"""The sub-command `compare`: from the file of a comparison to results.jsonl."""
+"""The sub-command `compare`: from the file of a comparison to its results."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def compare(
     """Compare methods over learning rates, seeds and tasks: each cell is a training of its own.
 
     Learning rates are chosen on validation data; test data is answered once. After an interruption, the same command
-    goes on where it ended. Status 1 if a cell failed, 2 if the comparison cannot start, 130 if it was interrupted.
+    goes on where it ended. Status 1 if it cannot start, or not everything was compared; 130 if it was interrupted.
     """
     from dataclasses import replace
 
     from llava_steering_plugin.cli.tables import console
     from llava_steering_plugin.comparison.board import Board
     from llava_steering_plugin.comparison.reading import read_comparison
-    from llava_steering_plugin.comparison.run import Interrupted, results_file
+    from llava_steering_plugin.comparison.run import Interrupted
     from llava_steering_plugin.comparison.run import compare as run
     from llava_steering_plugin.errors import listing
 
@@ -50,7 +50,8 @@ def compare(
     except Interrupted as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(130) from None
-    typer.echo(str(results_file(comparison)))
+    for written in outcome.files:
+        typer.echo(str(written))
     if outcome.problems:
         typer.echo(listing("not everything was compared", outcome.problems), err=True)
         raise typer.Exit(1)

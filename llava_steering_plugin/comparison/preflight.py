@@ -98,10 +98,10 @@ def _of_methods(plan: Plan) -> list[str]:
 
 
 def flag_problems(cell: Cell, comparison: Comparison) -> list[str]:
-    """Return why the training of a cell would not start; LLaVA's training has been imported."""
+    """Return why the training of a cell would not start."""
     from llava_steering_plugin.upstream.training import flag_classes, problems_of
 
-    classes = flag_classes(sys.modules["llava.train.train"])
+    classes = flag_classes(import_module("llava.train.train"))
     known = {each.name for kind in classes for each in dataclasses.fields(kind)}
     unknown = [flag for flag in cell.method.flags if flag not in known]
     if unknown:

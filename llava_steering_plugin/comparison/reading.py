@@ -101,6 +101,10 @@ class _Reading:
             shown = ", ".join(f"{name} {count}" for name, count in budgets.items())
             self.problems.append(f"{RATES}: every method tries as many, or the comparison is not fair; here {shown}")
         tasks = tuple(self._task(name, task) for name, task in self._named(data.get("tasks", {}), "tasks"))
+        reference = self._text(data, "reference") or None
+        names = [method.name for method in methods]
+        if reference is not None and reference not in names:
+            self.problems.append(f"reference is {reference!r}; {nearest(reference, names)}it names a method")
         return Comparison(
             base=str(self._path(base)) if base and (self.folder / base).expanduser().exists() else base,
             output=self._path(self._text(data, "output") or "."),
@@ -112,6 +116,7 @@ class _Reading:
             answers=self._answers(data.get("answers") or {}),
             program=self._text(data, "program") or PROGRAM,
             launcher=self._words(data.get("launcher") or []),
+            reference=reference,
         )
 
     def _method(self, name: str, given: Any, defaults: Mapping[str, Any], rates: tuple[float, ...]) -> Method:

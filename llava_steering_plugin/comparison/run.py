@@ -22,7 +22,8 @@ from llava_steering_plugin.comparison.output import begin, locked, output_proble
 from llava_steering_plugin.comparison.preflight import check
 from llava_steering_plugin.comparison.processes import Command, Processes
 from llava_steering_plugin.comparison.provenance import provenance
-from llava_steering_plugin.comparison.records import FAILED, FILE, Record
+from llava_steering_plugin.comparison.records import DONE, FAILED, FILE, TEST, VALIDATION, Record
+from llava_steering_plugin.comparison.results.writing import write_results as write_tables
 from llava_steering_plugin.comparison.schedule import Schedule
 from llava_steering_plugin.comparison.schema import Comparison
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
@@ -40,15 +41,17 @@ class Interrupted(SteeringError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a comparison has come to.
+    """Holds what a comparison has come to.
 
     Attributes:
         records: of all evaluations that have ended, as in results.jsonl.
         problems: why the comparison is not whole: cells that failed, methods without a learning rate.
+        files: results.jsonl, and the tables and pictures made of it.
     """
 
     records: list[Record]
     problems: list[str]
+    files: list[Path]
 
 
 @dataclass
@@ -163,13 +166,24 @@ class _Run:
                 raise Interrupted(
                     "interrupted; all trainings have ended. The same command goes on where this one ended."
                 ) from None
-        return Outcome(self._write(), self._problems())
+        records = self._write()
+        return Outcome(records, self._problems(), [self.output / FILE, *self._tables(records)])
+
+    def _tables(self, records: list[Record]) -> list[Path]:
+        """Write tables and pictures; without them the results are still there."""
+        if not any(record.status == DONE for record in records):
+            return []
+        try:
+            return write_tables(self.output, reference=self.plan.comparison.reference)
+        except ArgumentsError as error:
+            self.board.say(f"note: {error}")
+            return []
 
     def _begin(self) -> None:
         cell, split = self.schedule.waiting.popleft()
         slot = min(set(range(self.plan.comparison.processes)) - {job.slot for job in self.jobs})
         env = {"CUDA_VISIBLE_DEVICES": str(self.gpus[slot % len(self.gpus)])} if self.gpus else {}
-        if split != "validation" and (others := self.schedule.tested_before(cell)):
+        if split == TEST and (others := self.schedule.tested_before(cell)):
             self.board.say(
                 f"note: test data of {cell.task.name} was answered before at learning rate "
                 f"{', '.join(sorted({f'{other.rate:g}' for other in others}))} of {cell.method.name}: the file was "
@@ -233,7 +247,7 @@ class _Run:
         failed = [
             f"{cell.named()}: {summary(record.error or '')}"
             for cell in self.plan.cells
-            for split in ("validation", "test")
+            for split in (VALIDATION, TEST)
             if (record := self.schedule.records.get((cell.id, split))) is not None and record.status == FAILED
         ]
         return failed + [
@@ -260,8 +274,3 @@ def _gpus(comparison: Comparison) -> tuple[Any, ...]:
         return ()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return tuple(visible.split(",")) if visible else tuple(range(count))
-
-
-def results_file(comparison: Comparison) -> Path:
-    """Return where the records of a comparison are."""
-    return comparison.output / FILE

@@ -20,6 +20,7 @@ TOP = (
     "answers",
     "program",
     "launcher",
+    "reference",
 )  # fmt: skip
 OF_A_TASK = ("train", "image_folder", "validation", "test")
 OF_A_TEST = ("questions", "annotations", "benchmark", "image_folder", "split", "metric")
@@ -114,6 +115,7 @@ class Comparison:
         answers: options of `llava-steering eval`.
         program: the module of LLaVA's that trains.
         launcher: words before `llava_steering_plugin.launch` for trainings on several ranks; empty: one process.
+        reference: the method that the tables show the others' differences from; None: the first that is trained.
     """
 
     base: str
@@ -126,3 +128,4 @@ class Comparison:
     answers: Mapping[str, Any] = field(default_factory=dict)
     program: str = PROGRAM
     launcher: tuple[str, ...] = ()
+    reference: str | None = None

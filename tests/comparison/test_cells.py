@@ -1,4 +1,7 @@
-"""A cell's id changes with all that its result depends on, and with nothing else; names never become paths."""
+"""A cell's id changes with all that its result depends on, and with nothing else; names never become paths.
+
+Also of the command lines that `comparison/commands.py` makes of cells.
+"""
 
 from __future__ import annotations
 

@@ -1,15 +1,17 @@
 """What would fail is found before the first training, and named in one message.
 
-Also of `comparison/parameters.py` and of the dry run of `llava-steering compare`.
+Also of `comparison/parameters.py`, of the dry run of `llava-steering compare`, and of the example in docs/comparing.md.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from compared import LORA, MORES, content, test_of, write_file
 from tiny_llava import TinyLlava
 from typer.testing import CliRunner
@@ -17,9 +19,11 @@ from typer.testing import CliRunner
 from llava_steering_plugin.cli import app
 from llava_steering_plugin.comparison.cells import plan_cells
 from llava_steering_plugin.comparison.parameters import Counted, count_parameters
-from llava_steering_plugin.comparison.preflight import check
+from llava_steering_plugin.comparison.preflight import check, flag_problems
 from llava_steering_plugin.comparison.reading import comparison_from
 from llava_steering_plugin.errors import ArgumentsError
+
+PAGE = (Path(__file__).parents[2] / "docs" / "comparing.md").read_text()
 
 pytestmark = pytest.mark.usefixtures("patched_llava")
 
@@ -120,3 +124,31 @@ def test_a_dry_run_prints_cells_and_parameters_and_writes_nothing(tiny: TinyLlav
     assert ["│", "shapes", "│", "MoReS", "│", "0.01", "│", "2", "│", "516", "│", "0", "│"] in lines
     assert "8 trainings, 9 validations, 5 tests of chosen cells" in result.output
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_file_on_the_page_is_a_comparison_and_costs_what_the_page_says(tiny: TinyLlava, tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    data = yaml.safe_load(text)
+    for path in ("data/vizwiz_train.json", "data/images/a.png", "data/held_out.jsonl", "data/vizwiz_val.jsonl"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("[]")
+    (tmp_path / "vizwiz").mkdir()
+    for name in ("train.json", "val.json"):
+        (tmp_path / "vizwiz" / name).write_text("[]")
+    data["base"], data["defaults"]["use_cpu"] = str(tiny.llava), True
+    comparison = comparison_from(data, tmp_path)
+    plan = plan_cells(comparison)
+    firsts = {cell.method.name: cell for cell in plan.cells if not cell.method.frozen}
+    assert [problem for cell in firsts.values() for problem in flag_problems(cell, comparison)] == []
+    trainings = sum(not cell.method.frozen for cell in plan.cells)
+    assert f"that is {trainings} trainings, {len(plan.cells)}\nvalidations and {3 * 3 + 1} tests" in PAGE
+
+
+def test_the_page_lists_every_key_of_the_file_and_of_its_results() -> None:
+    from dataclasses import fields
+
+    from llava_steering_plugin.comparison.records import Record
+    from llava_steering_plugin.comparison.schema import OF_A_TASK, OF_A_TEST, OF_ANSWERS, TOP
+
+    named = set(re.findall(r"`(\w+)`", PAGE))
+    assert named >= {*TOP, *OF_A_TASK, *OF_A_TEST, *OF_ANSWERS, *(field.name for field in fields(Record))}

@@ -82,6 +82,7 @@ def test_everything_that_is_wrong_is_named_in_one_message(tiny: TinyLlava, tmp_p
         ("answers", {"batch": 3}, "unknown key answers.batch; did you mean 'batch_size'?"),
         ("launcher", {"a": 1}, "launcher is"),
         ("tasks", {"t": 3}, "tasks.t is 3"),
+        ("reference", "MoReSS", "reference is 'MoReSS'; did you mean 'MoReS'?"),
     ],
 )
 def test_a_wrong_part_is_named(tiny: TinyLlava, tmp_path: Path, place: str, value: Any, said: str) -> None:

@@ -1,6 +1,7 @@
 """A comparison runs every cell to its end, once, whatever happens to it; a cell that fails stops no other.
 
-Also of `comparison/training.py`, `comparison/evaluation.py`, `comparison/schedule.py` and `comparison/provenance.py`.
+Also of `cli/compare.py`, `comparison/training.py`, `comparison/evaluation.py`, `comparison/schedule.py` and
+`comparison/provenance.py`.
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ def test_a_comparison_that_was_killed_and_interrupted_ends_with_the_results_of_a
             weights = Path(record.adapter) / "adapter_model.safetensors"
             assert (broken / weights).read_bytes() == (whole / weights).read_bytes()
     check_records(expected, whole)
+    for name in ("results.md", "results.csv", "results.png"):
+        assert (broken / name).stat().st_size > 500 and str(broken / name) in third.said.read_text()
 
     again = Comparison(file, patched_llava)
     assert again.end() == 0
