@@ -40,7 +40,7 @@ FOREIGN = {
     "image.png",
     "interference.json",
     "interference.png",
-    "comparison.yaml",
+    "results.json",
     "modality-heads.png",
     "modality.json",
     "modality.png",

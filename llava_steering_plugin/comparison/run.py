@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -98,8 +99,10 @@ def compare(comparison: Comparison, board: Board | None = None) -> Outcome:
                 begin(plan, output)
                 if left_out:
                     board.say(f"{len(left_out)} finished cells are not of this comparison any more, and stay unused")
-                with _interruptible():
-                    return _Run(plan, output, processes, board).run()
+                with _Wishes() as wishes:
+                    return _Run(plan, output, processes, board, wishes).run()
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted before the first training.") from None
         except OSError as error:
             raise ArgumentsError(
                 f"{output} cannot be written: {error.strerror}. What has ended is kept; the same command goes on."
@@ -129,23 +132,32 @@ def _processes(preload: bool, log: Path, lock: int) -> Iterator[Processes]:
         processes.close()
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Have SIGTERM end the block as Ctrl-C does."""
+class _Wishes:
+    """Counts how often the user has asked for the end, by Ctrl-C or SIGTERM, during the block.
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+    An exception, as Python raises it for Ctrl-C, might come between a request to the supervisor and its answer.
+    """
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> _Wishes:
+        # Python lets the main thread alone do this; a comparison in another one is ended by its caller.
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
 
 
 class _Run:
-    def __init__(self, plan: Plan, output: Path, processes: Processes, board: Board):
-        self.plan, self.output, self.processes, self.board = plan, output, processes, board
+    def __init__(self, plan: Plan, output: Path, processes: Processes, board: Board, wishes: _Wishes):
+        self.plan, self.output, self.processes, self.board, self.wishes = plan, output, processes, board, wishes
         self.schedule = Schedule(plan, output)
         self.jobs: list[_Job] = []
         self.gpus = _gpus(plan.comparison)
@@ -154,18 +166,17 @@ class _Run:
     def run(self) -> Outcome:
         self._write()
         with self.board.shown(self.schedule):
-            try:
-                while self.schedule.waiting or self.jobs:
-                    while self.schedule.waiting and len(self.jobs) < self.plan.comparison.processes:
-                        self._begin()
-                    self._look()
-                    self.board.update([_running(job) for job in self.jobs])
-                    time.sleep(POLL_SECONDS)
-            except KeyboardInterrupt:
-                self._stop()
-                raise Interrupted(
-                    "interrupted; all trainings have ended. The same command goes on where this one ended."
-                ) from None
+            while self.schedule.waiting or self.jobs:
+                while self.schedule.waiting and len(self.jobs) < self.plan.comparison.processes:
+                    self._begin()
+                self._look()
+                self.board.update([_running(job) for job in self.jobs])
+                time.sleep(POLL_SECONDS)
+                if self.wishes.count:
+                    self._stop()
+                    raise Interrupted(
+                        "interrupted; all trainings have ended. The same command goes on where this one ended."
+                    )
         records = self._write()
         return Outcome(records, self._problems(), [self.output / FILE, *self._tables(records)])
 
@@ -228,14 +239,10 @@ class _Run:
         self.board.say("ending all trainings; once more to end them at once")
         for job in self.jobs:
             self.processes.signal(job.process, signal.SIGTERM)
-        try:
-            end = time.monotonic() + GRACE_SECONDS
-            running = list(self.jobs)
-            while running and time.monotonic() < end:
-                running = [job for job in running if self.processes.poll(job.process) is None]
-                time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:
-            pass
+        end, before, running = time.monotonic() + GRACE_SECONDS, self.wishes.count, list(self.jobs)
+        while running and time.monotonic() < end and self.wishes.count == before:
+            time.sleep(POLL_SECONDS)
+            running = [job for job in running if self.processes.poll(job.process) is None]
         for job in running:
             self.processes.signal(job.process, signal.SIGKILL)
 

@@ -25,7 +25,7 @@ from training_runs import subprocess_environment
 from llava_steering_plugin.comparison.records import DIVERGED, DONE, FAILED, TEST, VALIDATION, Record, read_records
 
 # Of the tiny world: a full tuning learns it in a second or two, the others learn little.
-FULL: dict[str, Any] = {"max_steps": 12, "per_device_train_batch_size": 8, "freeze_mm_mlp_adapter": False}
+FULL: dict[str, Any] = {"max_steps": 20, "per_device_train_batch_size": 8, "freeze_mm_mlp_adapter": False}
 THREE: dict[str, Any] = {
     "untouched": {"frozen": True},
     "MoReS": {**MORES, "save_strategy": "steps", "save_steps": 2},
@@ -148,7 +148,7 @@ def check_records(records: list[Record], output: Path) -> None:
     assert 0 < mores.file_bytes < lora.file_bytes < full.file_bytes
     assert full.scores["unseen"].score > 20 > base.scores["unseen"].score, "what learns is told from what does not"
     for record in (mores, lora, full):
-        assert len(record.train_losses) == (12 if record is full else 4)
+        assert len(record.train_losses) == (20 if record is full else 4)
         assert record.step_seconds > 0 and record.step_ratio > 1, "a step costs more than a forward pass"
         assert record.peak_bytes > 50e6 and record.answer_seconds > 0
         assert (output / record.adapter).is_dir()
