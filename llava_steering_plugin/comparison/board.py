@@ -123,7 +123,9 @@ class Board:
         assert schedule is not None
         done, total = self._counts()
         left = self._left()
-        title = f"{done} of {total} evaluations" + ("" if left is None else f", about {_duration(left)} left")
+        title = f"{done} of {total} evaluations" + (
+            "" if left is None or done == total else f", about {_duration(left)} left"
+        )
         table = Table(title=title, title_justify="left")
         for column in ("task", "method"):
             table.add_column(column)

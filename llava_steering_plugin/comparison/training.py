@@ -33,7 +33,6 @@ class Trained:
     Attributes:
         losses: [step, loss]; the loss is None where it is no finite number.
         measured: what `launch --measure` has written.
-        seconds: the time that it took, in all processes.
     """
 
     status: str
@@ -41,7 +40,6 @@ class Trained:
     losses: list[Any] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
     file_bytes: int = 0
-    seconds: float = 0.0
 
 
 def find_trained(folder: Path) -> Trained | None:
