@@ -110,6 +110,7 @@ def test_the_whole_plan_of_llava_7b_is_exact(planned: Planned) -> None:
         "settings": {"rank": 1, "tokens": "1%", "modality": "vis", "layers": "all", "dropout": 0.0},
         "parameters": {
             "mode": 262_176,
+            "parts": {"mores": 262_176},
             "projector": PROJECTOR_7B,
             "trainable": trainable,
             "model": model,
