@@ -156,6 +156,9 @@ def shown_name(name: str, conversation: str | None, base: str) -> str:
         # This name contains the base's, so the page's rules find the same in it.
         return f"{base}_{harmless(name)}"
     prefix = PAGE_PREFIXES.get(conversation)
+    if prefix is None and conversation in component_templates():
+        # No name of an adapter has a colon, so the page cannot mistake one for this.
+        return f"{conversation}:{harmless(name)}"
     if prefix is None:
         raise AdapterError(
             f"the adapter {name!r} was trained with the conversation template {conversation!r}, which LLaVA's web "
@@ -163,6 +166,13 @@ def shown_name(name: str, conversation: str | None, base: str) -> str:
             f"{', '.join(PAGE_PREFIXES)}."
         )
     return prefix + harmless(name)
+
+
+def component_templates() -> set[str]:
+    """Return the names of the conversation templates that components bring: our page knows them."""
+    from llava_steering_plugin.components.model_types import language_models  # imports torch
+
+    return {name for component in language_models() for name in component.formats()}
 
 
 def name_taken(name: str, source: str, shown: str, holder: str) -> str:

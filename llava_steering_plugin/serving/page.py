@@ -9,6 +9,7 @@ All options are upstream's, except `--log-requests` and `--allowed-host`. The di
   list (`once`) does not run with the gradio that upstream pins.
 - Upstream logs every prompt and answer, keeps them in a file with every vote, and stores every picture. Without
   `--log-requests` the log holds none of this and the files go to a folder that is removed at the end.
+- A model whose name begins with a template and a colon is asked in that template (`inference/sources.py`).
 - Requests of other sites are refused (`http/access.py`), unless `--share` is given.
 """
 
@@ -20,6 +21,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -30,6 +32,7 @@ from typing import Any
 from wrapt import register_post_import_hook, wrap_function_wrapper
 
 from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.inference.sources import component_templates
 from llava_steering_plugin.launch import LaunchRequest, run
 from llava_steering_plugin.lazy_imports import defer_compilation
 from llava_steering_plugin.serving import upstream_program
@@ -74,6 +77,7 @@ def main(words: Sequence[str]) -> None:
             host = flag_value(upstream_words, "--host") or ""
             register_post_import_hook(partial(_for_own_site, allowed=[*allowed, host]), "gradio.routes")
         page = import_plainly(PAGE)
+        pick_templates(page)
         if LOG_REQUESTS not in words:
             page.logger.setLevel(logging.WARNING)
         run(LaunchRequest(PAGE, upstream_words))
@@ -105,6 +109,38 @@ def keep_files_in(folder: str) -> None:
     import llava.constants
 
     llava.constants.LOGDIR = folder
+
+
+def pick_templates(page: Any) -> None:
+    """Have the page begin a conversation in the template that stands before the colon in a model's name, if one does.
+
+    LLaVA's page picks from its own templates, by parts of the name.
+
+    Args:
+        page: `llava.serve.gradio_web_server`.
+    """
+    named = threading.local()  # gradio gives each request, and each step of it, some thread
+
+    class Templates(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            return super().__getitem__(getattr(named, "template", None) or key)
+
+    def http_bot(original: Callable[..., Any], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        steps = original(*args, **kwargs)
+        model = args[1] if len(args) > 1 else kwargs["model_selector"]
+        template = str(model).rpartition(":")[0]
+        while True:
+            named.template = template if template in component_templates() else None
+            try:
+                step = next(steps, None)
+            finally:
+                named.template = None
+            if step is None:
+                return
+            yield step
+
+    page.conv_templates = Templates(page.conv_templates)
+    wrap_function_wrapper(page, "http_bot", http_bot)
 
 
 def _for_own_site(routes: Any, allowed: Sequence[str]) -> None:

@@ -222,7 +222,15 @@ SEAMS = (
     *_seams("llava.serve.controller", (SERVE,), {"__main__": "runs the controller"}),
     *_seams("llava.serve.controller", (SERVE,), {"app": "answers the controller's requests"}),
     *_seams("llava.serve.gradio_web_server", (SERVE,), {"__main__": "runs the web page"}),
-    *_seams("llava.serve.gradio_web_server", (SERVE,), {"logger": "is the web page's log"}),
+    *_seams(
+        "llava.serve.gradio_web_server",
+        (SERVE,),
+        {
+            "logger": "is the web page's log",
+            "conv_templates": "holds the templates of the web page's conversations",
+            "http_bot": "begins a conversation in one of them",
+        },
+    ),
     *_seams("transformers.trainer", (TRAIN,), OF_TRAINER),
 )
 

@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
-from llava_steering_plugin.inference.sources import PAGE_PREFIXES, label_of, locate_all, read_sources, shown_name
+from llava_steering_plugin.inference.sources import (
+    PAGE_PREFIXES,
+    component_templates,
+    label_of,
+    locate_all,
+    read_sources,
+    shown_name,
+)
+from llava_steering_plugin.serving.page import pick_templates
 
 MISLEADING = ("cats", "llava-v1.6-34b-mistral", "my-mpt", "mixlora-llama-2", "plain", "mmtag-orca-hermes", "2cats")
 
@@ -80,6 +88,26 @@ def test_the_page_picks_each_adapters_own_template_whatever_the_adapter_is_calle
         for name in MISLEADING
     }
     assert picked == {(conversation, name): _template(conv_templates[conversation]) for conversation, name in picked}
+
+
+def test_our_page_takes_a_components_template_from_what_stands_before_the_colon(
+    pages_template: Callable[[str], dict[str, Any]],
+) -> None:
+    from llava.conversation import conv_templates
+    from llava.serve import gradio_web_server as page
+
+    before = page.conv_templates, page.http_bot
+    usual = {base: pages_template(base) for base in ("llava-v1.5-7b", "vicuna-7b", "phi--cats")}
+    pick_templates(page)
+    try:
+        assert {"phi", "qwen2_5", "smollm2"} <= component_templates()
+        for conversation in component_templates():
+            for name in MISLEADING:
+                shown = shown_name(name, conversation, "llava-v1.5-7b")
+                assert pages_template(shown) == _template(conv_templates[conversation])
+        assert {base: pages_template(base) for base in usual} == usual
+    finally:
+        page.conv_templates, page.http_bot = before
 
 
 @pytest.mark.parametrize("base", ["llava-v1.5-7b", "llava-v1.6-34b", "vicuna-7b", "llava-llama-2-13b-chat", "llava"])
