@@ -72,6 +72,7 @@ TRAINING = {
     *("mixlora_factors", "mixlora_rank", "mixlora_alpha", "mixlora_dropout", "mixlora_start_layer"),
     *("mixlora_routing", "mixlora_conditional", "mixlora_router_grad", "mixlora_balance", "mixlora_targets"),
     *("mixlora_variant", "mixlora_noise", "mixlora_ifs_weight"),
+    *("peft_method", "peft_config"),
 }
 SCRIPTS = {
     *("demo", "finetune_common", "finetune_mixlora", "finetune_mores", "finetune_mores_4bit", "finetune_task_mores"),

@@ -53,6 +53,7 @@ class Attachment(ModelOwner):
             if problems := mode.problems(self.shape):
                 raise ArgumentsError(listing(f"the tuning mode {mode.name!r} does not fit this model", problems))
             modules = build_modules(mode, self.shape)
+            mode.begin(modules, {path: self.stack.get_submodule(path) for path in modules})
         self.mode = mode
         self.modules = modules
         self._fixed = {name for name, parameter in self.parameters().items() if not parameter.requires_grad}

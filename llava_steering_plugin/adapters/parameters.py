@@ -14,7 +14,9 @@ from llava_steering_plugin.distributed import gathered, is_partitioned
 def parameters_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     """Name every parameter of a mode's modules `<host path>.<name in the module>`."""
     return {
-        f"{path}.{name}": parameter for path, module in modules.items() for name, parameter in module.named_parameters()
+        f"{path}.{name}": parameter
+        for path, module in modules.items()
+        for name, parameter in getattr(module, "stored_parameters", module.named_parameters)()
     }
 
 

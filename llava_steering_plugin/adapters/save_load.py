@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from llava_steering_plugin.distributed import gathered, whole
 from llava_steering_plugin.errors import AdapterError, SteeringError, listing
 from llava_steering_plugin.hooks.decoder import find_decoder
 from llava_steering_plugin.hooks.owner import owner_of
+from llava_steering_plugin.modes.base import DecoderShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +64,10 @@ def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], *, writ
         AdapterError: the folder cannot be written.
     """
     attachment = required(model)
-    config = describe(attachment)
+    config, peft = describe(attachment), attachment.mode.config_for_peft(attachment.shape)
+    if peft is not None:
+        peft["base_model_name_or_path"] = config.base.name_or_path
+        config = dataclasses.replace(config, peft_prefix=peft_prefix(attachment.shape))
     parameters = {ADAPTER + name: parameter for name, parameter in attachment.parameters().items()}
     parameters |= {EXTRA + name: model.get_parameter(name) for name in sorted(attachment.extras)}
     tensors = {name: whole(parameter, write) for name, parameter in parameters.items()}
@@ -71,7 +76,13 @@ def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], *, writ
         ours = {name.removeprefix(ADAPTER): value for name, value in tensors.items() if name.startswith(ADAPTER)}
         count = sum(value.numel() for value in ours.values())
         card = model_card(config, count, sorted(attachment.extras), attachment.mode.learned(ours))
-        write_folder(folder, config, tensors, _llava_config(model), card)
+        text = None if peft is None else json.dumps(peft, indent=2, sort_keys=True) + "\n"
+        write_folder(folder, config, tensors, _llava_config(model), card, text)
+
+
+def peft_prefix(shape: DecoderShape) -> str:
+    """Return what PEFT puts before the names of tensors in the decoder."""
+    return f"base_model.model.{shape.stack}." if shape.stack else "base_model.model."
 
 
 def _vocabulary(model: PreTrainedModel, config: AdapterConfig, keep: bool) -> dict[str, Tensor]:

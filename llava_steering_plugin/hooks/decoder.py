@@ -39,7 +39,8 @@ def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, DecoderShape]:
     shapes = tuple(
         LayerShape(f"{path}.{number}", _linears(f"{path}.{number}", layer)) for number, layer in enumerate(found)
     )
-    return stack, DecoderShape(int(config.hidden_size), shapes)
+    where = next((name for name, module in model.named_modules() if module is stack), "")
+    return stack, DecoderShape(int(config.hidden_size), shapes, where)
 
 
 def _linears(prefix: str, layer: nn.Module) -> dict[str, tuple[int, int]]:

@@ -107,10 +107,15 @@ def _replace_output(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     module: nn.Module = host.get_submodule(CHILD)
     hidden, inputs = hidden_of(output), inputs_of(args, kwargs)
     if shown_to_others(host, _replace_output):
-        return replaced(output, module(hidden.clone(), inputs, this_pass))
+        return replaced(output, module(hidden.clone(), inputs, this_pass, **of_host(module, host)))
     if getattr(module, "takes_backward", False) and (weight := frozen_weight(host, inputs, hidden)) is not None:
         return module(hidden.detach(), inputs, this_pass, weight)
-    return replaced(output, module(hidden, inputs, this_pass))
+    return replaced(output, module(hidden, inputs, this_pass, **of_host(module, host)))
+
+
+def of_host(module: nn.Module, host: nn.Module) -> dict[str, Any]:
+    """Return the further argument of a module that reads its host."""
+    return {"host": host} if getattr(module, "takes_host", False) else {}
 
 
 def shown_to_others(host: nn.Module, hook: Callable[..., Any]) -> bool:
@@ -212,7 +217,7 @@ def dispatch(path: str) -> Callable[..., Any]:
         if shown_to_others(host, hook):
             hidden = hidden.clone()
         for group, module in mine:
-            hidden = group.updated(module, hidden, inputs)
+            hidden = group.updated(module, hidden, inputs, of_host(module, host))
         return replaced(output, hidden)
 
     return hook

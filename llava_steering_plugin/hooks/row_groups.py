@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from llava_steering_plugin.errors import TokenMapError
 from llava_steering_plugin.modes.base import ForwardPass
 
+# Further arguments of modules that take none.
+_NONE: Mapping[str, Any] = {}
+
 
 class Adapter(Protocol):
     """An adapter whose modules work on a model without being part of it.
@@ -46,23 +49,24 @@ class Group:
     of: tuple[int, int]
     _latest: list[Any] = field(default_factory=list, repr=False, compare=False)
 
-    def updated(self, module: nn.Module, output: Tensor, inputs: Any) -> Tensor:
+    def updated(self, module: nn.Module, output: Tensor, inputs: Any, further: Mapping[str, Any] = _NONE) -> Tensor:
         """Return `output` of the whole batch with the rows of this group updated by `module`; may write into it.
 
         Args:
             module: of the group's adapter, for the present host.
             output: [rows, positions, features] of the host, or [rows * positions, features].
             inputs: of the host, in the same form; anything else than a tensor counts as none.
+            further: arguments of the module.
 
         Raises:
             TokenMapError: the host's output has other rows and positions than the pass.
         """
         if self.rows is None:
-            result: Tensor = module(output, inputs, self.this_pass)
+            result: Tensor = module(output, inputs, self.this_pass, **further)
             return result
         rows = self.this_pass.once(("rows", output.device), lambda: _on(self.rows, output.device))
         read = self._rows_of(inputs, rows) if getattr(module, "reads_inputs", True) else None
-        part: Tensor = module(self._by_rows(output)[rows], read, self.this_pass)
+        part: Tensor = module(self._by_rows(output)[rows], read, self.this_pass, **further)
         # In place, as the host's output has no other reader yet and a copy would cost more than the update. Autograd,
         # however, may need the output unchanged.
         whole = output.clone() if output.requires_grad else output

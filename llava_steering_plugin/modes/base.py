@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+# Some for modes of other packages, which import them from here.
+from llava_steering_plugin.modes.precision import default_dtype as default_dtype
+from llava_steering_plugin.modes.precision import has_float64 as has_float64
+from llava_steering_plugin.modes.precision import largest_in as largest_in
+from llava_steering_plugin.modes.precision import no_autocast as no_autocast
 
 T = TypeVar("T")
 UNBUILDABLE = (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, MemoryError)
@@ -37,10 +41,12 @@ class DecoderShape:
     Attributes:
         hidden_size: width of the residual stream.
         layers: first to last.
+        stack: path of the decoder stack below the model, which the names of the model's parameters begin with.
     """
 
     hidden_size: int
     layers: tuple[LayerShape, ...]
+    stack: str = "model"
 
 
 @dataclass
@@ -173,7 +179,30 @@ class Mode(ABC):
         true `takes_backward`. In passes with gradients it is then called with `weight` too, the linear's, if that is a
         plain linear that is not trained: `output` is detached, and the gradient of the result with respect to `inputs`
         has to be the whole one.
+
+        A module with a true `takes_host` is called with its host too, as `host=`: to read weights, or to compute it on
+        other inputs, by `host.forward`. A module with a method `stored_parameters` yields its parameters by the names
+        that they have in files, where these are not torch's.
         """
+
+    def begin(self, modules: Mapping[str, nn.Module], hosts: Mapping[str, nn.Module]) -> None:
+        """Give freshly built modules those first values that depend on the weights of their hosts; often none do.
+
+        Args:
+            modules: as `build` returned them.
+            hosts: by the same paths.
+        """
+        return
+
+    def config_for_peft(self, decoder: DecoderShape) -> dict[str, Any] | None:
+        """Return PEFT's config of this adapter, if its tensors have PEFT's names below their hosts; else None.
+
+        It is saved beside the adapter then, so that PEFT loads it too.
+
+        Args:
+            decoder: that the adapter is on.
+        """
+        return None
 
     def remarks(self, image_tokens: int) -> list[str]:
         """Return what a user should know of the settings before a training, one or two sentences each; often nothing.
@@ -218,6 +247,11 @@ class Mode(ABC):
         """Return what a training has chosen, for the model card, from all parameters by name; often nothing."""
         return {}
 
+    @property
+    def shards(self) -> bool:
+        """Say whether ZeRO-3 can train the mode: a parameter is whole there while the module that holds it runs."""
+        return True
+
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
         return dataclasses.asdict(self)
@@ -226,15 +260,16 @@ class Mode(ABC):
 NEVER_ABSENT: Any = object()
 
 
-def setting(default: Any, help: str, *, absent: Any = NEVER_ABSENT) -> Any:
+def setting(default: Any, help: str, *, absent: Any = NEVER_ABSENT, file: bool = False) -> Any:
     """Declare a setting of a mode: a dataclass field with a default and the help text of its flag.
 
     Args:
         absent: what an adapter means that was saved before the mode had this setting, and so does not name it. To be
             given for every setting that is added to a mode of which adapters exist. Without it, an adapter that does
             not name the setting is refused: a default that changes later must not change what adapters compute.
+        file: the flag takes the name of a file too, whose text becomes the value.
     """
-    return field(default=default, metadata={"help": help, "absent": absent})
+    return field(default=default, metadata={"help": help, "absent": absent, "file": file})
 
 
 def meaning_of_absent(mode: type[Mode], settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -254,47 +289,7 @@ def meaning_of_absent(mode: type[Mode], settings: Mapping[str, Any]) -> tuple[di
     return meant, missing
 
 
-def largest_in(dtype: torch.dtype) -> float:
-    """Return the size that a hidden state may have in a model that computes in `dtype`: norms square it in float32."""
-    return min(torch.finfo(dtype).max, math.sqrt(torch.finfo(torch.float32).max))
-
-
-def no_autocast(device: torch.device) -> torch.autocast:
-    """Switch autocast off for a block: an adapter computes in the dtype it chooses, whatever the backbone runs in."""
-    try:
-        return torch.autocast(device_type=device.type, enabled=False)
-    except RuntimeError:
-        # A device without an autocast of its own: torch refuses its name. Meta, on which plans are made; MPS before
-        # torch 2.5.
-        return torch.autocast(device_type="cpu", enabled=False)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Make `dtype` torch's default for the block, and put back the one before, however the block ends.
-
-    transformers 4.37 leaves float16 behind where `from_pretrained` fails.
-
-    Args:
-        dtype: the default in the block; None: the one that is there.
-    """
-    before = torch.get_default_dtype()
-    # Written only where it differs: the default is shared by all threads.
-    if dtype not in (None, before):
-        torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        if torch.get_default_dtype() != before:
-            torch.set_default_dtype(before)
-
-
 def build_modules(mode: Mode, decoder: DecoderShape) -> dict[str, nn.Module]:
     """Return the mode's modules, built with float32 as torch's default dtype, as `Mode.build` promises."""
     with default_dtype(torch.float32):
         return mode.build(decoder)
-
-
-def has_float64(device: torch.device) -> bool:
-    """Say whether `device` computes in float64, which Apple's GPUs do not."""
-    return device.type != "mps"

@@ -61,6 +61,14 @@ class Joint(Mode):
                 setattr(module, PART, part.name)
         return {path: module for modules in built for path, module in modules.items()}
 
+    def begin(self, modules: Mapping[str, nn.Module], hosts: Mapping[str, nn.Module]) -> None:
+        for part, mine in self.divided(modules):
+            part.begin(mine, hosts)
+
+    @property
+    def shards(self) -> bool:
+        return all(part.shards for part in self.parts)
+
     def remarks(self, image_tokens: int) -> list[str]:
         return [remark for part in self.parts for remark in part.remarks(image_tokens)]
 

@@ -16,6 +16,7 @@ from llava_steering_plugin.registered import Registered
 _OURS = {
     "mixlora": "llava_steering_plugin.modes.mixlora:MixLoRA",
     "mores": "llava_steering_plugin.modes.mores:MoReS",
+    "peft": "llava_steering_plugin.modes.peft.mode:Peft",
     "projector": "llava_steering_plugin.modes.projector:Projector",
 }
 _MODES = Registered(

@@ -207,7 +207,11 @@ SPOILT: dict[str, tuple[Change, tuple[str, ...]]] = {
     "short fingerprint": (set_tensor("fingerprint.rows", torch.zeros(3, HIDDEN)), ("fingerprint",)),
     "fingerprint of floats": (set_tensor("fingerprint.ids", torch.zeros(16)), ("fingerprint.ids", "row numbers")),
     "fingerprint below zero": (set_tensor("fingerprint.ids", -torch.ones(16).long()), ("fingerprint.ids",)),
-    "newer format": (set_header("format_version", 2), ("adapter format 2", "pip install -U 'llava-steering-plugin'")),
+    "newer format": (set_header("format_version", 3), ("adapter format 3", "pip install -U 'llava-steering-plugin'")),
+    "names of PEFT's without their beginning": (
+        set_header("format_version", 2),
+        ("damaged or was edited by hand", "peft_prefix is None or missing"),
+    ),
     "no format": (set_header("format_version", None), ("adapter format None",)),
     "no base": (set_header("base", None), ("damaged or was edited by hand", "base is None")),
     "base of no size": (set_header("base.num_layers", "32"), ("base.num_layers is '32'",)),

@@ -1,4 +1,7 @@
-"""Adapters are built and computed in float32 whatever torch's default dtype is: a failed load may have left another."""
+"""Adapters are built and computed in float32 whatever torch's default dtype is: a failed load may have left another.
+
+Covers `modes/precision.py`.
+"""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_lora_with_same_order_sees_what_a_mode_sees_at_the_same_seed(
     assert sorted(epoch) == list(range(24)) and of_mode[3 * BATCH :] != epoch[: 2 * BATCH]
 
 
-@pytest.mark.parametrize("mode", ["mixlora", "projector"])
+@pytest.mark.parametrize("mode", ["mixlora", "peft", "projector"])
 def test_all_modes_see_the_same_samples_at_the_same_seed(
     tiny: TinyLlava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:

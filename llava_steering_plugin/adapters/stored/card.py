@@ -63,7 +63,7 @@ that is loaded already:
 
     load_adapter(model, "THIS_FOLDER", tokenizer=tokenizer)
 
-PEFT and transformers' `from_pretrained` cannot load it: this is not an adapter of PEFT's.
+{_elsewhere(config, extras)}
 
 ## Settings
 
@@ -71,6 +71,19 @@ PEFT and transformers' `from_pretrained` cannot load it: this is not an adapter 
 | --- | --- |
 {rows}
 """
+
+
+def _elsewhere(config: AdapterConfig, extras: list[str]) -> str:
+    """Say what other libraries make of the folder."""
+    if config.peft_prefix is None:
+        return "PEFT and transformers' `from_pretrained` cannot load it: this is not an adapter of PEFT's."
+    left_out = (
+        "\nThey leave out the tensors of the model itself, so the answers to images are others." if extras else ""
+    )
+    return (
+        'PEFT loads it too, on the same base: `PeftModel.from_pretrained(model, "THIS_FOLDER")`; so do transformers\'\n'
+        f"`from_pretrained` and `load_adapter`.{left_out}"
+    )
 
 
 def _code(value: object) -> str:

@@ -16,7 +16,8 @@ from llava_steering_plugin.adapters.stored.files import CONFIG_BYTES, brief, par
 from llava_steering_plugin.adapters.stored.schema import BASE, config_problems, llava_problems
 from llava_steering_plugin.errors import AdapterError, listing, shortened
 
-FORMAT_VERSION = 1
+# Format 2 is format 1 with the mode's tensors under the names of PEFT's, and is written for its methods alone.
+FORMAT_VERSION, PEFT_FORMAT = 1, 2
 PEFT_PREFIX = "LLAVA_"
 
 
@@ -51,6 +52,7 @@ class AdapterConfig:
         conversation: name of LLaVA's conversation template that it was trained with; None if unknown.
         added_tokens: tokens that training added to the base's tokenizer, with their ids, in order.
         trained_on: bits, compute dtype and quantisation of the training; for the model card only.
+        peft_prefix: what PEFT puts before the names of the mode's tensors; None: they have names of ours.
     """
 
     mode: str
@@ -59,6 +61,7 @@ class AdapterConfig:
     conversation: str | None = None
     added_tokens: dict[str, int] = field(default_factory=dict)
     trained_on: dict[str, Any] = field(default_factory=dict)
+    peft_prefix: str | None = None
 
     def to_json(self) -> str:
         """Return the text that the header and llava_steering_config.json hold."""
@@ -67,7 +70,7 @@ class AdapterConfig:
                 "peft_type": PEFT_PREFIX + self.mode.upper(),
                 "task_type": "CAUSAL_LM",
                 "base_model_name_or_path": self.base.name_or_path,
-                "format_version": FORMAT_VERSION,
+                "format_version": FORMAT_VERSION if self.peft_prefix is None else PEFT_FORMAT,
                 "plugin_version": __version__,
                 "mode": self.mode,
                 "settings": self.settings,
@@ -75,6 +78,7 @@ class AdapterConfig:
                 "conversation": self.conversation,
                 "added_tokens": self.added_tokens,
                 "trained_on": self.trained_on,
+                **({} if self.peft_prefix is None else {"peft_prefix": self.peft_prefix}),
             },
             indent=2,
         )
@@ -103,7 +107,7 @@ class AdapterConfig:
                 "Load it with the library that made it" + (" (peft, or upstream's --model-base)." if peft_type else ".")
             )
         _check_format(data, where)
-        if problems := config_problems(data):
+        if problems := config_problems(data, named_by_peft=data["format_version"] == PEFT_FORMAT):
             raise AdapterError(
                 listing(
                     f"{where} is damaged or was edited by hand; these entries are missing or wrong",
@@ -111,7 +115,9 @@ class AdapterConfig:
                 )
             )
         base = BaseModel(data["base_model_name_or_path"], **{key: data["base"][key] for key in BASE})
-        return cls(data["mode"], data["settings"], base, data["conversation"], data["added_tokens"], data["trained_on"])
+        prefix = data["peft_prefix"] if data["format_version"] == PEFT_FORMAT else None
+        known = {key: data[key] for key in ("mode", "settings", "conversation", "added_tokens", "trained_on")}
+        return cls(base=base, peft_prefix=prefix, **known)
 
 
 def is_ours(peft_type: object) -> bool:
@@ -122,7 +128,7 @@ def is_ours(peft_type: object) -> bool:
 def _check_format(data: dict[str, Any], where: str) -> None:
     """Refuse a format that this version does not read, and name the version to install."""
     number, writer = data.get("format_version"), data.get("plugin_version")
-    if number == FORMAT_VERSION and type(number) is int:
+    if type(number) is int and number in (FORMAT_VERSION, PEFT_FORMAT):
         return
     if type(number) is not int or number < FORMAT_VERSION:
         raise AdapterError(
@@ -131,9 +137,10 @@ def _check_format(data: dict[str, Any], where: str) -> None:
         )
     known = isinstance(writer, str) and re.fullmatch(r"\d[\w.]{0,40}", writer) and writer != __version__
     wanted = f"llava-steering-plugin>={writer}" if known else "llava-steering-plugin"
+    newer = f"version {writer}, which wrote it, or a newer one" if known else "a newer one"
     raise AdapterError(
-        f"{where} has adapter format {brief(number)}; this is llava-steering-plugin {__version__}, which reads format "
-        f"{FORMAT_VERSION}. Install {f'version {writer}, which wrote it, or a newer one' if known else 'a newer one'}: "
+        f"{where} has adapter format {brief(number)}; this is llava-steering-plugin {__version__}, which reads formats "
+        f"{FORMAT_VERSION} and {PEFT_FORMAT}. Install {newer}: "
         f"pip install -U '{wanted}'."
     )
 

@@ -4,6 +4,7 @@ adapter_model.safetensors    everything that decides: the tensors; in the header
 llava_steering_config.json   a copy of the config, for people
 config.json                  a copy of LLaVA's config, for other programs and older versions of this package
 README.md                    the model card
+adapter_config.json          of PEFT's methods alone: PEFT's config of them
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG, LLAVA_CONFIG = "adapter_model.safetensors", "llava_steering_config.json", "config.json"
 CARD = "README.md"
-# Version 0.1 named the config so. PEFT and transformers take a folder with such a file for an adapter of PEFT's.
-OLD_CONFIG = "adapter_config.json"
+# PEFT and transformers take a folder with such a file for an adapter of PEFT's. Version 0.1 named our config so.
+PEFT_CONFIG = OLD_CONFIG = "adapter_config.json"
 # Keys of the header: the config, and LLaVA's config, which adapters of version 0.1 have in config.json alone.
 HEADER, LLAVA_HEADER = "llava_steering", "llava_config"
 
@@ -141,22 +142,24 @@ class AdapterFolder(os.PathLike[str]):
                 refuse(self.path)
             # A folder of its own: what it says comes from the file that the tensors come from, whatever replaces that.
             folder = AdapterFolder(self.path, self.source, file.metadata)
-            outline = StoredAdapter(folder.config, _described(file), folder)
+            names = {_own_name(name, folder.config.peft_prefix): name for name in file.tensors}
+            described = _described(file)
+            outline = StoredAdapter(folder.config, {own: described[name] for own, name in names.items()}, folder)
             problems = {name: wrong for name, value in outline.tensors.items() if (wrong := _wrong_type(name, value))}
             if fits is not None and not problems:
                 fits(outline)
             tensors = {}
-            for name in file.tensors.keys() - problems.keys():
+            for name in names.keys() - problems.keys():
                 with _damage_of(weights):
-                    tensor = file.read(name)
+                    tensor = file.read(names[name])
                 if wrong := _wrong_values(name, tensor):
                     problems[name] = wrong
                 if not problems:  # else it is not kept
                     tensors[name] = tensor
         if problems:
-            found = [f"{cut(name)}: {problems[name]}" for name in file.tensors if name in problems]
+            found = [f"{cut(names[name])}: {problems[name]}" for name in names if name in problems]
             raise AdapterError(listing(f"{weights} is damaged", shortened(found)))
-        return StoredAdapter(folder.config, {name: tensors[name] for name in file.tensors}, folder)
+        return StoredAdapter(folder.config, {name: tensors[name] for name in names}, folder)
 
 
 def is_readable(file: Path, limit: int = CONFIG_BYTES) -> bool:
@@ -192,6 +195,20 @@ def _damage_of(weights: Path) -> Iterator[None]:
         raise AdapterError(
             f"{weights} cannot be read: {error}. The file is damaged or cut short; copy it again."
         ) from error
+
+
+def _own_name(name: str, peft_prefix: str | None) -> str:
+    """Return our name of a tensor in the file; where the mode's have PEFT's names, no other may have ours."""
+    if peft_prefix is None:
+        return name
+    if name.startswith(peft_prefix):
+        return ADAPTER + name.removeprefix(peft_prefix)
+    return f"?{name}" if name.startswith(ADAPTER) else name
+
+
+def name_in_file(name: str, peft_prefix: str | None) -> str:
+    """Return the name in the file of a tensor that has `name` here."""
+    return name if peft_prefix is None or not name.startswith(ADAPTER) else peft_prefix + name.removeprefix(ADAPTER)
 
 
 def _described(file: TensorFile) -> dict[str, Tensor]:

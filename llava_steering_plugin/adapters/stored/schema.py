@@ -7,6 +7,7 @@ some, and LLaVA's config has many that no adapter depends on.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,6 +84,12 @@ def scalar(value: Any) -> str:
     return "text, a number, true, false or null"
 
 
+def peft_prefix(value: Any) -> str:
+    """Check for what names of tensors of PEFT's begin with: its wrapper, and perhaps where the decoder is in it."""
+    right = isinstance(value, str) and len(value) <= 100 and re.fullmatch(r"base_model\.model\.(\w+\.)*", value)
+    return "" if right else "the beginning of names of PEFT's, base_model.model. and so on"
+
+
 def table(value: Any) -> str:
     """Check for an object of JSON."""
     return "" if isinstance(value, dict) else "a table"
@@ -129,9 +136,13 @@ _LLAVA: dict[str, Check] = {
 }
 
 
-def config_problems(data: Mapping[str, Any]) -> list[str]:
-    """Return everything wrong with an adapter's config."""
-    problems = _wrong(data, _CONFIG)
+def config_problems(data: Mapping[str, Any], *, named_by_peft: bool = False) -> list[str]:
+    """Return everything wrong with an adapter's config.
+
+    Args:
+        named_by_peft: its tensors have the names of PEFT's.
+    """
+    problems = _wrong(data, _CONFIG | ({"peft_prefix": peft_prefix} if named_by_peft else {}))
     for name, check in (("settings", scalar), ("trained_on", scalar)):
         if isinstance(entries := data.get(name), dict):
             problems += _too_many(name, entries, MOST_SETTINGS) or _wrong(entries, dict.fromkeys(entries, check), name)

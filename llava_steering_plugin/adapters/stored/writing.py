@@ -21,14 +21,21 @@ from llava_steering_plugin.adapters.stored.folder import (
     LLAVA_CONFIG,
     LLAVA_HEADER,
     OLD_CONFIG,
+    PEFT_CONFIG,
     WEIGHTS,
+    name_in_file,
 )
 from llava_steering_plugin.errors import AdapterError, listing
 from llava_steering_plugin.whole_files import flush, remove_partials
 
 
 def write_folder(
-    folder: str | os.PathLike[str], config: AdapterConfig, tensors: Mapping[str, Tensor], llava: str, card: str
+    folder: str | os.PathLike[str],
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    llava: str,
+    card: str,
+    peft: str | None = None,
 ) -> None:
     """Write an adapter: its weights, whose header holds both configs, and after them the copies of what they say.
 
@@ -36,10 +43,11 @@ def write_folder(
     adapter, and the copies follow. Loaders go by the weights alone, so old copies that a crash left mislead none.
 
     Args:
-        folder: created if it is missing. Other files in it stay, but for the config under its old name.
+        folder: created if it is missing. Other files in it stay, but for a config by which PEFT would load it.
         tensors: by full name, with the prefixes of `folder`.
         llava: text of config.json.
         card: text of README.md.
+        peft: text of PEFT's config, where PEFT may load the adapter too.
 
     Raises:
         AdapterError: values are NaN or infinite, the disk is full, or the folder cannot be written; the message says
@@ -56,7 +64,8 @@ def write_folder(
             )
         )
     described = config.to_json()
-    copies = {CONFIG: described + "\n", LLAVA_CONFIG: llava, CARD: card}
+    copies = {CONFIG: described + "\n", LLAVA_CONFIG: llava, CARD: card, **({PEFT_CONFIG: peft} if peft else {})}
+    named = {name_in_file(name, config.peft_prefix): tensor for name, tensor in tensors.items()}
     staging = path / f".adapter.{os.getpid()}.partial"
     replaced = False
     try:
@@ -64,7 +73,7 @@ def write_folder(
         remove_leftovers(path)
         _refuse_folders(path, (WEIGHTS, *copies))
         staging.mkdir()
-        _write_weights(staging / WEIGHTS, tensors, {"format": "pt", HEADER: described, LLAVA_HEADER: llava})
+        _write_weights(staging / WEIGHTS, named, {"format": "pt", HEADER: described, LLAVA_HEADER: llava})
         for name, text in copies.items():
             (staging / name).write_text(text, encoding="utf-8", errors="replace")  # a path may be no text
         # safetensors makes files that only their owner may read; all files of an adapter get the same permissions.
@@ -76,8 +85,8 @@ def write_folder(
         flush(path)  # the copies must not reach the disk before the weights
         for name in copies:
             os.replace(staging / name, path / name)
-        if (path / OLD_CONFIG).is_file():
-            (path / OLD_CONFIG).unlink()
+        if PEFT_CONFIG not in copies and (path / PEFT_CONFIG).is_file():
+            (path / PEFT_CONFIG).unlink()
         flush(path)
     except (OSError, SafetensorError) as error:
         raise AdapterError(_failure(path, error, replaced)) from error

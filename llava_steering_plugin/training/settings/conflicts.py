@@ -74,6 +74,15 @@ def _deepspeed_conflicts(flags: Namespace) -> list[str]:
     return problems
 
 
+def zero_stage(flags: Namespace) -> int | None:
+    """Return the stage of ZeRO in the file of --deepspeed; None without one that can be read."""
+    path = getattr(flags, "deepspeed", None)
+    try:
+        return int(read_deepspeed(path)[ZERO]["stage"]) if path and os.path.isfile(path) else None
+    except ArgumentsError:
+        return None  # `conflicts` says what is wrong
+
+
 def cpu_flag(flags: Namespace) -> str | None:
     """Return the flag that keeps a training on the CPU, by its new or its old name; None if neither is given."""
     return next((f"--{name}" for name in ("use_cpu", "no_cuda") if getattr(flags, name, False)), None)

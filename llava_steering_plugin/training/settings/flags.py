@@ -10,9 +10,11 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from llava_steering_plugin.adapters.fit.unmerged import unmerged_lora
+from llava_steering_plugin.adapters.stored.files import read_text
 from llava_steering_plugin.adapters.stored.folder import AdapterFolder
 from llava_steering_plugin.adapters.stored.locate import find, locate
 from llava_steering_plugin.components.registry import LANGUAGE_MODELS
@@ -21,7 +23,7 @@ from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.joint import joint, kinds_of, part_names, parts_of
 from llava_steering_plugin.training.settings import diagnostics_flags, validation_flags
-from llava_steering_plugin.training.settings.conflicts import conflicts
+from llava_steering_plugin.training.settings.conflicts import conflicts, zero_stage
 
 NONE = "none"
 JOINED = "two of them joined by a plus, such as mores+mixlora"
@@ -169,8 +171,20 @@ def mode_from(arguments: Any, adapter: AdapterFolder | None = None) -> Mode:
 
 def _settings(arguments: Any, mode: type[Mode]) -> dict[str, Any]:
     """Return the settings of a mode, which is no joint one, that were given as flags."""
-    values = {field.name: getattr(arguments, f"{mode.name}_{field.name}", None) for field in dataclasses.fields(mode)}
-    return {name: value for name, value in values.items() if value is not None}
+    values = {}
+    for field in dataclasses.fields(mode):
+        value = getattr(arguments, f"{mode.name}_{field.name}", None)
+        if value is not None:
+            values[field.name] = _text_of(value) if field.metadata.get("file") else value
+    return values
+
+
+def _text_of(value: str) -> str:
+    """Return the text of the file of that name; the value itself where there is none, for the mode to judge."""
+    try:
+        return value if value.lstrip().startswith("{") else read_text(Path(value).expanduser())
+    except (OSError, ValueError):
+        return value
 
 
 def _checked(flags: Namespace, unknown: list[str]) -> TrainingRequest:
@@ -241,9 +255,14 @@ def _mode_problems(flags: Namespace, mode: Mode, given: Mapping[str, Mapping[str
             f"--{name}_{each} {value} contradicts the adapter in --adapter_path, which has {getattr(part, each)}"
             for name, part in parts.items()
             for each, value in given.get(name, {}).items()
-            if value != getattr(part, each)
+            if getattr(dataclasses.replace(part, **given[name]), each) != getattr(part, each)
         ]
     problems += [f"--{problem}" for problem in mode.problems()]
+    if not mode.shards and zero_stage(flags) == 3:
+        problems.append(
+            f"--deepspeed {flags.deepspeed} is ZeRO-3, which cannot train this --tuning_mode {mode.name}: it uses "
+            "parameters outside of the modules that hold them, where ZeRO-3 has cut them. Use ZeRO-2, or torchrun alone"
+        )
     if mode.projector_alone and getattr(flags, "freeze_mm_mlp_adapter", False):
         problems.append(
             f"--freeze_mm_mlp_adapter True leaves nothing to train: --tuning_mode {mode.name} trains that alone"

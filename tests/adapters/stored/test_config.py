@@ -37,10 +37,10 @@ def test_keys_that_a_later_version_of_format_1_adds_are_ignored() -> None:
 
 
 def test_a_later_format_is_refused_with_the_version_that_wrote_it_whatever_else_it_holds() -> None:
-    said = refusal(format_version=2, plugin_version="9.1", settings=["another", "form"], base=None)
+    said = refusal(format_version=3, plugin_version="9.1", settings=["another", "form"], base=None)
     assert said == (
-        f"the header of pets has adapter format 2; this is llava-steering-plugin {__version__}, which reads format 1. "
-        "Install version 9.1, which wrote it, or a newer one: pip install -U 'llava-steering-plugin>=9.1'."
+        f"the header of pets has adapter format 3; this is llava-steering-plugin {__version__}, which reads formats 1 "
+        "and 2. Install version 9.1, which wrote it, or a newer one: pip install -U 'llava-steering-plugin>=9.1'."
     )
 
 
