@@ -58,6 +58,35 @@ def place_labels(axes: Any, labels: Sequence[Label], covered: Sequence[Any], siz
     return placed
 
 
+def name_line(axes: Any, text: str, height: float, points: Sequence[Label], size: float, colour: str) -> Any:
+    """Write the name of a horizontal line at the first place along it that covers no point; return the annotation.
+
+    Args:
+        height: of the line, in data coordinates.
+        points: whose marks may not be covered.
+    """
+    figure = axes.get_figure()
+    renderer = figure.canvas.get_renderer()
+    marks = [_around(axes, each, POINT_SIZE * figure.dpi / 72) for each in points]
+    best, least = None, float("inf")
+    for place, across in ((0.01, "left"), (0.99, "right"), (0.5, "center"), (0.25, "center"), (0.75, "center")):
+        for offset, along in ((2, "bottom"), (-2, "top")):
+            note = axes.annotate(
+                text, (place, height), xycoords=("axes fraction", "data"), xytext=(0, offset),
+                textcoords="offset points", ha=across, va=along, fontsize=size, color=colour, in_layout=False,
+            )  # fmt: skip
+            overlap = sum(_shared(note.get_window_extent(renderer), mark) for mark in marks)
+            if overlap < least:
+                if best is not None:
+                    best.remove()
+                best, least = note, overlap
+            else:
+                note.remove()
+            if least == 0:
+                return best
+    return best
+
+
 def _places() -> Iterator[tuple[tuple[float, float], tuple[str, str], bool]]:
     """Yield the offset from the point in points, the alignment of the text, and whether a line leads to it."""
     across, along = {1: "left", -1: "right", 0: "center"}, {1: "bottom", -1: "top", 0: "center"}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin.comparison.results.labels import Label, place_labels
+from llava_steering_plugin.comparison.results.labels import Label, name_line, place_labels
 from llava_steering_plugin.comparison.results.markdown import seeds_of
 from llava_steering_plugin.comparison.results.summary import Reached, Summary, TaskSummary
 from llava_steering_plugin.figures import look_of, new_figure, save_figure
@@ -48,7 +48,10 @@ def draw(summary: Summary, target: Path) -> list[Path]:
         axes.set_axis_off()
     figure.draw_without_rendering()  # sets all sizes; labels come after that, and change none
     figure.set_layout_engine("none")
+    base = next((one.method for task in summary.tasks for one in task.methods if one.frozen), "")
     for axes, labels, bars, line in drawn:
+        if line is not None:
+            name_line(axes, base, line, labels, FONT, GREY)
         place_labels(axes, labels, _covered(axes, bars, line), FONT)
     return save_figure(figure, target)
 
@@ -84,11 +87,6 @@ def _panel(
     _scale(axes, bars, None if line is None else line.mean)
     if line is not None:
         axes.axhline(line.mean, color=GREY, linestyle="--", linewidth=1, zorder=1)
-        name = next(one.method for one in task.methods if one.frozen)
-        axes.annotate(
-            name, (0.01, line.mean), xycoords=("axes fraction", "data"), xytext=(2, 2), textcoords="offset points",
-            fontsize=FONT, color=GREY, in_layout=False,
-        )  # fmt: skip
     axes.set_title(task.task if len(task.tests) == 1 else f"{task.task}: {test}", fontsize=10)
     projector = any(one.costs and one.costs.projector_parameters for one in task.methods)
     axes.set_xlabel("trained parameters" + (", projector included" if projector else ""), fontsize=9)

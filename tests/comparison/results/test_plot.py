@@ -13,7 +13,7 @@ from comparison_records import BASE, record
 from PIL import Image
 
 from llava_steering_plugin.comparison.records import FAILED
-from llava_steering_plugin.comparison.results.labels import Label, place_labels
+from llava_steering_plugin.comparison.results.labels import Label, name_line, place_labels
 from llava_steering_plugin.comparison.results.plot import draw
 from llava_steering_plugin.comparison.results.summarising import summarise
 
@@ -58,6 +58,26 @@ def test_labels_of_points_that_lie_on_each_other_do_not_overlap() -> None:
 def test_a_single_label_stands_beside_its_point() -> None:
     ((text, box),) = placed([Label("MoReS", 1e4, 50, "C0")])
     assert text == "MoReS" and box[2] - box[0] > 10
+
+
+def test_the_name_of_a_line_covers_no_point_on_it() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 3.7))
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    axes.set_xlim(1e2, 1e6)
+    axes.set_ylim(-1, 1)
+    figure.draw_without_rendering()
+    points = [Label(name, x, 0.02, "C0") for name, x in (("left", 2e2), ("right", 5e5))]
+    note = name_line(axes, "base (frozen)", 0.0, points, 8.0, "0.5")
+    box = note.get_window_extent(canvas.get_renderer())
+    for point in points:
+        x, y = axes.transData.transform((point.x, point.y))
+        assert not (box.x0 <= x <= box.x1 and box.y0 <= y <= box.y1)
+    assert note.get_text() == "base (frozen)" and len(axes.texts) == 1
 
 
 def test_every_task_and_test_has_a_panel_and_every_method_its_name(tmp_path: Path) -> None:
