@@ -1,7 +1,7 @@
 """Compute means and spreads over seeds, and differences that are paired by seed and question.
 
-A difference has an interval by the bootstrap for two crossed factors (Owen 2007, "The pigeonhole bootstrap", arXiv
-0712.1111): all seeds answer the same questions, so seeds are drawn with replacement, questions are drawn with
+A difference has an interval by the bootstrap for two crossed factors (Owen 2007, "The pigeonhole bootstrap", doi
+10.1214/07-AOAS122): all seeds answer the same questions, so seeds are drawn with replacement, questions are drawn with
 replacement, and every drawn seed keeps the drawn questions. Drawing other questions for each seed would take one
 question's difficulty for several independent ones, and the interval would be too narrow.
 """
