@@ -46,6 +46,7 @@ FOREIGN = {
     "modality.png",
     "mores_pos_configs.json",
     "results.md",
+    "results.png",
     "routing-tsne.png",
     "routing-use.png",
     "routing.json",
