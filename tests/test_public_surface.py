@@ -76,7 +76,7 @@ TRAINING = {
 }
 SCRIPTS = {
     *("demo", "finetune_common", "finetune_mixlora", "finetune_mores", "finetune_mores_4bit", "finetune_task_mores"),
-    *("gpu_check", "multitask", "setup", "test"),
+    *("eval_papers", "gpu_check", "multitask", "ratios", "setup", "test"),
 }
 SMALL = {
     "model_type": "llava_llama",

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from official_sources import make_source
 from quick_runs import SCRIPTS
 from tiny_llava import TinyLlava
 from training_runs import subprocess_environment
@@ -160,7 +161,7 @@ def test_the_papers_hyper_parameters_are_what_training_gets(checkout: Path, patc
         "mores": {"learning_rate": "2e-4", "num_train_epochs": "1", "mores_tokens": "1%"},
         "mixlora": {"learning_rate": "4e-5", "num_train_epochs": "3", "mixlora_factors": "16"},
         "mores_4bit": {"learning_rate": "2e-4", "bits": "4", "gradient_accumulation_steps": "4"},
-        "task_mores": {"learning_rate": "2e-4", "freeze_mm_mlp_adapter": "True"},
+        "task_mores": {"learning_rate": "2e-4", "num_train_epochs": "10", "freeze_mm_mlp_adapter": "True"},
     }
     for name, flags in expected.items():
         mode = "mixlora" if name == "mixlora" else "mores"
@@ -172,6 +173,25 @@ def test_the_papers_hyper_parameters_are_what_training_gets(checkout: Path, patc
         assert {key: given[f"--{key}"] for key in flags | common} == flags | common
         assert int(given["--per_device_train_batch_size"]) * int(given["--gradient_accumulation_steps"]) * 8 == 128
         assert given["--seed"] == "7" and given["--deepspeed"] == "./scripts/zero2.json"
+
+
+def test_a_task_brings_its_own_data_which_is_made_once(checkout: Path, patched_llava: Path) -> None:
+    source = make_source("iconqa_blank", checkout / "iconqa")
+    task = {"TASK": "iconqa_blank", "SOURCE": str(source), "SAMPLES": "1", "GPUS": "8"}
+    for _ in range(2):
+        done = run("task_mores", patched_llava, checkout, LAUNCHER="printf %s\\n", **task)
+        assert done.returncode == 0, done.stderr
+        words = done.stdout.splitlines()
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    assert given["--data_path"] == "./playground/data/tasks/iconqa_blank_train_1.json"
+    assert given["--output_dir"] == "./checkpoints/llava-v1.5-7b-iconqa_blank-mores"
+    (sample,) = json.loads((checkout / given["--data_path"]).read_text())
+    assert (checkout / given["--image_folder"] / sample["image"]).is_file()
+
+    refused = run("task_mores", patched_llava, checkout, **task | {"DATA": "mine.json"})
+    assert refused.returncode == 2 and "TASK iconqa_blank brings its own data" in refused.stderr
+    refused = run("task_mores", patched_llava, checkout, TASK="iconqa_blank")
+    assert refused.returncode == 2 and "give its folder as SOURCE" in refused.stderr
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The demo and the multi-task measurement with --quick: every part of them, and a second run.
+"""The demo, the multi-task measurement and the ratios with --quick: every part of them, and a second run.
 
 Covers the pipelines, `base`, `backbone`, `commands`, `program` and `tuning` of `experiments`.
 """
@@ -53,3 +53,18 @@ def test_the_quick_measurement_runs_every_part_and_a_second_run_uses_what_is_the
     stages = [line for line in again.stdout.splitlines() if line.startswith("multitask/")]
     assert len(stages) == len(results["seconds"])
     assert all("done before" in line for line in stages)
+
+
+@pytest.mark.slow
+def test_the_quick_comparison_of_ratios_runs_every_part_and_a_second_run_uses_what_is_there(output: Path) -> None:
+    command = [str(SCRIPTS / "ratios.sh"), "--quick", "--output", str(output)]
+    subprocess.run(command, check=True, timeout=1500)
+    found = output / "quick" / "ratios"
+    fixed, choice = json.loads((found / "results.json").read_text())["rows"]
+    assert (fixed["tokens"], choice["tokens"]) == ("1%", "1%,5%,20%,all")
+    assert choice["parameters"] == fixed["parameters"] + 4 * 4
+    assert fixed["chosen"] == ["1%"] * 4 and set(choice["chosen"]) <= {"1%", "5%", "20%", "all"}
+    assert (found / "results.md").read_text().count("\n") == 4
+    again = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+    stages = [line for line in again.stdout.splitlines() if line.startswith("ratios/")]
+    assert len(stages) == 5 and all("done before" in line for line in stages)

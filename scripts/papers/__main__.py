@@ -1,0 +1,16 @@
+"""Run `papers`; scripts/eval_papers.sh starts it with the Python of .venv."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Python puts this folder first on the path. Its modules are imported from the package `papers` instead.
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import typer
+
+from papers.program import main
+
+typer.run(main)
