@@ -45,6 +45,8 @@ FOREIGN = {
     "modality.json",
     "modality.png",
     "mores_pos_configs.json",
+    "report.json",
+    "report.md",
     "results.md",
     "results.png",
     "routing-tsne.png",
