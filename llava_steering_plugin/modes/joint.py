@@ -65,6 +65,9 @@ class Joint(Mode):
         for part, mine in self.divided(modules):
             part.begin(mine, hosts)
 
+    def config_for_peft(self, decoder: DecoderShape) -> None:
+        """Return None: PEFT would load one part alone, which answers otherwise than both."""
+
     @property
     def shards(self) -> bool:
         return all(part.shards for part in self.parts)

@@ -34,9 +34,12 @@ from llava_steering_plugin.modes.joint import (
 from llava_steering_plugin.modes.mixlora import MixLoRA, RoutedLinear
 from llava_steering_plugin.modes.mixlora_balance import BalanceOverSteps
 from llava_steering_plugin.modes.mores import MoReS, SteeredLayer
+from llava_steering_plugin.modes.peft.layers import TunedLinear
+from llava_steering_plugin.modes.peft.mode import Peft
 
 STEERING = MoReS(rank=2, tokens="all")
 ROUTING = MixLoRA(factors=6, rank=2, balance=0.5)
+LORA = Peft("lora", '{"r": 4, "lora_alpha": 16}')
 STEP = 1e-3  # of finite differences
 
 
@@ -150,6 +153,7 @@ def test_the_settings_are_those_of_the_parts_by_the_names_of_their_flags() -> No
         ("mores+ +mixlora", "lacks a part"),
         ("mores+mixlora+mores", r"has two parts, and mores\+mores\+mixlora has 3"),
         ("mores+projector", r"mores\+projector is nothing new: mores trains the projector too, unless --freeze"),
+        ("mores+lora", "'lora' is a method of the mode peft: write peft, and --peft_method lora"),
         ("mores+none", "unknown tuning mode 'none'"),
     ],
 )
@@ -202,38 +206,41 @@ def test_a_fresh_one_is_the_identity_and_off_or_removed_it_is_the_base_to_the_bi
     assert [name for name, _ in base.named_parameters()] == names
 
 
-def test_it_computes_factors_in_the_linears_and_steering_by_hand_on_the_layers(base: LlamaForCausalLM) -> None:
-    """With the weights of a joint adapter: MixLoRA alone, and the formula of MoReS token by token, decode steps too."""
+@pytest.mark.parametrize("other", [ROUTING, LORA], ids=["mixlora", "lora"])
+def test_it_computes_the_part_in_the_linears_and_steering_by_hand_on_the_layers(
+    base: LlamaForCausalLM, other: Mode
+) -> None:
+    """With a joint adapter's weights: the other part alone, and MoReS' formula for each token; decode steps too."""
     ids, attention = batch(SHORT, LONG)
     visual = image(ids)
-    with attached(base, joint(STEERING, ROUTING)) as attachment:
+    with attached(base, joint(STEERING, other)) as attachment:
         weights = {name: value.detach().clone() for name, value in attachment.parameters().items()}
         here = logits(base, ids, attention), generated(base, ids, attention)
     with attached(base, STEERING) as steering:
         fill(steering, weights)
         by_hand = ByHand(steering)
         steered = logits(base, ids, attention)
-    with attached(base, ROUTING) as routing:
-        fill(routing, weights)
-        routed = logits(base, ids, attention)
+    with attached(base, other) as linears:
+        fill(linears, weights)
+        tuned = logits(base, ids, attention)
         with by_hand.steering(base, visual):
             there = logits(base, ids, attention), generated(base, ids, attention)
     torch.testing.assert_close(here[0], there[0], atol=1e-4, rtol=1e-4)
     assert torch.equal(here[1], there[1])
-    assert not torch.allclose(here[0], steered, atol=1e-2) and not torch.allclose(here[0], routed, atol=1e-2)
+    assert not torch.allclose(here[0], steered, atol=1e-2) and not torch.allclose(here[0], tuned, atol=1e-2)
 
 
-@pytest.mark.parametrize("part", ["steer_", "routed_"])
+@pytest.mark.parametrize("part", ["steer_", "routed_", "lora_"])
 @pytest.mark.parametrize("checkpointing", [None, "reentrant", "not reentrant"])
 def test_gradients_of_both_parts_are_those_of_finite_differences(
     base: LlamaForCausalLM, part: str, checkpointing: str | None
 ) -> None:
     # Routers that nothing of this changes: a choice that flips between two losses has no difference.
     fixed = MixLoRA(factors=6, rank=2, alpha=1.0, conditional=False, router_grad="none")
-    with attached(base, joint(STEERING, fixed)) as attachment:
+    with attached(base, joint(STEERING, LORA if part == "lora_" else fixed)) as attachment:
         base.train().requires_grad_(False)
         parameters = {name: each for name, each in attachment.trained().items() if part in name}
-        assert len(parameters) == {"steer_": 6, "routed_": 28}[part]
+        assert len(parameters) == {"steer_": 6, "routed_": 28, "lora_": 28}[part]
         for parameter in attachment.trained().values():
             parameter.requires_grad_(True)
         if checkpointing is not None:
@@ -306,6 +313,40 @@ def test_whatever_is_asked_of_a_mode_is_asked_of_the_parts() -> None:
     assert asked <= vars(Joint).keys(), "a joint mode has to ask its parts too: add it to `Joint`"
 
 
+def test_steering_and_dora_begin_as_the_identity_and_load_as_they_were_saved(
+    base: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """DoRA's first magnitudes are those of its linears: a mode is told its hosts, as a part too."""
+    ids, attention = batch(SHORT, LONG)
+    frozen = logits(base, ids, attention)
+    mode = joint(Peft("lora", '{"use_dora": true}'), STEERING)
+    attachment = attach(base, mode)
+    torch.testing.assert_close(logits(base, ids, attention), frozen)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in attachment.parameters().values():
+            parameter += torch.randn(parameter.shape, generator=generator) * 0.05
+    expected = logits(base, ids, attention)
+    save_adapter(base, tmp_path)
+    attachment.remove()
+    assert not torch.allclose(expected, frozen, atol=1e-2)
+    assert not (tmp_path / "adapter_config.json").exists(), "PEFT would load half of it"
+    loaded = load_adapter(base, tmp_path)
+    try:
+        assert loaded.mode == mode
+        assert torch.equal(logits(base, ids, attention), expected)
+    finally:
+        loaded.remove()
+
+
+def test_factors_and_lora_go_together_on_different_linears_alone(base: LlamaForCausalLM) -> None:
+    shape = find_decoder(base)[1]
+    apart = joint(MixLoRA(targets="q_proj"), Peft("lora", '{"target_modules": ["v_proj"]}'))
+    assert apart.name == "mixlora+peft" and apart.problems(shape) == []
+    (problem, *_) = joint(MixLoRA(targets="q_proj"), LORA).problems(shape)
+    assert "mixlora and peft both change the output of layers.0.self_attn.q_proj" in problem
+
+
 def test_it_is_saved_and_loaded_with_both_parts(base: LlamaForCausalLM, tmp_path: Path) -> None:
     ids, attention = batch(SHORT, LONG)
     mode = joint(STEERING, ROUTING)
@@ -344,11 +385,12 @@ def test_values_that_do_not_compute_in_either_part_are_refused(
         load_adapter(base, tmp_path)
 
 
-def test_only_the_factors_are_called_at_decode_steps(base: LlamaForCausalLM) -> None:
-    mode = joint(STEERING, ROUTING)
+@pytest.mark.parametrize(("other", "kind"), [(ROUTING, RoutedLinear), (LORA, TunedLinear)], ids=["mixlora", "lora"])
+def test_only_the_linears_are_called_at_decode_steps(base: LlamaForCausalLM, other: Mode, kind: type) -> None:
+    mode = joint(STEERING, other)
     modules = mode.build(find_decoder(base)[1])
-    assert {type(module) for module in modules.values()} == {SteeredLayer, RoutedLinear}
-    assert {type(module) for module in at_decode(mode, modules).values()} == {RoutedLinear}
+    assert {type(module) for module in modules.values()} == {SteeredLayer, kind}
+    assert {type(module) for module in at_decode(mode, modules).values()} == {kind}
     assert at_decode(STEERING, modules) == {} and at_decode(ROUTING, modules) is modules
 
 

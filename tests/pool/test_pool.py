@@ -32,7 +32,7 @@ pytest_plugins = ["steered_fixtures", "pooled_fixtures"]
 
 # Every kind of adapter between rows of the base, on rows with one image, two, none, one, two, none, ... `fish` pools
 # padding too, as its authors' code does, so it is on one of the longest rows.
-NAMES = ["cats", BASE, "pets", "bats", "fish", "pets", "dogs", "birds", BASE, "newts"]
+NAMES = ["cats", BASE, "pets", "bats", "fish", "pets", "dogs", "birds", BASE, "newts", "moths"]
 STRATEGIES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "beams": {"do_sample": False, "num_beams": 3},
@@ -105,7 +105,7 @@ def test_mixed_rows_generate_what_a_batch_of_one_adapter_generates_in_the_same_p
             assert together[mine] == expected[mine], name
 
 
-@pytest.mark.parametrize("name", ["cats", "dogs", "pets", "fish", "birds", "bats", "newts"])
+@pytest.mark.parametrize("name", ["cats", "dogs", "pets", "fish", "birds", "bats", "newts", "moths"])
 def test_one_adapter_for_all_rows_is_bit_equal_to_the_same_adapter_attached(
     pool: AdapterPool, shared: Any, frozen: Any, folders: Folders, name: str
 ) -> None:

@@ -15,9 +15,10 @@ from llava_steering_plugin import attach, joint, load_adapter, remove, save_adap
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
+from llava_steering_plugin.modes.peft.mode import Peft
 
 # Steering everywhere; elsewhere and of text too; chosen factors; chosen anew in every forward, and fewer linears; and
-# steering and factors at once.
+# steering and LoRA, or factors, at once.
 MODES: dict[str, Mode] = {
     "cats": MoReS(rank=2, tokens="all"),
     "dogs": MoReS(rank=1, tokens="f4+l5", modality="vis+text", layers="1-2"),
@@ -25,6 +26,7 @@ MODES: dict[str, Mode] = {
     "fish": MixLoRA(factors=4, rank=2, alpha=1.0, variant="released", targets="q_proj,down_proj", start_layer=2),
     "birds": MoReS(rank=2, tokens="all"),
     "bats": MixLoRA(factors=4, rank=1, alpha=1.0, conditional=False),
+    "moths": joint(MoReS(rank=2, tokens="f4+l5"), Peft("lora", '{"r": 2, "lora_alpha": 2}')),
     "newts": joint(MoReS(rank=2, tokens="f4+l5"), MixLoRA(factors=4, rank=2, alpha=1.0, targets="q_proj,up_proj")),
 }
 WITH_PROJECTOR = ("birds", "bats")

@@ -170,11 +170,38 @@ def test_it_trains_over_four_bits(tiny: TinyLlava, on_cpu: None, tmp_path: Path)
     assert len(moved) >= LAYERS - 1 + 2 * LAYERS
 
 
+LORA: dict[str, object] = {
+    **QUICK,
+    "tuning_mode": "mores+peft",
+    "peft_config": '{"r": 4, "lora_dropout": 0.1}',
+    "mixlora_factors": None,
+    "mixlora_rank": None,
+    "mixlora_targets": None,
+    "mixlora_dropout": None,
+    "mixlora_balance": None,
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_steering_and_lora_learn_and_resume_bit_equal(tiny: TinyLlava, on_cpu: None, tmp_path: Path, bits: int) -> None:
+    whole = train(tiny, tmp_path / "whole", {**LORA, "bits": bits})
+    stored = read(whole)
+    assert (stored.config.mode, stored.config.settings["peft_method"]) == ("mores+peft", "lora")
+    moved = [name.rpartition("steer_shift")[1] or name[-13:] for name, value in stored.tensors.items() if value.any()]
+    assert moved.count("steer_shift") >= LAYERS - 1 and moved.count("lora_B.weight") == 7 * LAYERS
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    assert_equal(whole, train(tiny, tmp_path / "resumed", {**LORA, "bits": bits}))
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         ({"tuning_mode": "mores+mixlra"}, "--tuning_mode: unknown tuning mode 'mixlra': did you mean 'mixlora'"),
         ({"tuning_mode": "mores+mores"}, "a joint mode has two different parts"),
+        ({"tuning_mode": "mores+lora"}, "write peft, and --peft_method lora"),
         ({"tuning_mode": "mores+"}, "lacks a part; write two modes, such as mores+mixlora"),
         ({"tuning_mode": "mores+mixlora+mores"}, "a joint mode has two parts"),
         ({"tuning_mode": "mores"}, "--mixlora_factors belongs to another mode than mores; remove it"),
