@@ -20,6 +20,8 @@ from llava_steering_plugin import disable_adapter, load_adapter
 from llava_steering_plugin.adapters.attachment import required
 from llava_steering_plugin.adapters.stored.folder import ADAPTER, EXTRA, WEIGHTS
 from llava_steering_plugin.adapters.stored.locate import read
+from llava_steering_plugin.inference.models import open_model
+from llava_steering_plugin.inference.tunable import open_tunable
 from llava_steering_plugin.planning.from_flags import Wanted
 from llava_steering_plugin.planning.plan import plan
 
@@ -81,6 +83,18 @@ def test_a_base_of_four_bits_trains_it_in_float32_and_answers_by_it(tiny: TinyLl
     with disable_adapter(model):
         plain = logits_of(model, ids, pixels)
     assert here.isfinite().all() and not torch.allclose(here, plain, atol=1e-2)
+
+
+def test_chats_and_diagnoses_open_it_as_any_adapter(tiny: TinyLlava, root: Path) -> None:
+    folder = str(trained(tiny, root, "lora"))
+    how = {"device": "cpu", "load_4bit": False, "load_8bit": False}
+    opened = open_model(folder, None, how)
+    details = opened.loaded.pool.details(opened.adapter)
+    assert (opened.kind, opened.base, details.mode) == ("peft", str(tiny.llava), "peft")
+    assert details.parameters == sum(value.numel() for value in read(folder).section(ADAPTER).values())
+    tunable = open_tunable(folder, None, how)
+    assert tunable.kind == "peft" and tunable.parameters.keys() == read(folder).section(ADAPTER).keys()
+    assert all(parameter.requires_grad for parameter in tunable.parameters.values())
 
 
 def test_peft_loads_a_trained_lora_on_the_plain_base_and_answers_alike(tiny: TinyLlava, root: Path) -> None:
