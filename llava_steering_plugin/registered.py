@@ -95,4 +95,7 @@ def _found_on(group: str, ours: tuple[tuple[str, str], ...], path: tuple[str, ..
 
 
 def _origin(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist is not None else "an unknown distribution"
+    if entry.dist is not None:
+        return entry.dist.name
+    # One of `ours`, of which the metadata do not know yet.
+    return "llava-steering-plugin" if entry.value.startswith(f"{__package__}.") else "an unknown distribution"

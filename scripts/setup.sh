@@ -16,6 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=${VENV:-.venv}
 constraints=scripts/constraints-cpu.txt
+towers=scripts/constraints-towers-cpu.txt
 llava=llava-torch==1.2.2.post1
 torch=${TORCH:-$(grep '^torch==' "$constraints")}
 
@@ -45,7 +46,7 @@ if [ "${1:-}" = --browser ] && ! command -v chromium-headless-shell chromium goo
       "$venv/bin/playwright install --with-deps chromium-headless-shell fetches one"
 fi
 
-stamp=$(cat "$constraints" setup.cfg pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)-$torch-$(pwd)
+stamp=$(cat "$constraints" "$towers" setup.cfg pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)-$torch-$(pwd)
 if [ "$(cat "$venv/.setup.stamp" 2>/dev/null)" = "$stamp" ] && "$venv/bin/python" -c 'import llava_steering_plugin' 2>/dev/null; then
   "$venv/bin/llava-steering" patch >/dev/null
   exit 0
@@ -86,6 +87,8 @@ step "packages"
 # The set is complete, so nothing is resolved: --no-deps is faster, and exact.
 grep -v -e '^#' -e '^torch==' -e '^deepspeed==' "$constraints" >"$venv/.setup.packages"
 shown pip_install --no-deps -r "$venv/.setup.packages"
+step "timm, beside the others"
+shown pip_install --no-deps --upgrade --target "$venv/towers" -r "$towers"
 step "deepspeed (built here)"
 shown pip_install --no-deps --no-build-isolation "$(grep '^deepspeed==' "$constraints")"
 step "llava and this project"

@@ -17,6 +17,7 @@ from llava_steering_plugin.cli import (
     check_data,
     checkout,
     compare,
+    components,
     convert,
     diagnose,
     evaluate,
@@ -62,6 +63,9 @@ app.command("unpatch")(checkout.unpatch)
 app.command("doctor", short_help="Show which LLaVA this is, and what the plugin finds in it.")(checkout.doctor)
 app.command("plan", short_help="Show what a training would train, and whether it fits on a GPU.", **plan.SETTINGS)(
     plan.plan
+)
+app.command("components", short_help="List vision towers, connectors and language models that are installed.")(
+    components.components
 )
 app.command("check-data", short_help="Find the samples that LLaVA cannot be trained on; count tokens.")(
     check_data.check_data

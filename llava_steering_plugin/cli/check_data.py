@@ -65,6 +65,14 @@ def check_data(
             help="The component for the base's language model, as in the training; default: by its model type.",
         ),
     ] = None,
+    connector: Annotated[
+        str | None,
+        typer.Option(
+            "--mm_projector_type",
+            "--mm-projector-type",
+            help="What the connector leaves of an image's tokens; default: the connector that the base names.",
+        ),
+    ] = None,
     image_aspect_ratio: Annotated[
         str, typer.Option("--image_aspect_ratio", "--image-aspect-ratio", help="As in the training: pad, or square.")
     ] = "pad",
@@ -88,7 +96,7 @@ def check_data(
         problems.append(f"--image-folder: there is no folder {image_folder}")
     if problems:
         raise ArgumentsError(". ".join(problems) + ".")
-    counter = _counter(base, version, model_max_length, vision_tower, language_model)
+    counter = _counter(base, version, model_max_length, vision_tower, connector, language_model)
     checks = SampleChecks(image_folder, padded=image_aspect_ratio == "pad", style=style_of(version))
     with ExitStack() as stack:
         report = checked(
@@ -106,7 +114,12 @@ def check_data(
 
 
 def _counter(
-    base: str | None, version: str, longest: int, vision_tower: str | None, language_model: str | None
+    base: str | None,
+    version: str,
+    longest: int,
+    vision_tower: str | None,
+    connector: str | None,
+    language_model: str | None,
 ) -> TokenCounter | None:
     if base is None:
         return None
@@ -115,7 +128,9 @@ def _counter(
         from llava_steering_plugin.upstream.tokens import TokenCounter
 
         find_llava()  # its error says what to do if there is none
-        return TokenCounter(base, version, longest, vision_tower, language_model)
+        return TokenCounter(
+            base, version, longest, vision_tower, connector=connector, language_model=language_model
+        )
 
 
 class _Progress:

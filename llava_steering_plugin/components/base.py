@@ -6,7 +6,7 @@ A component is a description: it knows its sizes from files of settings alone, a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -32,6 +32,11 @@ class ImageTokens:
     side: int | None = None
     leading: int = 0
     parts: tuple[int, ...] = ()
+
+
+def setting(default: Any, help: str) -> Any:
+    """Declare a setting of a component: a dataclass field with a default and a word on what it does."""
+    return field(default=default, metadata={"help": help})
 
 
 class Component(ABC):
@@ -108,18 +113,20 @@ class TowerShape:
     Attributes:
         image_size: side of the square image that it takes, in pixels.
         tokens: what an image becomes.
+        layers: how many layers `--mm_vision_select_layer` counts; None where it counts none.
     """
 
     image_size: int
     tokens: ImageTokens
+    layers: int | None = None
 
 
 @dataclass(frozen=True)
 class Connector(Component):
     """Describes a connector: `--mm_projector_type NAME`. Register it as `llava_steering.connectors`.
 
-    Subclass it as a frozen dataclass; its fields are settings, with defaults, that follow a colon:
-    `--mm_projector_type qformer:queries=64,layers=4`.
+    Subclass it as a frozen dataclass; its fields are settings, declared with `setting`, that follow a colon:
+    `--mm_projector_type qformer:queries=64,layers=4`. They are int, float, bool or str.
     """
 
     def problems(self, tokens: ImageTokens, width: int) -> list[str]:
@@ -139,8 +146,9 @@ class Connector(Component):
     def build(self, tokens: ImageTokens, width: int) -> nn.Module:
         """Return the module, which makes [images, tokens', width] of [images, tokens, tokens.width].
 
-        It is called with sizes without problems, also on the meta device. All parameters are trained. A parameter's
-        name must hold neither `lora_` nor `mm_projector`: LLaVA looks for these.
+        It is called with sizes without problems, also on the meta device. All parameters are trained, and what is
+        saved are parameters: a buffer is not. A parameter's name must hold neither `lora_` nor `mm_projector`, for
+        which LLaVA looks, nor `gamma` or `beta`, which transformers renames.
         """
 
 

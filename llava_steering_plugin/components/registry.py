@@ -6,9 +6,37 @@ from llava_steering_plugin.components.base import Connector, LanguageModel, Towe
 from llava_steering_plugin.registered import Registered
 
 PAGE = "docs/adding-a-component.md"
-# The abstract class is the parent of those that are registered; mypy fears that it is called.
-TOWERS = Registered("llava_steering.towers", "vision tower", Tower, PAGE)  # type: ignore[type-abstract]
-CONNECTORS = Registered("llava_steering.connectors", "connector", Connector, PAGE)  # type: ignore[type-abstract]
+_TOWERS_HERE = "llava_steering_plugin.components.towers"
+_CONNECTORS_HERE = "llava_steering_plugin.components.connectors"
+# What setup.cfg registers, for where the metadata are older than the code.
+OUR_TOWERS = {
+    "dinov2": f"{_TOWERS_HERE}.dinov2:Dinov2",
+    "efficientnet-lite0": f"{_TOWERS_HERE}.efficientnet_lite0:EfficientNetLite0",
+    "mof": f"{_TOWERS_HERE}.mof:Mof",
+    "siglip": f"{_TOWERS_HERE}.siglip:Siglip",
+    "timm": f"{_TOWERS_HERE}.timm_encoders:Timm",
+}
+OUR_CONNECTORS = {
+    "avgpool": f"{_CONNECTORS_HERE}.average_pool:AveragePool",
+    "mof-mlp": f"{_CONNECTORS_HERE}.mof_mlp:MofMlp",
+    "pixel-shuffle": f"{_CONNECTORS_HERE}.pixel_shuffle:PixelShuffle",
+    "qformer": f"{_CONNECTORS_HERE}.qformer:QFormer",
+    "resampler": f"{_CONNECTORS_HERE}.resampler:Resampler",
+}
+TOWERS = Registered(
+    "llava_steering.towers",
+    "vision tower",
+    Tower,  # type: ignore[type-abstract] # the parent of those that are registered; mypy fears that it is called
+    PAGE,
+    tuple(OUR_TOWERS.items()),
+)
+CONNECTORS = Registered(
+    "llava_steering.connectors",
+    "connector",
+    Connector,  # type: ignore[type-abstract]
+    PAGE,
+    tuple(OUR_CONNECTORS.items()),
+)
 _OWN = "llava_steering_plugin.components.language_models"
 LANGUAGE_MODELS = Registered(
     "llava_steering.language_models",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,13 +26,27 @@ class VisionTower(nn.Module):
 
     def __init__(self, tower: Tower, name: str, delay_load: bool = False):
         super().__init__()
-        self.tower = tower
-        self.shape: TowerShape = tower.shape()
+        self._described = tower
+        self._shape = tower.shape()
         self.vision_tower_name = name
         self.select_layer, self.select_feature = tower.layer, tower.feature
         self.is_loaded = False
         if not delay_load:
             self.load_model()
+
+    @property
+    def tower(self) -> Tower:
+        """Return the description. An adapter may bring another layer or feature: it sets the two attributes."""
+        if (self._described.layer, self._described.feature) != (self.select_layer, self.select_feature):
+            self._described = replace(self._described, layer=self.select_layer, feature=self.select_feature)
+            self._shape = self._described.shape()
+        return self._described
+
+    @property
+    def shape(self) -> TowerShape:
+        """Return the sizes."""
+        _ = self.tower
+        return self._shape
 
     def load_model(self, device_map: Any = None) -> None:
         """Load the encoder and its image processor; once.
@@ -94,6 +109,8 @@ class VisionTower(nn.Module):
         sizes = SimpleNamespace(image_size=self.shape.image_size, hidden_size=tokens.width)
         if tokens.side is not None:
             sizes.patch_size = self.shape.image_size // tokens.side
+        if self.shape.layers is not None:
+            sizes.num_hidden_layers = self.shape.layers
         return sizes
 
     @property

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_steering_plugin.components.base import TowerShape
+from llava_steering_plugin.components.image_tokens import CONNECTOR, connected, shape_of
+
 # Kinds of rope_scaling for which max_position_embeddings is the length before it is scaled.
 SCALED_AFTERWARDS = ("linear", "dynamic")
 
@@ -53,11 +56,11 @@ class PromptTokens:
 
     Args:
         config: of the LLaVA.
-        tower: config of its vision tower, with `image_size` and `patch_size`; None: the model takes no images.
+        shape: sizes of its vision tower; None: the model takes no images.
     """
 
-    def __init__(self, config: Any, tower: Any = None):
-        self._config, self._tower = config, tower
+    def __init__(self, config: Any, shape: TowerShape | None = None):
+        self._config, self._shape = config, shape
         self.context = Context.of(config)
         self._of_size = cache(self._tiled)
 
@@ -65,7 +68,7 @@ class PromptTokens:
     def of_model(cls, model: Any) -> PromptTokens:
         """Count for a model that has been loaded."""
         tower = model.get_vision_tower() if hasattr(model, "get_vision_tower") else None
-        return cls(model.config, tower.config if tower is not None else None)
+        return cls(model.config, shape_of(tower, model.config) if tower is not None else None)
 
     def count(self, ids: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
         """Return how many positions a prompt takes.
@@ -84,25 +87,24 @@ class PromptTokens:
 
     @property
     def _of_tile(self) -> int:
-        with_class = getattr(self._config, "mm_vision_select_feature", "patch") == "cls_patch"
-        side = int(self._tower.image_size // self._tower.patch_size)
-        tokens: int = side * side + int(with_class)
-        return tokens
+        assert self._shape is not None
+        return connected(getattr(self._config, CONNECTOR, None), self._shape.tokens, 1).count
 
     def _tiled(self, size: tuple[int, int]) -> int:
         """Count by LLaVA's own splice, over features of width 1: its layouts of tiles are many."""
         from llava.mm_utils import get_anyres_image_grid_shape
 
-        side = self._tower.image_size
+        assert self._shape is not None
+        side = self._shape.image_size
         columns, rows = get_anyres_image_grid_shape(size, self._config.image_grid_pinpoints, side)
         tiles = int(columns * rows) + 1
         try:
-            return _spliced(self._config, self._tower, torch.zeros(tiles, self._of_tile, 1), size)
+            return _spliced(self._config, self._shape, torch.zeros(tiles, self._of_tile, 1), size)
         except (AttributeError, TypeError, ValueError, NotImplementedError):  # a fork whose splice asks for more
             return tiles * self._of_tile
 
 
-def _spliced(config: Any, tower: Any, features: Tensor, size: tuple[int, int]) -> int:
+def _spliced(config: Any, shape: TowerShape, features: Tensor, size: tuple[int, int]) -> int:
     """Return how many positions LLaVA's splice gives to one image.
 
     Args:
@@ -111,7 +113,8 @@ def _spliced(config: Any, tower: Any, features: Tensor, size: tuple[int, int]) -
     from llava.constants import IMAGE_TOKEN_INDEX
     from llava.model.llava_arch import LlavaMetaForCausalLM
 
-    vision = SimpleNamespace(num_patches_per_side=tower.image_size // tower.patch_size, config=tower)
+    size_of_tile = SimpleNamespace(image_size=shape.image_size)
+    vision = SimpleNamespace(num_patches_per_side=shape.tokens.side, config=size_of_tile)
 
     class Counting(LlavaMetaForCausalLM):
         """Has what the splice asks of a model."""

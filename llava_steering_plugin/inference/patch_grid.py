@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_steering_plugin.components.image_tokens import CONNECTOR, of_model
 from llava_steering_plugin.errors import SteeringError
 
 # Left, top, right and bottom, in pixels of the image.
@@ -49,9 +50,14 @@ def patch_grid(size: tuple[int, int], tokens: int, tiles: int, model: Any, proce
     Raises:
         SteeringError: the tokens are no grid of patches.
     """
-    tower = model.get_vision_tower().config
-    with_class = int(getattr(model.config, "mm_vision_select_feature", "patch") == "cls_patch")
-    side = int(tower.image_size // tower.patch_size)
+    described = of_model(model)
+    if described is None or described.side is None:
+        raise SteeringError(
+            f"an image becomes {tokens} tokens that have no place in it: the connector "
+            f"{getattr(model.config, CONNECTOR, None)!r} or the vision tower mixes the image's parts, so they cannot "
+            "be shown on the image."
+        )
+    side, with_class = described.side, described.leading
     if tiles == 1 and tokens != side * side + with_class:
         side, with_class = math.isqrt(tokens), 0  # a projector that pools
     if side * side + with_class > tokens or (tiles == 1 and side * side + with_class != tokens):

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from llava_steering_plugin.components.base import ImageTokens
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.planning.gpus import Gpu, named_gpu
 from llava_steering_plugin.planning.meta_step import Arithmetic, BatchShape, TrainingSetup, assemble, peak_of_step
 from llava_steering_plugin.planning.report import MemoryReport
 from llava_steering_plugin.planning.sharding import STATES, Memory, Sharding, memory_of, stored_tensors
-from llava_steering_plugin.planning.vision import image_tokens
 from llava_steering_plugin.training.deepspeed_config import ZERO, read_deepspeed
 
 # CLIP-L/336's, LLaVA-1.5's: assumed where the tower's config cannot be read.
@@ -52,18 +52,21 @@ class Wanted:
         return None if self.gpu is None else named_gpu(self.gpu)
 
 
-def memory_report(setup: TrainingSetup, flags: Namespace, wanted: Wanted, width: int) -> MemoryReport:
+def memory_report(
+    setup: TrainingSetup, flags: Namespace, wanted: Wanted, width: int, image: ImageTokens | None
+) -> MemoryReport:
     """Return the memory of a training under the sharding of its flags, and under the others.
 
     Args:
         setup: the model and the mode, known to fit each other.
         flags: all flags of LLaVA's training.
         width: of the model.
+        image: what it gets for an image; None if unknown.
 
     Raises:
         SteeringError: the step cannot be run on the meta device.
     """
-    batch, notes = _batch_shape(setup, flags, wanted)
+    batch, notes = _batch_shape(image, flags, wanted)
     optimizer = str(getattr(flags.optim, "value", flags.optim))
     if optimizer not in STATES:
         notes.append(f"the states of --optim {optimizer} are not known here; AdamW's are counted")
@@ -94,18 +97,18 @@ def memory_report(setup: TrainingSetup, flags: Namespace, wanted: Wanted, width:
     return MemoryReport(assumed, memories, chosen.name, wanted.card(), tuple(notes))
 
 
-def _batch_shape(setup: TrainingSetup, flags: Namespace, wanted: Wanted) -> tuple[BatchShape, list[str]]:
+def _batch_shape(image: ImageTokens | None, flags: Namespace, wanted: Wanted) -> tuple[BatchShape, list[str]]:
     """Return the batch that the flags describe, and notes on what is assumed."""
     notes = []
     sequence = wanted.sequence or flags.model_max_length
-    if setup.tower is None:
+    if image is None:
         visual = USUAL_VISUAL_TOKENS
         notes.append(
             f"the vision tower's memory is not counted, and {visual} visual tokens are assumed: its config.json cannot "
             "be read here"
         )
     else:
-        visual = image_tokens(setup.tower)
+        visual = image.count
     if "anyres" in str(getattr(flags, "image_aspect_ratio", "")):
         notes.append("one tile an image is counted; anyres sends several through the vision tower")
     batch = BatchShape(

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from llava_steering_plugin.adapters.attachment import Attachment, attach
 from llava_steering_plugin.adapters.fit.base_model import language_model
+from llava_steering_plugin.components.base import ImageTokens, Tower
 from llava_steering_plugin.hooks.decoder import find_decoder
 from llava_steering_plugin.hooks.scope import token_map
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.planning.meta_memory import META, LiveBytes, as_on_a_gpu
-from llava_steering_plugin.upstream.projector import build_projector
+from llava_steering_plugin.planning.meta_vision import MetaTower, meta_projector, meta_tower
 
 # Models with this many layers are run, and the difference is what two layers add: running 40 takes a minute.
 SHORT, LONG = 3, 5
@@ -30,17 +31,19 @@ class TrainingSetup:
         described: config.json of the base.
         name: of the base, for errors.
         mode: the mode that is attached.
-        tower: config.json of the vision tower; None if unknown.
+        tower: the vision tower, a component or config.json of LLaVA's own; None if unknown.
         projector: settings for `build_projector`; None if unknown.
         newline: parameters of the newline embedding of anyres, trained with the projector.
+        features: tokens that the tower gives for an image, before the projector; None if unknown.
     """
 
     described: Mapping[str, Any]
     name: str
     mode: Mode
-    tower: Mapping[str, Any] | None = None
+    tower: Tower | Mapping[str, Any] | None = None
     projector: Any = None
     newline: int = 0
+    features: ImageTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class BatchShape:
     Attributes:
         samples: of a batch.
         sequence: positions of a sample, visual tokens included.
-        visual: how many of these are visual tokens.
+        visual: how many of these are visual tokens, as the projector gives them.
         checkpointing: layers are computed again in the backward pass.
         accumulates: gradients of earlier batches are there already.
         trains_projector: the projector gets gradients.
@@ -97,8 +100,9 @@ class MetaModel:
     model: Any
     attachment: Attachment
     projector: nn.Module | None
-    tower: nn.Module | None
+    tower: MetaTower | None
     packed: list[nn.Linear]
+    features: ImageTokens | None = None
 
     def trained(self) -> list[nn.Parameter]:
         """Return every parameter that gets a gradient."""
@@ -145,10 +149,10 @@ def assemble(setup: TrainingSetup, arithmetic: Arithmetic, batch: BatchShape, la
         # Reentrant, as in the version of transformers that LLaVA pins.
         model.gradient_checkpointing_enable({"use_reentrant": True})
         model.enable_input_require_grads()
-    projector = _projector(setup, arithmetic)
+    projector = meta_projector(setup.projector, arithmetic.projector)
     if projector is not None:
         projector.requires_grad_(batch.trains_projector)
-    return MetaModel(model, attachment, projector, _tower(setup, arithmetic), packed)
+    return MetaModel(model, attachment, projector, _tower(setup, arithmetic), packed, setup.features)
 
 
 def peak_of_step(setup: TrainingSetup, arithmetic: Arithmetic, batch: BatchShape, meta: MetaModel) -> int:
@@ -192,7 +196,7 @@ def peaks(meta: MetaModel, arithmetic: Arithmetic, batch: BatchShape) -> dict[st
             for parameter in meta.trained():
                 parameter.grad = torch.empty_like(parameter)
         live.phase = "forward"
-        pixels = None if meta.tower is None else _pixels(meta.tower, batch)
+        pixels = None if meta.tower is None else meta.tower.pixels(batch.samples)
         embeds = _spliced(meta, batch, start)
         labels = torch.empty(batch.samples, batch.sequence, dtype=torch.long, device=META)
         loss = model(inputs_embeds=embeds, labels=labels).loss
@@ -203,19 +207,14 @@ def peaks(meta: MetaModel, arithmetic: Arithmetic, batch: BatchShape) -> dict[st
     return live.peaks
 
 
-def _peak_of_vision(tower: Any, batch: BatchShape) -> int:
-    """Return the most bytes that the vision tower holds; LLaVA asks it for all its hidden states."""
+def _peak_of_vision(tower: MetaTower | None, batch: BatchShape) -> int:
+    """Return the most bytes that the vision tower holds."""
     if tower is None:
         return 0
     live = LiveBytes([*tower.parameters(), *tower.buffers()])
     with live, torch.no_grad():
-        tower(_pixels(tower, batch).to(tower.dtype), output_hidden_states=True)
+        tower(tower.pixels(batch.samples))
     return max(live.peaks.values())
-
-
-def _pixels(tower: Any, batch: BatchShape) -> Tensor:
-    config = tower.config
-    return torch.empty(batch.samples, config.num_channels, config.image_size, config.image_size, device=META)
 
 
 def _spliced(meta: MetaModel, batch: BatchShape, start: int) -> Tensor:
@@ -224,7 +223,11 @@ def _spliced(meta: MetaModel, batch: BatchShape, start: int) -> Tensor:
     text = meta.model.get_input_embeddings()(ids)
     if meta.projector is not None:
         weight = next(meta.projector.parameters())
-        images = meta.projector(weight.new_empty(batch.samples, batch.visual, weight.shape[-1])).to(text.dtype)
+        given = (batch.visual, weight.shape[-1])
+        if meta.features is not None:
+            given = meta.features.count, meta.features.width
+        # A row that is too short for an image has it cut off, as LLaVA does.
+        images = meta.projector(weight.new_empty(batch.samples, *given)).to(text.dtype)[:, : batch.visual]
     else:
         images = text.new_empty(batch.samples, batch.visual, text.shape[-1])
     rows = [torch.cat([before[:start], image, before[start:]]) for before, image in zip(text, images, strict=True)]
@@ -248,26 +251,9 @@ def _layers_are_alike(attachment: Attachment) -> bool:
     return len({frozenset(found) for found in hosts.values()}) == 1
 
 
-def _projector(setup: TrainingSetup, arithmetic: Arithmetic) -> nn.Module | None:
-    if setup.projector is None:
-        return None
-    with torch.device(META):
-        built = build_projector(setup.projector)
-    return built.to(arithmetic.projector)
-
-
-def _tower(setup: TrainingSetup, arithmetic: Arithmetic) -> nn.Module | None:
-    if setup.tower is None:
-        return None
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-    from transformers.modeling_utils import no_init_weights
-
-    # A CLIP of both halves keeps the vision tower's settings apart.
-    config = CLIPVisionConfig.from_dict(dict(setup.tower.get("vision_config") or setup.tower))
-    with torch.device(META), no_init_weights():
-        built: nn.Module = CLIPVisionModel(config)
-    built.to(arithmetic.tower).requires_grad_(False).eval()
-    if arithmetic.packs:
+def _tower(setup: TrainingSetup, arithmetic: Arithmetic) -> MetaTower | None:
+    built = meta_tower(setup.tower, arithmetic.tower)
+    if built is not None and arithmetic.packs:
         for name, module in built.named_modules():
             if "norm" in name:  # LLaVA's rule
                 module.to(arithmetic.norms)

@@ -21,8 +21,9 @@ from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.planning.from_flags import Wanted, deepspeed_problems, memory_report
 from llava_steering_plugin.planning.meta_step import TrainingSetup
-from llava_steering_plugin.planning.vision import find_vision, image_tokens
+from llava_steering_plugin.planning.vision import find_vision
 from llava_steering_plugin.training.settings.flags import extended, mode_is_on, read_request
+from llava_steering_plugin.upstream.component_checks import component_problems
 from llava_steering_plugin.upstream.install import install
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ def plan(words: Sequence[str], wanted: Wanted | None = None) -> Plan:
         problems += wanted.problems() + deepspeed_problems(flags)
     base = _read_base(name)
     problems += base.problems
+    if not_importable is None:
+        problems += component_problems(flags, base.described)
 
     counts = memory = None
     if base.model is not None and mode is not None:
@@ -141,12 +144,15 @@ def plan(words: Sequence[str], wanted: Wanted | None = None) -> Plan:
             vision = find_vision(flags, base.described, width)
             if not flags.freeze_mm_mlp_adapter:
                 notes += vision.notes
-            if vision.tower is not None:
-                notes += mode.remarks(image_tokens(vision.tower))
+            if vision.tokens is not None:
+                notes += mode.remarks(vision.tokens.count)
             counts = count(base.model, mode, 0 if flags.freeze_mm_mlp_adapter else vision.parameters)
             if wanted is not None and not problems and not_importable is None:
-                setup = TrainingSetup(base.described, name, mode, vision.tower, vision.projector, vision.newline)
-                memory = memory_report(setup, flags, wanted, width)
+                features = None if vision.shape is None else vision.shape.tokens
+                parts = (vision.tower, vision.projector, vision.newline, features)
+                memory = memory_report(
+                    TrainingSetup(base.described, name, mode, *parts), flags, wanted, width, vision.tokens
+                )
                 notes += memory.notes
     settings = {} if mode is None else mode.settings()
     return Plan(None if mode is None else mode.name, settings, counts, memory, tuple(notes), tuple(problems))

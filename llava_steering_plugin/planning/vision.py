@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +12,16 @@ import torch
 
 from llava_steering_plugin.adapters.counts import numel
 from llava_steering_plugin.adapters.fit.base_model import read_config
+from llava_steering_plugin.components.base import ImageTokens, Tower, TowerShape
+from llava_steering_plugin.components.image_tokens import (
+    CONNECTOR,
+    FEATURE,
+    LAYER,
+    clip_shape,
+    connected,
+    tower_name,
+)
+from llava_steering_plugin.components.named import named_connector, named_tower
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.upstream.projector import build_projector
 
@@ -24,22 +34,19 @@ class Vision:
         parameters: of projector and newline embedding; None if unknown.
         projector: settings for `build_projector`; None if unknown.
         newline: parameters of the newline embedding of anyres.
-        tower: config.json of the vision tower; None if it cannot be read.
+        tower: the vision tower, a component or config.json of LLaVA's own; None if it cannot be read.
+        shape: its sizes; None if unknown.
+        tokens: what the language model gets for an image of one tile; None if unknown.
         notes: why the projector's parameters are unknown.
     """
 
     parameters: int | None = None
     projector: Any = None
     newline: int = 0
-    tower: Mapping[str, Any] | None = None
+    tower: Tower | Mapping[str, Any] | None = None
+    shape: TowerShape | None = None
+    tokens: ImageTokens | None = None
     notes: tuple[str, ...] = ()
-
-
-def image_tokens(tower: Mapping[str, Any]) -> int:
-    """Return how many tokens an image of one tile has, by config.json of the vision tower."""
-    # A CLIP of both halves keeps the vision tower's settings apart.
-    settings = tower.get("vision_config") or tower
-    return int((settings.get("image_size", 224) // settings.get("patch_size", 32)) ** 2)
 
 
 def find_vision(flags: Namespace, described: Mapping[str, Any], hidden_size: int) -> Vision:
@@ -52,48 +59,74 @@ def find_vision(flags: Namespace, described: Mapping[str, Any], hidden_size: int
     """
     if "mm_vision_tower" in described:
         # The base brings its projector; LLaVA keeps that one whatever the flags say.
-        tower, _ = _read_tower(described["mm_vision_tower"])
-        return _with_projector(described, described.get("mm_hidden_size"), hidden_size, tower)
-    if not flags.vision_tower:
+        source, where = described, f"the base's vision tower {described['mm_vision_tower']}"
+    elif flags.vision_tower:
+        source, where = vars(flags), f"--vision_tower {flags.vision_tower}"
+    else:
         return _unknown("the base has none, and --vision_tower is not given")
-    tower, problem = _read_tower(flags.vision_tower)
-    if tower is None:
+    try:
+        tower = _tower(source)
+    except SteeringError as error:
+        problem = f"{error}" if str(error).startswith("--") else f"--vision_tower: {error}"
+        if source is described:
+            return _with_projector(source, described.get("mm_hidden_size"), hidden_size, Vision())
         return _unknown(problem)
-    # A CLIP of both halves keeps the vision tower's settings apart.
-    width = tower.get("vision_config", tower).get("hidden_size")
-    if not isinstance(width, int):
-        problem = f"the config.json of --vision_tower {flags.vision_tower} names no hidden_size"
-        return _unknown(problem, tower)
-    return _with_projector(vars(flags), width, hidden_size, tower)
+    shape = tower.shape() if isinstance(tower, Tower) else clip_shape(tower, source.get(FEATURE))
+    found = Vision(tower=tower, shape=shape, tokens=_connected(source, shape, hidden_size))
+    if source is described:
+        return _with_projector(source, described.get("mm_hidden_size"), hidden_size, found)
+    if not isinstance(tower, Tower) and not isinstance(tower.get("vision_config", tower).get("hidden_size"), int):
+        return _unknown(f"the config.json of {where} names no hidden_size", found)
+    return _with_projector(source, shape.tokens.width, hidden_size, found)
 
 
-def _with_projector(
-    source: Mapping[str, Any], width: int | None, hidden_size: int, tower: Mapping[str, Any] | None
-) -> Vision:
+def _tower(source: Mapping[str, Any]) -> Tower | Mapping[str, Any]:
+    """Return the vision tower: a component whose files are sound, or config.json of LLaVA's own.
+
+    Raises:
+        SteeringError: it is not there, or cannot be used.
+    """
+    name = tower_name(source)
+    tower = named_tower(name, source.get(LAYER), source.get(FEATURE))
+    if tower is None:
+        return read_config(str(name))
+    tower.shape()
+    return tower
+
+
+def _connected(source: Mapping[str, Any], shape: TowerShape, hidden_size: int) -> ImageTokens | None:
+    """Return what the language model gets; None where the connector does not take the tower's tokens."""
+    try:
+        connector = named_connector(source.get(CONNECTOR))
+        if connector is not None and connector.problems(shape.tokens, hidden_size):
+            return None
+        return connected(source.get(CONNECTOR), shape.tokens, hidden_size)
+    except SteeringError:
+        return None
+
+
+def _with_projector(source: Mapping[str, Any], width: int | None, hidden_size: int, found: Vision) -> Vision:
     """Build the projector that `source` describes, for image tokens with `width` features, and count it."""
     if width is None:
-        return Vision(tower=tower)
+        return found
     settings = SimpleNamespace(
-        mm_projector_type=source.get("mm_projector_type", "linear"), mm_hidden_size=width, hidden_size=hidden_size
+        mm_projector_type=source.get(CONNECTOR, "linear"),
+        mm_hidden_size=width,
+        hidden_size=hidden_size,
+        tokens=None if found.shape is None else found.shape.tokens,
     )
     try:
+        if found.tokens is None and named_connector(settings.mm_projector_type) is not None:
+            return _unknown("its connector does not take the tokens of the vision tower", found)
         with torch.device("meta"):
             count = numel(build_projector(settings))
     except ImportError:
-        return Vision(tower=tower)  # the plan has noted that there is no LLaVA
+        return found  # the plan has noted that there is no LLaVA
     except (AttributeError, LookupError, TypeError, ValueError, SteeringError) as error:
-        return _unknown(f"LLaVA does not build it from these settings ({error})", tower)
+        return _unknown(f"LLaVA does not build it from these settings ({error})", found)
     newline = hidden_size if "unpad" in (source.get("mm_patch_merge_type") or "") else 0
-    return Vision(count + newline, settings, newline, tower)
+    return replace(found, parameters=count + newline, projector=settings, newline=newline)
 
 
-def _unknown(reason: str, tower: Mapping[str, Any] | None = None) -> Vision:
-    return Vision(tower=tower, notes=(f"the projector is not counted: {reason}",))
-
-
-def _read_tower(name: Any) -> tuple[Mapping[str, Any] | None, str]:
-    """Return config.json of the vision tower, or None and the reason."""
-    try:
-        return read_config(str(name)), ""
-    except SteeringError as error:
-        return None, f"--vision_tower: {error}"
+def _unknown(reason: str, found: Vision | None = None) -> Vision:
+    return replace(found or Vision(), notes=(f"the projector is not counted: {reason}",))

@@ -23,6 +23,7 @@ from llava_steering_plugin.adapters.stored.folder import LLAVA_CONFIG, AdapterFo
 from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.errors import BaseMismatch, SteeringError
 from llava_steering_plugin.modes.base import default_dtype
+from llava_steering_plugin.upstream.component_checks import check_installed
 from llava_steering_plugin.upstream.language_models import load_by_type
 from llava_steering_plugin.upstream.names import display_name
 from llava_steering_plugin.upstream.seams import require
@@ -52,11 +53,22 @@ def on_builder_import(module: ModuleType) -> None:
         given = call.arguments["model_path"]
         folder = find(given) if isinstance(given, str | StoredAdapter) else None
         if folder is None:
+            _check_components(given)
             return load_by_type(module, original, call, _model_type(given))
         with default_dtype():  # also where transformers fails and leaves another one
             return _load(module, original, call, given if isinstance(given, StoredAdapter) else folder.read())
 
     wrap_function_wrapper(module, "load_pretrained_model", load)
+
+
+def _check_components(model: Any) -> None:
+    """Check that the components which a folder's config.json names are installed; a model on the hub loads first."""
+    if isinstance(model, str) and os.path.isfile(os.path.join(model, LLAVA_CONFIG)):
+        try:
+            described = read_config(model)
+        except SteeringError:
+            return  # LLaVA says what is wrong with it
+        check_installed(described)
 
 
 def _model_type(path: Any) -> str | None:
@@ -79,6 +91,7 @@ def _load(module: ModuleType, original: Callable[..., Any], call: inspect.BoundA
         raise BaseMismatch(f"the base of the adapter in {folder}: {advice} with --model-base.")
     described = _base_config(base, folder)
     trained = trained_settings(stored)
+    check_installed(described if "mm_vision_tower" in described else trained)
     check_folder(base, "the base")
     tower = (described if "mm_vision_tower" in described else trained).get("mm_vision_tower")
     if isinstance(tower, str):

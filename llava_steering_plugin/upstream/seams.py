@@ -97,6 +97,8 @@ SEAMS = (
             "LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal": "tells which tokens are visual",
             "LlavaMetaForCausalLM": "makes a LLaVA of a language model",
             "LlavaMetaModel": "makes the decoder of a LLaVA of a language model's",
+            "build_vision_tower": "builds vision towers that are components",
+            "build_vision_projector": "builds connectors that are components",
         },
     ),
     *_seams(
@@ -108,6 +110,11 @@ SEAMS = (
         "llava.model.llava_arch",
         (TRAIN, LOAD, DIAGNOSE, *ANSWERING),
         {"LlavaMetaForCausalLM.get_vision_tower": "finds the vision tower of a loaded model"},
+    ),
+    *_seams(
+        "llava.model.multimodal_encoder.builder",
+        (TRAIN, PLAN),
+        {"build_vision_tower": "says whether LLaVA knows a vision tower"},
     ),
     *_seams(
         "llava.model.language_model.llava_llama",
@@ -126,17 +133,12 @@ SEAMS = (
     ),
     *_seams(
         "llava.model.multimodal_encoder.clip_encoder",
-        (TRAIN,),
-        {"CLIPVisionTower.num_patches": "counts the tokens of an image"},
-    ),
-    *_seams(
-        "llava.model.multimodal_encoder.clip_encoder",
-        ANSWERING,
+        (TRAIN, *ANSWERING),
         {"CLIPVisionTower.config": "tells how many tokens an image becomes"},
     ),
     *_seams(
         "llava.model.multimodal_projector.builder",
-        (PLAN,),
+        (TRAIN, PLAN),
         {"build_vision_projector": "builds the projector, whose parameters and memory are counted"},
     ),
     *_seams("llava.constants", ANSWERING, {"IMAGE_TOKEN_INDEX": "stands for an image among the ids of a prompt"}),

@@ -16,6 +16,7 @@ from torch import Tensor
 from llava_steering_plugin.adapters.fit.base_model import read_config
 from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.components.base import LanguageModel
+from llava_steering_plugin.components.image_tokens import CONNECTOR, connected, tower_shape
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.hooks.token_map import IGNORED
 from llava_steering_plugin.upstream.chat_templates import OF_TOKENIZER, offer
@@ -49,6 +50,7 @@ class TokenCounter:
         longest: --model_max_length.
         vision_tower: --vision_tower; None: the one that the base names.
         language_model: --language_model; None: by the base's model type.
+        connector: --mm_projector_type; None: the one that the base names.
 
     Raises:
         SteeringError: the base, or its tokenizer, cannot be read.
@@ -62,6 +64,7 @@ class TokenCounter:
         longest: int,
         vision_tower: str | None = None,
         language_model: str | None = None,
+        connector: str | None = None,
     ):
         from llava import conversation
         from llava.train.train import preprocess, preprocess_multimodal
@@ -72,7 +75,7 @@ class TokenCounter:
         described = read_config(base)
         self.longest = longest
         self.notes: list[str] = []
-        self.image_tokens = self._image_tokens(described, vision_tower or described.get("mm_vision_tower"))
+        self.image_tokens = self._image_tokens(described, vision_tower or described.get("mm_vision_tower"), connector)
         self.tokenizer = _tokenizer(base, longest, chosen(described, base, language_model))
         if version == OF_TOKENIZER:
             offer(self.tokenizer, base)
@@ -140,17 +143,27 @@ class TokenCounter:
         finally:
             self.tokenizer.model_max_length = self.longest
 
-    def _image_tokens(self, described: Mapping[str, Any], tower: Any) -> int:
+    def _image_tokens(self, described: Mapping[str, Any], tower: Any, connector: str | None) -> int:
         try:
             if not tower:
                 raise SteeringError("the base names no vision tower; give --vision_tower")
-            settings = read_config(str(tower))
-            settings = settings.get("vision_config", settings)
-            side = settings["image_size"] // settings["patch_size"]
+            settings = {**described, "mm_vision_tower": tower}
+            tokens = tower_shape(settings, _sized).tokens
+            return connected(connector or described.get(CONNECTOR), tokens, described.get("hidden_size", 1)).count
         except (SteeringError, LookupError, TypeError, ZeroDivisionError) as error:
             self.notes.append(f"{USUAL_IMAGE_TOKENS} tokens are assumed for an image: {error}")
             return USUAL_IMAGE_TOKENS
-        return int(side * side + (described.get("mm_vision_select_feature") == "cls_patch"))
+
+
+def _sized(name: str) -> Mapping[str, Any]:
+    """Return the sizes of LLaVA's own vision tower.
+
+    Raises:
+        SteeringError, LookupError: its config.json cannot be read, or names none.
+    """
+    settings = read_config(name)
+    settings = settings.get("vision_config", settings)
+    return {key: settings[key] for key in ("image_size", "patch_size")}
 
 
 def _tokenizer(base: str, longest: int, component: type[LanguageModel] | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from argparse import Namespace
@@ -28,6 +29,7 @@ from llava_steering_plugin.training.settings.flags import (
 )
 from llava_steering_plugin.training.settings.trainer_flags import machine_problems
 from llava_steering_plugin.training.trainer import SteeringTrainerMixin
+from llava_steering_plugin.upstream.component_checks import component_problems
 from llava_steering_plugin.upstream.language_models import in_training
 from llava_steering_plugin.upstream.samples import refuse_bad_data, with_source
 from llava_steering_plugin.upstream.seams import require
@@ -79,7 +81,7 @@ def _checked(module: ModuleType) -> Callable[..., Any]:
     def train(original: Callable[..., Any], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         request = read_request(flag_classes(module), sys.argv[1:])
         base = TrainedBase.of(request.flags, sys.argv[1:])
-        if problems := [*request.problems, *base.problems, *_problems_here(request)]:
+        if problems := [*request.problems, *base.problems, *_component_problems(request), *_problems_here(request)]:
             _exit(ArgumentsError(listing(CANNOT_START, problems)), every_rank=False)
         token = REQUEST.set(request)
         try:
@@ -95,6 +97,16 @@ def _checked(module: ModuleType) -> Callable[..., Any]:
     return train
 
 
+def _component_problems(request: TrainingRequest) -> list[str]:
+    """Return what is wrong with vision tower and connector, with a tuning mode and without one."""
+    base = request.flags.model_name_or_path
+    described = None
+    if os.path.isdir(base or ""):
+        with contextlib.suppress(SteeringError):  # what is wrong is said by the code that loads the base
+            described = read_config(base)
+    return component_problems(request.flags, described)
+
+
 def problems_of(request: TrainingRequest) -> list[str]:
     """Return why a training would not start, as far as its flags, its base and this machine tell; any training.
 
@@ -103,6 +115,7 @@ def problems_of(request: TrainingRequest) -> list[str]:
     flags = request.flags
     found = [
         *request.problems,
+        *_component_problems(request),
         *_misfits(request),
         *early_problem(getattr(flags, "data_path", None)),
         *_of_llava(flags),

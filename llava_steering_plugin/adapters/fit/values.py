@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from llava_steering_plugin.adapters.fit.base_model import projector_of
 from llava_steering_plugin.adapters.fit.quantised import quantised_linears, unquantise
 from llava_steering_plugin.adapters.parameters import parameters_of, set_parameters
 from llava_steering_plugin.adapters.stored.folder import ADAPTER, ADDED, EXTRA, StoredAdapter
+from llava_steering_plugin.components.image_tokens import CONNECTOR, shape_of
+from llava_steering_plugin.components.named import named_connector
 from llava_steering_plugin.distributed import is_partitioned
 from llava_steering_plugin.errors import AdapterError, listing, shortened
 from llava_steering_plugin.hooks.look_alike import copied
@@ -149,7 +151,7 @@ def _projector(model: PreTrainedModel, stored: StoredAdapter) -> list[str]:
     if not linears or any(type(part) is not nn.Linear for part in linears):
         return []
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(1, TRIED, linears[0].in_features, generator=generator, dtype=torch.float32)
+    features = torch.randn(1, *_sizes(model, linears[0]), generator=generator, dtype=torch.float32)
     with _largest(projector) as largest:
         projector.float()(features)
     limits = dict.fromkeys(largest, largest_in(model.dtype))
@@ -159,6 +161,14 @@ def _projector(model: PreTrainedModel, stored: StoredAdapter) -> list[str]:
         f"{EXTRA}{name}.weight: its products with image features overflow {_named(model.dtype)}"
         for name in overflowing[:1]
     ]
+
+
+def _sizes(model: Any, first: nn.Linear) -> tuple[int, int]:
+    """Return how many features the projector is tried on, and their width: a component counts on all of an image."""
+    if named_connector(getattr(model.config, CONNECTOR, None)) is None:
+        return TRIED, first.in_features
+    tokens = shape_of(model.get_vision_tower(), model.config).tokens
+    return tokens.count, tokens.width
 
 
 @contextmanager

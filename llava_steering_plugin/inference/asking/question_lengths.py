@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from llava_steering_plugin.adapters.fit.base_model import read_config
+from llava_steering_plugin.components.image_tokens import tower_shape
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.inference.asking.prompts import CONVERSATION, write_prompt
 from llava_steering_plugin.inference.asking.questions import Question
-from llava_steering_plugin.inference.base_files import VISION_TOWER
 from llava_steering_plugin.inference.context import PromptTokens
 from llava_steering_plugin.inference.images import image_size
 from llava_steering_plugin.upstream.chat_templates import offer_if_any
@@ -43,12 +43,7 @@ def check_lengths(
         ArgumentsError: some prompts are too long, of which LLaVA would cut the end off; the message names them.
     """
     config = SimpleNamespace(**described)
-    try:
-        tower = read_config(str(described[VISION_TOWER]))
-    except SteeringError:
-        tower = {}
-    tower = {"image_size": 336, "patch_size": 14} | tower.get("vision_config", tower)  # CLIP-L/336's, LLaVA-1.5's
-    tokens = PromptTokens(config, SimpleNamespace(**tower))
+    tokens = PromptTokens(config, tower_shape(described, _read_tower))
     context = tokens.context
     too_long, notes = [], []
     for question, length in _lengths(questions, images, config, templates, tokens, _tokenizer(base, described)):
@@ -71,6 +66,16 @@ def check_lengths(
         )
         return [listing(f"{headline}; a smaller --max-new-tokens ends them before", _first(notes))]
     return []
+
+
+def _read_tower(name: str) -> Mapping[str, Any]:
+    """Return config.json of LLaVA's own vision tower; where it cannot be read, CLIP-L/336's, which LLaVA-1.5 has."""
+    usual = {"image_size": 336, "patch_size": 14}
+    try:
+        described = read_config(name)
+    except SteeringError:
+        return usual
+    return usual | dict(described.get("vision_config", described))
 
 
 def _lengths(

@@ -1,0 +1,56 @@
+"""Pixel shuffle (InternVL, arXiv 2404.16821): `factor` x `factor` neighbouring tokens are put side by side in one.
+
+Nothing is lost, as it is with the mean: the token is `factor` ** 2 times as wide. A layer norm and an MLP follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from llava_steering_plugin.components.base import Connector, ImageTokens, setting
+from llava_steering_plugin.components.connectors.mlp import as_weights, mlp
+from llava_steering_plugin.components.connectors.squares import as_image, as_tokens, problems_of_squares
+
+
+class Shuffled(nn.Module):
+    """Puts neighbours side by side, then projects.
+
+    Shapes:
+        features: [images, side * side, inputs] to [images, (side / factor) ** 2, width].
+    """
+
+    def __init__(self, factor: int, inputs: int, width: int):
+        super().__init__()
+        self.unshuffle = nn.PixelUnshuffle(factor)
+        self.norm = nn.LayerNorm(inputs * factor**2)
+        self.mlp = mlp(inputs * factor**2, width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        joined = as_tokens(self.unshuffle(as_image(as_weights(features, self.norm))))
+        projected: Tensor = self.mlp(self.norm(joined))
+        return projected
+
+
+@dataclass(frozen=True)
+class PixelShuffle(Connector):
+    """Describes pixel shuffle."""
+
+    name: ClassVar[str] = "pixel-shuffle"
+    summary: ClassVar[str] = "neighbouring tokens side by side in one, then a norm and mlp2x_gelu"
+    factor: int = setting(2, "tokens of a row, and of a column, that become one")
+
+    def problems(self, tokens: ImageTokens, width: int) -> list[str]:
+        """Return why these tokens cannot be joined."""
+        return problems_of_squares(tokens, self.factor, self.name)
+
+    def tokens(self, tokens: ImageTokens, width: int) -> ImageTokens:
+        """Return the tokens that are left; each stands for a larger square."""
+        side = (tokens.side or 0) // self.factor
+        return ImageTokens(side * side, width, side)
+
+    def build(self, tokens: ImageTokens, width: int) -> nn.Module:
+        """Return the module."""
+        return Shuffled(self.factor, tokens.width, width)

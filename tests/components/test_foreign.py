@@ -1,0 +1,61 @@
+"""A component of another distribution, as docs/adding-a-component.md shows it, is installed and trained with."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_llava import TinyLlava
+from training_runs import run_train, train_flags
+
+PAGE = (Path(__file__).parents[2] / "docs" / "adding-a-component.md").read_text(encoding="utf-8")
+ENTRY = re.search(r"```ini\n(.*?)```", PAGE, re.DOTALL)
+CODE = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip has installed the page's connector."""
+    assert ENTRY is not None and CODE is not None
+    source, target = tmp_path_factory.mktemp("llava-first"), tmp_path_factory.mktemp("site")
+    head = "[metadata]\nname = llava-first\nversion = 1.0\n[options]\npy_modules = first_tokens\n"
+    (source / "setup.cfg").write_text(head + ENTRY[1])
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+    )
+    (source / "first_tokens.py").write_text(CODE[1])
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*install, "--target", str(target), str(source)], check=True)
+    return target
+
+
+def test_a_foreign_connector_trains_and_a_machine_without_it_names_its_package(
+    site: Path, tiny: TinyLlava, patched_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llava.model.builder import load_pretrained_model
+
+    from llava_steering_plugin.components.registry import CONNECTORS
+    from llava_steering_plugin.errors import ArgumentsError
+
+    output = tmp_path / "llava-first"
+    flags = {"model_name_or_path": tiny.llm, "mm_projector_type": "first:count=2", "tuning_mode": "mores"}
+    path = {"PYTHONPATH": f"{patched_llava}:{site}:{':'.join(filter(None, sys.path))}"}
+    done = run_train(train_flags(tiny, output, {**flags, "max_steps": 2}), patched_llava, env=path)
+    assert "projector" in done.stdout
+    config = json.loads((output / "config.json").read_text())
+    assert config["mm_projector_type"] == "first:count=2"
+    assert config["mm_components"] == {"mm_projector_type": {"name": "first", "package": "llava-first"}}
+
+    with pytest.raises(ArgumentsError, match="connector 'first' of the package 'llava-first': install that package"):
+        load_pretrained_model(str(output), None, "llava-first", device="cpu")
+    monkeypatch.syspath_prepend(site)
+    assert CONNECTORS.package("first") == "llava-first"
+    _, model, _, _ = load_pretrained_model(str(output), None, "llava-first", device="cpu")
+    assert model.get_model().mm_projector.count == 2
+    too_many = train_flags(tiny, output, {**flags, "mm_projector_type": "first:count=17"})
+    refused = run_train(too_many, patched_llava, env=path, check=False)
+    assert refused.returncode == 2 and "first: the tower gives 16 tokens" in refused.stderr

@@ -1,0 +1,167 @@
+"""What is wrong with a vision tower or a connector is said before a model is loaded, in one message each.
+
+Covers `upstream/component_checks.py`, `planning/meta_vision.py`, and `llava-steering components`: `cli/components.py`
+and `components/listing.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_llava import TinyLlava
+from tiny_towers import TinyTowers
+from training_runs import train_flags, upstream_globals_restored
+from typer.testing import CliRunner
+
+from llava_steering_plugin.cli import app
+from llava_steering_plugin.components.towers.siglip import Siglip
+from llava_steering_plugin.planning.from_flags import Wanted
+from llava_steering_plugin.planning.plan import plan
+
+pytest_plugins = ["component_fixtures"]
+pytestmark = pytest.mark.usefixtures("patched_llava")
+
+
+def refused(
+    tiny: TinyLlava, tmp_path: Path, overrides: dict[str, object], capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Return the message of a training that must not load anything."""
+    from llava.train import train as upstream
+
+    def loads(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    with upstream_globals_restored(), monkeypatch.context() as patched:
+        patched.setattr(upstream.LlavaLlamaForCausalLM, "from_pretrained", loads)
+        flags = train_flags(tiny, tmp_path / "out", {"model_name_or_path": tiny.llm, **overrides})
+        patched.setattr("sys.argv", ["train.py", *flags])
+        with pytest.raises(SystemExit) as caught:
+            upstream.train()
+    assert caught.value.code == 2
+    return str(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("mode", [{}, {"tuning_mode": "mores"}], ids=["without a mode", "mores"])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"vision_tower": "siglp:x"}, "unknown vision tower 'siglp:x': did you mean 'siglip'?"),
+        ({"vision_tower": "google/siglip-base"}, "did you mean 'siglip:google/siglip-base'?"),
+        ({"vision_tower": "siglip:/no/folder"}, "there is no folder /no/folder"),
+        ({"mm_projector_type": "qfromer"}, "unknown connector 'qfromer': did you mean 'qformer'?"),
+        ({"mm_projector_type": "qformer:query=3"}, "it has no 'query': did you mean 'queries'?"),
+        ({"mm_projector_type": "avgpool:factor=3"}, "factor is 3, and the tower gives 4 x 4 tokens"),
+        ({"mm_projector_type": "mof-mlp"}, "give --vision_tower mof:CLIP+DINOV2"),
+        (
+            {"mm_projector_type": "avgpool", "mm_patch_merge_type": "spatial_unpad"},
+            "--mm_patch_merge_type spatial_unpad lays the tokens of tiles out in rows, with image_newline",
+        ),
+    ],
+    ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "",
+)
+def test_a_training_says_what_is_wrong_before_anything_is_loaded(
+    tiny: TinyLlava,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: dict[str, object],
+    flags: dict[str, object],
+    said: str,
+) -> None:
+    text = refused(tiny, tmp_path, {**mode, **flags}, capsys, monkeypatch)
+    assert said in text and "this training cannot start" in text
+    assert text.count("\n  - ") == 1, f"one message: {text}"
+
+
+def test_sizes_selections_and_bits_that_a_tower_does_not_take(
+    tiny: TinyLlava, towers: TinyTowers, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    siglip = {"vision_tower": towers.siglip}
+
+    def said(**flags: object) -> str:
+        return refused(tiny, tmp_path, {**siglip, **flags}, capsys, monkeypatch)
+
+    assert "this tower has no class token" in said(mm_vision_select_feature="cls_patch")
+    assert "tokens of width 48, and the language model takes 64" in said(mm_projector_type="identity")
+    monkeypatch.setattr(Siglip, "takes_4bit", False)
+    assert "--bits 4: the vision tower 'siglip' cannot be used with packed weights" in said(bits=4)
+
+
+def test_a_base_keeps_its_own_components(
+    tiny: TinyLlava, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"model_name_or_path": tiny.llava, "mm_projector_type": "avgpool"}
+    text = refused(tiny, tmp_path, base, capsys, monkeypatch)
+    assert "--mm_projector_type avgpool: the base has mlp2x_gelu, and LLaVA keeps that one" in text
+
+
+def test_the_count_of_a_files_tokens_follows_tower_and_connector(tiny: TinyLlava, towers: TinyTowers) -> None:
+    from llava_steering_plugin.upstream.tokens import TokenCounter
+
+    counted = [
+        TokenCounter(str(tiny.llm), "v1", 512, str(name), connector).image_tokens
+        for name, connector in ((towers.siglip, None), (towers.siglip, "avgpool"), (towers.clip, "qformer:queries=7"))
+    ]
+    assert counted == [16, 4, 7]
+
+
+def test_random_numbers_of_a_training_are_not_touched(tiny: TinyLlava) -> None:
+    from llava_steering_plugin.upstream.component_checks import component_problems
+
+    before = torch.get_rng_state()
+    for connector in ("mlp2x_gelu", "avgpool", "nothing"):
+        flags = SimpleNamespace(vision_tower=str(tiny.tower), mm_projector_type=connector)
+        component_problems(flags, json.loads((tiny.llm / "config.json").read_text()))  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("tower", "connector", "visual"),
+    [("siglip", "avgpool", 4), ("mof", "mof-mlp", 32), ("dinov2", "resampler:queries=7", 7), ("clip", "linear", 16)],
+)
+def test_a_plan_counts_tower_connector_and_tokens_from_settings_alone(
+    tiny: TinyLlava, towers: TinyTowers, tmp_path: Path, tower: str, connector: str, visual: int
+) -> None:
+    from llava_steering_plugin.components.named import named_connector, named_tower
+
+    name = str(getattr(towers, tower))
+    flags = train_flags(
+        tiny,
+        tmp_path / "out",
+        {"model_name_or_path": tiny.llm, "vision_tower": name, "mm_projector_type": connector, "tuning_mode": "mores"},
+    )
+    made = plan(flags, Wanted())
+    assert made.problems == () and made.memory is not None and made.counts is not None
+    assert made.memory.assumed["of it visual"] == visual
+    component, described = named_connector(connector), named_tower(name, -2)
+    if component is not None and described is not None:
+        module = component.build(described.shape().tokens, 64)
+        assert made.counts.other == sum(value.numel() for value in module.parameters())
+    elif tower == "clip":
+        assert made.counts.other == 65 * 64
+
+
+def test_the_command_lists_components_and_the_tokens_of_a_tower(towers: TinyTowers) -> None:
+    run = CliRunner().invoke(app, ["components", "--json", towers.mof])
+    assert run.exit_code == 0, run.output
+    found = json.loads(run.stdout)
+    listed = {(each["kind"], each["name"]): each for each in found["components"]}
+    assert listed["connector", "qformer"]["settings"] == {"queries": 32, "layers": 12, "hidden": 768, "heads": 12}
+    assert listed["vision tower", "siglip"]["package"] == "llava-steering-plugin"
+    assert listed["vision tower", "siglip"]["missing"] == ""
+    tower = found["tower"]
+    assert (tower["image_size"], tower["tokens"], tower["width"], tower["side"]) == (56, 16, 96, 4)
+    assert tower["parameters"] > 0
+    by_connector = tower["by_connector"]
+    assert by_connector["mof-mlp"] == {"tokens": 32, "side": None}
+    assert by_connector["avgpool"] == {"tokens": 4, "side": 2} and by_connector["linear"]["tokens"] == 16
+
+    table = CliRunner().invoke(app, ["components", str(towers.clip)], env={"COLUMNS": "200"})
+    assert "16 tokens of width 64" in table.output and "mof-mlp interleaves the tokens of several" in table.output
+    everything = CliRunner().invoke(app, ["components"], env={"COLUMNS": "200"})
+    assert "pixel-shuffle" in everything.output and "CLIP by its folder" in everything.output
