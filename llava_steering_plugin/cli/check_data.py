@@ -128,9 +128,7 @@ def _counter(
         from llava_steering_plugin.upstream.tokens import TokenCounter
 
         find_llava()  # its error says what to do if there is none
-        return TokenCounter(
-            base, version, longest, vision_tower, connector=connector, language_model=language_model
-        )
+        return TokenCounter(base, version, longest, vision_tower, connector=connector, language_model=language_model)
 
 
 class _Progress:

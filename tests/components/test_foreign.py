@@ -7,10 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from forks import Forks
 from tiny_llava import TinyLlava
-from training_runs import run_train, train_flags
+from training_runs import TRAIN_CODE, subprocess_environment, train_flags
+
+pytest_plugins = ["fork_fixtures"]
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adding-a-component.md").read_text(encoding="utf-8")
 ENTRY = re.search(r"```ini\n(.*?)```", PAGE, re.DOTALL)
@@ -34,7 +38,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_foreign_connector_trains_and_a_machine_without_it_names_its_package(
-    site: Path, tiny: TinyLlava, patched_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    site: Path,
+    library_forks: Forks,
+    tiny: TinyLlava,
+    patched_llava: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from llava.model.builder import load_pretrained_model
 
@@ -42,10 +51,20 @@ def test_a_foreign_connector_trains_and_a_machine_without_it_names_its_package(
     from llava_steering_plugin.errors import ArgumentsError
 
     output = tmp_path / "llava-first"
-    flags = {"model_name_or_path": tiny.llm, "mm_projector_type": "first:count=2", "tuning_mode": "mores"}
+    flags: dict[str, object] = {
+        "model_name_or_path": tiny.llm,
+        "mm_projector_type": "first:count=2",
+        "tuning_mode": "mores",
+    }
     path = {"PYTHONPATH": f"{patched_llava}:{site}:{':'.join(filter(None, sys.path))}"}
-    done = run_train(train_flags(tiny, output, {**flags, "max_steps": 2}), patched_llava, env=path)
-    assert "projector" in done.stdout
+
+    def train(overrides: dict[str, object]) -> Any:
+        words = train_flags(tiny, output, {**flags, **overrides})
+        environment = subprocess_environment(patched_llava, path)
+        return library_forks.run("-c", TRAIN_CODE, *words, cwd=tmp_path, env=environment)
+
+    done = train({"max_steps": 2})
+    assert done.returncode == 0 and "projector" in done.stdout, done.stderr[-4000:]
     config = json.loads((output / "config.json").read_text())
     assert config["mm_projector_type"] == "first:count=2"
     assert config["mm_components"] == {"mm_projector_type": {"name": "first", "package": "llava-first"}}
@@ -56,6 +75,5 @@ def test_a_foreign_connector_trains_and_a_machine_without_it_names_its_package(
     assert CONNECTORS.package("first") == "llava-first"
     _, model, _, _ = load_pretrained_model(str(output), None, "llava-first", device="cpu")
     assert model.get_model().mm_projector.count == 2
-    too_many = train_flags(tiny, output, {**flags, "mm_projector_type": "first:count=17"})
-    refused = run_train(too_many, patched_llava, env=path, check=False)
+    refused = train({"mm_projector_type": "first:count=17"})
     assert refused.returncode == 2 and "first: the tower gives 16 tokens" in refused.stderr

@@ -104,7 +104,7 @@ def test_the_count_of_a_files_tokens_follows_tower_and_connector(tiny: TinyLlava
     from llava_steering_plugin.upstream.tokens import TokenCounter
 
     counted = [
-        TokenCounter(str(tiny.llm), "v1", 512, str(name), connector).image_tokens
+        TokenCounter(str(tiny.llm), "v1", 512, str(name), connector=connector).image_tokens
         for name, connector in ((towers.siglip, None), (towers.siglip, "avgpool"), (towers.clip, "qformer:queries=7"))
     ]
     assert counted == [16, 4, 7]
