@@ -15,6 +15,7 @@ import pytest
 import torch
 from quantising import quantising_on_cpu
 from safetensors.torch import load_file
+from small_checkout import add_distribution
 from steered import generate, pictures, strengthen
 from tiny_language_models import FAMILIES, Family
 from tiny_llava import HIDDEN, TinyLlava
@@ -215,3 +216,33 @@ def test_four_bits_are_trained_and_loaded(family: Family, train: Train, tmp_path
     assert len(packed) == 2 * family.hosts
     model.get_vision_tower().half()
     assert generate(model, prompt_of(family, tokenizer), pictures(1).half())
+
+
+FOREIGN = """
+from llava_steering_plugin.components.base import LanguageModel
+
+class Persimmon(LanguageModel):
+    name = "persimmon"
+    model_type = "persimmon"
+"""
+
+
+def test_a_foreign_family_of_a_few_lines_is_trained_and_loaded(
+    train: Train, language_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PersimmonConfig, PersimmonForCausalLM
+
+    points = "[llava_steering.language_models]\npersimmon = persimmon_part:Persimmon\n"
+    add_distribution(tmp_path, "persimmon_part", "1.0", points)
+    (tmp_path / "persimmon_part.py").write_text(FOREIGN)
+    monkeypatch.syspath_prepend(tmp_path)
+    base = tmp_path / "base"
+    shutil.copytree(language_models["phi"], base, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copy(language_models["phi"] / "tokenizer_config.json", base)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4}
+    PersimmonForCausalLM(PersimmonConfig(vocab_size=700, **sizes)).save_pretrained(base)
+    for flags in (MORES, MIXLORA):
+        folder = train(FAMILIES[0], {**flags, "model_name_or_path": base}, output=tmp_path / str(flags["tuning_mode"]))
+        model, tokenizer = load(folder)
+        assert type(model).__name__ == "LlavaPersimmonForCausalLM"
+        assert generate(model, prompt_of(FAMILIES[0], tokenizer), pictures(1))
