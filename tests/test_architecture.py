@@ -31,6 +31,7 @@ FLOORS = (
     ("upstream",),
     ("planning", "checkout", "inference", "launch"),
     ("serving", "chat", "evaluation", "diagnostics", "comparison"),
+    ("harness",),
     ("cli",),
     ("__main__",),
 )

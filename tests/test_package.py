@@ -89,6 +89,8 @@ def test_the_sdist_and_the_wheel_of_it_hold_the_typed_package_its_licence_and_en
     sdist, wheel = built
     expected = {str(file.relative_to(ROOT)) for file in (ROOT / PACKAGE).rglob("*.py")} | {f"{PACKAGE}/py.typed"}
     expected |= {f"{PACKAGE}/diagnostics/report/{name}" for name in ("page.html", "style.css")}
+    tasks = (ROOT / PACKAGE / "harness" / "tasks").iterdir()
+    expected |= {str(file.relative_to(ROOT)) for file in tasks}
 
     with tarfile.open(sdist) as archive:
         shipped = {name.partition("/")[2] for name in archive.getnames()}

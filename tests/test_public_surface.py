@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 from llava_steering_plugin.adapters.stored.config import AdapterConfig, BaseModel
 from llava_steering_plugin.checkout.doctor import examine
 from llava_steering_plugin.cli import app
+from llava_steering_plugin.harness.arguments import NAMES
+from llava_steering_plugin.harness.manifest import MODEL
 from llava_steering_plugin.launch import command_parser
 from llava_steering_plugin.planning.from_flags import Wanted
 from llava_steering_plugin.planning.plan import plan
@@ -145,6 +147,16 @@ def test_the_options_of_launch_are_these() -> None:
     assert text.startswith(
         "usage: python -m llava_steering_plugin.launch [--cpu] [--seed N] [--same-order] [--measure FILE] MODULE "
     )
+
+
+def test_what_lmms_eval_is_told_is_this() -> None:
+    assert MODEL == "llava_steering"
+    assert set(NAMES) == {
+        *("adapter", "base", "conversation", "device", "load_4bit", "load_8bit", "seed", "too_long"),
+    }
+    assert {file.stem for file in (ROOT / "llava_steering_plugin" / "harness" / "tasks").glob("*.yaml")} >= {
+        *("iconqa_text", "iconqa_blank", "vsr", "snli_ve", "cifar10", "cifar100", "mnist", "vision_flan"),
+    }
 
 
 def test_the_flags_of_a_training_are_these() -> None:

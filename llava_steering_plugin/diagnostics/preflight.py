@@ -5,7 +5,6 @@ Importing it imports neither matplotlib nor scipy, which may be missing.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -13,12 +12,11 @@ from pathlib import Path
 
 from llava_steering_plugin.adapters.fit.fingerprint import alike
 from llava_steering_plugin.adapters.stored.folder import FINGERPRINT, StoredAdapter
-from llava_steering_plugin.adapters.stored.locate import find, locate
+from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.checkout.find import find_llava
 from llava_steering_plugin.errors import ArgumentsError, Problems
-from llava_steering_plugin.inference.base_files import CONFIG, check_adapters_fit, check_base
-from llava_steering_plugin.inference.base_model import read_base_config
-from llava_steering_plugin.inference.models import PEFT_CONFIG, base_of_lora, moved
+from llava_steering_plugin.inference.base_files import CONFIG
+from llava_steering_plugin.inference.models import PEFT_CONFIG, check_model
 from llava_steering_plugin.inference.options import check_bits, choose_device
 from llava_steering_plugin.modes.joint import part_names
 from llava_steering_plugin.upstream.conversations import checked_template
@@ -74,7 +72,7 @@ def check_models(models: Mapping[str, str], base: str | None, problems: Problems
     """
     for name, path in models.items():
         with problems.noted():
-            _check_model(name, path, base, bases)
+            check_model(path, base, bases=bases, name=name)
 
 
 def check_mode(models: Mapping[str, str], base: str | None, problems: Problems, mode: str) -> None:
@@ -98,7 +96,7 @@ def check_mode(models: Mapping[str, str], base: str | None, problems: Problems, 
                 raise ArgumentsError(f"{path} is {kind}, and `{FITTING[mode]}` is for adapters of the mode {mode}.")
         with problems.noted():
             if find(path) is not None or _other_kind(path) is None:
-                _check_model(name, path, base, bases=False)
+                check_model(path, base, bases=False, name=name)
 
 
 def shared_template(models: Mapping[str, str]) -> str | None:
@@ -163,22 +161,6 @@ def _check_packages(packages: Sequence[str]) -> None:
         raise ArgumentsError(
             f"diagnoses need {' and '.join(missing)}: pip install -e '.[diagnostics]' in this plugin's folder"
         )
-
-
-def _check_model(name: str, path: str, base: str | None, bases: bool) -> None:
-    own = find(path)
-    peft = Path(path).expanduser() / PEFT_CONFIG
-    if own is not None:
-        where = base or own.config.base.name_or_path
-        check_adapters_fit({name: own}, where, read_base_config(where, "" if base else moved(own)))
-    elif peft.is_file():
-        read_base_config(base or base_of_lora(peft))
-    elif bases:
-        check_base(path)
-    elif os.path.isdir(os.path.expanduser(path)):
-        raise ArgumentsError(f"{path} is neither an adapter nor an unmerged LoRA, so there is nothing to measure.")
-    else:
-        locate(path)
 
 
 def _check_writable(output: Path) -> None:

@@ -28,8 +28,20 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     except Exception as error:  # decoders raise all kinds of errors on a damaged file
         reason = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
         raise ArgumentsError(f"{path} cannot be read as an image, or is damaged{reason}.") from error
+    return large_enough(image, path)
+
+
+def large_enough(image: Image.Image, name: object) -> Image.Image:
+    """Return an image, if it is no strip of one to three pixels that would be read as channels.
+
+    Args:
+        name: of the image, for the message.
+
+    Raises:
+        ArgumentsError: it is.
+    """
     if like_channels(*image.size):
-        raise ArgumentsError(f"{path} has {image.width} x {image.height} pixels, too few to be read as an image.")
+        raise ArgumentsError(f"{name} has {image.width} x {image.height} pixels, too few to be read as an image.")
     return image
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 from llava_steering_plugin.adapters.attachment import required
 from llava_steering_plugin.adapters.stored.files import read_json
 from llava_steering_plugin.adapters.stored.folder import AdapterFolder, StoredAdapter
-from llava_steering_plugin.adapters.stored.locate import find
+from llava_steering_plugin.adapters.stored.locate import find, locate
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, BaseMismatch
-from llava_steering_plugin.inference.base_files import is_llava
+from llava_steering_plugin.inference.base_files import check_adapters_fit, check_base, is_llava
 from llava_steering_plugin.inference.base_model import LoadedBase, load_base, load_with_upstream, read_base_config
 from llava_steering_plugin.pool.pool import BASE, AdapterPool
 
@@ -69,6 +70,33 @@ def is_lora(path: str) -> bool:
     """Return whether a folder holds an unmerged LoRA of LLaVA's own training."""
     folder = Path(path).expanduser()
     return (folder / PEFT_CONFIG).is_file() and (folder / LORA_EXTRAS).is_file() and find(path) is None
+
+
+def check_model(path: str, base: str | None, *, bases: bool, name: str = "adapter") -> None:
+    """Check that a model is there, and that an adapter has the size of its base, before anything is loaded.
+
+    Args:
+        path: folder or hub id, as for `open_model`.
+        base: where the base of an adapter or a LoRA is, if not where its config says.
+        bases: whether it may be a base of its own.
+        name: what messages call an adapter.
+
+    Raises:
+        SteeringError: it cannot be loaded.
+    """
+    own = find(path)
+    peft = Path(path).expanduser() / PEFT_CONFIG
+    if own is not None:
+        where = base or own.config.base.name_or_path
+        check_adapters_fit({name: own}, where, read_base_config(where, "" if base else moved(own)))
+    elif peft.is_file():
+        read_base_config(base or base_of_lora(peft))
+    elif bases:
+        check_base(path)
+    elif os.path.isdir(os.path.expanduser(path)):
+        raise ArgumentsError(f"{path} is neither an adapter nor an unmerged LoRA.")
+    else:
+        locate(path)
 
 
 def base_of_lora(config: Path) -> str:

@@ -106,6 +106,13 @@ class BatchAnswers:
         """Return the question in its conversation template, as upstream's eval scripts write it."""
         return write_prompt(question, self.template(question), self.model.config)
 
+    def prompt_ids(self, question: Question) -> list[int]:
+        """Return the token ids of a question's prompt, with LLaVA's placeholder for each image."""
+        from llava.constants import IMAGE_TOKEN_INDEX
+        from llava.mm_utils import tokenizer_image_token
+
+        return list(tokenizer_image_token(self.prompt(question), self.tokenizer, IMAGE_TOKEN_INDEX))
+
     def template(self, question: Question) -> str:
         """Return the name of the conversation template that a question is asked in."""
         return checked_template(
@@ -128,7 +135,7 @@ class BatchAnswers:
         ids, attention = self._tokens(batch)
         padding = self.tokenizer.pad_token_id
         pad_token = {"pad_token_id": self.tokenizer.eos_token_id if padding is None else padding}
-        with torch.inference_mode(), self._uncut():
+        with torch.inference_mode(), self.uncut():
             output: Tensor = self.model.generate(
                 ids,
                 attention_mask=attention,
@@ -145,10 +152,7 @@ class BatchAnswers:
 
     def _tokens(self, batch: Sequence[Question]) -> tuple[Tensor, Tensor]:
         """Return token ids [questions, longest prompt], padded on the left, and their attention mask."""
-        from llava.constants import IMAGE_TOKEN_INDEX
-        from llava.mm_utils import tokenizer_image_token
-
-        rows = [tokenizer_image_token(self.prompt(each), self.tokenizer, IMAGE_TOKEN_INDEX) for each in batch]
+        rows = [self.prompt_ids(each) for each in batch]
         longest = max(map(len, rows))
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
         present = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
@@ -172,15 +176,23 @@ class BatchAnswers:
             side = self.processor.crop_size["height"]
             return [Image.new("RGB", (side, side))]
         try:
-            return [read_image(self.images / name) for name in question.images]
+            return self.opened(question)
         except ArgumentsError as error:
             raise ArgumentsError(
                 f"question {question.id!r} cannot be asked: {error} Repair the file or remove the question; "
                 "the batches before it have been answered."
             ) from error
 
+    def opened(self, question: Question) -> list[Image.Image]:
+        """Return the images that a question names, in RGB.
+
+        Raises:
+            ArgumentsError: one cannot be read.
+        """
+        return [read_image(self.images / name) for name in question.images]
+
     @contextmanager
-    def _uncut(self) -> Iterator[None]:
+    def uncut(self) -> Iterator[None]:
         """Have LLaVA cut no prompt inside the block. It would cut one without an image too, for the others' images."""
         config = self.model.config
         before = getattr(config, "tokenizer_model_max_length", None)
