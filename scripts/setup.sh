@@ -5,14 +5,26 @@
 #
 #   scripts/setup.sh              what the demo needs, and all tests but one
 #   scripts/setup.sh --browser    also a headless Chromium, from apt, for the test of the web page
+#   scripts/setup.sh --lmms-eval  also .venv-lmms-eval: lmms-eval in an environment of its own, over .venv
 #
 # Environment:
 #   PYTHON  the interpreter to start from           (default: python3.11, else python3)
-#   VENV    where the virtual environment goes      (default: .venv beside this project's setup.cfg)
+#   VENV    where the virtual environment goes      (default: .venv beside this project's setup.cfg; lmms-eval's has
+#                                                    the same name with -lmms-eval behind it)
 #   TORCH   the torch to install                    (default: the CPU build of scripts/constraints-cpu.txt;
 #                                                    on a machine with a GPU: TORCH=torch==2.13.0)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+browser=
+lmms_eval=
+for word in "$@"; do
+  case "$word" in
+    --browser) browser=yes ;;
+    --lmms-eval) lmms_eval=yes ;;
+    *) printf 'setup: unknown option %s; there are --browser and --lmms-eval\n' "$word" >&2; exit 2 ;;
+  esac
+done
 
 venv=${VENV:-.venv}
 constraints=scripts/constraints-cpu.txt
@@ -39,16 +51,37 @@ apt_install() {
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
-if [ "${1:-}" = --browser ] && ! command -v chromium-headless-shell chromium google-chrome >/dev/null; then
+if [ -n "$browser" ] && ! command -v chromium-headless-shell chromium google-chrome >/dev/null; then
   step "headless Chromium (apt)"
   apt_install chromium-headless-shell || apt_install chromium ||
     step "no Chromium and no way to install it: the test of the web page will be skipped. If apt has none (Ubuntu)," \
       "$venv/bin/playwright install --with-deps chromium-headless-shell fetches one"
 fi
 
+# An environment over .venv: it sees all that is there, and what it has itself comes first. .venv stays as it is, so
+# nothing that lmms-eval needs can change a test of the others.
+set_up_lmms_eval() {
+  local own="$venv-lmms-eval" pins=scripts/constraints-lmms-eval.txt made started=$SECONDS
+  made=$(cat "$pins" "$venv/.setup.stamp" scripts/setup.sh | sha256sum | cut -d' ' -f1)
+  if [ "$(cat "$own/.setup.stamp" 2>/dev/null)" = "$made" ] && [ -x "$own/bin/lmms-eval" ]; then return; fi
+  step "lmms-eval in $own"
+  "$venv/bin/python" -m venv --clear --without-pip "$own"
+  # addsitedir: a path alone would leave out the .pth files there, by which this project is found.
+  printf 'import site; site.addsitedir(%s)\n' "'$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')'" \
+    >"$("$own/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+  "$venv/bin/python" -m pip --disable-pip-version-check --python "$own/bin/python" install --no-compile --no-deps \
+    -r "$pins" >"$own/.setup.log" 2>&1 || { tail -n 20 "$own/.setup.log" >&2; die "failed: lmms-eval"; }
+  (cd "$own" && env -u PYTHONDONTWRITEBYTECODE bin/lmms-eval models) >"$own/.setup.log" 2>&1 &&
+    grep -q llava_steering "$own/.setup.log" ||
+    { tail -n 20 "$own/.setup.log" >&2; die "lmms-eval does not find the model llava_steering"; }
+  printf '%s' "$made" >"$own/.setup.stamp"
+  step "lmms-eval is ready in $((SECONDS - started)) s: $own"
+}
+
 stamp=$(cat "$constraints" "$towers" setup.cfg pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)-$torch-$(pwd)
 if [ "$(cat "$venv/.setup.stamp" 2>/dev/null)" = "$stamp" ] && "$venv/bin/python" -c 'import llava_steering_plugin' 2>/dev/null; then
   "$venv/bin/llava-steering" patch >/dev/null
+  if [ -n "$lmms_eval" ]; then set_up_lmms_eval; fi
   exit 0
 fi
 rm -f "$venv/.setup.stamp"
@@ -102,3 +135,4 @@ step "bytecode of what every program imports"
   >"$venv/.setup.log" 2>&1 || { tail -n 20 "$venv/.setup.log" >&2; die "llava.train.train cannot be imported"; }
 printf '%s' "$stamp" >"$venv/.setup.stamp"
 step "ready in $((SECONDS - started)) s: $venv"
+if [ -n "$lmms_eval" ]; then set_up_lmms_eval; fi

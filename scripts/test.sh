@@ -8,7 +8,7 @@
 # Without ARGUMENTS the tests run in TEST_PROCESSES (2) processes side by side.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ "${1:-}" = --fast ]; then scripts/setup.sh; else scripts/setup.sh --browser; fi
+if [ "${1:-}" = --fast ]; then scripts/setup.sh; else scripts/setup.sh --browser --lmms-eval; fi
 bin=$(cd "${VENV:-.venv}/bin" && pwd)
 export PATH="$bin:$PATH"  # for what tests start: deepspeed, ninja, llava-steering
 unset PYTHONDONTWRITEBYTECODE  # tests start hundreds of processes: none of them compiles a module again
