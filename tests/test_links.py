@@ -233,8 +233,9 @@ def test_a_foreign_file_is_named_somewhere() -> None:
 # Flags of programs that are neither ours, nor LLaVA's, nor transformers' Trainer's.
 OF_LAUNCHERS = set(
     "hostfile launcher master_addr module nnodes no_ssh node_rank nproc_per_node num_accelerators rdzv_backend "
-    "rdzv_endpoint".split()
+    "rdzv_endpoint num_processes".split()
 )
+OF_LMMS_EVAL = set("model model_args tasks include_path batch_size gen_kwargs log_samples output_path".split())
 FLAG = re.compile(r"(?<![\w-])--([A-Za-z]\w*(?:-\w+)*)")
 
 
@@ -252,7 +253,7 @@ def words_in(*places: Path) -> set[str]:
 def test_every_flag_that_the_pages_name_is_a_flag_of_some_program(llava_copies: Any) -> None:
     (transformers,) = importlib.util.find_spec("transformers").submodule_search_locations  # type: ignore[union-attr]
     sources = (ROOT / PACKAGE, ROOT / "scripts", ROOT / "tests" / "conftest.py", llava_copies.pristine)
-    known = words_in(*sources, Path(transformers) / "training_args.py") | OF_LAUNCHERS
+    known = words_in(*sources, Path(transformers) / "training_args.py") | OF_LAUNCHERS | OF_LMMS_EVAL
     known |= {f"{mode.name}_{name}" for mode in (MoReS, MixLoRA) for name in mode().settings()}
     named = {(flag, page.name) for page in PAGES for flag in FLAG.findall(page.read_text(encoding="utf-8"))}
     assert len(named) > 100
