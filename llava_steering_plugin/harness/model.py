@@ -80,14 +80,16 @@ class LlavaSteering(lmms):
         answers: list[str] = self._answered("Answering", requests, lambda answering: answering.generated)
         return answers
 
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any]) -> list[Any]:
         """Return the negative log-likelihood of given answers, and whether each is the greedy one.
 
         Raises:
             SteeringError: some cannot be scored.
         """
-        scores: list[tuple[float, bool]] = self._answered("Scoring", requests, lambda answering: answering.likelihoods)
-        return scores
+        from lmms_eval.api.instance import GenerationResult
+
+        scores = self._answered("Scoring", requests, lambda answering: answering.likelihoods)
+        return [GenerationResult(score) for score in scores]  # lmms-eval 0.7.3 makes text of a bare pair
 
     def generate_until_multi_round(self, requests: list[Any]) -> NoReturn:
         """Refuse tasks of several rounds.
