@@ -71,9 +71,11 @@ set_up_lmms_eval() {
     >"$("$own/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
   "$venv/bin/python" -m pip --disable-pip-version-check --python "$own/bin/python" install --no-compile --no-deps \
     -r "$pins" >"$own/.setup.log" 2>&1 || { tail -n 20 "$own/.setup.log" >&2; die "failed: lmms-eval"; }
-  (cd "$own" && env -u PYTHONDONTWRITEBYTECODE bin/lmms-eval models) >"$own/.setup.log" 2>&1 &&
-    grep -q llava_steering "$own/.setup.log" ||
-    { tail -n 20 "$own/.setup.log" >&2; die "lmms-eval does not find the model llava_steering"; }
+  # Importing it all also compiles it, and its list of models must hold ours.
+  (cd "$own" && env -u PYTHONDONTWRITEBYTECODE bin/python -c '
+import lmms_eval.__main__, lmms_eval.models
+lmms_eval.models.get_model_manifest("llava_steering")') >"$own/.setup.log" 2>&1 ||
+    { tail -n 5 "$own/.setup.log" >&2; die "lmms-eval cannot be imported, or does not find the model llava_steering"; }
   printf '%s' "$made" >"$own/.setup.stamp"
   step "lmms-eval is ready in $((SECONDS - started)) s: $own"
 }
