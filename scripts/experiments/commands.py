@@ -1,4 +1,4 @@
-"""Build the commands that a user would type: upstream's training, evaluation and chat, and `llava-steering eval`."""
+"""Build the commands that a user would type: upstream's training, evaluation and chat."""
 
 from __future__ import annotations
 
@@ -12,51 +12,42 @@ BATCH = 32
 LAUNCH = [sys.executable, "-m", "llava_steering_plugin.launch"]
 
 
-def train(
-    output: Path,
-    base: Path,
-    data: Path,
-    pictures: Path,
-    tower: Path,
-    flags: dict[str, object],
-    *,
-    compared: bool = False,
-) -> list[str]:
-    """Return `llava.train.train` on the CPU in float32; `flags` are added to those that all stages share.
+# What all trainings share, those of the base and those that are compared.
+SHARED: dict[str, object] = {
+    "version": "v1",
+    # With LLaVA-1.5's two layers, the tuned model still calls more browns of the shifted camera red.
+    "mm_projector_type": "linear",
+    "mm_vision_select_layer": -1,
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "use_cpu": True,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.03,
+    "weight_decay": 0.0,
+    "model_max_length": 512,
+    "dataloader_num_workers": 1,
+    "lazy_preprocess": True,
+}
 
-    Args:
-        compared: the result is compared with others, so it sees the samples in their order: LoRA and full tuning have
-            upstream's otherwise, which at the same seed is another one than a mode's.
-    """
+
+def train(output: Path, base: Path, data: Path, pictures: Path, tower: Path, flags: dict[str, object]) -> list[str]:
+    """Return `llava.train.train` on the CPU in float32; `flags` are added to those that all stages share."""
     shared: dict[str, object] = {
+        **SHARED,
         "model_name_or_path": base,
         "data_path": data,
         "image_folder": pictures,
         "vision_tower": tower,
-        "version": "v1",
-        # With LLaVA-1.5's two layers, the tuned model still calls more browns of the shifted camera red.
-        "mm_projector_type": "linear",
-        "mm_vision_select_layer": -1,
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
         "output_dir": output,
         "seed": SEED,
-        "use_cpu": True,
         "evaluation_strategy": "no",
         "save_strategy": "no",
-        "lr_scheduler_type": "cosine",
-        "warmup_ratio": 0.03,
-        "weight_decay": 0.0,
         "logging_steps": 20,
-        "model_max_length": 512,
-        "dataloader_num_workers": 1,
-        "lazy_preprocess": True,
         "report_to": "none",
     }
     given = {**shared, **flags}
-    # New weights (the projector, LoRA) are drawn before upstream sets its own seed.
-    launch = [*LAUNCH, "--seed", str(given["seed"]), *(["--same-order"] if compared else [])]
-    return [*launch, "llava.train.train", *_words(given)]
+    # New weights (the projector) are drawn before upstream sets its own seed.
+    return [*LAUNCH, "--seed", str(given["seed"]), "llava.train.train", *_words(given)]
 
 
 def stage_1(settings: BaseSettings, output: Path, llm: Path, data: Path, tower: Path) -> list[str]:
@@ -82,8 +73,8 @@ def stage_2(settings: BaseSettings, output: Path, llm: Path, projector: Path, da
     return train(output, llm, data / "train.json", data / "pictures" / "clean", tower, flags)
 
 
-def evaluate(answers: Path, model: Path, base: Path | None, pictures: Path, questions: Path) -> list[str]:
-    """Return upstream's `model_vqa_loader`; LoRA needs its `base`, our adapters do not."""
+def evaluate(answers: Path, model: Path, pictures: Path, questions: Path) -> list[str]:
+    """Return upstream's `model_vqa_loader`."""
     flags: dict[str, object] = {
         "model-path": model,
         "image-folder": pictures,
@@ -93,25 +84,7 @@ def evaluate(answers: Path, model: Path, base: Path | None, pictures: Path, ques
         "temperature": 0,
         "max_new_tokens": NEW_TOKENS,
     }
-    if base is not None:
-        flags["model-base"] = base
     return [*LAUNCH, "--cpu", "llava.eval.model_vqa_loader", *_words(flags)]
-
-
-def evaluate_batched(answers: Path, base: Path, adapter: Path | None, pictures: Path, questions: Path) -> list[str]:
-    """Return `llava-steering eval`; without an `adapter`, the base answers."""
-    flags: dict[str, object] = {
-        "image-folder": pictures,
-        "question-file": questions,
-        "answers-file": answers,
-        "conv-mode": "v1",
-        "max-new-tokens": NEW_TOKENS,
-        "batch-size": BATCH,
-        "device": "cpu",
-    }
-    if adapter is not None:
-        flags["adapter"] = adapter
-    return [sys.executable, "-m", "llava_steering_plugin", "eval", str(base), *_words(flags)]
 
 
 def chat(model: Path, picture: Path) -> list[str]:

@@ -49,9 +49,9 @@ def routing(stage: Context, models: Mapping[str, Path], data: Path, pictures: Pa
     _diagnose(stage, "routing", models, flags)
 
 
-def image(stage: Context, model: Path, picture: Path, question: str) -> None:
+def image(stage: Context, name: str, model: Path, picture: Path, question: str) -> None:
     """Draw where a model looks in one picture while it answers a question."""
-    _diagnose(stage, "image", {model.name: model}, {"image": picture, "question": question})
+    _diagnose(stage, "image", {name: model}, {"image": picture, "question": question})
 
 
 def report(stage: Context) -> None:

@@ -12,8 +12,9 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +27,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 # The progress that tqdm writes, in upstream's training and evaluation.
 _STEPS = re.compile(r"(\d+)/(\d+) \[")
-_SEED_OF_HASHES = {"PYTHONHASHSEED": "0"}
+SEED_OF_HASHES = {"PYTHONHASHSEED": "0"}
 
 
 class StageError(Exception):
@@ -73,7 +74,7 @@ class Context:
                 stderr=subprocess.PIPE,
                 text=True,
                 cwd=self.folder,
-                env={**os.environ, **_SEED_OF_HASHES, "OMP_NUM_THREADS": str(self.threads), **(env or {})},
+                env={**os.environ, **SEED_OF_HASHES, "OMP_NUM_THREADS": str(self.threads), **(env or {})},
             )
             if say is not None and process.stdin is not None:
                 process.stdin.write(say)
@@ -167,6 +168,15 @@ class Runner:
         """Run two stages at a time with one thread each: models this small do not gain from a second thread."""
         with ThreadPoolExecutor(max_workers=2) as pool:
             return list(pool.map(lambda stage: self.run(stage, threads=1), stages))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the terminal to another program for the block."""
+        self.progress.stop()
+        try:
+            yield
+        finally:
+            self.progress.start()
 
     def _show(self, bar: TaskID, at: int, total: int) -> None:
         self.progress.update(bar, completed=at, total=total)

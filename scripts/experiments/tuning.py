@@ -1,77 +1,32 @@
-"""Describe ways to tune the base by a name and upstream's flags, and build the stage that trains one."""
+"""Describe ways to tune the base by a name, LLaVA's flags and the learning rates that are tried."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from experiments import commands, scoring
-from experiments.base import Base
-from experiments.settings import SEED
-from experiments.stages import Context, Done, Stage
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """One way to tune: its name, the same for folders, upstream's flags, and the learning rate."""
+    """One way to tune.
+
+    Attributes:
+        slug: its name in folders and in `llava-steering diagnose`.
+        name: its name in tables and plots.
+        flags: LLaVA's, as `llava-steering compare` takes them.
+        rates: the learning rates of which validation chooses one.
+    """
 
     slug: str
     name: str
     flags: dict[str, object]
-    learning_rate: float
+    rates: tuple[float, ...]
 
     @property
-    def is_lora(self) -> bool:
-        return "lora_enable" in self.flags
-
-    @property
-    def frozen_routers(self) -> bool:
-        return self.flags.get("mixlora_router_grad") == "none"
-
-    def adapter(self, folder: Path) -> Path:
-        """Return the adapter's folder below the folder of its stage. Upstream's loader goes by its name."""
-        return folder / f"llava-v1-{self.slug}"
+    def is_mixlora(self) -> bool:
+        return self.flags.get("tuning_mode") == "mixlora"
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """The length of a training, and its seed."""
-
-    steps: int
-    batch: int
-    seed: int = SEED
-
-
-def tuning_stage(name: str, tuning: Tuning, lengths: Lengths, base: Base, data: Done, pictures: Path) -> Stage:
-    """Return the stage that tunes the base on `data`'s train.json, with the projector frozen.
-
-    Args:
-        pictures: the folder of the training images.
-    """
-    settings = {**vars(lengths), **tuning.flags, "lr": tuning.learning_rate}
-
-    def work(stage: Context) -> dict[str, Any]:
-        output = tuning.adapter(stage.folder)
-        samples = data.folder / "train.json"
-        stage.run(training_command(tuning, lengths, output, base.model, samples, pictures, base.clip))
-        # Frozen routers are in the file and are not trained.
-        return {"parameters": scoring.parameters(output, without="router_" if tuning.frozen_routers else None)}
-
-    return Stage(name, settings, (data, base.done), work, (commands, sys.modules[__name__]))
-
-
-def training_command(
-    tuning: Tuning, lengths: Lengths, output: Path, base: Path, samples: Path, pictures: Path, tower: Path
-) -> list[str]:
-    """Return the command of a tuning. At one seed, all of them see the samples in one order."""
-    flags: dict[str, object] = {
-        "freeze_mm_mlp_adapter": True,
-        "max_steps": lengths.steps,
-        "per_device_train_batch_size": lengths.batch,
-        "learning_rate": tuning.learning_rate,
-        "seed": lengths.seed,
-        **tuning.flags,
-    }
-    return commands.train(output, base, samples, pictures, tower, flags, compared=True)
+def lora(slug: str, name: str, rank: int, alpha: float, rates: tuple[float, ...], dropout: float = 0.0) -> Tuning:
+    """Return PEFT's LoRA on all linears of the decoder, trained as our modes are."""
+    config = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
+    return Tuning(slug, name, {"tuning_mode": "peft", "peft_method": "lora", "peft_config": config}, rates)

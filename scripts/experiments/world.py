@@ -81,6 +81,11 @@ def test_sample(questions: Sequence[Question], count: int, seed: int = SEED) -> 
     return sample
 
 
+def halves(questions: Sequence[Question]) -> tuple[list[Question], list[Question]]:
+    """Return the questions about pictures of odd numbers, for validation, and of even ones, for the test."""
+    return [one for one in questions if one.image % 2], [one for one in questions if not one.image % 2]
+
+
 def sentences() -> Iterator[str]:
     """Yield the texts for the tokenizer: all that occur, the system prompt often enough to become whole words."""
     from llava.conversation import conv_templates

@@ -1,44 +1,58 @@
-"""The demo's results are shown in full, and its tunings have folders of their own (`experiments.demo`)."""
+"""The demo's results are shown in full (`experiments.demo`)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from rich.console import Console
 
 
-def test_the_table_and_the_plot_show_every_row(tmp_path: Path) -> None:
+def compared(*methods: tuple[str, int, float]) -> dict[str, Any]:
+    """Return results.json of a comparison of these: name, trained parameters, percent of right answers."""
+    kinds = ("colour", "shape", "yes/no")
+    entries = [
+        {
+            "method": name,
+            "frozen": not parameters,
+            "rate": 0.01 if parameters else None,
+            "seeds": [7],
+            "done": [7],
+            "costs": {"trained_parameters": parameters},
+            "outcomes": {kind: {"score": {"mean": right, "deviation": None}} for kind in kinds},
+        }
+        for name, parameters, right in methods
+    ]
+    return {"tasks": [{"task": "shifted camera", "tests": dict.fromkeys(kinds, "exact_match"), "methods": entries}]}
+
+
+def test_the_tables_and_the_plot_show_every_row(tmp_path: Path) -> None:
+    from experiments import comparing
     from experiments.demo import report
 
     kinds = {"all": 0.5, "colour": 0.25, "shape": 0.5, "yes/no": 0.75}
     rows = [
-        {"model": name, "camera": camera, "parameters": parameters, "train_seconds": parameters, **kinds}
-        for name, camera, parameters in (
-            ("base", "clean", None),
-            ("base", "shifted", None),
-            ("MoReS rank 4, all", "shifted", 4112),
-            ("LoRA r=8", "shifted", 81920),
-        )
+        {"model": name, "camera": camera, **kinds}
+        for name, camera in (("base", "clean"), ("base", "shifted"), ("MoReS rank 4, all", "shifted"))
     ]
-    results = {"questions": 30, "rows": rows}
+    comparison = compared(("base (frozen)", 0, 25.0), ("MoReS rank 4, all", 4112, 97.7), ("LoRA r=8", 81920, 97.0))
+    results = {"questions": 30, "rows": rows, "comparison": comparison}
     console = Console(width=160, record=True, quiet=False, file=(tmp_path / "shown").open("w"))
     console.print(report.table(results))
+    console.print(comparing.table_of(comparison))
     shown = console.export_text()
-    assert "4,112" in shown
-    assert "81,920" in shown
+    assert all(word in shown for word in ("clean", "75.0%", "4,112", "81,920", "97.7", "1 of 1"))
     console.print(report.attention({"attention_to_image": {"base": [0.07, 0.5], "lora-r-8": [0.06, 0.471]}}))
     assert "47%" in console.export_text()
     report.plot(results, tmp_path / "plot.png")
     assert min(Image.open(tmp_path / "plot.png").size) > 400
 
 
-def test_every_tuning_of_the_demo_has_a_folder_by_whose_name_upstream_loads_it() -> None:
-    from experiments.demo.settings import FULL
+def test_every_tuning_of_the_demo_has_a_name_of_its_own_and_the_same_budget() -> None:
+    from experiments.demo.settings import FULL, QUICK
 
-    names = [tuning.adapter(Path("stage")).name for tuning in FULL.tunings]
-    assert len(set(names)) == len(names)
-    assert all(name.startswith("llava-v1-") for name in names), "so that upstream takes it for a LLaVA with template v1"
-    assert [name for name in names if "lora" in name] == [
-        tuning.adapter(Path("stage")).name for tuning in FULL.tunings if tuning.is_lora
-    ]
+    assert len({tuning.slug for tuning in FULL.tunings}) == len({tuning.name for tuning in FULL.tunings}) == 5
+    assert {len(tuning.rates) for tuning in FULL.tunings} == {2}
+    assert set(FULL.diagnosed) < {tuning.slug for tuning in FULL.tunings}
+    assert [len(tuning.rates) for tuning in QUICK.tunings] == [1]

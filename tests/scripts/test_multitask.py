@@ -5,6 +5,7 @@ Covers `tasks`, `information`, `methods` and `report` of `experiments.multitask`
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 SAMPLES, QUESTIONS, FIRST = 40, 20, 1300
 
@@ -141,51 +141,63 @@ def test_the_rank_of_the_larger_lora_trains_as_many_parameters_as_learned_routin
     assert wanted == 4 * counted
     equal = lora_parameters(matching_rank(wanted, decoder), decoder)
     assert abs(equal - wanted) < 0.02 * wanted
-    small, large, frozen, learned, balanced = compared(4, 128, 1e-3)
-    assert (small.flags["lora_r"], large.flags["lora_r"]) == (ACTIVE, matching_rank(wanted, decoder))
-    assert (small.is_lora, learned.is_lora) == (True, False)
-    assert [method for method in compared(4, 128, 1e-3) if method.frozen_routers] == [frozen]
+    small, large, frozen, learned, balanced = compared(4, 128, (1e-3,))
+    ranks = [json.loads(json.dumps(method.flags["peft_config"]))["r"] for method in (small, large)]
+    assert ranks == [ACTIVE, matching_rank(wanted, decoder)]
+    assert (small.is_mixlora, learned.is_mixlora) == (False, True)
+    assert frozen.flags["mixlora_router_grad"] == "none"
     assert (learned.flags | {"mixlora_balance": 0.05}) == balanced.flags
 
 
-def _row(method: str, seed: int, right: float, told: float | None = None) -> dict[str, Any]:
+def test_no_picture_is_in_two_of_training_validation_and_test(tmp_path: Path) -> None:
     from experiments.multitask import tasks
 
-    row: dict[str, Any] = {"method": method, "seed": seed, "parameters": 1000, "train_seconds": 10.0 * seed}
-    row["accuracy"] = dict.fromkeys(("all", *tasks.TASKS), right)
-    if told is not None:
-        figures = {"told": told, "chance": 0.02, "sets": 9.0, "layers": {"0": told, "1": told}}
-        row["information"] = {"tasks": figures, "cameras": figures}
-    return row
+    tasks.write(tmp_path, samples=30, questions=20, validation=10)
+    seen: dict[str, set[str]] = {
+        "train": {sample["image"] for sample in json.loads((tmp_path / "train.json").read_text())}
+    }
+    for split, count in (("validation", 10), ("test", 20)):
+        seen[split] = set()
+        for task in tasks.TASKS:
+            lines = (tmp_path / tasks.question_file(split, task)).read_text().splitlines()
+            assert len(lines) == count and {json.loads(line)["task"] for line in lines} == {task}
+            seen[split] |= {json.loads(line)["image"] for line in lines}
+    assert not seen["train"] & seen["test"] and not seen["validation"] & (seen["test"] | seen["train"])
+    pictures = {split: {tuple(Path(image).parts[-2:]) for image in images} for split, images in seen.items()}
+    assert not pictures["validation"] & pictures["test"], "nor through another camera"
+    assert all((tmp_path / "pictures" / image).is_file() for images in seen.values() for image in images)
+    assert len((tmp_path / "test.jsonl").read_text().splitlines()) == 20 * len(tasks.TASKS)
 
 
-def test_means_spreads_and_differences_are_over_seeds() -> None:
-    from experiments.multitask.report import by_method, differences
+def _row(method: str, seed: int, told: float) -> dict[str, Any]:
+    figures = {"told": told, "chance": 0.02, "sets": 9.0, "layers": {"0": told, "1": told}}
+    return {"method": method, "seed": seed, "information": {"tasks": figures, "cameras": figures}}
 
-    rows = [_row("LoRA", 1, 0.5), _row("MixLoRA", 1, 0.6, 0.25), _row("LoRA", 2, 0.7), _row("MixLoRA", 2, 0.8, 0.35)]
-    lora, mixlora = by_method(rows)
-    assert (lora["method"], mixlora["method"], lora["seeds"]) == ("LoRA", "MixLoRA", [1, 2])
-    assert lora["accuracy"]["digit"] == pytest.approx({"mean": 0.6, "sd": math.sqrt(0.02)})
-    assert lora["train_seconds"]["mean"] == 15
-    assert "information" not in lora
+
+def test_what_choices_tell_is_given_with_its_spread_over_seeds() -> None:
+    from experiments.multitask.report import by_method
+
+    (mixlora,) = by_method([_row("MixLoRA", 1, 0.25), _row("MixLoRA", 2, 0.35)])
+    assert (mixlora["method"], mixlora["seeds"]) == ("MixLoRA", [1, 2])
+    assert mixlora["information"]["tasks"]["told"] == pytest.approx({"mean": 0.3, "sd": math.sqrt(0.005)})
     assert mixlora["information"]["cameras"]["layers"]["1"]["mean"] == pytest.approx(0.3)
-    assert differences(rows, "MixLoRA", "LoRA", ("shape",))["shape"] == pytest.approx({"mean": 0.1, "sd": 0.0})
 
 
-def test_the_tables_and_the_plot_show_every_method(tmp_path: Path) -> None:
-    from experiments.multitask.report import by_method, differences, markdown, plot, table
+def test_the_table_and_the_plot_show_every_method(tmp_path: Path) -> None:
+    from experiments.multitask.report import by_method, markdown, plot
     from experiments.multitask.tasks import TASKS
+    from llava_steering_plugin.comparison.results.outcomes import MEAN
 
-    rows = [_row("LoRA r=2", 1, 0.5), _row("MixLoRA 2 of 8, learned routers", 1, 0.6, 0.25)]
-    results = {"questions": 4, "steps": 4, "base": rows[0]["accuracy"], "rows": rows, "methods": by_method(rows)}
-    console = Console(width=240, record=True, file=(tmp_path / "shown").open("w"))
-    console.print(table(results))
-    shown = console.export_text()
-    assert "LoRA r=2" in shown
-    assert "0.25 ±0.00" in shown
-    results["differences"] = {"MixLoRA - LoRA": differences(rows, rows[1]["method"], "LoRA r=2", ("all", *TASKS))}
-    written = markdown(results)
-    assert "| MixLoRA - LoRA | 10.0 ±0.0 |" in written
-    assert "| MixLoRA 2 of 8, learned routers | cameras only | 0.25 ±0.00 | 0.02 ±0.00 | 9.0 |" in written
+    learned = "MixLoRA 2 of 8, learned routers"
+    scores = {test: {"score": {"mean": 50.0, "deviation": 2.0}} for test in (MEAN, *TASKS)}
+    lost = {test: {"score": None} for test in scores}
+    methods = [
+        {"method": "base (frozen)", "frozen": True, "outcomes": scores},
+        {"method": "LoRA r=2", "frozen": False, "outcomes": lost},
+        {"method": learned, "frozen": False, "outcomes": scores},
+    ]
+    comparison = {"tasks": [{"methods": methods}]}
+    results = {"steps": 4, "comparison": comparison, "information": by_method([_row(learned, 1, 0.25)])}
+    assert f"| {learned} | cameras only | 0.25 ±0.00 | 0.02 ±0.00 | 9.0 |" in markdown(results)
     plot(results, tmp_path / "plot.png")
     assert min(Image.open(tmp_path / "plot.png").size) > 400

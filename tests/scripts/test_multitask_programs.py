@@ -1,4 +1,4 @@
-"""What the multi-task measurement runs in processes of their own: merging LoRA, and recording MixLoRA's choices."""
+"""What the multi-task measurement runs in a process of its own: recording MixLoRA's choices."""
 
 from __future__ import annotations
 
@@ -7,40 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from steered import ids_of, pictures, strengthen, words
+from steered import strengthen
 from tiny_llava import TinyLlava
-from training_runs import LORA, train_flags, train_in_process
 
 from llava_steering_plugin import attach, remove, save_adapter
 from llava_steering_plugin.modes.mixlora import MixLoRA
 
 pytest_plugins = ["steered_fixtures"]
-
-
-@pytest.mark.slow
-def test_a_merged_lora_computes_what_upstreams_loader_makes_of_the_lora(
-    tiny: TinyLlava, patched_llava: Path, tmp_path: Path
-) -> None:
-    from llava.model.builder import load_pretrained_model
-
-    from experiments.multitask import merging
-
-    lora, merged = tmp_path / "llava-v1-lora", tmp_path / "merged"
-    train_in_process(train_flags(tiny, lora, {**LORA, "max_steps": 1, "learning_rate": 1e-2}))
-    merging.main(lora, tiny.llava, merged)
-
-    ids, images = ids_of([1, *words(3), -200, *words(4, seed=1)]), pictures(1)
-
-    def logits(path: Path, base: Path | None, name: str) -> torch.Tensor:
-        _, model, _, _ = load_pretrained_model(str(path), base and str(base), name, device="cpu")
-        with torch.inference_mode():
-            return model.float().eval()(ids, images=images).logits
-
-    expected = logits(lora, tiny.llava, "llava-v1-lora")
-    assert torch.equal(logits(merged, None, "llava-v1"), expected)
-    assert not torch.equal(logits(tiny.llava, None, "llava-v1"), expected), "the LoRA changes something"
 
 
 def test_the_recorded_factors_are_those_of_each_question_asked_alone(

@@ -1,6 +1,6 @@
 """The demo, the multi-task measurement and the ratios with --quick: every part of them, and a second run.
 
-Covers the pipelines, `base`, `backbone`, `commands`, `program` and `tuning` of `experiments`.
+Covers the pipelines, `base`, `backbone`, `commands`, `comparing`, `program` and `tuning` of `experiments`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ def test_the_quick_demo_runs_every_part_and_a_second_run_uses_what_is_there(outp
     results = json.loads((output / "quick" / "results.json").read_text())
     base, shifted, mores = results["rows"]
     assert (base["camera"], shifted["camera"], mores["camera"]) == ("clean", "shifted", "shifted")
-    assert mores["parameters"] == 4 * (2 * 128 * 4 + 4)
+    (task,) = results["comparison"]["tasks"]
+    frozen, tuned = task["methods"]
+    assert (frozen["frozen"], tuned["method"]) == (True, mores["model"])
+    assert tuned["costs"]["trained_parameters"] == 4 * (2 * 128 * 4 + 4)
+    assert (output / "quick" / "compare" / "results.md").is_file()
     assert all(0 <= row[kind] <= 1 for row in results["rows"] for kind in ("colour", "shape", "yes/no"))
     assert results["chat"]["question"] == "what color is the shape?"
     assert (output / "quick" / "results.png").is_file()
@@ -40,14 +44,26 @@ def test_the_quick_measurement_runs_every_part_and_a_second_run_uses_what_is_the
     subprocess.run(command, check=True, timeout=1500)
     found = output / "quick" / "multitask"
     results = json.loads((found / "results.json").read_text())
-    small, large, frozen, *learning = results["methods"]
-    assert (small["parameters"], frozen["parameters"]) == (4 * 2944 * 2, 4 * 2944 * 8)
-    for entry in learning:
-        assert abs(large["parameters"] - entry["parameters"]) < 0.02 * entry["parameters"]
-    for entry in (frozen, *learning):
+    (task,) = results["comparison"]["tasks"]
+    base, small, large, frozen, *learning = task["methods"]
+    assert base["frozen"] and list(task["tests"])[1:] == [
+        "colour a",
+        "colour b",
+        "colour c",
+        "shape",
+        "yes/no",
+        "digit",
+    ]
+    trained = {one["method"]: one["costs"]["trained_parameters"] for one in (small, large, frozen, *learning)}
+    assert (trained[small["method"]], trained[frozen["method"]]) == (4 * 2944 * 2, 4 * 2944 * 8)
+    for one in learning:
+        assert abs(trained[large["method"]] - trained[one["method"]]) < 0.02 * trained[one["method"]]
+    assert [entry["method"] for entry in results["information"]] == [one["method"] for one in (frozen, *learning)]
+    for entry in results["information"]:
         assert 0 <= entry["information"]["cameras"]["told"]["mean"] <= 1
         assert len(entry["information"]["tasks"]["layers"]) == 4
-    assert all(0 <= share <= 1 for row in results["rows"] for share in row["accuracy"].values())
+    assert all(one["done"] == [1] for one in task["methods"])
+    assert (found / "compare" / "results.md").is_file()
     assert (found / "multitask.png").is_file()
     again = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
     stages = [line for line in again.stdout.splitlines() if line.startswith("multitask/")]

@@ -50,3 +50,12 @@ def test_conversations_hold_every_question_once_three_about_one_picture_and_the_
     assert Counter(asked) == Counter(question.text for question in questions)
     assert all("<image>" in each[0]["value"] for each in turns)
     assert not [turn for each in turns for turn in each[1:] if "<image>" in turn["value"]]
+
+
+def test_questions_of_validation_and_test_are_about_different_pictures() -> None:
+    from experiments import world
+
+    questions = world.Split.load("test").questions
+    validation, test = world.halves(questions)
+    assert len(validation) + len(test) == len(questions) and min(len(validation), len(test)) > 4000
+    assert not {one.image for one in validation} & {one.image for one in test}

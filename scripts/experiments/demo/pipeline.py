@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import commands, diagnosis, scoring, world
+from experiments import commands, comparing, diagnosis, scoring, world
 from experiments.base import Base, build
+from experiments.comparing import Compared, Data, write_file
 from experiments.demo import report
 from experiments.demo.settings import FULL, MAIN, QUICK, Settings
 from experiments.program import OUTPUT, OutputOption, QuickOption, described, runner_of
 from experiments.settings import CAMERA, SEED
 from experiments.stages import Context, Done, Runner, Stage
-from experiments.tuning import Lengths, tuning_stage
 
 PACKAGES = ("llava-steering-plugin", "llava-torch", "torch", "transformers", "tokenizers", "peft", "numpy", "pillow")
 
@@ -37,9 +37,12 @@ def main(output: OutputOption = OUTPUT, quick: QuickOption = False) -> None:
     report.plot(results, found.with_suffix(".png"))
     console = runner.console
     console.print(report.table(results))
+    console.print(comparing.table_of(results["comparison"]))
     console.print(f"Asked in upstream's chat: {results['chat']['question']!r}. Answer: {results['chat']['answer']!r}")
     console.print(report.attention(results))
     console.print(f"[bold]{found}[/bold] and results.png beside it")
+    tables = runner.root / comparing.OUTPUT / "results.md"
+    console.print(f"[bold]{tables}[/bold] compares the tunings: differences, costs, learning rates")
     console.print(f"[bold]{runner.root / 'diagnosis' / diagnosis.REPORT}[/bold] shows what the models attend to")
 
 
@@ -47,61 +50,48 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
     """Run all stages in order; return the content of results.json."""
     started = time.monotonic()
     base = build(settings.base, runner)
-    lengths = Lengths(settings.shift_steps, settings.base.batch)
     shifted = base.data.folder / "pictures" / "shifted"
-    tuned = runner.run_side_by_side(
-        [tuning_stage(f"shift-{tuning.slug}", tuning, lengths, base, base.data, shifted) for tuning in settings.tunings]
-    )
-    test = runner.run(Stage("questions", {"count": settings.questions}, (), _questions(settings), (world, scoring)))
-    asked: list[tuple[str, Done, Path, Path | None]] = [
-        ("clean", base.done, base.model, None),
-        ("shifted", base.done, base.model, None),
-    ]
-    for tuning, done in zip(settings.tunings, tuned, strict=True):
-        asked.append(("shifted", done, tuning.adapter(done.folder), base.model if tuning.is_lora else None))
+    counts = {"validation": settings.validation, "test": settings.questions}
+    asked = runner.run(Stage("questions", counts, (), _questions(counts), (world, scoring)))
+    compared = _compare(settings, base, asked, shifted, runner)
+    main = compared.adapters[MAIN.slug]
     answered = runner.run_side_by_side(
         [
             Stage(
-                f"eval-{path.name}-{camera}",
-                {"camera": camera},
-                (test, base.data, done),
-                _evaluation(test, base.data, camera, path, lora_base),
-                (scoring,),
+                f"eval-{name}-{camera}",
+                {"camera": camera, "cell": compared.cells[MAIN.slug] if model == main else None},
+                (asked, base.data, base.done),
+                _evaluation(asked, base.data, camera, model),
+                (scoring, commands),
             )
-            for camera, done, path, lora_base in asked
+            for name, camera, model in (
+                ("base", "clean", base.model),
+                ("base", "shifted", base.model),
+                (MAIN.slug, "shifted", main),
+            )
         ]
     )
-    chat = runner.run(Stage("chat", {}, (tuned[0],), _chat(base, asked[2][2])))
-    measured = {"base": base.model} | {
-        tuning.slug: tuning.adapter(done.folder)
-        for tuning, done in zip(settings.tunings, tuned, strict=True)
-        if tuning in settings.diagnosed
-    }
+    chat = runner.run(Stage("chat", {"cell": compared.cells[MAIN.slug]}, (base.done,), _chat(base, main)))
+    measured = {"base": base.model} | {slug: compared.adapters[slug] for slug in settings.diagnosed}
     diagnosed = runner.run(
         Stage(
             "diagnosis",
-            {"models": list(measured), "samples": settings.diagnosis},
-            (test, base.data, base.done, *tuned),
-            _diagnosis(test, shifted, measured, settings.diagnosis),
+            {"cells": [compared.cells[slug] for slug in settings.diagnosed], "samples": settings.diagnosis},
+            (asked, base.data, base.done),
+            _diagnosis(asked, shifted, measured, settings.diagnosis),
             (diagnosis,),
         )
     )
-    names = ["base", "base", *(tuning.name for tuning in settings.tunings)]
-    trained = [None, None, *tuned]
+    names = (("base", "clean"), ("base", "shifted"), (MAIN.name, "shifted"))
     rows = [
-        {
-            "model": name,
-            "camera": camera,
-            "parameters": done.values["parameters"] if done else None,
-            "train_seconds": done.seconds if done else None,
-            **evaluation.values,
-        }
-        for name, (camera, *_), done, evaluation in zip(names, asked, trained, answered, strict=True)
+        {"model": name, "camera": camera, **evaluation.values}
+        for (name, camera), evaluation in zip(names, answered, strict=True)
     ]
-    stages = (*base.stages, *tuned, test, *answered, chat, diagnosed)
+    stages = (*base.stages, asked, *answered, chat, diagnosed)
     return {
         "questions": settings.questions,
         "rows": rows,
+        "comparison": compared.document,
         "chat": chat.values,
         "attention_to_image": diagnosed.values["image_shares"],
         "tower_accuracy": base.tower.values,
@@ -112,33 +102,56 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
     }
 
 
-def _questions(settings: Settings) -> Work:
+def _compare(settings: Settings, base: Base, asked: Done, shifted: Path, runner: Runner) -> Compared:
+    """Compare all tunings: each kind of question is a test of its own."""
+    files = {
+        split: {kind: asked.folder / _file(split, kind) for kind in world.KINDS} for split in ("validation", "test")
+    }
+    data = Data("shifted camera", base.data.folder / "train.json", shifted, files["validation"], files["test"])
+    file = runner.root / "compare.yaml"
+    lengths = {"steps": settings.shift_steps, "batch": settings.base.batch}
+    write_file(file, base, data, settings.tunings, **lengths, seeds=[SEED])
+    return comparing.run(file, settings.tunings, runner)
+
+
+def _file(split: str, kind: str) -> str:
+    return f"{split}-{kind.replace('/', '-')}.jsonl"
+
+
+def _questions(counts: Mapping[str, int]) -> Work:
     def work(stage: Context) -> dict[str, Any]:
-        sample = world.test_sample(world.Split.load("test").questions, settings.questions)
-        scoring.write_questions(
-            stage.folder,
-            (scoring.Asked(f"test/{one.image}.png", one.text, one.answer, one.kind) for one in sample),
-        )
+        halves = world.halves(world.Split.load("test").questions)
+        for (split, count), questions in zip(counts.items(), halves, strict=True):
+            sample = [
+                scoring.Asked(f"test/{one.image}.png", one.text, one.answer, one.kind)
+                for one in world.test_sample(questions, count)
+            ]
+            scoring.write_questions(stage.folder / f"{split}.jsonl", sample)
+            for kind in world.KINDS:
+                own = (one for one in sample if one.kind == kind)
+                scoring.write_questions(stage.folder / _file(split, kind), own)
         return {}
 
     return work
 
 
-def _evaluation(test: Done, data: Done, camera: str, model: Path, lora_base: Path | None) -> Work:
+def _evaluation(asked: Done, data: Done, camera: str, model: Path) -> Work:
+    """Answer the test with upstream's own evaluation."""
+
     def work(stage: Context) -> dict[str, Any]:
-        answers, pictures = stage.folder / "answers.jsonl", data.folder / "pictures" / camera
-        stage.run(commands.evaluate(answers, model, lora_base, pictures, test.folder / "questions.jsonl"))
-        return dict(scoring.accuracy(answers, test.folder / "answers.json", world.KINDS))
+        answers, questions = stage.folder / "answers.jsonl", asked.folder / "test.jsonl"
+        stage.run(commands.evaluate(answers, model, data.folder / "pictures" / camera, questions))
+        return dict(scoring.accuracy(answers, questions))
 
     return work
 
 
-def _diagnosis(test: Done, pictures: Path, models: Mapping[str, Path], samples: int) -> Work:
+def _diagnosis(asked: Done, pictures: Path, models: Mapping[str, Path], samples: int) -> Work:
     def work(stage: Context) -> dict[str, Any]:
-        questions = test.folder / "questions.jsonl"
+        questions = asked.folder / "test.jsonl"
         diagnosis.modality(stage, models, questions, pictures, samples)
         diagnosis.steering(stage, {MAIN.slug: models[MAIN.slug]}, questions, pictures, samples)
-        diagnosis.image(stage, models[MAIN.slug], pictures / ASKED_IMAGE, ASKED)
+        diagnosis.image(stage, MAIN.slug, models[MAIN.slug], pictures / ASKED_IMAGE, ASKED)
         diagnosis.report(stage)
         return {"image_shares": diagnosis.image_shares(stage)}
 

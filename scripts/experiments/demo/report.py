@@ -13,14 +13,13 @@ from experiments.world import KINDS
 
 
 def table(results: Mapping[str, Any]) -> Table:
-    """Return the results, one line each for the base and for every tuning."""
-    shown = Table(title=f"Accuracy on {results['questions']} held-out questions", title_justify="left")
-    for column in ("model", "camera", "trained parameters", *KINDS, "training"):
-        shown.add_column(column, justify="left" if column in ("model", "camera") else "right")
+    """Return the answers to upstream's evaluation before and after, one line each."""
+    title = f"Right answers to upstream's evaluation, {results['questions']} held-out questions"
+    shown = Table(title=title, title_justify="left")
+    for column in ("model", "camera", *KINDS):
+        shown.add_column(column, justify="right" if column in KINDS else "left")
     for row in results["rows"]:
-        seconds = f"{row['train_seconds']:.0f} s" if row["train_seconds"] else ""
-        parameters = f"{row['parameters']:,}" if row["parameters"] else ""
-        shown.add_row(row["model"], row["camera"], parameters, *(f"{row[kind]:.1%}" for kind in KINDS), seconds)
+        shown.add_row(row["model"], row["camera"], *(f"{row[kind]:.1%}" for kind in KINDS))
     return shown
 
 
@@ -40,8 +39,22 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     """Plot accuracy by kind of question (left), and colour accuracy against trained parameters (right)."""
     rows: Sequence[Mapping[str, Any]] = results["rows"]
     with side_by_side(path, (11, 4.2), (1, 1)) as (left, right):
-        _plot_kinds(left, rows[:3])
-        _plot_parameters(right, rows)
+        _plot_kinds(left, rows)
+        _plot_parameters(right, _tuned(results["comparison"]), 100 * rows[1]["colour"])
+
+
+def _tuned(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return name, trained parameters and colour accuracy in percent of the tunings that have a result."""
+    (task,) = document["tasks"]
+    return [
+        {
+            "model": one["method"],
+            "parameters": one["costs"]["trained_parameters"],
+            "colour": one["outcomes"]["colour"]["score"]["mean"],
+        }
+        for one in task["methods"]
+        if not one["frozen"] and one["costs"]
+    ]
 
 
 def _plot_kinds(axes: Any, bars: Sequence[Mapping[str, Any]]) -> None:
@@ -58,24 +71,23 @@ def _plot_kinds(axes: Any, bars: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("Before and after", fontsize=10)
 
 
-def _plot_parameters(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    tuned = [row for row in rows if row["parameters"]]
+def _plot_parameters(axes: Any, tuned: Sequence[Mapping[str, Any]], before: float) -> None:
     for row in tuned:
-        axes.scatter(row["parameters"], 100 * row["colour"], s=45, zorder=3)
+        axes.scatter(row["parameters"], row["colour"], s=45, zorder=3)
     for place, parameters in enumerate(sorted({row["parameters"] for row in tuned})):
         alike = sorted((row for row in tuned if row["parameters"] == parameters), key=lambda row: -float(row["colour"]))
         # Points of one size share a label, because they may overlap. Neighbours' labels alternate above and below.
         above = place % 2 == 0
         axes.annotate(
-            "\n".join(f"{row['model']}: {row['colour']:.1%}" for row in alike),
-            (parameters, 100 * alike[0 if above else -1]["colour"]),
+            "\n".join(f"{row['model']}: {row['colour']:.1f}%" for row in alike),
+            (parameters, alike[0 if above else -1]["colour"]),
             xytext=(0, 7 if above else -9),
             textcoords="offset points",
             ha="center",
             va="bottom" if above else "top",
             fontsize=7.5,
         )
-    axes.axhline(100 * rows[1]["colour"], color="#d9822b", linestyle="--", linewidth=1, label="base, shifted camera")
+    axes.axhline(before, color="#d9822b", linestyle="--", linewidth=1, label="base, shifted camera")
     axes.set_xscale("log")
     axes.set_xlim(2e2, 4e5)
     axes.set_ylim(0, 108)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from experiments.settings import FULL_BASE, QUICK_BASE, BaseSettings
-from experiments.tuning import Tuning
+from experiments.tuning import Tuning, lora
 
 # MixLoRA has FACTORS in each pool of every linear of the decoder, and uses ACTIVE of them for a question.
 FACTORS, ACTIVE = 8, 2
@@ -24,8 +24,10 @@ class Settings:
         base: of the demo's base.
         samples: training questions of each task.
         questions: test questions of each task.
+        validation: questions of each task that choose learning rates, on other pictures.
         steps: training steps, of `batch` questions each.
         seeds: every method is trained with each of them.
+        rates: the learning rates of which validation chooses one, for every method.
         without: the slugs of methods that are left out.
         diagnosis: questions of each task, for each batch that `llava-steering diagnose` measures.
     """
@@ -33,16 +35,17 @@ class Settings:
     base: BaseSettings = FULL_BASE
     samples: int = 2500
     questions: int = 200
+    validation: int = 100
     steps: int = 300
     batch: int = 16
     seeds: tuple[int, ...] = (1, 2, 3)
-    learning_rate: float = 2e-3
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     without: tuple[str, ...] = ()
     diagnosis: int = 48
 
     def methods(self, layers: int, width: int) -> tuple[Tuning, ...]:
         """Return the methods to compare, on a Llama decoder of `layers` and `width`."""
-        methods = compared(layers, width, self.learning_rate)
+        methods = compared(layers, width, self.rates)
         return tuple(method for method in methods if method.slug not in self.without)
 
 
@@ -66,18 +69,13 @@ def linears(layers: int, width: int) -> list[tuple[int, int]]:
     return layers * [*4 * [(width, width)], *2 * [(width, 4 * width)], (4 * width, width)]
 
 
-def compared(layers: int, width: int, learning_rate: float) -> tuple[Tuning, ...]:
+def compared(layers: int, width: int, rates: tuple[float, ...]) -> tuple[Tuning, ...]:
     """Return LoRA of equal active rank and of equal trained parameters, and MixLoRA with frozen and learned routers.
 
     Learned routers learn from the answers alone, or with the load-balance loss.
     """
     decoder = linears(layers, width)
     equal = matching_rank(mixlora_parameters(FACTORS, ACTIVE, decoder), decoder)
-
-    def lora(rank: int) -> Tuning:
-        flags: dict[str, object] = {"lora_enable": True, "lora_r": rank, "lora_alpha": round(SCALE * rank)}
-        flags["lora_dropout"] = 0.0
-        return Tuning(f"lora-r{rank}", f"LoRA r={rank}", flags, learning_rate)
 
     def mixlora(name: str, router_grad: str, **more: object) -> Tuning:
         flags: dict[str, object] = {
@@ -89,11 +87,10 @@ def compared(layers: int, width: int, learning_rate: float) -> tuple[Tuning, ...
             "mixlora_router_grad": router_grad,
             **more,
         }
-        return Tuning(f"mixlora-{name}", f"MixLoRA {ACTIVE} of {FACTORS}, {name} routers", flags, learning_rate)
+        return Tuning(f"mixlora-{name}", f"MixLoRA {ACTIVE} of {FACTORS}, {name} routers", flags, rates)
 
     return (
-        lora(ACTIVE),
-        lora(equal),
+        *(lora(f"lora-r{rank}", f"LoRA r={rank}", rank, SCALE * rank, rates) for rank in (ACTIVE, equal)),
         mixlora("frozen", "none"),
         mixlora("learned", "straight_through", mixlora_balance=0.0),
         mixlora("balanced", "straight_through", mixlora_balance=BALANCE),
@@ -103,5 +100,14 @@ def compared(layers: int, width: int, learning_rate: float) -> tuple[Tuning, ...
 FULL = Settings()
 # Long enough to run every part, too short to learn anything. Only one method with learned routers is in it.
 QUICK = Settings(
-    QUICK_BASE, samples=20, questions=4, steps=4, batch=8, seeds=(1,), without=("mixlora-learned",), diagnosis=2
+    QUICK_BASE,
+    samples=20,
+    questions=4,
+    validation=2,
+    steps=4,
+    batch=8,
+    seeds=(1,),
+    rates=(2e-3,),
+    without=("mixlora-learned",),
+    diagnosis=2,
 )

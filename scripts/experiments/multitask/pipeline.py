@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -17,14 +17,15 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments import backbone, commands, diagnosis, scoring, world
+from experiments import backbone, comparing, diagnosis, scoring, world
 from experiments.base import Base, build
-from experiments.multitask import information, merging, report, routing, tasks
+from experiments.comparing import Compared, Data
+from experiments.multitask import information, report, routing, tasks
 from experiments.multitask.methods import FULL, QUICK, Settings
 from experiments.multitask.tasks import CAMERAS, COLOUR_TASKS, TASKS
 from experiments.program import OUTPUT, OutputOption, QuickOption, described, runner_of
 from experiments.stages import Context, Done, Runner, Stage
-from experiments.tuning import Lengths, Tuning, tuning_stage
+from experiments.tuning import Tuning
 
 PACKAGES = ("torch", "transformers", "peft", "llava-torch", "scikit-learn", "llava-steering-plugin")
 SCRIPTS = Path(__file__).parents[2]
@@ -51,8 +52,10 @@ def main(
     found.write_text(json.dumps(results, indent=2) + "\n")
     found.with_suffix(".md").write_text(report.markdown(results))
     report.plot(results, found.with_name("multitask.png"))
-    runner.console.print(report.table(results))
+    runner.console.print(comparing.table_of(results["comparison"]))
     runner.console.print(f"[bold]{found}[/bold] with results.md and multitask.png beside it")
+    tables = found.parent / comparing.OUTPUT / "results.md"
+    runner.console.print(f"[bold]{tables}[/bold] has paired differences, costs and learning rates")
     page = runner.root / "multitask" / "diagnosis" / diagnosis.REPORT
     runner.console.print(f"[bold]{page}[/bold] shows how the tasks interfere, and how the routers choose")
 
@@ -61,122 +64,87 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
     """Run all stages in order; return the content of results.json."""
     started = time.monotonic()
     base = build(settings.base, runner)
-    content = {"samples": settings.samples, "questions": settings.questions, "cameras": CAMERAS}
+    counts = {"samples": settings.samples, "questions": settings.questions, "validation": settings.validation}
+    content = {**counts, "cameras": CAMERAS}
     data = runner.run(Stage("multitask/data", content, (), _data(settings), (tasks, world, scoring)))
     methods = settings.methods(backbone.LAYERS, backbone.WIDTH)
-    wanted = [(method, seed) for seed in settings.seeds for method in methods]
-    trained = runner.run_side_by_side(
+    compared = _compare(settings, base, data, methods, runner)
+    told = runner.run_side_by_side(
         [
-            tuning_stage(
-                f"multitask/train-{method.slug}-seed-{seed}",
-                method,
-                Lengths(settings.steps, settings.batch, seed),
-                base,
-                data,
-                data.folder / "pictures",
+            Stage(
+                f"multitask/told-{slug}-seed-{seed}",
+                {"cell": cell},
+                (data, base.done),
+                _told(data, adapter),
+                (routing, information),
             )
-            for method, seed in wanted
+            for slug, seed, cell, adapter in compared.tested
+            if slug.startswith("mixlora")
         ]
     )
-    needs = (data, base.done)
-    answers = [Stage("multitask/eval-base", {}, needs, _answers(data, base.model, None), (commands, scoring))]
-    for (method, seed), done in zip(wanted, trained, strict=True):
-        name, adapter = f"multitask/eval-{method.slug}-seed-{seed}", method.adapter(done.folder)
-        work = _lora_answers(data, base, adapter) if method.is_lora else _routed_answers(data, base, adapter)
-        answers.append(Stage(name, {}, (*needs, done), work, (commands, scoring, merging, routing, information)))
-    answered = runner.run_side_by_side(answers)
-    first = {
-        method.slug: method.adapter(done.folder)
-        for (method, seed), done in zip(wanted, trained, strict=True)
-        if seed == settings.seeds[0]
-    }
+    first = compared.adapters
     diagnosed = runner.run(
         Stage(
             "multitask/diagnosis",
-            {"models": list(first), "samples": settings.diagnosis},
-            (*needs, *trained[: len(methods)]),
+            {"cells": compared.cells, "samples": settings.diagnosis},
+            (data, base.done),
             _diagnosis(data, first, settings.diagnosis),
             (diagnosis,),
         )
     )
+    names = {method.slug: method.name for method in methods}
+    routed = [(names[slug], seed) for slug, seed, *_ in compared.tested if slug.startswith("mixlora")]
     rows = [
-        {
-            "method": method.name,
-            "seed": seed,
-            "parameters": done.values["parameters"],
-            "train_seconds": done.seconds,
-            **evaluation.values,
-        }
-        for (method, seed), done, evaluation in zip(wanted, trained, answered[1:], strict=True)
+        {"method": name, "seed": seed, "information": done.values}
+        for (name, seed), done in zip(routed, told, strict=True)
     ]
-    stages = (data, *trained, *answered, diagnosed)
+    stages = (data, *told, diagnosed)
     return {
         "date": date.today().isoformat(),
         "questions": settings.questions,
         "steps": settings.steps,
         "batch": settings.batch,
         "samples": settings.samples,
-        "learning_rates": {method.name: method.learning_rate for method in methods},
-        "base": answered[0].values["accuracy"],
-        "methods": report.by_method(rows),
-        "differences": _differences(rows, methods),
+        "comparison": compared.document,
+        "information": report.by_method(rows),
         "rows": rows,
         "seconds": {done.folder.name: done.seconds for done in stages},
         **described(PACKAGES, started),
     }
 
 
-def _differences(rows: list[dict[str, Any]], methods: tuple[Tuning, ...]) -> dict[str, Any]:
-    """Return the differences of every method from the first one."""
-    first, *others = methods
-    return {
-        f"{method.name} - {first.name}": report.differences(rows, method.name, first.name, ("all", *TASKS))
-        for method in others
+def _compare(settings: Settings, base: Base, data: Done, methods: Sequence[Tuning], runner: Runner) -> Compared:
+    """Compare all methods: one training for all tasks, and each task a test of its own."""
+    files = {
+        split: {task: data.folder / tasks.question_file(split, task) for task in TASKS}
+        for split in ("validation", "test")
     }
+    held = Data("all tasks", data.folder / "train.json", data.folder / "pictures", files["validation"], files["test"])
+    file = runner.root / "multitask" / "compare.yaml"
+    lengths = {"steps": settings.steps, "batch": settings.batch}
+    comparing.write_file(file, base, held, methods, **lengths, seeds=settings.seeds)
+    return comparing.run(file, methods, runner)
 
 
 def _data(settings: Settings) -> Work:
     def work(stage: Context) -> dict[str, Any]:
-        tasks.write(stage.folder, settings.samples, settings.questions)
+        tasks.write(stage.folder, settings.samples, settings.questions, settings.validation)
         return {}
 
     return work
 
 
-def _answers(data: Done, base: Path, adapter: Path | None) -> Work:
-    """Answer the questions with `llava-steering eval`, by the base or by one of our adapters on it."""
+def _told(data: Done, adapter: Path) -> Work:
+    """Measure what the chosen factors of a MixLoRA tell of the test questions' tasks."""
 
     def work(stage: Context) -> dict[str, Any]:
-        answers, questions = stage.folder / "answers.jsonl", data.folder / "questions.jsonl"
-        stage.run(commands.evaluate_batched(answers, base, adapter, data.folder / "pictures", questions))
-        return {"accuracy": scoring.accuracy(answers, data.folder / "answers.json", TASKS)}
-
-    return work
-
-
-def _lora_answers(data: Done, base: Base, adapter: Path) -> Work:
-    """Answer with LoRA: it is merged into the base first, because `eval` loads no LoRA."""
-
-    def work(stage: Context) -> dict[str, Any]:
-        merged = stage.folder / "merged"
-        _run_module(stage, merging.__name__, "--adapter", adapter, "--base", base.model, "--output", merged)
-        return _answers(data, merged, None)(stage)
-
-    return work
-
-
-def _routed_answers(data: Done, base: Base, adapter: Path) -> Work:
-    """Answer with MixLoRA, and measure what the chosen factors tell."""
-
-    def work(stage: Context) -> dict[str, Any]:
-        values = _answers(data, base.model, adapter)(stage)
-        chosen, questions = stage.folder / "routing.npz", data.folder / "questions.jsonl"
+        chosen, questions = stage.folder / "routing.npz", data.folder / "test.jsonl"
         pictures = data.folder / "pictures"
         _run_module(
             stage, routing.__name__,
             "--adapter", adapter, "--questions", questions, "--pictures", pictures, "--output", chosen,
         )  # fmt: skip
-        return {**values, "information": _information(chosen, data.folder / "answers.json")}
+        return _information(chosen, questions)
 
     return work
 
@@ -201,11 +169,11 @@ def _run_module(stage: Context, module: str, *words: object) -> None:
     stage.run([sys.executable, "-m", module, *map(str, words)], env={"PYTHONPATH": os.pathsep.join(paths)})
 
 
-def _information(chosen: Path, expected: Path) -> dict[str, Any]:
+def _information(chosen: Path, questions: Path) -> dict[str, Any]:
     """Return how much the chosen factors tell of the task, and of the camera among questions about colours."""
     import numpy as np
 
-    of_question = [entry["kind"] for entry in json.loads(expected.read_text())]
+    of_question = scoring.kinds_in(questions)
     coloured = [place for place, task in enumerate(of_question) if task in COLOUR_TASKS]
     found: dict[str, Any] = {}
     with np.load(chosen) as file:

@@ -94,11 +94,17 @@ def digit_picture(values: np.ndarray[Any, Any]) -> Image.Image:
     return grey.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC).convert("RGB")
 
 
-def write(folder: Path, samples: int, questions: int) -> None:
+def question_file(split: str, task: str) -> str:
+    """Return the name of the file of a task's questions."""
+    return f"{split}-{task.replace('/', '-').replace(' ', '-')}.jsonl"
+
+
+def write(folder: Path, samples: int, questions: int, validation: int) -> None:
     """Write data of all tasks into `folder`.
 
-    pictures/, train.json, questions.jsonl, answers.json in the order of the questions, and held-out.json: the questions
-    with their answers, as training data. Samples name their task.
+    pictures/, train.json, test.jsonl, a question file for each task and split, and held-out.json: the test questions
+    with their answers, as training data. Samples name their task. No picture is in two of training, validation and
+    test.
     """
     from sklearn.datasets import load_digits
 
@@ -106,14 +112,20 @@ def write(folder: Path, samples: int, questions: int) -> None:
     splits = {name: world.Split.load(name) for name in ("train", "test")}
     first = len(digits.target) - HELD_OUT_DIGITS
     trained = training(splits["train"].questions, digits.target[:first].tolist(), samples)
-    tested = testing(splits["test"].questions, digits.target[first:].tolist(), first, questions)
-    for image in sorted({asked.image for asked in (*trained, *tested)}):
+    half = first + HELD_OUT_DIGITS // 2
+    odd, even = world.halves(splits["test"].questions)
+    validated = testing(odd, digits.target[first:half].tolist(), first, validation)
+    tested = testing(even, digits.target[half:].tolist(), half, questions)
+    for image in sorted({asked.image for asked in (*trained, *validated, *tested)}):
         target = folder / "pictures" / image
         target.parent.mkdir(parents=True, exist_ok=True)
         _picture(image, splits, digits.images).save(target)
     for name, asked_of in (("train", trained), ("held-out", tested)):
         (folder / f"{name}.json").write_text(json.dumps(list(map(_sample, range(len(asked_of)), asked_of))))
-    write_questions(folder, tested)
+    write_questions(folder / "test.jsonl", tested)
+    for split, asked_of in (("validation", validated), ("test", tested)):
+        for task in TASKS:
+            write_questions(folder / question_file(split, task), (asked for asked in asked_of if asked.kind == task))
 
 
 def _sample(number: int, asked: Asked) -> dict[str, Any]:

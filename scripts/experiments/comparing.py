@@ -1,0 +1,153 @@
+"""Compare tunings of the base with `llava-steering compare`: write its file, run it, and read what comes out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from experiments.base import Base
+from experiments.commands import BATCH, NEW_TOKENS, SHARED
+from experiments.stages import SEED_OF_HASHES, Runner, StageError
+from experiments.tuning import Tuning
+from llava_steering_plugin.comparison.records import FILE, TEST, read_records
+
+# Models this small do not gain from a second thread.
+PROCESSES, THREADS = 2, 1
+OUTPUT, RESULTS = "compare", "results.json"
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is compared on: training data, and the question files of both splits by the names of their tests.
+
+    Attributes:
+        pictures: the folder of all images.
+    """
+
+    name: str
+    train: Path
+    pictures: Path
+    validation: Mapping[str, Path]
+    test: Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What came out of a comparison.
+
+    Attributes:
+        document: results.json.
+        tested: of each training at the chosen learning rate, the tuning's slug, the seed, the cell, which changes with
+            all that the training depends on, and the adapter.
+    """
+
+    document: dict[str, Any]
+    tested: tuple[tuple[str, int, str, Path], ...]
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """Return the adapter of each tuning at the first seed, by its slug."""
+        return {slug: adapter for slug, _, _, adapter in reversed(self.tested)}
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """Return the cells of these."""
+        return {slug: cell for slug, _, cell, _ in reversed(self.tested)}
+
+
+def write_file(
+    file: Path, base: Base, data: Data, tunings: Sequence[Tuning], *, steps: int, batch: int, seeds: Sequence[int]
+) -> None:
+    """Write the YAML of a comparison; its results go into a folder beside it."""
+    content = {
+        "base": str(base.model),
+        "output": OUTPUT,
+        "processes": PROCESSES,
+        "seeds": list(seeds),
+        "learning_rates": list(tunings[0].rates),
+        "defaults": {
+            **SHARED,
+            "vision_tower": str(base.clip),
+            "freeze_mm_mlp_adapter": True,
+            "max_steps": steps,
+            "per_device_train_batch_size": batch,
+        },
+        "methods": {each.name: {**each.flags, "learning_rates": list(each.rates)} for each in tunings},
+        "tasks": {
+            data.name: {
+                "train": str(data.train),
+                "image_folder": str(data.pictures),
+                **{split: _tests(files) for split, files in (("validation", data.validation), ("test", data.test))},
+            }
+        },
+        "answers": {"conv_mode": "v1", "max_new_tokens": NEW_TOKENS, "batch_size": BATCH, "device": "cpu"},
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def _tests(files: Mapping[str, Path]) -> dict[str, dict[str, str]]:
+    """Return the tests of question files whose lines have their answers."""
+    return {
+        name: {"questions": str(questions), "annotations": str(questions), "benchmark": "exact_match"}
+        for name, questions in files.items()
+    }
+
+
+def run(file: Path, tunings: Sequence[Tuning], runner: Runner) -> Compared:
+    """Run a comparison, or what is left of it, and return what came out.
+
+    Raises:
+        StageError: it ended with an error. Cells that are done stay, and the next run goes on.
+    """
+    command = [sys.executable, "-m", "llava_steering_plugin", "compare", str(file)]
+    env = {**os.environ, **SEED_OF_HASHES, "OMP_NUM_THREADS": str(THREADS)}
+    with runner.paused():
+        status = subprocess.run(command, env=env, check=False).returncode
+    if status:
+        raise StageError(f"`llava-steering compare {file}` ended with {status}; what it printed says why")
+    return read(file.parent / OUTPUT, tunings)
+
+
+def read(output: Path, tunings: Sequence[Tuning]) -> Compared:
+    """Return what came out of a comparison."""
+    slugs = {tuning.name: tuning.slug for tuning in tunings}
+    order = list(slugs)
+    records = [each for each in read_records(output / FILE) if each.split == TEST and each.method in slugs]
+    records.sort(key=lambda record: (record.seed, order.index(record.method)))
+    tested = tuple((slugs[each.method], each.seed, each.cell, output / each.adapter) for each in records)
+    return Compared(json.loads((output / RESULTS).read_text()), tested)
+
+
+def table_of(document: Mapping[str, Any]) -> Table:
+    """Return the scores of results.json in percent, mean and deviation over seeds, a line for each method."""
+    (task,) = document["tasks"]
+    shown = Table(title=f"Right answers in %: {task['task']}", title_justify="left")
+    shown.add_column("model")
+    for column in ("trained", "learning rate", "seeds", *task["tests"]):
+        shown.add_column(column, justify="right")
+    for one in task["methods"]:
+        shown.add_row(
+            one["method"],
+            f"{one['costs']['trained_parameters']:,}" if one["costs"] else "",
+            "" if one["rate"] is None else f"{one['rate']:g}",
+            f"{len(one['done'])} of {len(one['seeds'])}",
+            *(spread(one["outcomes"][test]["score"]) for test in task["tests"]),
+        )
+    return shown
+
+
+def spread(score: Mapping[str, Any] | None) -> str:
+    """Return a mean with its standard deviation, if it has one."""
+    if score is None:
+        return "-"
+    return f"{score['mean']:.1f}" + ("" if score["deviation"] is None else f" ±{score['deviation']:.1f}")
