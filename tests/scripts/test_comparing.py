@@ -1,4 +1,4 @@
-"""The file of a comparison is what `llava-steering compare` takes, and its results are found (`experiments.comparing`)."""
+"""The file of a comparison names all that is compared, and its results are found (`experiments.comparing`)."""
 
 from __future__ import annotations
 
