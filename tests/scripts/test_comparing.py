@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
-from compared import BASE, record
+from comparison_records import BASE, record
 
 from llava_steering_plugin.comparison.records import FAILED, FILE, VALIDATION, write_records
 from llava_steering_plugin.comparison.results.writing import write_results
