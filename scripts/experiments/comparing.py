@@ -41,27 +41,40 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Tested:
+    """One training at the chosen learning rate.
+
+    Attributes:
+        slug: of the tuning.
+        cell: changes with all that the training depends on.
+        parameters: that were trained.
+        accuracy: the share of right answers to each test.
+    """
+
+    slug: str
+    seed: int
+    cell: str
+    adapter: Path
+    parameters: int
+    accuracy: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Compared:
     """What came out of a comparison.
 
     Attributes:
         document: results.json.
-        tested: of each training at the chosen learning rate, the tuning's slug, the seed, the cell, which changes with
-            all that the training depends on, and the adapter.
+        tested: seed by seed, in the order of the tunings.
     """
 
     document: dict[str, Any]
-    tested: tuple[tuple[str, int, str, Path], ...]
+    tested: tuple[Tested, ...]
 
     @property
-    def adapters(self) -> dict[str, Path]:
-        """Return the adapter of each tuning at the first seed, by its slug."""
-        return {slug: adapter for slug, _, _, adapter in reversed(self.tested)}
-
-    @property
-    def cells(self) -> dict[str, str]:
-        """Return the cells of these."""
-        return {slug: cell for slug, _, cell, _ in reversed(self.tested)}
+    def firsts(self) -> dict[str, Tested]:
+        """Return the training of each tuning at the first seed, by the tuning's slug."""
+        return {each.slug: each for each in reversed(self.tested)}
 
 
 def write_file(
@@ -124,7 +137,17 @@ def read(output: Path, tunings: Sequence[Tuning]) -> Compared:
     order = list(slugs)
     records = [each for each in read_records(output / FILE) if each.split == TEST and each.method in slugs]
     records.sort(key=lambda record: (record.seed, order.index(record.method)))
-    tested = tuple((slugs[each.method], each.seed, each.cell, output / each.adapter) for each in records)
+    tested = tuple(
+        Tested(
+            slugs[each.method],
+            each.seed,
+            each.cell,
+            output / each.adapter,
+            each.trained_parameters,
+            {test: score.score / 100 for test, score in each.scores.items()},
+        )
+        for each in records
+    )
     return Compared(json.loads((output / RESULTS).read_text()), tested)
 
 

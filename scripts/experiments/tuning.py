@@ -26,7 +26,7 @@ class Tuning:
         return self.flags.get("tuning_mode") == "mixlora"
 
 
-def lora(slug: str, name: str, rank: int, alpha: float, rates: tuple[float, ...], dropout: float = 0.0) -> Tuning:
-    """Return PEFT's LoRA on all linears of the decoder, trained as our modes are."""
-    config = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
-    return Tuning(slug, name, {"tuning_mode": "peft", "peft_method": "lora", "peft_config": config}, rates)
+def lora(slug: str, name: str, rank: int, alpha: int, rates: tuple[float, ...], dropout: float = 0.0) -> Tuning:
+    """Return LLaVA's LoRA on all linears of the decoder."""
+    flags: dict[str, object] = {"lora_enable": True, "lora_r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
+    return Tuning(slug, name, flags, rates)

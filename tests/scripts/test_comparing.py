@@ -25,9 +25,10 @@ def test_a_file_names_all_tunings_with_their_rates_and_a_test_for_each_kind_of_q
     found = yaml.safe_load(file.read_text())
     assert list(found["methods"]) == [tuning.name for tuning in FULL.tunings]
     assert found["methods"]["LoRA r=8"] == {
-        "tuning_mode": "peft",
-        "peft_method": "lora",
-        "peft_config": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05},
+        "lora_enable": True,
+        "lora_r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
         "learning_rates": [1e-3, 3e-3],
     }
     assert (found["defaults"]["max_steps"], found["seeds"]) == (20, [7])
@@ -54,9 +55,13 @@ def test_the_adapters_are_those_of_the_chosen_rate_at_the_first_seed(tmp_path: P
     write_results(tmp_path)
     found = read(tmp_path, tunings)
     cells = tmp_path / "cells"
-    assert found.adapters == {"one": cells / "one-1" / "model", "two": cells / "two-1" / "model"}
-    assert found.cells == {"one": "colours-Method one-0.1-1", "two": "colours-Method two-0.1-1"}
-    assert [(slug, seed) for slug, seed, *_ in found.tested] == [("one", 1), ("two", 1), ("one", 2), ("two", 2)]
+    assert {slug: each.adapter for slug, each in found.firsts.items()} == {
+        "one": cells / "one-1" / "model",
+        "two": cells / "two-1" / "model",
+    }
+    assert [(each.slug, each.seed) for each in found.tested] == [("one", 1), ("two", 1), ("one", 2), ("two", 2)]
+    first = found.firsts["one"]
+    assert (first.cell, first.parameters, first.accuracy) == ("colours-Method one-0.1-1", 1000, {"held out": 1.0})
     (task,) = found.document["tasks"]
     assert spread(task["methods"][1]["outcomes"]["held out"]["score"]) == "100.0 ±0.0"
     assert spread(None) == "-" and spread({"mean": 1.0, "deviation": None}) == "1.0"

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import commands, comparing, diagnosis, scoring, world
+from experiments import camera, commands, comparing, diagnosis, scoring
 from experiments.base import Base, build
-from experiments.comparing import Compared, Data, write_file
+from experiments.comparing import Compared
 from experiments.demo import report
 from experiments.demo.settings import FULL, MAIN, QUICK, Settings
 from experiments.program import OUTPUT, OutputOption, QuickOption, described, runner_of
@@ -50,42 +50,41 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
     """Run all stages in order; return the content of results.json."""
     started = time.monotonic()
     base = build(settings.base, runner)
-    shifted = base.data.folder / "pictures" / "shifted"
-    counts = {"validation": settings.validation, "test": settings.questions}
-    asked = runner.run(Stage("questions", counts, (), _questions(counts), (world, scoring)))
-    compared = _compare(settings, base, asked, shifted, runner)
-    main = compared.adapters[MAIN.slug]
+    asked = camera.questions("questions", settings.validation, settings.questions, runner)
+    compared = _compare(settings, base, asked, runner)
+    main, pictures = compared.firsts[MAIN.slug], camera.pictures(base)
     answered = runner.run_side_by_side(
         [
             Stage(
-                f"eval-{name}-{camera}",
-                {"camera": camera, "cell": compared.cells[MAIN.slug] if model == main else None},
+                f"eval-{name}-{seen}",
+                {"camera": seen, "cell": cell},
                 (asked, base.data, base.done),
-                _evaluation(asked, base.data, camera, model),
+                _evaluation(asked, base.data, seen, model),
                 (scoring, commands),
             )
-            for name, camera, model in (
-                ("base", "clean", base.model),
-                ("base", "shifted", base.model),
-                (MAIN.slug, "shifted", main),
+            for name, seen, model, cell in (
+                ("base", "clean", base.model, None),
+                ("base", "shifted", base.model, None),
+                (MAIN.slug, "shifted", main.adapter, main.cell),
             )
         ]
     )
-    chat = runner.run(Stage("chat", {"cell": compared.cells[MAIN.slug]}, (base.done,), _chat(base, main)))
-    measured = {"base": base.model} | {slug: compared.adapters[slug] for slug in settings.diagnosed}
+    chat = runner.run(Stage("chat", {"cell": main.cell}, (base.done,), _chat(base, main.adapter)))
+    diagnosed_ones = [compared.firsts[slug] for slug in settings.diagnosed]
+    measured = {"base": base.model} | {each.slug: each.adapter for each in diagnosed_ones}
     diagnosed = runner.run(
         Stage(
             "diagnosis",
-            {"cells": [compared.cells[slug] for slug in settings.diagnosed], "samples": settings.diagnosis},
+            {"cells": [each.cell for each in diagnosed_ones], "samples": settings.diagnosis},
             (asked, base.data, base.done),
-            _diagnosis(asked, shifted, measured, settings.diagnosis),
+            _diagnosis(asked, pictures, measured, settings.diagnosis),
             (diagnosis,),
         )
     )
     names = (("base", "clean"), ("base", "shifted"), (MAIN.name, "shifted"))
     rows = [
-        {"model": name, "camera": camera, **evaluation.values}
-        for (name, camera), evaluation in zip(names, answered, strict=True)
+        {"model": name, "camera": seen, **evaluation.values}
+        for (name, seen), evaluation in zip(names, answered, strict=True)
     ]
     stages = (*base.stages, asked, *answered, chat, diagnosed)
     return {
@@ -102,45 +101,19 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
     }
 
 
-def _compare(settings: Settings, base: Base, asked: Done, shifted: Path, runner: Runner) -> Compared:
-    """Compare all tunings: each kind of question is a test of its own."""
-    files = {
-        split: {kind: asked.folder / _file(split, kind) for kind in world.KINDS} for split in ("validation", "test")
-    }
-    data = Data("shifted camera", base.data.folder / "train.json", shifted, files["validation"], files["test"])
+def _compare(settings: Settings, base: Base, asked: Done, runner: Runner) -> Compared:
     file = runner.root / "compare.yaml"
     lengths = {"steps": settings.shift_steps, "batch": settings.base.batch}
-    write_file(file, base, data, settings.tunings, **lengths, seeds=[SEED])
+    comparing.write_file(file, base, camera.data(base, asked), settings.tunings, **lengths, seeds=[SEED])
     return comparing.run(file, settings.tunings, runner)
 
 
-def _file(split: str, kind: str) -> str:
-    return f"{split}-{kind.replace('/', '-')}.jsonl"
-
-
-def _questions(counts: Mapping[str, int]) -> Work:
-    def work(stage: Context) -> dict[str, Any]:
-        halves = world.halves(world.Split.load("test").questions)
-        for (split, count), questions in zip(counts.items(), halves, strict=True):
-            sample = [
-                scoring.Asked(f"test/{one.image}.png", one.text, one.answer, one.kind)
-                for one in world.test_sample(questions, count)
-            ]
-            scoring.write_questions(stage.folder / f"{split}.jsonl", sample)
-            for kind in world.KINDS:
-                own = (one for one in sample if one.kind == kind)
-                scoring.write_questions(stage.folder / _file(split, kind), own)
-        return {}
-
-    return work
-
-
-def _evaluation(asked: Done, data: Done, camera: str, model: Path) -> Work:
+def _evaluation(asked: Done, data: Done, seen: str, model: Path) -> Work:
     """Answer the test with upstream's own evaluation."""
 
     def work(stage: Context) -> dict[str, Any]:
         answers, questions = stage.folder / "answers.jsonl", asked.folder / "test.jsonl"
-        stage.run(commands.evaluate(answers, model, data.folder / "pictures" / camera, questions))
+        stage.run(commands.evaluate(answers, model, data.folder / "pictures" / seen, questions))
         return dict(scoring.accuracy(answers, questions))
 
     return work
@@ -160,7 +133,7 @@ def _diagnosis(asked: Done, pictures: Path, models: Mapping[str, Path], samples:
 
 def _chat(base: Base, adapter: Path) -> Work:
     def work(stage: Context) -> dict[str, Any]:
-        picture = base.data.folder / "pictures" / "shifted" / ASKED_IMAGE
+        picture = camera.pictures(base) / ASKED_IMAGE
         said = stage.run(commands.chat(adapter, picture), say=f"{ASKED}\n\n")
         answer = said.partition("ASSISTANT: ")[2].partition("USER: ")[0].strip()
         return {"question": ASKED, "image": f"shifted/{ASKED_IMAGE}", "answer": answer.removesuffix("</s>")}

@@ -90,7 +90,7 @@ def compared(layers: int, width: int, rates: tuple[float, ...]) -> tuple[Tuning,
         return Tuning(f"mixlora-{name}", f"MixLoRA {ACTIVE} of {FACTORS}, {name} routers", flags, rates)
 
     return (
-        *(lora(f"lora-r{rank}", f"LoRA r={rank}", rank, SCALE * rank, rates) for rank in (ACTIVE, equal)),
+        *(lora(f"lora-r{rank}", f"LoRA r={rank}", rank, round(SCALE * rank), rates) for rank in (ACTIVE, equal)),
         mixlora("frozen", "none"),
         mixlora("learned", "straight_through", mixlora_balance=0.0),
         mixlora("balanced", "straight_through", mixlora_balance=BALANCE),

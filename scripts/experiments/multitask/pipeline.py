@@ -69,34 +69,33 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
     data = runner.run(Stage("multitask/data", content, (), _data(settings), (tasks, world, scoring)))
     methods = settings.methods(backbone.LAYERS, backbone.WIDTH)
     compared = _compare(settings, base, data, methods, runner)
+    routers = {method.slug: method.name for method in methods if method.is_mixlora}
+    routed = [each for each in compared.tested if each.slug in routers]
     told = runner.run_side_by_side(
         [
             Stage(
-                f"multitask/told-{slug}-seed-{seed}",
-                {"cell": cell},
+                f"multitask/told-{each.slug}-seed-{each.seed}",
+                {"cell": each.cell},
                 (data, base.done),
-                _told(data, adapter),
+                _told(data, each.adapter),
                 (routing, information),
             )
-            for slug, seed, cell, adapter in compared.tested
-            if slug.startswith("mixlora")
+            for each in routed
         ]
     )
-    first = compared.adapters
+    firsts = compared.firsts
     diagnosed = runner.run(
         Stage(
             "multitask/diagnosis",
-            {"cells": compared.cells, "samples": settings.diagnosis},
+            {"cells": {slug: each.cell for slug, each in firsts.items()}, "samples": settings.diagnosis},
             (data, base.done),
-            _diagnosis(data, first, settings.diagnosis),
+            _diagnosis(data, {slug: each.adapter for slug, each in firsts.items()}, settings.diagnosis),
             (diagnosis,),
         )
     )
-    names = {method.slug: method.name for method in methods}
-    routed = [(names[slug], seed) for slug, seed, *_ in compared.tested if slug.startswith("mixlora")]
     rows = [
-        {"method": name, "seed": seed, "information": done.values}
-        for (name, seed), done in zip(routed, told, strict=True)
+        {"method": routers[each.slug], "seed": each.seed, "information": done.values}
+        for each, done in zip(routed, told, strict=True)
     ]
     stages = (data, *told, diagnosed)
     return {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -17,15 +17,14 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments import commands, scoring, world
-from experiments.base import Base, build
+from experiments import camera, comparing, world
+from experiments.base import build
+from experiments.comparing import Tested
 from experiments.program import OUTPUT, OutputOption, QuickOption, described, runner_of
 from experiments.ratios.settings import FULL, QUICK, Settings
-from experiments.stages import Context, Done, Runner, Stage
-from experiments.tuning import Lengths, Tuning, tuning_stage
+from experiments.stages import Runner
 
 PACKAGES = ("torch", "transformers", "llava-torch", "llava-steering-plugin")
-Work = Callable[[Context], dict[str, Any]]
 
 
 def main(
@@ -48,71 +47,28 @@ def main(
     found.with_suffix(".md").write_text(markdown(results))
     runner.console.print(markdown(results), markup=False)
     runner.console.print(f"[bold]{found}[/bold] with results.md beside it")
+    tables = found.parent / comparing.OUTPUT / "results.md"
+    runner.console.print(f"[bold]{tables}[/bold] has paired differences and costs")
 
 
 def run(settings: Settings, runner: Runner) -> dict[str, Any]:
-    """Run all stages in order; return the content of results.json."""
+    """Compare all tunings; return the content of results.json."""
     started = time.monotonic()
     base = build(settings.base, runner)
-    pictures = base.data.folder / "pictures" / "shifted"
-    test = runner.run(
-        Stage("ratios/questions", {"count": settings.questions}, (), _questions(settings), (world, scoring))
-    )
-    wanted = [(tuning, seed) for seed in settings.seeds for tuning in settings.tunings]
-    trained = runner.run_side_by_side(
-        [
-            tuning_stage(
-                f"ratios/train-{tuning.slug}-seed-{seed}",
-                tuning,
-                Lengths(settings.steps, settings.base.batch, seed),
-                base,
-                base.data,
-                pictures,
-            )
-            for tuning, seed in wanted
-        ]
-    )
-    answered = runner.run_side_by_side(
-        [
-            Stage(
-                f"ratios/eval-{tuning.slug}-seed-{seed}",
-                {},
-                (test, base.data, done),
-                _evaluation(test, base, tuning.adapter(done.folder), pictures),
-                (scoring,),
-            )
-            for (tuning, seed), done in zip(wanted, trained, strict=True)
-        ]
-    )
+    asked = camera.questions("ratios/questions", settings.validation, settings.questions, runner)
+    file = runner.root / "ratios" / "compare.yaml"
+    lengths = {"steps": settings.steps, "batch": settings.base.batch}
+    comparing.write_file(file, base, camera.data(base, asked), settings.tunings, **lengths, seeds=settings.seeds)
+    compared = comparing.run(file, settings.tunings, runner)
+    names = {tuning.slug: tuning.name for tuning in settings.tunings}
     return {
         "questions": settings.questions,
         "steps": settings.steps,
-        "rows": [_row(tuning, seed, *dones) for (tuning, seed), *dones in zip(wanted, trained, answered, strict=True)],
+        "rows": [_row(names[each.slug], each) for each in compared.tested],
+        "comparison": compared.document,
         **described(PACKAGES, started),
         "date": date.today().isoformat(),
     }
-
-
-def _questions(settings: Settings) -> Work:
-    def work(stage: Context) -> dict[str, Any]:
-        sample = world.test_sample(world.Split.load("test").questions, settings.questions)
-        scoring.write_questions(
-            stage.folder,
-            (scoring.Asked(f"test/{one.image}.png", one.text, one.answer, one.kind) for one in sample),
-        )
-        return {}
-
-    return work
-
-
-def _evaluation(test: Done, base: Base, adapter: Path, pictures: Path) -> Work:
-    def work(stage: Context) -> dict[str, Any]:
-        answers = stage.folder / "answers.jsonl"
-        stage.run(commands.evaluate_batched(answers, base.model, adapter, pictures, test.folder / "questions.jsonl"))
-        accuracy = scoring.accuracy(answers, test.folder / "answers.json", world.KINDS)
-        return {"accuracy": accuracy, "chosen": chosen(adapter)}
-
-    return work
 
 
 def chosen(adapter: Path) -> list[str]:
@@ -130,13 +86,13 @@ def chosen(adapter: Path) -> list[str]:
     return [by_layer.get(path, selections[0].spec) for path in sorted(layers)]
 
 
-def _row(tuning: Tuning, seed: int, trained: Done, answered: Done) -> dict[str, Any]:
+def _row(tokens: str, tested: Tested) -> dict[str, Any]:
     return {
-        "tokens": tuning.name,
-        "seed": seed,
-        "parameters": trained.values["parameters"],
-        "train_seconds": trained.seconds,
-        **answered.values,
+        "tokens": tokens,
+        "seed": tested.seed,
+        "parameters": tested.parameters,
+        "accuracy": tested.accuracy,
+        "chosen": chosen(tested.adapter),
     }
 
 

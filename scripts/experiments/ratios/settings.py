@@ -16,7 +16,7 @@ def tuning(tokens: str) -> Tuning:
     """Return MoReS on these tokens, as the demo tunes it."""
     slug = f"ratio-{tokens.replace('%', '').replace(',', '-')}"
     flags: dict[str, object] = {"tuning_mode": "mores", "mores_rank": RANK, "mores_tokens": tokens}
-    return Tuning(slug, tokens, flags, LEARNING_RATE)
+    return Tuning(slug, tokens, flags, (LEARNING_RATE,))
 
 
 # A choice begins with the first selection: once from the fewest tokens, and once from all.
@@ -33,6 +33,7 @@ class Settings:
         steps: of each tuning on the shifted camera.
         seeds: of the tunings, each of which is run with every seed.
         questions: test questions, a third of each kind.
+        validation: the same on other pictures; there is one learning rate, so they choose nothing.
         tunings: that are compared.
     """
 
@@ -40,9 +41,10 @@ class Settings:
     steps: int = 500
     seeds: tuple[int, ...] = (1, 2, 3)
     questions: int = 900
+    validation: int = 90
     tunings: tuple[Tuning, ...] = (*FIXED, *CHOICES)
 
 
 FULL = Settings()
 # Long enough to run every part, too short to learn much.
-QUICK = Settings(QUICK_BASE, steps=20, seeds=(1,), questions=30, tunings=(FIXED[0], CHOICES[0]))
+QUICK = Settings(QUICK_BASE, steps=20, seeds=(1,), questions=30, validation=6, tunings=(FIXED[0], CHOICES[0]))
