@@ -17,7 +17,7 @@ def pictures(base: Base) -> Path:
 
 
 def questions(name: str, validation: int, test: int, runner: Runner) -> Done:
-    """Write that many questions of both splits, a third of each kind: all of a split, and each kind of it."""
+    """Write that many questions of both splits, a third of each kind, and those of the test by kind too."""
     counts = {"validation": validation, "test": test}
 
     def work(stage: Context) -> dict[str, Any]:
@@ -28,9 +28,8 @@ def questions(name: str, validation: int, test: int, runner: Runner) -> Done:
                 for one in world.test_sample(of_split, count)
             ]
             scoring.write_questions(stage.folder / f"{split}.jsonl", sample)
-            for kind in world.KINDS:
-                own = (one for one in sample if one.kind == kind)
-                scoring.write_questions(stage.folder / _file(split, kind), own)
+        for kind in world.KINDS:  # of the test, which is the last
+            scoring.write_questions(stage.folder / _file(kind), (one for one in sample if one.kind == kind))
         return {}
 
     return runner.run(Stage(name, counts, (), work, (world, scoring)))
@@ -38,11 +37,10 @@ def questions(name: str, validation: int, test: int, runner: Runner) -> Done:
 
 def data(base: Base, asked: Done) -> Data:
     """Return the task of the shifted camera."""
-    validation, test = (
-        {kind: asked.folder / _file(split, kind) for kind in world.KINDS} for split in ("validation", "test")
-    )
-    return Data("shifted camera", base.data.folder / "train.json", pictures(base), validation, test)
+    train, validation = base.data.folder / "train.json", asked.folder / "validation.jsonl"
+    test = {kind: asked.folder / _file(kind) for kind in world.KINDS}
+    return Data("shifted camera", train, pictures(base), validation, test)
 
 
-def _file(split: str, kind: str) -> str:
-    return f"{split}-{kind.replace('/', '-')}.jsonl"
+def _file(kind: str) -> str:
+    return f"test-{kind.replace('/', '-')}.jsonl"

@@ -23,20 +23,24 @@ from llava_steering_plugin.comparison.records import FILE, TEST, read_records
 # Models this small do not gain from a second thread.
 PROCESSES, THREADS = 2, 1
 OUTPUT, RESULTS = "compare", "results.json"
+# The one test of the validation split: it only has to choose, and each test is a program to start.
+ALL = "all questions"
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is compared on: training data, and the question files of both splits by the names of their tests.
+    """What is compared on.
 
     Attributes:
         pictures: the folder of all images.
+        validation: the questions that choose learning rates.
+        test: question files by the names of their tests.
     """
 
     name: str
     train: Path
     pictures: Path
-    validation: Mapping[str, Path]
+    validation: Path
     test: Mapping[str, Path]
 
 
@@ -99,7 +103,10 @@ def write_file(
             data.name: {
                 "train": str(data.train),
                 "image_folder": str(data.pictures),
-                **{split: _tests(files) for split, files in (("validation", data.validation), ("test", data.test))},
+                **{
+                    split: _tests(files)
+                    for split, files in (("validation", {ALL: data.validation}), ("test", data.test))
+                },
             }
         },
         "answers": {"conv_mode": "v1", "max_new_tokens": NEW_TOKENS, "batch_size": BATCH, "device": "cpu"},

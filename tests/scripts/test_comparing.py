@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 from comparison_records import BASE, record
 
+from llava_steering_plugin.comparison.reading import read_comparison
 from llava_steering_plugin.comparison.records import FAILED, FILE, VALIDATION, write_records
 from llava_steering_plugin.comparison.results.writing import write_results
 
@@ -19,7 +20,9 @@ def test_a_file_names_all_tunings_with_their_rates_and_a_test_for_each_kind_of_q
 
     done = Done(tmp_path, "key", 1.0, {})
     questions = {kind: tmp_path / f"{kind}.jsonl" for kind in ("colour", "shape")}
-    data = Data("shifted", tmp_path / "train.json", tmp_path, {"colour": tmp_path / "held.jsonl"}, questions)
+    data = Data("shifted", tmp_path / "train.json", tmp_path, tmp_path / "held.jsonl", questions)
+    for needed in (data.train, data.validation, *questions.values()):
+        needed.write_text("[]")
     file = tmp_path / "run" / "compare.yaml"
     write_file(file, Base(done, done, done, ()), data, FULL.tunings, steps=20, batch=4, seeds=[7])
     found = yaml.safe_load(file.read_text())
@@ -33,9 +36,12 @@ def test_a_file_names_all_tunings_with_their_rates_and_a_test_for_each_kind_of_q
     }
     assert (found["defaults"]["max_steps"], found["seeds"]) == (20, [7])
     (task,) = found["tasks"].values()
-    assert list(task["test"]) == ["colour", "shape"] and list(task["validation"]) == ["colour"]
+    assert list(task["test"]) == ["colour", "shape"]
     held = str(tmp_path / "held.jsonl")
-    assert task["validation"]["colour"] == {"questions": held, "annotations": held, "benchmark": "exact_match"}
+    assert task["validation"]["all questions"] == {"questions": held, "annotations": held, "benchmark": "exact_match"}
+    comparison = read_comparison(file)
+    assert [method.name for method in comparison.methods] == list(found["methods"])
+    assert comparison.output == tmp_path / "run" / "compare" and comparison.methods[-1].flags["lora_r"] == 8
 
 
 def test_the_adapters_are_those_of_the_chosen_rate_at_the_first_seed(tmp_path: Path) -> None:

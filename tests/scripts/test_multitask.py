@@ -156,16 +156,16 @@ def test_no_picture_is_in_two_of_training_validation_and_test(tmp_path: Path) ->
         "train": {sample["image"] for sample in json.loads((tmp_path / "train.json").read_text())}
     }
     for split, count in (("validation", 10), ("test", 20)):
-        seen[split] = set()
-        for task in tasks.TASKS:
-            lines = (tmp_path / tasks.question_file(split, task)).read_text().splitlines()
-            assert len(lines) == count and {json.loads(line)["task"] for line in lines} == {task}
-            seen[split] |= {json.loads(line)["image"] for line in lines}
+        lines = [json.loads(line) for line in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
+        assert Counter(line["task"] for line in lines) == dict.fromkeys(tasks.TASKS, count)
+        seen[split] = {line["image"] for line in lines}
+    for task in tasks.TASKS:
+        lines = [json.loads(line) for line in (tmp_path / tasks.question_file(task)).read_text().splitlines()]
+        assert len(lines) == 20 and {line["task"] for line in lines} == {task}
     assert not seen["train"] & seen["test"] and not seen["validation"] & (seen["test"] | seen["train"])
     pictures = {split: {tuple(Path(image).parts[-2:]) for image in images} for split, images in seen.items()}
     assert not pictures["validation"] & pictures["test"], "nor through another camera"
     assert all((tmp_path / "pictures" / image).is_file() for images in seen.values() for image in images)
-    assert len((tmp_path / "test.jsonl").read_text().splitlines()) == 20 * len(tasks.TASKS)
 
 
 def _row(method: str, seed: int, told: float) -> dict[str, Any]:

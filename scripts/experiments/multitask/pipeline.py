@@ -114,11 +114,9 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
 
 def _compare(settings: Settings, base: Base, data: Done, methods: Sequence[Tuning], runner: Runner) -> Compared:
     """Compare all methods: one training for all tasks, and each task a test of its own."""
-    files = {
-        split: {task: data.folder / tasks.question_file(split, task) for task in TASKS}
-        for split in ("validation", "test")
-    }
-    held = Data("all tasks", data.folder / "train.json", data.folder / "pictures", files["validation"], files["test"])
+    train, validation = data.folder / "train.json", data.folder / "validation.jsonl"
+    tests = {task: data.folder / tasks.question_file(task) for task in TASKS}
+    held = Data("all tasks", train, data.folder / "pictures", validation, tests)
     file = runner.root / "multitask" / "compare.yaml"
     lengths = {"steps": settings.steps, "batch": settings.batch}
     comparing.write_file(file, base, held, methods, **lengths, seeds=settings.seeds)

@@ -94,17 +94,17 @@ def digit_picture(values: np.ndarray[Any, Any]) -> Image.Image:
     return grey.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC).convert("RGB")
 
 
-def question_file(split: str, task: str) -> str:
-    """Return the name of the file of a task's questions."""
-    return f"{split}-{task.replace('/', '-').replace(' ', '-')}.jsonl"
+def question_file(task: str) -> str:
+    """Return the name of the file of a task's test questions."""
+    return f"test-{task.replace('/', '-').replace(' ', '-')}.jsonl"
 
 
 def write(folder: Path, samples: int, questions: int, validation: int) -> None:
     """Write data of all tasks into `folder`.
 
-    pictures/, train.json, test.jsonl, a question file for each task and split, and held-out.json: the test questions
-    with their answers, as training data. Samples name their task. No picture is in two of training, validation and
-    test.
+    pictures/, train.json, validation.jsonl, test.jsonl, a file of each task's test questions, and held-out.json: the
+    test questions with their answers, as training data. Samples name their task. No picture is in two of training,
+    validation and test.
     """
     from sklearn.datasets import load_digits
 
@@ -122,10 +122,10 @@ def write(folder: Path, samples: int, questions: int, validation: int) -> None:
         _picture(image, splits, digits.images).save(target)
     for name, asked_of in (("train", trained), ("held-out", tested)):
         (folder / f"{name}.json").write_text(json.dumps(list(map(_sample, range(len(asked_of)), asked_of))))
+    write_questions(folder / "validation.jsonl", validated)
     write_questions(folder / "test.jsonl", tested)
-    for split, asked_of in (("validation", validated), ("test", tested)):
-        for task in TASKS:
-            write_questions(folder / question_file(split, task), (asked for asked in asked_of if asked.kind == task))
+    for task in TASKS:
+        write_questions(folder / question_file(task), (asked for asked in tested if asked.kind == task))
 
 
 def _sample(number: int, asked: Asked) -> dict[str, Any]:
