@@ -61,7 +61,7 @@ FOREIGN = {
     "zero3.json",
     "zero3_offload.json",
 }
-FOREIGN_FOLDERS = ("diagnosis/", "llava/", "mores/", "language_model/", "connector/", "multitask/results.json")
+FOREIGN_FOLDERS = ("diagnosis/", "llava/", "mores/", "language_model/", "connector/", "compare/")
 
 
 # Pages of which most file names are others': there, only what lies in a folder of ours is looked for.
