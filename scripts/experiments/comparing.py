@@ -77,8 +77,11 @@ class Compared:
 
     @property
     def firsts(self) -> dict[str, Tested]:
-        """Return the training of each tuning at the first seed, by the tuning's slug."""
-        return {each.slug: each for each in reversed(self.tested)}
+        """Return the training of each tuning at the first seed, by the tuning's slug, in the order of the tunings."""
+        found: dict[str, Tested] = {}
+        for each in self.tested:
+            found.setdefault(each.slug, each)
+        return found
 
 
 def write_file(

@@ -66,6 +66,7 @@ def test_the_adapters_are_those_of_the_chosen_rate_at_the_first_seed(tmp_path: P
         "two": cells / "two-1" / "model",
     }
     assert [(each.slug, each.seed) for each in found.tested] == [("one", 1), ("two", 1), ("one", 2), ("two", 2)]
+    assert list(found.firsts) == ["one", "two"]
     first = found.firsts["one"]
     assert (first.cell, first.parameters, first.accuracy) == ("colours-Method one-0.1-1", 1000, {"held out": 1.0})
     (task,) = found.document["tasks"]
