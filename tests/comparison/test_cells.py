@@ -49,9 +49,7 @@ def _output(data: dict[str, Any]) -> None:
     data |= {"output": "elsewhere", "processes": 2}
 
 
-@pytest.mark.parametrize(
-    ("change", "kept"), [(_steps, 5), (_more_rates, 9), (_other_test, 9), (_output, 9)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("change", "kept"), [(_steps, 5), (_more_rates, 9), (_other_test, 9), (_output, 9)])
 def test_an_edited_file_keeps_the_cells_that_it_does_not_change(
     tiny: TinyLlava, tmp_path: Path, change: Callable[[dict[str, Any]], None], kept: int
 ) -> None:
