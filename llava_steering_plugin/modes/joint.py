@@ -63,7 +63,7 @@ class Joint(Mode):
 
     def begin(self, modules: Mapping[str, nn.Module], hosts: Mapping[str, nn.Module]) -> None:
         for part, mine in self.divided(modules):
-            part.begin(mine, hosts)
+            part.begin(mine, {path: hosts[path] for path in mine})
 
     def config_for_peft(self, decoder: DecoderShape) -> None:
         """Return None: PEFT would load one part alone, which answers otherwise than both."""

@@ -71,6 +71,10 @@ class GainMode(Mode):
             if path.endswith(self.where)
         }
 
+    def begin(self, modules: Mapping[str, nn.Module], hosts: Mapping[str, nn.Module]) -> None:
+        for path, host in hosts.items():
+            modules[path].of_host = type(host).__name__
+
     def report(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
         return {"hosts": float(len(modules))}
 
@@ -289,6 +293,8 @@ def test_a_mode_of_another_package_is_joined_like_our_own(base: LlamaForCausalLM
         assert {part_of(module) for module in attachment.modules.values()} == {"mores", "gain"}
         assert list(at_decode(mode, attachment.modules)) == [f"layers.{layer}.self_attn.o_proj" for layer in (0, 1)]
         assert mode.report(attachment.modules) == {"hosts": 2.0}
+        told = [getattr(module, "of_host", None) for module in attachment.modules.values()]
+        assert told.count("Linear") == 2 and told.count(None) == 2, "a part is told the hosts of its own modules alone"
         expected = logits(base, ids, attention)
         save_adapter(base, tmp_path)
     # What is not installed here is named as a whole.
