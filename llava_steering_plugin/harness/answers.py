@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -77,22 +78,29 @@ class HarnessAnswers:
 
         Raises:
             ArgumentsError: some requests cannot be answered; none has been.
+            NotFiniteError: likelihoods became NaN or infinite.
         """
         items = [item_of(request, self.documents) for request in requests]
         wanted = [
             str(answer(item.document()) if callable(answer) else answer)
             for item, (_, answer, *_) in zip(items, requests, strict=True)
         ]
+        if nothing := [item.name for item, answer in zip(items, wanted, strict=True) if not answer.strip()]:
+            headline = f"{len(nothing)} choice(s) are empty, and an empty one would always be the likeliest"
+            raise ArgumentsError(listing(headline, shortened(nothing)))
         questions, sizes = questions_of(items, self.opened.adapter)
         answers = self._asking(items, {})
         to_ids = dict(zip(map(id, questions), wanted, strict=True))
         self._fitting(answers, questions, sizes, lambda each: forced(answers, each, to_ids[id(each)]).ids, refuse=True)
-        found = []
+        found: list[tuple[float, bool]] = []
         pairs = list(zip(questions, wanted, strict=True))
         for start in range(0, len(pairs), self.arguments.batch_size):
             batch = pairs[start : start + self.arguments.batch_size]
             found += [(-each.logarithm, each.greedy) for each in likelihoods(answers, batch)]
             progress(len(batch))
+        if broken := [item.name for item, (number, _) in zip(items, found, strict=True) if not math.isfinite(number)]:
+            headline = f"{len(broken)} choice(s) have no likelihood: the logits became NaN or infinite"
+            raise NotFiniteError(listing(headline, shortened(broken)))
         return found
 
     def _asking(self, items: Sequence[Item], generation: Mapping[str, Any]) -> ItemAnswers:

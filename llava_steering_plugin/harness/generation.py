@@ -11,9 +11,10 @@ from llava_steering_plugin.errors import ArgumentsError, listing, nearest
 # As lmms-eval's own model of LLaVA.
 MAX_NEW_TOKENS = 1024
 SAMPLING = ("temperature", "top_p", "top_k")
+NUMBERS = (*SAMPLING, "repetition_penalty")
 # How images are cut is the model's config to say, as in LLaVA's own evaluation.
 IGNORED = ("image_aspect_ratio",)
-KNOWN = ("max_new_tokens", "do_sample", *SAMPLING, "num_beams", "repetition_penalty", "until", *IGNORED)
+KNOWN = ("max_new_tokens", "do_sample", *NUMBERS, "num_beams", "until", *IGNORED)
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,15 @@ def read_generation(given: Mapping[str, Any]) -> Generation:
     for name in ("max_new_tokens", "num_beams"):
         if not isinstance(values[name], int) or isinstance(values[name], bool) or values[name] < 1:
             problems.append(f"{name}={values[name]!r} is no number, 1 or more")
+    if not isinstance(values.get("do_sample", False), bool):
+        problems.append(f"do_sample={values['do_sample']!r} is neither true nor false")
     temperature = values.get("temperature", 1.0 if values.get("do_sample") is True else 0)
-    if not isinstance(temperature, int | float) or temperature < 0:
-        problems.append(f"temperature={temperature!r} is no number, 0 or more")
+    numbers = {"temperature": temperature} | {name: values[name] for name in NUMBERS if name in values}
+    problems += [
+        f"{name}={number!r} is no number, 0 or more"
+        for name, number in numbers.items()
+        if not isinstance(number, int | float) or isinstance(number, bool) or number < 0
+    ]
     if problems:
         raise ArgumentsError(
             listing("these generation_kwargs of the task, or of --gen_kwargs, cannot be followed", problems)

@@ -119,6 +119,14 @@ def test_choices_are_scored_by_the_negative_log_likelihood_of_each(
         HarnessAnswers(opened, replace(arguments, too_long="empty"), documents).likelihoods(asked, lambda count: None)
 
 
+def test_an_empty_choice_which_would_always_be_the_likeliest_is_refused(
+    opened: AnsweringModel, arguments: ModelArguments, documents: Any
+) -> None:
+    asked = [(TEXTS[0], choice, show, 0, "shapes", "test") for choice in (" red", " ")]
+    with pytest.raises(ArgumentsError, match=r"(?s)1 choice\(s\) are empty.*shapes/0"):
+        HarnessAnswers(opened, arguments, documents).likelihoods(asked, lambda count: None)
+
+
 def test_an_item_without_an_answer_ends_the_run_and_is_named(
     opened: AnsweringModel, arguments: ModelArguments, documents: Any
 ) -> None:
@@ -127,7 +135,10 @@ def test_an_item_without_an_answer_ends_the_run_and_is_named(
     before = parameter.detach().clone()
     parameter.data.fill_(float("nan"))
     try:
+        answers = HarnessAnswers(opened, arguments, documents)
         with pytest.raises(NotFiniteError, match=r"shapes/0"):
-            HarnessAnswers(opened, arguments, documents).generated(requests(), lambda count: None)
+            answers.generated(requests(), lambda count: None)
+        with pytest.raises(NotFiniteError, match=r"(?s)1 choice\(s\) have no likelihood: .*shapes/0"):
+            answers.likelihoods([(TEXTS[0], " red", show, 0, "shapes", "test")], lambda count: None)
     finally:
         parameter.data.copy_(before)

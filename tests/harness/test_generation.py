@@ -62,9 +62,11 @@ def test_a_batch_ends_when_every_answer_holds_a_text_that_ends_it() -> None:
 
 def test_all_that_cannot_be_followed_is_named_at_once() -> None:
     given = {"max_new_token": 5, "stop_sequences": ["x"], "num_beams": 0, "temperature": "hot", "until": 3}
+    given |= {"do_sample": 1, "top_p": "x", "top_k": True, "repetition_penalty": -1}
     with pytest.raises(ArgumentsError) as raised:
         read_generation(given)
     said = str(raised.value)
     assert "max_new_token=5: did you mean 'max_new_tokens'?" in said
-    for wrong in ("stop_sequences", "num_beams=0", "temperature='hot'", "until=3"):
+    numbers = ("temperature='hot'", "top_p='x'", "top_k=True", "repetition_penalty=-1")
+    for wrong in ("stop_sequences", "num_beams=0", "until=3", "do_sample=1 is neither", *numbers):
         assert wrong in said
