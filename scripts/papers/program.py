@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import shutil
 import time
 from dataclasses import replace
@@ -16,6 +17,7 @@ from rich.table import Table
 from llava_steering_plugin.errors import ArgumentsError, Problems, SteeringError, nearest
 from llava_steering_plugin.evaluation.scoring import check_writable, write_json
 from llava_steering_plugin.inference import options as shared
+from llava_steering_plugin.whole_files import write_whole
 from papers.report import markdown, missing
 from papers.runs import Request, eval_command, finished, run_task, source_of
 from papers.tables import ENTRIES, FIGURES, Published, read_figures, shown_tables
@@ -112,12 +114,10 @@ def _run(console: Console, tasks: list[str], request: Request, published: list[P
     reasons = {task: reason for task in tasks if (reason := _why_not(request, task)) is not None}
     ready = [task for task in tasks if task not in reasons]
     todo = [task for task in ready if finished(request, task) is None]
-    console.print(_overview(tasks, reasons, todo))
+    console.print(_overview(request, tasks, reasons, todo))
     if dry_run:
         for task in todo:
-            folder = request.output / "answers"
-            command = eval_command(request, task, folder / f"{task}-questions.jsonl", folder / f"{task}-answers.jsonl")
-            console.print(" ".join(command), soft_wrap=True, markup=False)
+            console.print(shlex.join(eval_command(request, task)), soft_wrap=True, markup=False)
         for task, reason in reasons.items():
             console.print(f"{task}: {reason}", soft_wrap=True, markup=False)
         return False
@@ -132,7 +132,7 @@ def _run(console: Console, tasks: list[str], request: Request, published: list[P
             reasons[task] = f"failed: {error}"
             console.print(f"{task} failed: {error}", markup=False)
     page = markdown(shown_tables(tasks), request.models, scores, published, reasons)
-    (request.output / REPORT).write_text(page)
+    write_whole(request.output / REPORT, page)
     write_json(request.output / "report.json", {"models": request.models, "scores": scores, "not_run": reasons})
     console.print(page, markup=False, soft_wrap=True)
     console.print(f"{request.output / REPORT}, and report.json beside it", markup=False, soft_wrap=True)
@@ -152,12 +152,14 @@ def _why_not(request: Request, task: str) -> str | None:
     return None
 
 
-def _overview(tasks: list[str], reasons: dict[str, str], todo: list[str]) -> Table:
+def _overview(request: Request, tasks: list[str], reasons: dict[str, str], todo: list[str]) -> Table:
     table = Table(title="Benchmarks", title_justify="left")
     for column in ("benchmark", "split", "state"):
         table.add_column(column)
     for task in tasks:
-        state = "not there" if task in reasons else "to run" if task in todo else "done before"
+        state = "to run" if task in todo else "done before"
+        if task in reasons:
+            state = "not there" if source_of(request, task) is None else "cannot be scored"
         table.add_row(task, ENTRIES[task].split, state)
     return table
 

@@ -117,18 +117,26 @@ def read_figures(file: Path) -> list[Published]:
             f'{file} has no published figures: {error}. It should hold {{"rows": [{{"table", "model", "values", '
             f'"source"}}]}}, as {FIGURES.name} beside this program does.'
         ) from error
-    problems = [
-        problem
-        for row in found
-        for problem in (
-            *([] if row.table in TABLES else [f"{row.model}: no table {row.table!r}; there are {', '.join(TABLES)}"]),
-            *(f"{row.model}: no benchmark {task!r}" for task in row.values if task not in ENTRIES),
-            *([] if row.source else [f"{row.model}: it names no source"]),
-        )
-    ]
-    if problems:
+    if problems := [problem for row in rows for problem in _problems(**row)]:
         raise ArgumentsError(f"{file}: {'; '.join(problems)}.")
     return found
+
+
+def _problems(table: Any, model: Any, values: Any, source: Any) -> list[str]:
+    """Return everything wrong with a published row, of which a file may say anything."""
+    found = [] if isinstance(model, str) else [f"the model {model!r} is no name"]
+    if not isinstance(table, str) or table not in TABLES:
+        found.append(f"{model}: no table {table!r}; there are {', '.join(TABLES)}")
+    if not isinstance(source, str) or not source:
+        found.append(f"{model}: it names no source")
+    if not isinstance(values, dict):
+        return [*found, f"{model}: its values are no numbers by benchmark"]
+    found += [f"{model}: no benchmark {task!r}" for task in values if task not in ENTRIES]
+    return found + [
+        f"{model}: {task} is {value!r}, which is no number"
+        for task, value in values.items()
+        if not isinstance(value, int | float) or isinstance(value, bool)
+    ]
 
 
 def where_to_get(task: str) -> str:

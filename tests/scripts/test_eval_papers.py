@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from official_sources import make_source
+from official_sources import make_source, write_lines
 from quick_runs import SCRIPTS
 from steered import load_llava, strengthen
 from tiny_llava import TinyLlava
@@ -21,8 +21,10 @@ from training_runs import subprocess_environment
 
 from llava_steering_plugin import attach, save_adapter
 from llava_steering_plugin.errors import ArgumentsError
-from llava_steering_plugin.evaluation.layouts.registry import LAYOUTS
+from llava_steering_plugin.evaluation.layouts.registry import LAYOUTS, layout_of
+from llava_steering_plugin.evaluation.preparing import prepare
 from llava_steering_plugin.evaluation.registry import BENCHMARKS
+from llava_steering_plugin.evaluation.scoring import score
 from llava_steering_plugin.modes.mores import MoReS
 
 TASKS = ("gqa", "mme", "mmvet")  # a plain one, one whose number is no accuracy, and one that a judge scores
@@ -135,12 +137,106 @@ def test_everything_wrong_with_the_arguments_is_said_at_once(patched_llava: Path
 def test_every_benchmark_of_the_tables_can_be_prepared_scored_and_found() -> None:
     from papers.tables import ENTRIES, FIGURES, TABLES, read_figures, where_to_get
 
+    assert not any("-" in task for task in ENTRIES), "the answers of one model are in TASK-MODEL.jsonl"
     for task, entry in ENTRIES.items():
         assert entry.split in LAYOUTS[task].splits
         assert (BENCHMARKS[task].metrics is None) == (entry.metric is None), task
         assert "http" in where_to_get(task), task
     assert {task for _, columns in TABLES.values() for task in columns} == set(ENTRIES)
     assert all(row.source for row in read_figures(FIGURES))
+
+
+def request_of(output: Path, **adapters: str) -> Any:
+    from papers.runs import Request
+
+    return Request("a/base", adapters, output, output, None, 0, {"batch-size": "8"})
+
+
+def test_no_name_of_an_adapter_makes_two_files_one(tmp_path: Path) -> None:
+    from papers.runs import answers_file, questions_file
+    from papers.tables import ENTRIES
+
+    request = request_of(tmp_path, questions="a/q", answers="a/a", gqa="a/g")
+    files = [file(request, task) for task in ENTRIES for file in (questions_file, answers_file)]
+    files += [answers_file(request, task, model) for task in ENTRIES for model in request.models]
+    assert len(set(files)) == len(files)
+
+
+@pytest.mark.parametrize("written", ["[]", "{}", "{", '{"key": {}, "scores": {}}'])
+def test_results_that_are_damaged_or_of_another_request_are_none(written: str, tmp_path: Path) -> None:
+    from papers.runs import finished, results_file
+
+    request = request_of(tmp_path)
+    results_file(request, "gqa").parent.mkdir()
+    results_file(request, "gqa").write_text(written)
+    assert finished(request, "gqa") is None
+
+
+def test_results_are_those_of_the_files_that_a_model_had_when_its_evaluation_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter that is trained on while it answers is evaluated again."""
+    from papers import runs
+
+    (tmp_path / "pets").mkdir()
+    weights = tmp_path / "pets" / "adapter_model.safetensors"
+    weights.write_bytes(b"one")
+    request = request_of(tmp_path, pets=str(tmp_path / "pets"))
+    make_source("gqa", tmp_path / "gqa")
+
+    def answer(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked = (json.loads(line) for line in runs.questions_file(request, "gqa").read_text().splitlines())
+        answers = [{"question_id": each["question_id"], "prompt": each["text"], "text": "yes"} for each in asked]
+        write_lines(runs.answers_file(request, "gqa"), answers)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    assert runs.run_task(request, "gqa")["pets"]["answers"] == 3
+    assert runs.finished(request, "gqa") is not None
+    weights.write_bytes(b"three")
+    assert runs.finished(request, "gqa") is None
+
+    def trained_meanwhile(command: list[str], **given: Any) -> subprocess.CompletedProcess[str]:
+        weights.write_bytes(b"a fourth")
+        return answer(command, **given)
+
+    monkeypatch.setattr(subprocess, "run", trained_meanwhile)
+    runs.run_task(request, "gqa")
+    assert runs.finished(request, "gqa") is None
+
+
+def test_each_column_is_a_number_that_score_gives_for_the_split_that_is_prepared(tmp_path: Path) -> None:
+    from papers.tables import ENTRIES, value_of
+
+    for task, entry in ENTRIES.items():
+        if entry.metric is None or task == "flickr30k":  # a judge's; Java's
+            continue
+        source = make_source(task, tmp_path / task / "source")
+        made = prepare(task, source, tmp_path / task / "data", split=layout_of(task, entry.split)[1])
+        lines = [json.loads(line) for line in made.questions.read_text().splitlines()]
+        answers = [{"question_id": line["question_id"], "prompt": line["text"], "text": "yes"} for line in lines]
+        write_lines(tmp_path / "answers.jsonl", answers)
+        scores = score(task, tmp_path / "answers.jsonl", source).as_json()
+        assert value_of(task, scores) is not None, task
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"values": {"gqa": "62.0"}}, "M: gqa is '62.0', which is no number"),
+        ({"values": {"gqa": True}}, "M: gqa is True, which is no number"),
+        ({"values": ["gqa"]}, "M: its values are no numbers by benchmark"),
+        ({"table": ["llava"]}, r"M: no table \['llava'\]"),
+        ({"model": 3}, "the model 3 is no name"),
+    ],
+)
+def test_published_rows_are_checked_before_anything_runs(row: dict[str, Any], said: str, tmp_path: Path) -> None:
+    from papers.tables import read_figures
+
+    right = {"table": "llava", "model": "M", "values": {"gqa": 62.0}, "source": "a paper"}
+    (tmp_path / "mine.json").write_text(json.dumps({"rows": [right | row]}))
+    with pytest.raises(ArgumentsError, match=said):
+        read_figures(tmp_path / "mine.json")
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"rows": [{"table": "llava"}]}', '{"rows": 3}'])
