@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from llava_steering_plugin.distributed import gathered, is_partitioned
 from llava_steering_plugin.modes.base import no_autocast
+from llava_steering_plugin.modes.mores_frames import is_unchanged
 from llava_steering_plugin.modes.mores_selection import TokenSelection
 
 
@@ -86,9 +87,9 @@ class TokenChoice(nn.Module):
                 return self.selections[int(best(scores))]
         if scores.is_inference():
             return self.selections[int(best(scores))]
-        if self._kept is None or not _is_same(scores, *self._kept[:2]):
+        if self._kept is None or not is_unchanged(scores, *self._kept[:2]):
             with torch.inference_mode(False):
-                alias = scores.detach()  # while it is held, no other memory gets this address
+                alias = scores.detach()
                 self._kept = alias, alias._version, int(best(scores))
         return self.selections[self._kept[2]]
 
@@ -99,10 +100,6 @@ class TokenChoice(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._kept = None
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-
-def _is_same(scores: Tensor, alias: Tensor, version: int) -> bool:
-    return scores.data_ptr() == alias.data_ptr() and scores.device == alias.device and scores._version == version
 
 
 def chosen_by_layer(

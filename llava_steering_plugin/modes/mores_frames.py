@@ -63,6 +63,18 @@ def orthonormal(raw: Tensor) -> Frame:
     return Frame(solved[..., :-rank], solved[..., -rank:], lower)
 
 
+def is_unchanged(parameter: Tensor, alias: Tensor, version: int) -> bool:
+    """Say whether a parameter is still the memory that `alias` holds, with nothing written to it since.
+
+    Args:
+        alias: `parameter.detach()`, made when what is kept was computed. While it is held, no other memory gets its
+            address.
+        version: torch's count of changes then. A write through `.data` is not in it.
+    """
+    same = parameter.data_ptr() == alias.data_ptr() and parameter.device == alias.device
+    return same and parameter.dtype == alias.dtype and parameter._version == version
+
+
 class Basis(torch.autograd.Function):
     """Return R, which was made with those of other layers; take its gradient back to the layer's own parameter.
 
@@ -114,7 +126,7 @@ class Frames:
                 # Outside of inference mode: a later pass may need gradients.
                 with torch.inference_mode(False), torch.no_grad():
                     for each, frame in self._made(raw.device).items():
-                        alias = each.steer_basis.detach()  # while it is held, no other memory gets this address
+                        alias = each.steer_basis.detach()
                         self._kept[each] = alias, alias._version, frame
             return self._kept[steering][2]
 
@@ -126,9 +138,7 @@ class Frames:
         if steering not in self._kept:
             return False
         alias, version, _ = self._kept[steering]
-        raw = steering.steer_basis
-        same = raw.data_ptr() == alias.data_ptr() and raw.device == alias.device and raw.dtype == alias.dtype
-        return same and raw._version == version
+        return is_unchanged(steering.steer_basis, alias, version)
 
     def _made(self, device: torch.device) -> dict[Framed, Frame]:
         here = [each for each in self.steerings if each.steer_basis.device == device]
