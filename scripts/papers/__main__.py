@@ -13,4 +13,6 @@ import typer
 
 from papers.program import main
 
-typer.run(main)
+app = typer.Typer(add_completion=False)
+app.command()(main)
+app(prog_name="scripts/eval_papers.sh")

@@ -45,8 +45,8 @@ def main(
 ) -> None:
     """Answer and score the papers' benchmarks whose data is there, with a base and its adapters.
 
-    Prints the papers' tables, with published rows beside ours, and what to get for what was not run. After an
-    interruption, the same command goes on where it ended.
+    Prints the papers' tables, with published rows beside ours, and what to get for what was not run.
+    After an interruption, the same command goes on where it ended.
     """
     console = Console()
     options = {"batch-size": str(batch_size), "device": device}
