@@ -12,6 +12,7 @@ import pytest
 import torch
 from steered import load_llava, strengthen
 from tiny_llava import TinyLlava
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_steering_plugin import attach, remove_adapter, save_adapter
 from llava_steering_plugin.modes.mores import MoReS
@@ -37,6 +38,20 @@ def test_the_chosen_tokens_are_read_in_the_order_of_the_layers(model: Any, tmp_p
     remove_adapter(model)
     assert chosen(tmp_path / "choice") == ["1%", "20%", "all", "all"]
     assert chosen(tmp_path / "fixed") == ["5%"] * 4
+
+
+def test_layer_10_comes_after_layer_2(tmp_path: Path) -> None:
+    from experiments.ratios.pipeline import chosen
+
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=11, vocab_size=16)
+    model = LlamaForCausalLM(config)
+    attachment = strengthen(attach(model, MoReS(tokens="1%,all")))
+    with torch.no_grad():
+        attachment.parameters()["layers.2.choices.vis.steer_scores"].copy_(torch.tensor([0.0, 1.0]))
+        for number in (0, 1, *range(3, 11)):
+            attachment.parameters()[f"layers.{number}.choices.vis.steer_scores"].copy_(torch.tensor([1.0, 0.0]))
+    save_adapter(model, tmp_path)
+    assert chosen(tmp_path) == ["1%", "1%", "all"] + ["1%"] * 8
 
 
 def test_the_table_has_mean_and_range_over_seeds_and_every_seeds_choice() -> None:

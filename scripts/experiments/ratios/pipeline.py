@@ -83,7 +83,8 @@ def chosen(adapter: Path) -> list[str]:
     selections = parse_choices(stored.config.settings["tokens"])
     layers = [name.removesuffix(".vis.steer_offset") for name in tensors if name.endswith(".vis.steer_offset")]
     by_layer = chosen_by_layer(tensors, selections).get("vis", {})
-    return [by_layer.get(path, selections[0].spec) for path in sorted(layers)]
+    layers.sort(key=lambda path: int(path.rpartition(".")[2]))
+    return [by_layer.get(path, selections[0].spec) for path in layers]
 
 
 def _row(tokens: str, tested: Tested) -> dict[str, Any]:
