@@ -76,7 +76,7 @@ def lora_parameters(shape: DecoderShape, rank: int) -> int:
 
 
 def parameter_table(name: str, counts: ParameterCounts) -> Table:
-    """Make the table that rank 0 prints before the first step."""
+    """Make the table that rank 0 prints before the first step; `name` is the full one of the mode."""
     table = Table(title=f"Trainable parameters ({name})", title_justify="left")
     table.add_column("part")
     table.add_column("parameters", justify="right")

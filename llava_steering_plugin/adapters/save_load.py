@@ -67,7 +67,7 @@ def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], *, writ
     config, peft = describe(attachment), attachment.mode.config_for_peft(attachment.shape)
     if peft is not None:
         peft["base_model_name_or_path"] = config.base.name_or_path
-        config = dataclasses.replace(config, peft_prefix=peft_prefix(attachment.shape))
+        config = dataclasses.replace(config, peft_prefix=_beginning_of_names(attachment.shape))
     parameters = {ADAPTER + name: parameter for name, parameter in attachment.parameters().items()}
     parameters |= {EXTRA + name: model.get_parameter(name) for name in sorted(attachment.extras)}
     tensors = {name: whole(parameter, write) for name, parameter in parameters.items()}
@@ -75,12 +75,14 @@ def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], *, writ
     if write:
         ours = {name.removeprefix(ADAPTER): value for name, value in tensors.items() if name.startswith(ADAPTER)}
         count = sum(value.numel() for value in ours.values())
-        card = model_card(config, count, sorted(attachment.extras), attachment.mode.learned(ours))
+        card = model_card(
+            config, count, sorted(attachment.extras), attachment.mode.learned(ours), attachment.mode.full_name
+        )
         text = None if peft is None else json.dumps(peft, indent=2, sort_keys=True) + "\n"
         write_folder(folder, config, tensors, _llava_config(model), card, text)
 
 
-def peft_prefix(shape: DecoderShape) -> str:
+def _beginning_of_names(shape: DecoderShape) -> str:
     """Return what PEFT puts before the names of tensors in the decoder."""
     return f"base_model.model.{shape.stack}." if shape.stack else "base_model.model."
 

@@ -114,7 +114,7 @@ class Terminal:
             table = Table(box=None, show_header=False, pad_edge=False)
             for known in self.chat.pool.names():
                 details = self.chat.pool.details(known)
-                mode = "the base, without an adapter" if known == BASE else details.mode
+                mode = "the base, without an adapter" if known == BASE else details.full_name
                 size = "" if known == BASE else f"{details.parameters:,} parameters"
                 table.add_row("*" if known == self.chat.adapter else "", known, mode, size, self.chat.templates[known])
             self.notes.print(table)

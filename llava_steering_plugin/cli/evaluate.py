@@ -70,6 +70,7 @@ def evaluate(
     with problems.noted():
         options.check_bits(load_4bit, load_8bit)
 
+    from llava_steering_plugin.adapters.stored.folder import PEFT_CONFIG
     from llava_steering_plugin.checkout.find import find_llava
     from llava_steering_plugin.inference.asking.answering import AnswerOptions, BatchAnswers
     from llava_steering_plugin.inference.asking.answers_file import AnswersFile, contents_of
@@ -78,13 +79,7 @@ def evaluate(
     from llava_steering_plugin.inference.asking.timing import time_answers
     from llava_steering_plugin.inference.base_files import check_adapters_fit, is_llava
     from llava_steering_plugin.inference.base_model import load_base, no_llava, read_base_config
-    from llava_steering_plugin.inference.models import (
-        PEFT_CONFIG,
-        base_of_lora,
-        is_lora,
-        load_adapter_and_base,
-        open_model,
-    )
+    from llava_steering_plugin.inference.models import base_of_lora, is_lora, load_adapter_and_base, open_model
     from llava_steering_plugin.inference.sources import load_all, locate_all, read_sources
     from llava_steering_plugin.pool.pool import BASE
     from llava_steering_plugin.upstream.conversations import checked_template

@@ -41,13 +41,13 @@ def plan(
         raise typer.Exit(1 if made.problems else 0)
     if made.problems:
         raise ArgumentsError(listing(CANNOT_START, made.problems))
-    if made.mode is not None and made.counts is not None:
+    if made.full_name is not None and made.counts is not None:
         from llava_steering_plugin.adapters.counts import parameter_table
         from llava_steering_plugin.cli.tables import console
         from llava_steering_plugin.planning.report import memory_table
 
         output = console()
-        output.print(parameter_table(made.mode, made.counts))
+        output.print(parameter_table(made.full_name, made.counts))
         if made.memory is not None:
             output.print(memory_table(made.memory))
     for note in made.notes:

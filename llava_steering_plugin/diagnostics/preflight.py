@@ -11,12 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from llava_steering_plugin.adapters.fit.fingerprint import alike
-from llava_steering_plugin.adapters.stored.folder import FINGERPRINT, StoredAdapter
+from llava_steering_plugin.adapters.stored.folder import FINGERPRINT, PEFT_CONFIG, StoredAdapter
 from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.checkout.find import find_llava
 from llava_steering_plugin.errors import ArgumentsError, Problems
 from llava_steering_plugin.inference.base_files import CONFIG
-from llava_steering_plugin.inference.models import PEFT_CONFIG, check_model
+from llava_steering_plugin.inference.models import check_model
 from llava_steering_plugin.inference.options import check_bits, choose_device
 from llava_steering_plugin.modes.joint import part_names
 from llava_steering_plugin.upstream.conversations import checked_template

@@ -11,7 +11,7 @@ from typing import Any
 
 from llava_steering_plugin.adapters.attachment import required
 from llava_steering_plugin.adapters.stored.files import read_json
-from llava_steering_plugin.adapters.stored.folder import AdapterFolder, StoredAdapter
+from llava_steering_plugin.adapters.stored.folder import PEFT_CONFIG, AdapterFolder, StoredAdapter
 from llava_steering_plugin.adapters.stored.locate import find, locate
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, BaseMismatch
 from llava_steering_plugin.inference.base_files import check_adapters_fit, check_base, is_llava
@@ -19,8 +19,6 @@ from llava_steering_plugin.inference.base_model import LoadedBase, load_base, lo
 from llava_steering_plugin.pool.pool import BASE, AdapterPool
 
 logger = logging.getLogger(__name__)
-# The file by which PEFT knows its own folders.
-PEFT_CONFIG = "adapter_config.json"
 # What LLaVA's own training writes beside a LoRA: the projector.
 LORA_EXTRAS = "non_lora_trainables.bin"
 
@@ -32,7 +30,7 @@ class AnsweringModel:
     Attributes:
         loaded: the base with a pool on it.
         adapter: the name in that pool which the model answers by.
-        kind: "base", "lora" (PEFT's, unmerged), or the tuning mode.
+        kind: "base", "lora" (LLaVA's own, unmerged), or the full name of the tuning mode.
         base: where the base was loaded from.
     """
 
@@ -57,7 +55,8 @@ def open_model(path: str, base: str | None, how: dict[str, Any]) -> AnsweringMod
     if own is not None:
         stored = own.read()
         where = base or stored.config.base.name_or_path
-        return AnsweringModel(load_adapter_and_base("adapter", stored, base, how), "adapter", stored.config.mode, where)
+        loaded = load_adapter_and_base("adapter", stored, base, how)
+        return AnsweringModel(loaded, "adapter", loaded.pool.details("adapter").full_name, where)
     peft = Path(path).expanduser() / PEFT_CONFIG
     if peft.is_file():
         where = base or base_of_lora(peft)

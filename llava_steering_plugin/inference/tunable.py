@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from llava_steering_plugin.adapters.attachment import attachment_of
+from llava_steering_plugin.adapters.stored.folder import PEFT_CONFIG
 from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.convert.torch_files import tensors_in
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.inference.base_model import load_with_upstream, loading_name, read_base_config
-from llava_steering_plugin.inference.models import PEFT_CONFIG, base_of_lora
+from llava_steering_plugin.inference.models import base_of_lora
 
 OTHER_WEIGHTS = "non_lora_trainables.bin"  # what upstream saves beside a LoRA: the projector
 
@@ -25,8 +26,8 @@ class TunableModel:
     """A model with the parameters of one adapter, which alone require gradients. It is in eval mode: no dropout.
 
     Attributes:
-        parameters: of the adapter, by name.
-        kind: "lora", or the tuning mode.
+        parameters: of the adapter, by name; of the projector, where that alone was trained.
+        kind: "lora" (LLaVA's own, unmerged), or the full name of the tuning mode.
         base: where the base was loaded from.
         conversation: the template that it was trained with; None if unknown.
     """
@@ -60,7 +61,9 @@ def open_tunable(path: str, base: str | None, how: Mapping[str, Any]) -> Tunable
         tokenizer, model, processor = load_with_upstream(stored, base, "llava", how)
         attachment = attachment_of(model)
         assert attachment is not None
-        parameters, kind = attachment.parameters(), stored.config.mode
+        parameters, kind = attachment.parameters(), attachment.mode.full_name
+        if attachment.mode.projector_alone:
+            parameters = {name: model.get_parameter(name) for name in sorted(attachment.extras)}
         where, conversation = base or stored.config.base.name_or_path, stored.config.conversation
     else:
         peft = Path(path).expanduser() / PEFT_CONFIG

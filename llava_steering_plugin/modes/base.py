@@ -252,6 +252,11 @@ class Mode(ABC):
         """Say whether ZeRO-3 can train the mode: a parameter is whole there while the module that holds it runs."""
         return True
 
+    @property
+    def full_name(self) -> str:
+        """Return what tables, cards and lists call the mode: its name, with the method where it has several."""
+        return self.name
+
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
         return dataclasses.asdict(self)

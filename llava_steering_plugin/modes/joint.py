@@ -72,6 +72,10 @@ class Joint(Mode):
     def shards(self) -> bool:
         return all(part.shards for part in self.parts)
 
+    @property
+    def full_name(self) -> str:
+        return JOIN.join(part.full_name for part in self.parts)
+
     def remarks(self, image_tokens: int) -> list[str]:
         return [remark for part in self.parts for remark in part.remarks(image_tokens)]
 

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.joint import JOIN, joint_kind, part_names
-from llava_steering_plugin.modes.peft.settings import METHODS
+from llava_steering_plugin.modes.peft.settings import METHODS, NOT_HERE
 from llava_steering_plugin.registered import Registered
 
 _OURS = {
@@ -56,8 +56,8 @@ def get(name: str) -> type[Mode]:
     """
     if JOIN in name and name not in names():
         return _joint(name)
-    if name in METHODS and name not in names():
-        raise ArgumentsError(f"{name!r} is a method of the mode peft: write peft, and --peft_method {name}")
+    if name in (*METHODS, *NOT_HERE) and name not in names():
+        raise ArgumentsError(f"{name!r} is a method of PEFT's: write peft in its place, and add --peft_method {name}")
     return _MODES.get(name)
 
 

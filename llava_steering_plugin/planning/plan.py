@@ -41,6 +41,7 @@ class Plan:
 
     Attributes:
         mode, settings: the tuning mode; None if the command line names none that is known.
+        full_name: what tables call the mode.
         counts: None if the model or the mode cannot be built.
         memory: None if it was not asked for, or something that it needs is not known.
         notes: what the plan does not know or has not checked, and what the mode remarks on its settings.
@@ -53,6 +54,7 @@ class Plan:
     memory: MemoryReport | None = None
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    full_name: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as plain values. Every key is always there; what is unknown is None."""
@@ -155,7 +157,8 @@ def plan(words: Sequence[str], wanted: Wanted | None = None) -> Plan:
                 )
                 notes += memory.notes
     settings = {} if mode is None else mode.settings()
-    return Plan(None if mode is None else mode.name, settings, counts, memory, tuple(notes), tuple(problems))
+    named = (None, None) if mode is None else (mode.name, mode.full_name)
+    return Plan(named[0], settings, counts, memory, tuple(notes), tuple(problems), named[1])
 
 
 def count(model: Any, mode: Mode, projector: int | None) -> ParameterCounts:

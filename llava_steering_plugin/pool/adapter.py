@@ -24,6 +24,7 @@ class AdapterDetails:
         path: the folder it was read from; for the base, what the model was loaded from.
         resident: on the model's device; else it waits in CPU memory.
         conversation: LLaVA's conversation template that it was trained with; None if unknown.
+        full_name: what lists call the mode: its name, with the method where it has several.
     """
 
     name: str
@@ -34,6 +35,7 @@ class AdapterDetails:
     path: Path
     resident: bool
     conversation: str | None
+    full_name: str
 
 
 @dataclass(eq=False)
@@ -43,6 +45,7 @@ class PooledAdapter:
     Attributes:
         name: under which the pool knows it.
         config, path: as read.
+        full_name: of its mode.
         modules: in eval mode, by the path of their host below the decoder stack.
         projector: the adapter's own; None if it takes the base's.
         newline: the adapter's own image_newline; None if it takes the base's.
@@ -54,6 +57,7 @@ class PooledAdapter:
     name: str
     config: AdapterConfig
     path: Path
+    full_name: str
     modules: Mapping[str, nn.Module]
     projector: nn.Module | None
     at_decode: Mapping[str, nn.Module]
@@ -83,4 +87,5 @@ class PooledAdapter:
             self.path,
             self.resident,
             config.conversation,
+            self.full_name,
         )

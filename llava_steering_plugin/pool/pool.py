@@ -144,7 +144,7 @@ class AdapterPool(ModelOwner):
             if (adapter := self._find(name)) is not None:
                 return adapter.details()
             path = Path(getattr(self.model.config, "_name_or_path", ""))
-            return AdapterDetails(BASE, "none", {}, 0, 0, path, True, None)
+            return AdapterDetails(BASE, "none", {}, 0, 0, path, True, None, "none")
 
     def modules(self, name: str) -> dict[str, Any]:
         """Return an adapter's modules by the path of their host below the decoder stack; of the base there are none."""

@@ -55,7 +55,8 @@ def pooled(
     if found is not None and prefix is not None and extras:
         own = {key.removeprefix(prefix): tensor for key, tensor in extras.items()}
         projector = own_projector(found[1], own, model.dtype).cpu()
-    return PooledAdapter(name, stored.config, stored.path, modules, projector, at_decode(mode, modules), newline)
+    called = at_decode(mode, modules)
+    return PooledAdapter(name, stored.config, stored.path, mode.full_name, modules, projector, called, newline)
 
 
 def _different(model: PreTrainedModel, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:

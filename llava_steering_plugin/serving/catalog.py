@@ -84,7 +84,8 @@ class AdapterCatalog:
                 raise AdapterError(reason) from error
             self.accept(name)
             self._adapters = {**self._adapters, name: adapter}
-        logger.info("serving %s as %s", name, adapter.shown)
+            mode = self.pool.details(name).full_name
+        logger.info("serving %s as %s: %s", name, adapter.shown, mode)
         return adapter
 
     def drop(self, name: str) -> None:

@@ -65,7 +65,7 @@ def attach_mode(model: Any, arguments: Any, tokenizer: Any) -> Attachment:
         # Counted in the model itself, so that packed and sharded weights count with their real size.
         other = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())
         Console().print(
-            parameter_table(attachment.mode.name, counted(model, attachment.modules, attachment.shape, other))
+            parameter_table(attachment.mode.full_name, counted(model, attachment.modules, attachment.shape, other))
         )
     return attachment
 

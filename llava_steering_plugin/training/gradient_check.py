@@ -42,12 +42,12 @@ class GradientCheck(TrainerCallback):
     Args:
         parameters: the trained ones of the adapter, by name.
         modules: of the adapter, which hold them.
-        zeros: path with which the names of those parameters begin whose gradients may be zero, the last layer's.
+        may_be_zero: a path; parameters below it may have gradients of zeros. It is that of the last layer.
     """
 
     # Hooks rather than `.grad`, which DeepSpeed keeps elsewhere. Each is removed once it has seen enough.
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], modules: Mapping[str, nn.Module], zeros: str):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], modules: Mapping[str, nn.Module], may_be_zero: str):
         self.names = list(parameters)
         self.steps, self.warned = 0, False
         self._chains = _chains(parameters, modules)
@@ -58,7 +58,7 @@ class GradientCheck(TrainerCallback):
         self._seen = torch.zeros(2, len(self.names), device=device)
         self._counting = torch.zeros(STEPS, len(self.names))  # whether the steps since the last exchange count
         self._counted = torch.zeros(len(self.names))
-        self._passes = torch.tensor([name.startswith(f"{zeros}.") for name in self.names])
+        self._passes = torch.tensor([name.startswith(f"{may_be_zero}.") for name in self.names])
         self._gradients = {at: each.register_hook(self._hook(at)) for at, each in enumerate(parameters.values())}
         parts = {id(part): part for chain in self._chains for part in chain}
         self._calls = [part.register_forward_hook(self._note_call) for part in parts.values()]

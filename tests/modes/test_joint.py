@@ -157,7 +157,7 @@ def test_the_settings_are_those_of_the_parts_by_the_names_of_their_flags() -> No
         ("mores+ +mixlora", "lacks a part"),
         ("mores+mixlora+mores", r"has two parts, and mores\+mores\+mixlora has 3"),
         ("mores+projector", r"mores\+projector is nothing new: mores trains the projector too, unless --freeze"),
-        ("mores+lora", "'lora' is a method of the mode peft: write peft, and --peft_method lora"),
+        ("mores+lora", "'lora' is a method of PEFT's: write peft in its place, and add --peft_method lora"),
         ("mores+none", "unknown tuning mode 'none'"),
     ],
 )

@@ -21,8 +21,11 @@ BASELINES: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("lora", {"r": 4, "use_dora": True, "target_modules": ["q_proj", "down_proj"]}),
     "ia3": ("ia3", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
     "oft": ("oft", {"r": 8, "target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 2]}),
-    "loha": ("loha", {"r": 2, "alpha": 4}),
-    "lokr": ("lokr", {"r": 2, "decompose_both": True, "decompose_factor": 4}),
+    "loha": ("loha", {"r": 2, "alpha": 4, "target_modules": ["q_proj", "down_proj"]}),
+    "lokr": (
+        "lokr",
+        {"r": 2, "decompose_both": True, "decompose_factor": 4, "target_modules": ["q_proj", "down_proj"]},
+    ),
 }
 
 

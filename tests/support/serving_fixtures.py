@@ -31,12 +31,14 @@ from llava_steering_plugin.adapters.save_load import describe
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
+from llava_steering_plugin.modes.peft.mode import Peft
 from llava_steering_plugin.serving.http.limits import Limits
 
 PATIENCE = 120
 TOKEN = "a-token-that-is-long-enough"
 WITH_PROJECTOR = ("birds", "routed")
 MODES: dict[str, Mode] = {"mixlora-x": MixLoRA(factors=4, rank=2)}
+MODES |= {"dogs": Peft("ia3"), "fish": Peft("lora", '{"r": 2}')}
 MODES["routed"] = joint(MoReS(rank=2, tokens="f4+l5"), MODES["mixlora-x"])
 NAMES = ("cats", "dogs", "pets", "birds", "fish", "mixlora-x", "my-mpt", "routed")
 BASE_NAME = "llava-v1.5-tiny"
@@ -46,7 +48,7 @@ TEXT_PROMPT = "A chat. USER: What do you like? ASSISTANT:"
 
 @pytest.fixture(scope="session")
 def shelf(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with eight adapters of both modes, one of them of both at once; read it, never write to it."""
+    """A folder with eight adapters of MoReS, MixLoRA, both at once and PEFT's methods; read it, never write to it."""
     folder = tmp_path_factory.mktemp("shelf")
     model = load_llava(tiny.llava)
     for seed, name in enumerate(NAMES):

@@ -9,10 +9,8 @@ from typing import Any
 
 from llava_steering_plugin.adapters.stored.config import is_ours
 from llava_steering_plugin.adapters.stored.files import read_json
+from llava_steering_plugin.adapters.stored.folder import PEFT_CONFIG
 from llava_steering_plugin.errors import BaseMismatch
-
-# PEFT's config of an adapter. transformers loads the base that it names in place of what lies in its folder.
-PEFT_CONFIG = "adapter_config.json"
 
 
 def unmerged_lora(name: str) -> str | None:

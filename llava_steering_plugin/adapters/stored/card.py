@@ -14,7 +14,11 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def model_card(
-    config: AdapterConfig, parameters: int, extras: list[str], learned: Mapping[str, str] | None = None
+    config: AdapterConfig,
+    parameters: int,
+    extras: list[str],
+    learned: Mapping[str, str] | None = None,
+    full_name: str | None = None,
 ) -> str:
     """Return the text of README.md: what the adapter is, how to load it, and its settings.
 
@@ -23,6 +27,7 @@ def model_card(
         parameters: how many the tuning mode has.
         extras: names of the base's own tensors that are saved with it.
         learned: what training has chosen, by name, as `Mode.learned` returns it.
+        full_name: of the tuning mode; None: its name says all.
     """
     base = config.base
     on_hub = _HUB_ID.fullmatch(base.name_or_path) and not os.path.exists(base.name_or_path)
@@ -44,7 +49,7 @@ library_name: llava-steering-plugin
 {tags}
 ---
 
-# {config.mode} adapter for {base.name_or_path}
+# {full_name or config.mode} adapter for {base.name_or_path}
 
 An adapter for LLaVA: {held} of tuning mode `{config.mode}`, trained with
 llava-steering-plugin. Its base, {base.name_or_path}, has {base.num_layers} layers of width {base.hidden_size}.

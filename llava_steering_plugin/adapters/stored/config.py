@@ -18,7 +18,7 @@ from llava_steering_plugin.errors import AdapterError, listing, shortened
 
 # Format 2 is format 1 with the mode's tensors under the names of PEFT's, and is written for its methods alone.
 FORMAT_VERSION, PEFT_FORMAT = 1, 2
-PEFT_PREFIX = "LLAVA_"
+OWN_TYPES = "LLAVA_"  # what `peft_type` begins with in our configs
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class AdapterConfig:
         """Return the text that the header and llava_steering_config.json hold."""
         return json.dumps(
             {
-                "peft_type": PEFT_PREFIX + self.mode.upper(),
+                "peft_type": OWN_TYPES + self.mode.upper(),
                 "task_type": "CAUSAL_LM",
                 "base_model_name_or_path": self.base.name_or_path,
                 "format_version": FORMAT_VERSION if self.peft_prefix is None else PEFT_FORMAT,
@@ -122,7 +122,7 @@ class AdapterConfig:
 
 def is_ours(peft_type: object) -> bool:
     """Tell whether a `peft_type` names an adapter of this plugin, of whatever format."""
-    return isinstance(peft_type, str) and peft_type.startswith(PEFT_PREFIX)
+    return isinstance(peft_type, str) and peft_type.startswith(OWN_TYPES)
 
 
 def _check_format(data: dict[str, Any], where: str) -> None:

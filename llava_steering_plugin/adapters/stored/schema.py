@@ -84,7 +84,7 @@ def scalar(value: Any) -> str:
     return "text, a number, true, false or null"
 
 
-def peft_prefix(value: Any) -> str:
+def beginning_of_names(value: Any) -> str:
     """Check for what names of tensors of PEFT's begin with: its wrapper, and perhaps where the decoder is in it."""
     right = isinstance(value, str) and len(value) <= 100 and re.fullmatch(r"base_model\.model\.(\w+\.)*", value)
     return "" if right else "the beginning of names of PEFT's, base_model.model. and so on"
@@ -142,7 +142,7 @@ def config_problems(data: Mapping[str, Any], *, named_by_peft: bool = False) -> 
     Args:
         named_by_peft: its tensors have the names of PEFT's.
     """
-    problems = _wrong(data, _CONFIG | ({"peft_prefix": peft_prefix} if named_by_peft else {}))
+    problems = _wrong(data, _CONFIG | ({"peft_prefix": beginning_of_names} if named_by_peft else {}))
     for name, check in (("settings", scalar), ("trained_on", scalar)):
         if isinstance(entries := data.get(name), dict):
             problems += _too_many(name, entries, MOST_SETTINGS) or _wrong(entries, dict.fromkeys(entries, check), name)

@@ -31,6 +31,7 @@ from llava_steering_plugin.measures.effect import GRADIENTS, NONE, OCCLUSION, ST
 from llava_steering_plugin.measures.modality import Kind, answer_queries
 from llava_steering_plugin.measures.patches import Updates, find_sinks, measure_attention, watched_updates
 from llava_steering_plugin.modes.joint import part_names
+from llava_steering_plugin.pool.pool import BASE
 
 # By default, windows are as small as they can be with so many passes.
 PASSES = 200
@@ -179,10 +180,9 @@ def _update(updates: Updates, opened: AnsweringModel, adapter: str, visual: Tens
     """Return the relative size of MoReS' updates by layer; null for patches that it does not steer."""
     pool = opened.loaded.pool
     if not updates.by_layer:
-        mode = pool.details(adapter).mode
-        if "mores" in part_names(mode):
+        if "mores" in part_names(pool.details(adapter).mode):
             return {"left_out": "this MoReS adapter steers text only"}
-        return {"left_out": f"only MoReS moves hidden states of patches; this is {_called(opened, mode)}"}
+        return {"left_out": f"only MoReS moves hidden states of patches; this is {_called(opened, adapter)}"}
     numbers = {layer.path: number for number, layer in enumerate(find_decoder(pool.model)[1].layers)}
     layers = sorted((numbers[path], *found) for path, found in updates.by_layer.items())
     maps = []
@@ -197,9 +197,9 @@ def _update(updates: Updates, opened: AnsweringModel, adapter: str, visual: Tens
     }
 
 
-def _called(opened: AnsweringModel, mode: str) -> str:
-    if mode != "none":
-        return f"an adapter of {mode}"
+def _called(opened: AnsweringModel, adapter: str) -> str:
+    if adapter != BASE:
+        return f"an adapter of {opened.kind}"
     return "a LoRA" if opened.kind == "lora" else "a base"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from llava_steering_plugin.adapters.stored.folder import PEFT_CONFIG
 from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.diagnostics.image.one_model import EffectOptions, measure_image
 from llava_steering_plugin.diagnostics.pictures.overlays import draw_image
@@ -20,7 +21,7 @@ from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.inference.asking.answering import AnswerOptions, BatchAnswers
 from llava_steering_plugin.inference.asking.questions import Question
 from llava_steering_plugin.inference.images import read_image
-from llava_steering_plugin.inference.models import PEFT_CONFIG, AnsweringModel, base_of_lora, open_model
+from llava_steering_plugin.inference.models import AnsweringModel, base_of_lora, open_model
 from llava_steering_plugin.measures.patches import SINK
 from llava_steering_plugin.pool.pool import BASE
 

@@ -7,7 +7,6 @@ a config means and how they begin; the layers then work on the real ones.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from llava_steering_plugin.errors import nearest
-from llava_steering_plugin.modes.base import DecoderShape, LayerShape, Mode, setting
+from llava_steering_plugin.modes.base import UNBUILDABLE, DecoderShape, LayerShape, Mode, setting
 from llava_steering_plugin.modes.peft.layers import NAME, TunedLinear, is_dora, start_dora
 from llava_steering_plugin.modes.peft.settings import (
     METHODS,
@@ -25,11 +24,12 @@ from llava_steering_plugin.modes.peft.settings import (
     completed,
     config_problems,
     method_problems,
+    read_config,
     version,
 )
 
-# What PEFT and torch raise where settings describe nothing that can be built.
-_UNBUILDABLE = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError, re.error)
+# What PEFT raises, too, where settings describe nothing that can be built.
+_UNBUILDABLE = (*UNBUILDABLE, AttributeError, re.error)
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,13 @@ class Peft(Mode):
             if decoder is not None and (missed := self._missed(decoder)):
                 return missed
             with torch.device("meta"):
-                self.build(_ANY if decoder is None else decoder, everywhere=decoder is None)
+                self._tuner(_ANY if decoder is None else decoder, everywhere=decoder is None)
         except _UNBUILDABLE as error:
-            return [f"peft_config: PEFT {version()} builds nothing of it: {error}"]
+            return [f"peft_config: PEFT {version()} cannot build it: {error}"]
         return []
 
-    def build(self, decoder: DecoderShape, *, everywhere: bool = False) -> dict[str, nn.Module]:
-        """Build the modules.
-
-        Args:
-            everywhere: on every linear, whatever the config names.
-        """
-        tuner = self._tuner(decoder, everywhere)
+    def build(self, decoder: DecoderShape) -> dict[str, nn.Module]:
+        tuner = self._tuner(decoder)
         prefix = _prefix(decoder)
         return {
             path.removeprefix(prefix): TunedLinear(tuner.model.get_submodule(path))
@@ -82,7 +77,17 @@ class Peft(Mode):
 
     @property
     def shards(self) -> bool:
-        return self.method == "lora" and not json.loads(self.config or "{}").get("use_dora")
+        return self.method == "lora" and not self._is_dora()
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.name} ({'dora' if self._is_dora() else self.method})"
+
+    def _is_dora(self) -> bool:
+        try:
+            return self.method == "lora" and bool(read_config(self.config).get("use_dora"))
+        except ValueError:
+            return False  # `problems` says what is wrong with it
 
     def config_for_peft(self, decoder: DecoderShape) -> dict[str, Any]:
         """Return what adapter_config.json says. Linears are in full there: `q_proj` means those of the tower too."""
@@ -101,6 +106,9 @@ class Peft(Mode):
 
     def _tuner(self, decoder: DecoderShape, everywhere: bool = False) -> Any:
         """Return PEFT's tuner of a skeleton of the decoder, with its layers in place.
+
+        Args:
+            everywhere: on every linear, whatever the config names.
 
         Raises:
             ValueError, TypeError and others of PEFT's: it cannot be built.
@@ -132,12 +140,13 @@ class Peft(Mode):
             else:
                 missed = sorted(n for n in wanted if not any(p == n or p.endswith(f".{n}") for p in paths))
             if missed or not wanted:
-                named = ", ".join(f"{name:.100}" for name in missed[:5]) or "nothing"
+                named = ", ".join(f"{name:.100}" for name in missed[:5])
+                wrong = f"no linear of the decoder is called {named}" if missed else "it is empty"
                 hint = nearest(missed[0], known) if missed else ""
                 problems.append(
-                    f"peft_config: {setting_name}: no linear of the decoder is called {named}; {hint}there are "
-                    f"{', '.join(known)}, in full {paths[0] if paths else 'none'} and so on. Vision tower, projector "
-                    "and language-model head are not tuned"
+                    f"peft_config: {setting_name}: {wrong}; {hint}the decoder has {', '.join(known) or 'none'}"
+                    f"{f' (in full {paths[0]}, and so on)' if paths else ''}. Vision tower, projector and "
+                    "language-model head are not tuned"
                 )
         layers = getattr(config, "layers_to_transform", None)
         beyond = [

@@ -13,25 +13,27 @@ from llava_steering_plugin.errors import nearest
 
 # The methods that are tried here, beside LoRA with its option DoRA. Each adds to linears what a base can do without.
 METHODS = ("ia3", "loha", "lokr", "lora", "oft")
-_IN_PROMPTS = "it adds vectors to prompts, or to attention, and nothing to linears"
-_NOT_HERE = {
-    "adalora": "its ranks are shared out by calls that belong into a training loop of PEFT's own",
+_IN_PROMPTS = "it adds vectors to prompts or to attention, and this mode tunes linears"
+# Other methods of PEFT's, and why they do not train here.
+NOT_HERE = {
+    "adalora": "it needs a training loop that calls its update_and_allocate() after every step",
     "adaption_prompt": _IN_PROMPTS,
     "dora": "it is an option of LoRA: --peft_method lora --peft_config '{\"use_dora\": true}'",
     "multitask_prompt_tuning": _IN_PROMPTS,
     "p_tuning": _IN_PROMPTS,
-    "poly": "it wants the number of its task with every sample",
+    "poly": "it needs the number of the task with every sample",
     "prefix_tuning": _IN_PROMPTS,
     "prompt_tuning": _IN_PROMPTS,
 }
 # PEFT's word for all linears, which all methods may use here.
 ALL = "all-linear"
-# What a file of PEFT's says beside the settings of its method. `peft_type` is compared with --peft_method.
+# What a file of PEFT's says that is no setting of the method, or only Megatron's. `peft_type` is compared with
+# --peft_method.
 _OF_THE_FILE = (
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
-    "task_type",
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_type"),
+    *("peft_version", "revision", "task_type"),
 )
-_IDENTITY = "a fresh adapter has to leave the base's answers as they are"
+_IDENTITY = "a fresh adapter must leave the base's answers as they are"
 _BASE = "it would change the base itself, which adapters share"
 # Settings that cannot be used here: the values that can, and why no others.
 _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
@@ -45,7 +47,7 @@ _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "megatron_config": ((None,), "no model of Megatron's is trained here"),
     "module_dropout": (
         (0, None),
-        "a parameter that a step leaves out has no gradient there, and ranks would wait for it",
+        "parameters that a step leaves out get no gradient there, and other ranks would wait for one",
     ),
     "modules_to_save": ((None, []), _BASE + ". The projector is trained without it"),
 }
@@ -74,12 +76,11 @@ def method_problems(method: str) -> list[str]:
     there = [name for name in METHODS if config_class(name) is not None]
     if method in there:
         return []
-    if method in _NOT_HERE:
-        return [
-            f"peft_method {method} is refused: {_NOT_HERE[method]}. Of PEFT {version()} there are {', '.join(there)}"
-        ]
-    why = "is not tried here" if config_class(method) is not None else "is unknown"
-    return [f"peft_method {method} {why}; {nearest(method, there)}of PEFT {version()} there are {', '.join(there)}"]
+    known = f"methods that train here, with PEFT {version()}: {', '.join(there)}"
+    if method in NOT_HERE:
+        return [f"peft_method {method} is refused: {NOT_HERE[method]}; {known}"]
+    why = "is not supported" if config_class(method) is not None else "is unknown"
+    return [f"peft_method {method} {why}; {nearest(method, there)}{known}"]
 
 
 def read_config(text: str | None) -> dict[str, Any]:
@@ -91,9 +92,9 @@ def read_config(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
     if not text.lstrip().startswith("{"):
-        raise ValueError(f"{text!r:.200} is neither an object of JSON, in braces, nor a file that can be read")
+        raise ValueError(f"{text!r:.200} is neither JSON in braces nor a file that can be read")
     if len(text) > LONGEST:
-        raise ValueError(f"it has {len(text):,} characters, and may have {LONGEST:,}")
+        raise ValueError(f"it has {len(text):,} characters, and {LONGEST:,} are allowed")
     try:
         found = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
@@ -102,7 +103,7 @@ def read_config(text: str | None) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a valid number")
 
 
 def completed(method: str, text: str | None) -> str | None:
@@ -153,14 +154,14 @@ def config_problems(method: str, text: str | None) -> list[str]:
         return [f"peft_config: {error}"]
     problems = []
     if (kind := _kind(given)) not in (None, method):
-        problems.append(f"peft_config is of {kind:.100}, and peft_method is {method}")
+        problems.append(f"peft_config is that of {kind:.100}, and peft_method is {method}")
     defaults, hints = _defaults(method), get_type_hints(config_class(method))
     for name, value in given.items():
         if name in _OF_THE_FILE:
             continue
         if name not in defaults:
-            hint = nearest(name, defaults)
-            problems.append(f"peft_config: {name:.100} is no setting of {method} in PEFT {version()}. {hint}".rstrip())
+            hint = f"; {found}".rstrip() if (found := nearest(name, defaults)) else ""
+            problems.append(f"peft_config: {name:.100} is no setting of {method} in PEFT {version()}{hint}")
         elif name in _REFUSED and value not in _REFUSED[name][0]:
             problems.append(f"peft_config: {name} {_shown(value)} cannot be used here: {_REFUSED[name][1]}")
         elif not _is_a(value, hints[name]):

@@ -260,12 +260,13 @@ def _mode_problems(flags: Namespace, mode: Mode, given: Mapping[str, Mapping[str
     problems += [f"--{problem}" for problem in mode.problems()]
     if not mode.shards and zero_stage(flags) == 3:
         problems.append(
-            f"--deepspeed {flags.deepspeed} is ZeRO-3, which cannot train this --tuning_mode {mode.name}: it uses "
-            "parameters outside of the modules that hold them, where ZeRO-3 has cut them. Use ZeRO-2, or torchrun alone"
+            f"--deepspeed {flags.deepspeed} is ZeRO-3, which cannot train {mode.full_name}: it uses parameters "
+            "outside of the modules that hold them, where ZeRO-3 has cut them. Use ZeRO-2, or torchrun alone"
         )
     if mode.projector_alone and getattr(flags, "freeze_mm_mlp_adapter", False):
         problems.append(
-            f"--freeze_mm_mlp_adapter True leaves nothing to train: --tuning_mode {mode.name} trains that alone"
+            f"--freeze_mm_mlp_adapter True leaves nothing to train: --tuning_mode {mode.name} trains the projector "
+            "alone"
         )
     problems += [
         f"--{other}_{name} belongs to another mode than {mode.name}; remove it"

@@ -16,6 +16,8 @@ from training_runs import train_flags, train_in_process
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import DecoderShape, LayerShape, Mode
+from llava_steering_plugin.modes.joint import joint
+from llava_steering_plugin.modes.mores import MoReS
 from llava_steering_plugin.modes.peft.mode import Peft
 from llava_steering_plugin.modes.peft.settings import METHODS, config_class
 from llava_steering_plugin.planning.plan import plan
@@ -77,7 +79,6 @@ def test_two_ways_to_say_the_same_are_the_same_setting_and_all_that_counts_is_in
         "init_lora_weights": True,
         "lora_alpha": 8,
         "lora_dropout": 0.0,
-        "megatron_core": "megatron.core",
         "r": 8,
     }
 
@@ -85,23 +86,23 @@ def test_two_ways_to_say_the_same_are_the_same_setting_and_all_that_counts_is_in
 @pytest.mark.parametrize(
     ("method", "config", "said"),
     [
-        ("lorra", None, "peft_method lorra is unknown; did you mean 'lora'? of PEFT "),
+        ("lorra", None, "peft_method lorra is unknown; did you mean 'lora'? methods that train here, with PEFT "),
         ("dora", None, "peft_method dora is refused: it is an option of LoRA: --peft_method lora --peft_config"),
-        ("adalora", None, "peft_method adalora is refused: its ranks are shared out"),
+        ("adalora", None, "peft_method adalora is refused: it needs a training loop"),
         ("prefix_tuning", None, "peft_method prefix_tuning is refused: it adds vectors to prompts"),
-        ("poly", None, "there are ia3, loha, lokr, lora, oft"),
-        ("lora", "nowhere.json", "peft_config: 'nowhere.json' is neither an object of JSON, in braces, nor a file"),
-        ("lora", '["r"]', "is neither an object of JSON"),
+        ("poly", None, ": ia3, loha, lokr, lora, oft"),
+        ("lora", "nowhere.json", "peft_config: 'nowhere.json' is neither JSON in braces nor a file"),
+        ("lora", '["r"]', "is neither JSON in braces"),
         ("lora", '{"r": 8', "peft_config: it is not JSON"),
-        ("lora", '{"lora_alpha": NaN}', "NaN is no number"),
+        ("lora", '{"lora_alpha": NaN}', "NaN is not a valid number"),
         ("lora", "{" + "[" * 20_000, "peft_config: it has 20,001 characters"),
-        ("lora", {"peft_type": "IA3"}, "peft_config is of ia3, and peft_method is lora"),
+        ("lora", {"peft_type": "IA3"}, "peft_config is that of ia3, and peft_method is lora"),
         ("lora", {"rank": 8}, "rank is no setting of lora in PEFT"),
         ("lora", {"lora_aplha": 8}, "did you mean 'lora_alpha'?"),
         ("ia3", {"r": 8}, "r is no setting of ia3"),
         ("lora", {"r": "8"}, 'peft_config: r is "8", where int is expected'),
         ("lora", {"r": True}, "peft_config: r is true, where int is expected"),
-        ("lora", {"r": 0}, "builds nothing of it: `r` should be a positive integer"),
+        ("lora", {"r": 0}, "cannot build it: `r` should be a positive integer"),
         ("lora", {"lora_dropout": 1.5}, "lora_dropout is 1.5; it must be at least 0 and below 1"),
         (
             "lora",
@@ -109,18 +110,22 @@ def test_two_ways_to_say_the_same_are_the_same_setting_and_all_that_counts_is_in
             'modules_to_save ["lm_head"] cannot be used here: it would change the base',
         ),
         ("lora", {"bias": "all"}, 'bias "all" cannot be used here: it would change the base itself'),
-        ("lora", {"init_lora_weights": "loftq"}, "a fresh adapter has to leave the base's answers as they are"),
+        ("lora", {"init_lora_weights": "loftq"}, "a fresh adapter must leave the base's answers as they are"),
         ("oft", {"init_weights": False}, "init_weights false cannot be used here"),
-        ("loha", {"module_dropout": 0.1}, "ranks would wait for it"),
+        ("loha", {"module_dropout": 0.1}, "ranks would wait for one"),
         ("lora", {"target_modules": ["q_prij"]}, "no linear of the decoder is called q_prij; did you mean 'q_proj'?"),
-        ("lora", {"target_modules": []}, "no linear of the decoder is called nothing"),
-        ("lora", {"target_modules": ["lm_head", "q_proj"]}, "is called lm_head; there are down_proj, q_proj, v_proj"),
+        ("lora", {"target_modules": []}, "target_modules: it is empty; the decoder has"),
+        (
+            "lora",
+            {"target_modules": ["lm_head", "q_proj"]},
+            "is called lm_head; the decoder has down_proj, q_proj, v_proj (in full model.layers.0.",
+        ),
         (
             "oft",
             {"target_modules": r"model\.vision_tower\..*"},
             "Vision tower, projector and language-model head are not",
         ),
-        ("loha", {"target_modules": "(q_proj"}, "builds nothing of it: missing ), unterminated subpattern"),
+        ("loha", {"target_modules": "(q_proj"}, "cannot build it: missing ), unterminated subpattern"),
         ("lora", {"layers_to_transform": [1, 7]}, "layers_to_transform names 7, and the decoder has 3 layers"),
         ("ia3", {"target_modules": ["q_proj"], "feedforward_modules": ["down_proj"]}, "should be a subset"),
     ],
@@ -142,6 +147,14 @@ def test_all_that_is_wrong_comes_in_one_message_before_a_model_is_loaded(
     assert "--mores_rank belongs to another mode than peft" in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("text", "said"), [("nowhere.json", "is neither JSON in braces nor a file"), ("{", "not JSON")]
+)
+def test_a_command_line_with_a_config_that_cannot_be_read_is_refused(tiny: TinyLlava, text: str, said: str) -> None:
+    [problem] = plan(train_flags(tiny, Path("never"), {"tuning_mode": "peft", "peft_config": text})).problems
+    assert problem.startswith("--peft_config: ") and said in problem
+
+
 def test_targets_that_the_base_lacks_are_refused_by_its_config_alone(tiny: TinyLlava) -> None:
     wrong = {"tuning_mode": "peft", "peft_config": '{"target_modules": ["c_attn"]}'}
     found = plan(train_flags(tiny, Path("never"), wrong))
@@ -157,12 +170,26 @@ def test_a_file_is_read_where_the_flag_names_it_and_never_where_an_adapter_does(
     found = plan(train_flags(tiny, tmp_path / "run", {"tuning_mode": "peft", "peft_config": tmp_path / "config.json"}))
     assert found.problems == () and json.loads(found.settings["config"])["r"] == 3
     mode: Mode = registry.configured("peft", {"method": "lora", "config": str(tmp_path / "config.json")})
-    assert "is neither an object of JSON" in mode.problems()[0]
+    assert "is neither JSON in braces" in mode.problems()[0]
 
 
 def test_settings_of_another_type_are_refused_as_those_of_every_mode() -> None:
     with pytest.raises(ArgumentsError, match="method is 3 where str is expected"):
         registry.configured("peft", {"method": 3})
+
+
+@pytest.mark.parametrize(
+    ("mode", "called"),
+    [
+        (Peft(), "peft (lora)"),
+        (Peft("lora", '{"use_dora": true}'), "peft (dora)"),
+        (Peft("ia3"), "peft (ia3)"),
+        (Peft("lora", "unreadable"), "peft (lora)"),
+        (joint(Peft("oft"), MoReS()), "mores+peft (oft)"),
+    ],
+)
+def test_the_full_name_says_the_method(mode: Mode, called: str) -> None:
+    assert mode.full_name == called
 
 
 def test_sharding_parameters_is_for_loras_without_magnitudes() -> None:

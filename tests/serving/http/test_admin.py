@@ -39,7 +39,8 @@ def test_an_administrator_adds_replaces_and_removes_adapters_and_the_controllers
     assert put(admin, "new", folder / "two").ok
     assert admin.answer("new", asked[0]) == alone("dogs", asked[0])
     [known] = [entry for entry in admin.admin("GET").json()["adapters"] if entry["name"] == "new"]
-    assert known["mode"] == "mores" and known["source"] == str(folder / "two") and known["conversation"] == "v1"
+    assert (known["mode"], known["settings"]["method"]) == ("peft", "ia3")
+    assert known["source"] == str(folder / "two") and known["conversation"] == "v1"
     assert admin.admin("DELETE", "/new").ok
     wait_until(lambda: listed(controller) == shown)
     assert admin.refused(asked[0].body("new"))[0] == 404
