@@ -185,12 +185,13 @@ def test_parameters_are_grouped_by_layer_linear_and_side() -> None:
         "layers.3.self_attn.q_proj.router_a": Place(3, "q_proj", "routers"),
         "base_model.model.model.layers.12.mlp.up_proj.lora_B.default.weight": Place(12, "up_proj", "B"),
         "layers.1.vis.steer_basis": Place(1, "vis", "steer_basis"),
+        "model.mm_projector.2.weight": Place(None, "mm_projector.2", "weight"),
     }
     parameters = {name: torch.nn.Parameter(torch.zeros(1)) for name in names}
     groups = grouped(parameters)
     for name, place in names.items():
         assert any(parameter is parameters[name] for parameter in groups[place])
-    assert len(groups) == 4
+    assert len(groups) == 5
 
 
 def test_a_wrong_folder_of_images_is_one_line_and_many_bad_samples_are_counted(tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ Covers `modes/projector.py`.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bad_samples import write_data
+from diagnosing import diagnosed
 from pooled import answer
 from rank_runs import text_data
 from steered import PROMPT, generate, ids_of, load_llava, pictures
@@ -72,6 +75,16 @@ def test_a_row_of_a_pool_answers_by_it_as_it_does_alone_and_its_removal_gives_th
     assert torch.equal(logits(adapter_names="bridge"), alone)
     assert torch.equal(logits(), plain)
     assert answer(model) == generate(model, ids, pixels, do_sample=False)
+
+
+def test_interference_is_measured_in_the_projector(trained: Path, tiny: TinyLlava, tmp_path: Path) -> None:
+    samples = [sample for sample in json.loads(tiny.data.read_text()) if "image" in sample][:4]
+    tasks = write_data(tmp_path, [sample | {"task": f"task {at % 2}"} for at, sample in enumerate(samples)])
+    words = (str(trained), "--data", str(tasks), "--samples", "1")
+    (model,) = diagnosed("interference", tiny, tmp_path / "out", *words)["models"]
+    groups = {f"mm_projector.{layer} {kind}" for layer in (0, 2) for kind in ("bias", "weight")}
+    assert model["kind"] == "projector" and model["groups"].keys() == groups | {"all"}
+    assert model["groups"]["all"]["ratio_of_means"][0][1] != 0
 
 
 def test_a_plan_counts_it_from_the_configs_alone(tiny: TinyLlava) -> None:

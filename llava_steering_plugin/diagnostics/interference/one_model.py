@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llava_steering_plugin.adapters.fit.base_model import PROJECTOR_PREFIX
 from llava_steering_plugin.diagnostics.records import KEY, Records
 from llava_steering_plugin.diagnostics.task_data import UNKNOWN_TASKS, Entries, Sample, samples_by_task
 from llava_steering_plugin.errors import ArgumentsError, listing
@@ -84,6 +85,10 @@ def grouped(parameters: Mapping[str, nn.Parameter]) -> dict[Place, list[nn.Param
     for name, parameter in parameters.items():
         parts = [part for part in name.split(".") if part not in ("weight", "default")]
         layer = re.search(r"layers\.(\d+)\.", name)
+        if name.startswith(PROJECTOR_PREFIX) and not layer:
+            module, _, leaf = name.removeprefix("model.").rpartition(".")
+            groups[Place(None, module, leaf)].append(parameter)
+            continue
         side = ROUTERS if parts[-1].startswith("router_") else SIDES.get(parts[-1], parts[-1])
         groups[Place(int(layer[1]) if layer else None, parts[-2], side)].append(parameter)
     return dict(groups)
