@@ -30,7 +30,7 @@ FLOORS = (
     ("training", "convert", "pool"),
     ("upstream",),
     ("planning", "checkout", "inference", "launch"),
-    ("serving", "chat", "evaluation", "diagnostics", "comparison"),
+    ("serving", "chat", "evaluation", "diagnostics", "comparison", "export"),
     ("harness",),
     ("cli",),
     ("__main__",),
@@ -38,7 +38,7 @@ FLOORS = (
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 # Who calls LLaVA's own functions. Everybody else gets what it needs of LLaVA from these rooms, or from the model.
-MAY_IMPORT_LLAVA = {"upstream", "inference", "chat", "serving"}
+MAY_IMPORT_LLAVA = {"upstream", "inference", "chat", "serving", "export"}
 # The constant that stands for an image in a prompt: below `upstream`, which therefore cannot hand it down.
 LLAVA_CONSTANTS = {"pool/projectors.py"}
 

@@ -34,6 +34,7 @@ COMMANDS = {
     "plan",
     "components",
     "convert",
+    "export",
     "eval",
     "serve",
     "chat",
@@ -67,6 +68,7 @@ OPTIONS = {
         "--per-question",
     },
     "convert": {"source", "target", "--base", "--conversation", "--projector", "--no-projector", "--force"},
+    "export": {"base", "target", "--conversation", "--image", "--logits", "--no-logits"},
 }
 TRAINING = {
     "tuning_mode",

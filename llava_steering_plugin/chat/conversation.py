@@ -20,17 +20,8 @@ from llava_steering_plugin.inference.base_model import LoadedBase
 from llava_steering_plugin.inference.context import PromptTokens
 from llava_steering_plugin.inference.images import image_arguments, read_image
 from llava_steering_plugin.pool.pool import BASE
-from llava_steering_plugin.upstream.conversations import about_an_image, checked_template
+from llava_steering_plugin.upstream.conversations import about_an_image, checked_template, template_by_name
 from llava_steering_plugin.upstream.names import CHAT_PREFIXES
-
-# llava/serve/cli.py: the first of these that is in a model's name, in this order, decides its template.
-_RULES = {
-    "llama-2": "llava_llama_2",
-    "mistral": "mistral_instruct",
-    "v1.6-34b": "chatml_direct",
-    "v1": "llava_v1",
-    "mpt": "mpt",
-}
 
 
 class ChatError(SteeringError):
@@ -44,11 +35,6 @@ class Answer:
     text: str
     speed: Speed
     stopped: bool
-
-
-def template_by_name(model_name: str) -> str:
-    """Return the template that upstream's chat uses for a model of that name."""
-    return next((template for part, template in _RULES.items() if part in model_name.lower()), "llava_v0")
 
 
 def template_of_adapter(conversation: str | None, adapter: str | None = None) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 from llava.mm_utils import get_model_name_from_path
 
 from llava_steering_plugin.adapters.stored.locate import AdapterSource
-from llava_steering_plugin.chat.conversation import Chat, template_by_name, template_of_adapter
+from llava_steering_plugin.chat.conversation import Chat, template_of_adapter
 from llava_steering_plugin.inference.base_model import load_base
 from llava_steering_plugin.inference.models import load_adapter_and_base
 from llava_steering_plugin.inference.sources import load_all, locate_all
 from llava_steering_plugin.pool.pool import BASE
-from llava_steering_plugin.upstream.conversations import checked_template, template_of_base
+from llava_steering_plugin.upstream.conversations import checked_template, template_by_name, template_of_base
 
 
 def open_chat(

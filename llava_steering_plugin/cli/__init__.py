@@ -21,6 +21,7 @@ from llava_steering_plugin.cli import (
     convert,
     diagnose,
     evaluate,
+    export,
     plan,
     prepare,
     report,
@@ -71,6 +72,7 @@ app.command("check-data", short_help="Find the samples that LLaVA cannot be trai
     check_data.check_data
 )
 app.command("convert", short_help="Make an adapter folder from a MoReS or MixLoRA checkpoint.")(convert.convert)
+app.command("export", short_help="Write a LLaVA as transformers' own Llava, or the other way round.")(export.export)
 app.command("prepare", short_help="Make LLaVA's files of a benchmark that lies on disk.")(prepare.prepare)
 app.command("eval", short_help="Answer a file of questions in batches, each with its adapter.")(evaluate.evaluate)
 app.command("score", short_help="Score answers by the official rule of a benchmark.")(score.score)

@@ -1,4 +1,4 @@
-"""Tables of the command line: what `doctor` and `convert` print."""
+"""Tables of the command line: what `doctor`, `convert` and others print."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llava_steering_plugin.checkout.doctor import Report
     from llava_steering_plugin.convert.conversion import Conversion
     from llava_steering_plugin.evaluation.scoring import Scores
+    from llava_steering_plugin.export.exporting import Export
     from llava_steering_plugin.planning.data_report import DataReport
 
 WIDTH_OF_A_FILE = 160
@@ -70,6 +71,16 @@ def conversion_tables(done: Conversion) -> list[Table]:
     for note in done.notes:
         lost.add_row(note.entry, note.what)
     return [table, lost]
+
+
+def export_table(done: Export) -> Table:
+    """Return what was exported, what was compared, and what to know about it."""
+    table = _key_value_table()
+    table.add_row(f"{done.layout.value} model", str(done.folder))
+    table.add_row("conversation", done.conversation)
+    _add_rows(table, "checked", done.checks)
+    _add_rows(table, "to know", done.notes)
+    return table
 
 
 def data_table(report: DataReport) -> Table:

@@ -191,6 +191,14 @@ class Weights(Mapping[str, Tensor]):
             raise AdapterError(f"{path} lacks {name} or is damaged. Copy it again from where it came from.") from error
         return tensor
 
+    def file_of(self, name: str) -> Path:
+        """Return the file in which a tensor lies."""
+        return self._files[name]
+
+    def close(self) -> None:
+        """Let go of the files; one that is asked for again is opened again."""
+        self._opened.clear()
+
     def _open(self, path: Path) -> Any:
         if path not in self._opened:
             self._opened[path] = _safetensors(path) if path.suffix == ".safetensors" else tensors_in(path)

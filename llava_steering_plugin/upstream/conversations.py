@@ -9,6 +9,15 @@ from llava_steering_plugin.components.model_types import of_llava_type
 from llava_steering_plugin.errors import ArgumentsError, nearest
 from llava_steering_plugin.upstream.chat_templates import OF_TOKENIZER
 
+# llava/serve/cli.py: the first of these that is in a model's name, in this order, decides its template.
+_RULES = {
+    "llama-2": "llava_llama_2",
+    "mistral": "mistral_instruct",
+    "v1.6-34b": "chatml_direct",
+    "v1": "llava_v1",
+    "mpt": "mpt",
+}
+
 
 def checked_template(name: str, adapter: str | None = None) -> str:
     """Return the name of a conversation template, after checking that LLaVA has it.
@@ -40,6 +49,11 @@ def template_of_base(config: Mapping[str, Any]) -> str | None:
     """
     component = of_llava_type(str(config.get("model_type")))
     return None if component is None else component.version
+
+
+def template_by_name(model_name: str) -> str:
+    """Return the template that upstream's chat uses for a model of that name."""
+    return next((template for part, template in _RULES.items() if part in model_name.lower()), "llava_v0")
 
 
 def about_an_image(question: str, config: Any) -> str:
