@@ -261,11 +261,14 @@ def _squared(image: Any, folder: Path, pads: bool) -> Any:
     """Return the picture as a model that does not pad by itself is to get it."""
     if not pads:
         return image
-    from llava.mm_utils import expand2square
+    from PIL import Image
     from transformers import CLIPImageProcessor
 
     mean = CLIPImageProcessor.from_pretrained(folder).image_mean
-    return expand2square(image, tuple(int(part * 255) for part in mean))
+    side = max(image.size)
+    square = Image.new(image.mode, (side, side), tuple(int(part * 255) for part in mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def _count(shape: Sequence[int]) -> int:

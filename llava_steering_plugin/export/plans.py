@@ -27,7 +27,7 @@ CONFIG, GENERATION, PROCESSOR = "config.json", "generation_config.json", "prepro
 
 @dataclass(frozen=True)
 class Plan:
-    """What is written.
+    """Says what is written.
 
     Attributes:
         pieces: the model's tensors, by their folder below the new one ("" for itself).

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model import LlavaLlamaForCausalLM
-from llava.model.language_model.llava_llama import LlavaConfig as LlavaLlamaConfig
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from PIL import Image
 from torch import Tensor
 
@@ -32,7 +31,7 @@ DIALOGUES: Mapping[str, Sequence[str]] = {
 
 @dataclass(frozen=True)
 class Answered:
-    """What a model made of a picture and a question.
+    """Holds what a model made of a picture and a question.
 
     Attributes:
         pixels: of the picture as its tower gets it, float32 [1, 3, side, side].
@@ -67,7 +66,7 @@ def llavas_answer(folder: Path, tower: Path, image: Image.Image, prompt: str, to
     Args:
         tower: folder of its vision tower, wherever its config says that it will be.
     """
-    config = LlavaLlamaConfig.from_pretrained(folder)
+    config = LlavaLlamaForCausalLM.config_class.from_pretrained(folder)
     config.mm_vision_tower = str(tower)
     model = LlavaLlamaForCausalLM.from_pretrained(
         folder, config=config, torch_dtype=torch.float32, low_cpu_mem_usage=True, attn_implementation="eager"

@@ -42,7 +42,8 @@ def changed(tiny: TinyLlava, tmp_path: Path) -> Callable[..., Path]:
         config = json.loads((folder / "config.json").read_text()) | settings
         (folder / "config.json").write_text(json.dumps(config))
         whole = load_file(folder / "model.safetensors") | tensors
-        save_file({name: value for name, value in whole.items() if value is not None}, folder / "model.safetensors")
+        kept = {name: value for name, value in whole.items() if value is not None}
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
         return folder
 
     return copy

@@ -19,6 +19,8 @@ from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.export import exporting
 from llava_steering_plugin.export.exporting import export
 
+pytest_plugins = ["steered_fixtures"]
+
 
 @pytest.fixture
 def edited(tiny: TinyLlava, tmp_path: Path) -> Callable[..., Path]:
