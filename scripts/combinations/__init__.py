@@ -1,0 +1,1 @@
+"""Train every language model with every vision tower, connector and tuning method, on tiny random models."""

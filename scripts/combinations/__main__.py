@@ -1,0 +1,18 @@
+"""Run `combinations`; scripts/combinations.sh starts it with the Python of .venv."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Python puts this folder first on the path. Its modules are imported from the package `combinations` instead. The tiny
+# models are those of the tests.
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import typer
+
+from combinations.program import main
+
+typer.run(main)
