@@ -14,8 +14,8 @@ NOT_RUN = "not run"
 def markdown(outcomes: Mapping[Cell, Outcome]) -> str:
     """Return the table, and below it the reasons by their numbers.
 
-    A cell stands for all tuning methods; where they differ, or not all were run, it has a word for each. Language models
-    that are refused everywhere for one reason have a line in place of a column.
+    A cell stands for all tuning methods; where they differ, or not all were run, it has a word for each. Language
+    models that are refused everywhere for one reason have a line in place of a column.
     """
     reasons: dict[str, int] = {}
     tried = {cell.language_model for cell in outcomes}
