@@ -62,6 +62,7 @@ def llava_class(causal: Any, model_type: str) -> Any:
     members: dict[str, Any] = {method.__name__: _behind(method, this_class) for method in added}
     prepare = members["prepare_inputs_for_generation"]
     members["prepare_inputs_for_generation"] = _for_forward(prepare, members["forward"])
+    members["encode_images"] = _in_the_embeddings_dtype(require(arch, "LlavaMetaForCausalLM.encode_images"))
     members |= {"__init__": build, "resize_token_embeddings": _never_fewer(causal), "__module__": __name__}
     members["from_pretrained"] = classmethod(_with_whole_embeddings(causal))
     whole = type(original)(f"{stem}ForCausalLM", (causal, splicing), members)
@@ -128,6 +129,20 @@ def _with_whole_embeddings(causal: Any) -> Callable[..., Any]:
         return causal.from_pretrained.__func__(cls, name, *args, **kwargs)
 
     return from_pretrained
+
+
+def _in_the_embeddings_dtype(encode: Callable[..., Any]) -> Callable[..., Any]:
+    """Give images the dtype of the words between which they are put.
+
+    A training has the tower's features in float32. LLaVA's `identity` hands them on as they are, and a decoder that
+    begins with a layer norm in bfloat16, as Phi's, does not take them on the CPU.
+    """
+
+    @functools.wraps(encode)
+    def encode_images(self: Any, images: Any) -> Any:
+        return encode(self, images).to(self.get_input_embeddings().weight.dtype)
+
+    return encode_images
 
 
 def _for_forward(prepare: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -96,6 +96,7 @@ SEAMS = (
         {
             "LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal": "tells which tokens are visual",
             "LlavaMetaForCausalLM": "makes a LLaVA of a language model",
+            "LlavaMetaForCausalLM.encode_images": "goes into LLaVAs of other language models",
             "LlavaMetaModel": "makes the decoder of a LLaVA of a language model's",
             "build_vision_tower": "builds vision towers that are components",
             "build_vision_projector": "builds connectors that are components",

@@ -128,6 +128,13 @@ def test_gradient_checkpointing_changes_nothing(family: Family, train: Train) ->
     assert all(torch.allclose(with_it[name].float(), without[name].float(), rtol=1e-3, atol=1e-5) for name in with_it)
 
 
+@pytest.mark.parametrize("family", [FAMILIES[0]], ids=["phi"])
+def test_features_without_a_connector_come_in_the_dtype_of_the_words(family: Family, train: Train) -> None:
+    """A layer norm in bfloat16 takes no float32 on the CPU, and Phi begins with one."""
+    folder = train(family, {**MORES, "mm_projector_type": "identity"})
+    assert attachment_of(load(folder)[0]) is not None
+
+
 @pytest.mark.parametrize("family", [FAMILIES[1]], ids=["qwen2"])
 def test_a_whole_checkpoint_is_trained_loaded_and_goes_on_by_its_type_alone(
     family: Family, train: Train, tmp_path: Path
