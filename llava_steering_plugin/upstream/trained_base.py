@@ -54,7 +54,7 @@ class TrainedBase:
                 problems += filter(None, [unknown_type(str(described["model_type"]), base)])
         if component is not None:
             problems += _of_component(component, flags, words)
-        if flags.version == OF_TOKENIZER:
+        if flags.version == OF_TOKENIZER and not problems:  # of a model that cannot be trained, it cannot be read
             problems += _of_template(base)
         return cls(component, problems)
 

@@ -29,6 +29,7 @@ from llava_steering_plugin.training.settings.flags import (
 )
 from llava_steering_plugin.training.settings.trainer_flags import machine_problems
 from llava_steering_plugin.training.trainer import SteeringTrainerMixin
+from llava_steering_plugin.upstream.chat_templates import OF_TOKENIZER
 from llava_steering_plugin.upstream.component_checks import component_problems
 from llava_steering_plugin.upstream.language_models import in_training
 from llava_steering_plugin.upstream.samples import refuse_bad_data, with_source
@@ -148,7 +149,7 @@ def _of_llava(flags: Namespace) -> list[str]:
             "--vision_tower is missing: LLaVA would train a plain language model, without images and projector"
         )
     templates = [*TEMPLATES_OF_VERSIONS, *sys.modules["llava.conversation"].conv_templates]
-    if flags.version not in templates:
+    if flags.version not in (*templates, OF_TOKENIZER):  # of the latter, `TrainedBase` says what is wrong
         hint = nearest(str(flags.version), templates)
         problems.append(f"--version {flags.version} is no conversation template; {hint}LLaVA would take vicuna_v1")
     return problems

@@ -130,6 +130,16 @@ def test_a_tokenizer_without_a_template_is_refused_with_those_that_have_a_name(
     assert "Give one that LLaVA has: " in said and "phi" in said.split("Give one that LLaVA has: ")[1]
 
 
+def test_of_a_base_that_needs_another_transformers_nothing_else_is_said(
+    tiny: TinyLlava, language_models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its tokenizer cannot be read either, which says nothing about --version."""
+    base = with_type(language_models["qwen2"], tmp_path / "base", "gemma")
+    for mode in ({}, MORES):
+        said = refusal(tiny, capsys, {"model_name_or_path": base, "version": "tokenizer", **mode})
+        assert said.count("\n  - ") == 1 and "which needs transformers 4.38 or newer" in said
+
+
 def test_a_checkpoint_of_a_component_that_is_not_here_is_refused_before_it_is_loaded(
     language_models: dict[str, Path], tmp_path: Path
 ) -> None:
