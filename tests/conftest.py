@@ -40,7 +40,7 @@ OFFLINE_AND_REPRODUCIBLE = {
 # Minutes each; of the others most take seconds.
 LONGEST = {
     "test_benchmark_mixlora.py",
-    "test_combinations.py",
+    "test_all_combinations.py",
     "test_crashes.py",
     "test_deepspeed.py",
     "test_mixlora_learning.py",

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llava_steering_plugin.adapters.stored.folder import AdapterFolder
 from llava_steering_plugin.adapters.stored.locate import AdapterSource, locate
@@ -36,6 +36,8 @@ PAGE_PREFIXES = {
     "v1_mmtag": "llava-v1-mmtag-",
     "v0_mmtag": "llava-mmtag-",
 }
+# Of bases for which the page's rules are made; for others, components are asked, which import torch.
+LLAVAS_OWN_TYPES = ("llava", "llava_llama", "llava_mistral", "llava_mpt")
 # Allowed names of adapters. Names travel in JSON, logs and URLs, and never become paths.
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -166,6 +168,21 @@ def shown_name(name: str, conversation: str | None, base: str) -> str:
             f"{', '.join(PAGE_PREFIXES)}."
         )
     return prefix + harmless(name)
+
+
+def shown_base(name: str, config: Mapping[str, Any]) -> str:
+    """Return the name under which to register a base, so that the page prompts it as it was trained.
+
+    Args:
+        name: LLaVA's name for it.
+        config: its config.json.
+    """
+    if str(config.get("model_type")) in LLAVAS_OWN_TYPES:
+        return name
+    from llava_steering_plugin.components.model_types import of_llava_type  # imports torch
+
+    component = of_llava_type(str(config.get("model_type")))
+    return f"{component.version}:{name}" if component and component.version in component.formats() else name
 
 
 def component_templates() -> set[str]:

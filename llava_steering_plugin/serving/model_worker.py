@@ -23,6 +23,7 @@ from llava_steering_plugin.inference.base_files import check_base
 from llava_steering_plugin.inference.base_model import loading_name
 from llava_steering_plugin.inference.context import PromptTokens
 from llava_steering_plugin.inference.images import image_size
+from llava_steering_plugin.inference.sources import shown_base
 from llava_steering_plugin.inference.squares import process_images
 from llava_steering_plugin.pool.pool import AdapterPool
 from llava_steering_plugin.serving.catalog import AdapterCatalog
@@ -109,7 +110,7 @@ class AdapterWorker(model_worker.ModelWorker):
             load_4bit,
             device,
         )
-        self.model_name = model_name or get_model_name_from_path(model_path)
+        self.model_name = model_name or shown_base(get_model_name_from_path(model_path), config)
         self.is_multimodal = self.image_processor is not None
         self.pool = AdapterPool(self.model, self.tokenizer, max_resident=max_resident)
         self.catalog = AdapterCatalog(self.pool, self.model_name)

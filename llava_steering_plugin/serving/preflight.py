@@ -15,7 +15,7 @@ from llava_steering_plugin.checkout.find import find_llava
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, Problems, SteeringError, listing
 from llava_steering_plugin.inference import options as inference_options
 from llava_steering_plugin.inference.base_files import check_adapters_fit, check_base
-from llava_steering_plugin.inference.sources import locate_all, name_taken, read_sources, shown_name
+from llava_steering_plugin.inference.sources import locate_all, name_taken, read_sources, shown_base, shown_name
 from llava_steering_plugin.serving.http.access import checked_hosts
 from llava_steering_plugin.serving.options import (
     ModelOptions,
@@ -68,10 +68,13 @@ def check_worker(options: WorkerOptions, problems: Problems) -> tuple[str, dict[
 def _check_shared(options: ModelOptions, base: str, advice: str, problems: Problems) -> dict[str, AdapterFolder]:
     """Check the base and the options that worker and `serve` share; return the adapters that were found."""
     folders = _check_flags(options, problems)
+    shown = options.model_name or name_of_base(base)
     with problems.noted():
-        check_adapters_fit(folders, base, check_base(base, advice))
+        config = check_base(base, advice)
+        shown = options.model_name or shown_base(name_of_base(base), config)
+        check_adapters_fit(folders, base, config)
     with problems.noted():
-        _check_names(folders, options.model_name or name_of_base(base))
+        _check_names(folders, shown)
     return folders
 
 

@@ -14,6 +14,7 @@ from typer.main import get_command
 
 from llava_steering_plugin.cli import app
 from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.inference.sources import shown_base, shown_name
 from llava_steering_plugin.serving.options import ServeOptions
 from llava_steering_plugin.serving.preflight import check_server, name_of_base
 
@@ -87,6 +88,14 @@ def test_the_name_of_a_base_is_the_one_that_llava_gives_it(patched_llava: Path) 
 
     for path in ("owner/llava-v1.5-7b", "/a/llava-x/", "/a/run/checkpoint-10", "alone"):
         assert name_of_base(path) == get_model_name_from_path(path)
+
+
+def test_a_base_of_another_language_model_is_shown_with_its_template() -> None:
+    """LLaVA's page would prompt a base of any other name as it prompts Vicuna."""
+    assert shown_base("pets", {"model_type": "llava_llama"}) == "pets"
+    assert shown_base("pets", {"model_type": "llava_qwen2"}) == "qwen2_5:pets"
+    assert shown_base("pets", {"model_type": "llava_gemma"}) == "pets", "its template is its tokenizer's"
+    assert shown_name("cats", None, "qwen2_5:pets") == "qwen2_5:pets_cats"
 
 
 def test_serve_stops_before_it_imports_torch_or_starts_anything(base: str, tmp_path: Path, patched_llava: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import ranks
+import tiny_language_models
 import torch
 from deepspeed_files import zero
 from launching import LAUNCH, launch
@@ -29,12 +30,14 @@ from rank_runs import (
     text_data,
 )
 from tiny_llava import HIDDEN, LAYERS, TinyLlava
+from tiny_towers import build_towers
 from training_runs import subprocess_environment, train_flags, train_in_process
 
 from llava_steering_plugin.adapters.attachment import required
 from llava_steering_plugin.adapters.stored.folder import ADAPTER
 from llava_steering_plugin.adapters.stored.locate import read
 
+QWEN2 = next(family for family in tiny_language_models.FAMILIES if family.name == "qwen2")
 OFFLOADED: dict[str, object] = {**RESUMABLE, "bf16": True}
 
 
@@ -50,6 +53,13 @@ def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
     text = {"data_path": text_data(tiny, folder), "max_steps": 2, "group_by_modality_length": False}
     mixlora = {**MIXLORA, "mores_rank": None, "mores_tokens": None, "mores_dropout": None}
     resumable = {2: {**RESUMABLE, **JOINT, "mixlora_dropout": 0.1}, 3: RESUMABLE}
+    language_model = tiny_language_models.build(QWEN2, tiny, folder / "qwen2")
+    components = {
+        "model_name_or_path": language_model,
+        "version": QWEN2.version,
+        "vision_tower": build_towers(folder / "towers", tiny).siglip,
+        "mm_projector_type": "pixel-shuffle",
+    }
     two, one = [], []
     for stage in (2, 3):
         settings = zero(folder, stage)
@@ -59,6 +69,7 @@ def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
             flags(tiny, folder / f"mixlora-two-{stage}", settings, {**PARITY, **TWO_RANKS, **mixed, **mixlora}),
             flags(tiny, folder / f"choice-two-{stage}", settings, {**PARITY, **TWO_RANKS, **mixed, **CHOICE}),
             flags(tiny, folder / f"joint-two-{stage}", settings, {**PARITY, **TWO_RANKS, **mixed, **JOINT}),
+            flags(tiny, folder / f"components-two-{stage}", settings, {**PARITY, **TWO_RANKS, **mixed, **components}),
             flags(tiny, folder / f"whole-{stage}", settings, resumable[stage]),
             flags(tiny, resumed, settings, resumable[stage]),
             flags(tiny, folder / f"text-{stage}", settings, {**PARITY, **TWO_RANKS, **text}),
@@ -69,6 +80,7 @@ def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
             flags(tiny, folder / f"choice-one-{stage}", settings, {**PARITY, **ONE_RANK, **mixed, **CHOICE}),
             flags(tiny, folder / f"mixlora-one-{stage}", settings, {**PARITY, **ONE_RANK, **mixed, **mixlora}),
             flags(tiny, folder / f"joint-one-{stage}", settings, {**PARITY, **ONE_RANK, **mixed, **JOINT}),
+            flags(tiny, folder / f"components-one-{stage}", settings, {**PARITY, **ONE_RANK, **mixed, **components}),
         ]
     ungathered = {**MORES, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     two.append(flags(tiny, folder / "ungathered", zero(folder, 3, gather=False), ungathered))
@@ -84,7 +96,9 @@ def runs(tiny: TinyLlava, patched_llava: Path, tmp_path_factory: pytest.TempPath
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize(
-    "mode", ["", "choice-", "mixlora-", "joint-"], ids=["mores", "mores choice", "mixlora", "joint"]
+    "mode",
+    ["", "choice-", "mixlora-", "joint-", "components-"],
+    ids=["mores", "mores choice", "mixlora", "joint", "Qwen2 with SigLIP and pixel shuffle"],
 )
 def test_two_ranks_end_where_one_rank_with_accumulation_ends_also_when_one_has_no_image(
     runs: Path, mode: str, stage: int

@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from combinations.cells import Cell
-from combinations.parts import Parts
+from experiments.combinations.cells import Cell
+from experiments.combinations.parts import Parts
 
 PROMPT = "<image>\nWhat color is the circle?"
 NEW = 4  # tokens of an answer

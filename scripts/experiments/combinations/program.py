@@ -1,4 +1,4 @@
-"""The program of scripts/combinations.sh: runs combinations, each in a process of its own, and prints their table."""
+"""The program of scripts/all_combinations.sh: runs combinations, each in its own process, and prints their table."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from combinations.cells import COVERED, Cell, all_cells, pairwise, possible
-from combinations.outcomes import FAILED, OK, REFUSED, RESULTS, Outcome, read
-from combinations.parts import find_timm
-from combinations.running import Runner, prepared
-from combinations.table import markdown, short
+from experiments.combinations.cells import COVERED, Cell, all_cells, pairwise, possible
+from experiments.combinations.outcomes import FAILED, OK, REFUSED, RESULTS, Outcome, read
+from experiments.combinations.parts import find_timm
+from experiments.combinations.running import Runner, prepared
+from experiments.combinations.table import markdown, short
 from llava_steering_plugin.comparison.provenance import provenance
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.whole_files import write_whole

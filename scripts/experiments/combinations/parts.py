@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from combinations.cells import NEWER, Cell
+from experiments.combinations.cells import NEWER, Cell
 
 # Learned quickly, so that nothing stays where it began; with a checkpoint after each of two steps.
 STEPS: dict[str, object] = {

@@ -18,10 +18,10 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
-from combinations.cells import Cell
-from combinations.outcomes import FAILED, OK, REFUSED, Outcome, read, write
-from combinations.parts import Parts, build_parts
-from combinations.trial import Refused, attempt
+from experiments.combinations.cells import Cell
+from experiments.combinations.outcomes import FAILED, OK, REFUSED, Outcome, read, write
+from experiments.combinations.parts import Parts, build_parts
+from experiments.combinations.trial import Refused, attempt
 from llava_steering_plugin.comparison.provenance import now
 
 # The same numbers everywhere, and nothing from a network.

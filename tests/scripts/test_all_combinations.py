@@ -1,7 +1,7 @@
-"""scripts/combinations.sh: all language models with all towers, connectors and tuning methods, on tiny random models.
+"""scripts/all_combinations.sh: language models with towers, connectors and tuning methods, on tiny random models.
 
-Covers the package `combinations`. The slow test runs a selection in which every pair of parts occurs, and a few that
-are refused.
+Covers the package `experiments.combinations`. The slow test runs a selection in which every pair of parts occurs, and a
+few that are refused.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import pytest
 from quick_runs import SCRIPTS
 from training_runs import subprocess_environment
 
-from combinations import running
-from combinations.cells import (
+from experiments.combinations import running
+from experiments.combinations.cells import (
     CONNECTORS,
     COVERED,
     LANGUAGE_MODELS,
@@ -33,11 +33,11 @@ from combinations.cells import (
     pairwise,
     possible,
 )
-from combinations.outcomes import FAILED, OK, REFUSED, Outcome, read, write
-from combinations.parts import Parts
-from combinations.running import Runner
-from combinations.table import markdown
-from combinations.trial import Refused
+from experiments.combinations.outcomes import FAILED, OK, REFUSED, Outcome, read, write
+from experiments.combinations.parts import Parts
+from experiments.combinations.running import Runner
+from experiments.combinations.table import markdown
+from experiments.combinations.trial import Refused
 from llava_steering_plugin.components.registry import CONNECTORS as INSTALLED_CONNECTORS
 from llava_steering_plugin.components.registry import LANGUAGE_MODELS as INSTALLED_LANGUAGE_MODELS
 from llava_steering_plugin.components.registry import TOWERS as INSTALLED_TOWERS
@@ -145,7 +145,7 @@ def test_half_a_file_counts_as_none(tmp_path: Path) -> None:
 
 def command(llava: Path, output: Path, *words: str) -> tuple[list[str], dict[str, str]]:
     environment = subprocess_environment(llava, {"COLUMNS": "200"})
-    return [sys.executable, str(SCRIPTS / "combinations"), "--output", str(output), *words], environment
+    return [sys.executable, str(SCRIPTS / "experiments" / "combinations"), "--output", str(output), *words], environment
 
 
 def run(llava: Path, output: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from combinations.cells import CONNECTORS, LANGUAGE_MODELS, METHODS, NEWER, TOWERS, Cell
-from combinations.outcomes import OK, REFUSED, Outcome
-from combinations.parts import connector_flag
+from experiments.combinations.cells import CONNECTORS, LANGUAGE_MODELS, METHODS, NEWER, TOWERS, Cell
+from experiments.combinations.outcomes import OK, REFUSED, Outcome
+from experiments.combinations.parts import connector_flag
 
 NOT_RUN = "not run"
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from combinations.cells import Cell
+from experiments.combinations.cells import Cell
 from llava_steering_plugin.whole_files import write_whole
 
 RESULTS = OK, REFUSED, FAILED = "ok", "refused", "failed"
