@@ -35,9 +35,16 @@ class Cell:
 
 
 def all_cells() -> list[Cell]:
-    """Return every combination, one tower after the other."""
-    order = product(TOWERS, CONNECTORS, (*LANGUAGE_MODELS, *NEWER), METHODS)
-    return [Cell(model, tower, connector, method) for tower, connector, model, method in order]
+    """Return every combination: first each language model, tower and connector with one method, then with the others.
+
+    So the table of a run that was ended says the most.
+    """
+    parts = list(product(enumerate(TOWERS), enumerate(CONNECTORS), enumerate((*LANGUAGE_MODELS, *NEWER))))
+    return [
+        Cell(model, tower, connector, METHODS[(i + j + k + turn) % len(METHODS)])
+        for turn in range(len(METHODS))
+        for (i, tower), (j, connector), (k, model) in parts
+    ]
 
 
 def possible(cell: Cell) -> bool:
