@@ -17,19 +17,13 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-import tiny_language_models
-from asking import Asker
-from asking import Question as Asked
 from ports import free_port
-from served import STRONG_MORES
 from serving_fixtures import Alone, Client, Question
 from tiny_llava import TinyLlava
-from tiny_towers import build_towers
-from training_runs import subprocess_environment, train_flags, train_in_process
+from training_runs import subprocess_environment
 
 pytest_plugins = ["serving_fixtures"]
 
-QWEN2 = next(family for family in tiny_language_models.FAMILIES if family.name == "qwen2")
 PATIENCE = 480  # for a machine with much else to do
 
 
@@ -122,54 +116,6 @@ def test_one_command_brings_up_all_three_answers_with_every_adapter_and_stops_cl
         for part in ("controller", "worker", "page"):
             assert re.search(rf"^ *{part} \| ", served.output, re.MULTILINE)
         assert "Traceback" not in served.output
-
-
-@pytest.mark.slow
-def test_a_language_model_with_tower_and_connector_by_name_is_served_with_its_adapter(
-    tiny: TinyLlava, patched_llava: Path, tmp_path: Path
-) -> None:
-    parts = {
-        "version": QWEN2.version,
-        "vision_tower": build_towers(tmp_path / "towers", tiny).siglip,
-        "mm_projector_type": "pixel-shuffle",
-        "max_steps": 2,
-    }
-    base, pets = tmp_path / "base", tmp_path / "pets"
-    plain = tiny_language_models.build(QWEN2, tiny, tmp_path / "qwen2")
-    train_in_process(train_flags(tiny, base, {**parts, "model_name_or_path": plain}))
-    train_in_process(train_flags(tiny, pets, {**parts, **STRONG_MORES, "model_name_or_path": base}))
-    image = sorted(tiny.images.iterdir())[0]
-    prompt = Asker.prompt(Asked("What color is it?", image.name), QWEN2.version)
-    question = Question(prompt, image)
-
-    with serving(patched_llava, tmp_path, str(base), "--adapters", str(pets), "--device", "cpu") as served:
-        page = served.wait_for(r"all is up: (http\S+)")[1]
-        assert requests.get(page, timeout=60).ok
-        controller = served.wait_for(r"controller \|.*running on (http://127\.0\.0\.1:\d+)")[1]
-        listed = requests.post(f"{controller}/list_models", timeout=60).json()["models"]
-        assert set(listed) == {"qwen2_5:base", "qwen2_5:pets"}  # our page asks them in the template before the colon
-        named = {"model": "qwen2_5:pets"}
-        worker = requests.post(f"{controller}/get_worker_address", json=named, timeout=60).json()["address"]
-        answers = {name: Client(worker).answer(name, question) for name in listed}
-
-    for name, folder in (("qwen2_5:base", base), ("qwen2_5:pets", pets)):
-        assert answers[name] == answer_of(folder, question)
-    assert answers["qwen2_5:base"] != answers["qwen2_5:pets"]
-
-
-def answer_of(folder: Path, question: Question) -> str:
-    """What the model in a folder answers alone, through LLaVA's own loader."""
-    from llava.mm_utils import process_images, tokenizer_image_token
-    from llava.model.builder import load_pretrained_model
-    from PIL import Image
-
-    tokenizer, model, processor, _ = load_pretrained_model(str(folder), None, "llava", device="cpu")
-    assert question.image is not None
-    picture = Image.open(question.image).convert("RGB")
-    pixels = process_images([picture], processor, model.config).half()
-    ids = tokenizer_image_token(question.prompt, tokenizer, return_tensors="pt")[None]
-    options = {"do_sample": False, "max_new_tokens": question.tokens, "image_sizes": [picture.size]}
-    return str(tokenizer.decode(model.generate(ids, images=pixels, **options)[0], skip_special_tokens=True)).strip()
 
 
 @pytest.mark.slow
