@@ -103,8 +103,8 @@ def test_differences_are_paired() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--steps", "0"], "x>=1"),
-        (["--steps", "many"], "not a valid"),
+        (["--steps", "0"], "greater than or equal to 1"),
+        (["--steps", "many"], "valid integer"),
         (["--stamps", "nowhere"], "does not exist"),
         (["--stamps", "."], "0 pictures with English captions; 100 are needed"),
     ],

@@ -62,7 +62,7 @@ def measured(
         others: the same captions with other pictures.
         report: is told how many are done, and of how many.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for place, (right, wrong) in enumerate(zip(own, others, strict=True)):
         rows.append(
             {
