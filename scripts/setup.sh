@@ -6,11 +6,12 @@
 #   scripts/setup.sh              what the demo needs, and all tests but one
 #   scripts/setup.sh --browser    also a headless Chromium, from apt, for the test of the web page
 #   scripts/setup.sh --lmms-eval  also .venv-lmms-eval: lmms-eval in an environment of its own, over .venv
+#   scripts/setup.sh --transformers  also .venv-transformers: this project beside transformers 5, without LLaVA
 #
 # Environment:
 #   PYTHON  the interpreter to start from           (default: python3.11, else python3)
-#   VENV    where the virtual environment goes      (default: .venv beside this project's setup.cfg; lmms-eval's has
-#                                                    the same name with -lmms-eval behind it)
+#   VENV    where the virtual environment goes      (default: .venv beside this project's setup.cfg; the others have
+#                                                    the same name with -lmms-eval or -transformers behind it)
 #   TORCH   the torch to install                    (default: the CPU build of scripts/constraints-cpu.txt;
 #                                                    on a machine with a GPU: TORCH=torch==2.13.0)
 set -euo pipefail
@@ -18,11 +19,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 browser=
 lmms_eval=
+transformers=
 for word in "$@"; do
   case "$word" in
     --browser) browser=yes ;;
     --lmms-eval) lmms_eval=yes ;;
-    *) printf 'setup: unknown option %s; there are --browser and --lmms-eval\n' "$word" >&2; exit 2 ;;
+    --transformers) transformers=yes ;;
+    *) printf 'setup: unknown option %s; there are --browser, --lmms-eval and --transformers\n' "$word" >&2; exit 2 ;;
   esac
 done
 
@@ -80,10 +83,33 @@ lmms_eval.models.get_model_manifest("llava_steering")') >"$own/.setup.log" 2>&1 
   step "lmms-eval is ready in $((SECONDS - started)) s: $own"
 }
 
+# An environment that knows nothing of .venv: in it this project must do without LLaVA and its pins.
+set_up_transformers() {
+  local own="$venv-transformers" pins=scripts/constraints-transformers-cpu.txt made started=$SECONDS
+  made=$(cat "$pins" setup.cfg pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)-$(pwd)
+  if [ "$(cat "$own/.setup.stamp" 2>/dev/null)" = "$made" ] && "$own/bin/python" -c 'import llava_steering_plugin' 2>/dev/null; then
+    return
+  fi
+  step "transformers 5 in $own"
+  "$python" -m venv --clear --without-pip "$own"
+  into_transformers() {
+    "$venv/bin/python" -m pip --disable-pip-version-check --python "$own/bin/python" install --no-compile --no-deps "$@" \
+      >"$own/.setup.log" 2>&1
+  }
+  grep -v '^#' "$pins" >"$own/.setup.packages"
+  into_transformers -r "$own/.setup.packages" ||
+    into_transformers --extra-index-url https://download.pytorch.org/whl/cpu -r "$own/.setup.packages" ||
+    { tail -n 20 "$own/.setup.log" >&2; die "failed: transformers 5"; }
+  into_transformers --no-build-isolation -e . || { tail -n 20 "$own/.setup.log" >&2; die "failed: this project"; }
+  printf '%s' "$made" >"$own/.setup.stamp"
+  step "transformers 5 is ready in $((SECONDS - started)) s: $own"
+}
+
 stamp=$(cat "$constraints" "$towers" setup.cfg pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)-$torch-$(pwd)
 if [ "$(cat "$venv/.setup.stamp" 2>/dev/null)" = "$stamp" ] && "$venv/bin/python" -c 'import llava_steering_plugin' 2>/dev/null; then
   "$venv/bin/llava-steering" patch >/dev/null
   if [ -n "$lmms_eval" ]; then set_up_lmms_eval; fi
+  if [ -n "$transformers" ]; then set_up_transformers; fi
   exit 0
 fi
 rm -f "$venv/.setup.stamp"
@@ -138,3 +164,4 @@ step "bytecode of what every program imports"
 printf '%s' "$stamp" >"$venv/.setup.stamp"
 step "ready in $((SECONDS - started)) s: $venv"
 if [ -n "$lmms_eval" ]; then set_up_lmms_eval; fi
+if [ -n "$transformers" ]; then set_up_transformers; fi

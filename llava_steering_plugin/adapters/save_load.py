@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llava_steering_plugin.adapters.attachment import Attachment, required
-from llava_steering_plugin.adapters.fit.compatibility import check_tensors, fits, prepare
+from llava_steering_plugin.adapters.fit.compatibility import check_tensors, fits, named_for, prepare
 from llava_steering_plugin.adapters.fit.fingerprint import FINGERPRINT_COLUMNS, fingerprint_rows
 from llava_steering_plugin.adapters.fit.quantised import unquantise
 from llava_steering_plugin.adapters.fit.unmerged import refuse_unmerged
@@ -46,7 +46,7 @@ def describe(attachment: Attachment) -> AdapterConfig:
         str(model_config.model_type),
         attachment.shape.hidden_size,
         len(attachment.shape.layers),
-        int(model_config.vocab_size),
+        int(attachment.family.text_config.vocab_size),
     )
     return AdapterConfig(attachment.mode.name, attachment.mode.settings(), base)
 
@@ -69,7 +69,9 @@ def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], *, writ
         peft["base_model_name_or_path"] = config.base.name_or_path
         config = dataclasses.replace(config, peft_prefix=_beginning_of_names(attachment.shape))
     parameters = {ADAPTER + name: parameter for name, parameter in attachment.parameters().items()}
-    parameters |= {EXTRA + name: model.get_parameter(name) for name in sorted(attachment.extras)}
+    parameters |= {
+        EXTRA + attachment.family.canonical(name): model.get_parameter(name) for name in sorted(attachment.extras)
+    }
     tensors = {name: whole(parameter, write) for name, parameter in parameters.items()}
     tensors |= _vocabulary(model, config, write)
     if write:
@@ -135,7 +137,7 @@ def load_adapter(
     if owner_of(model) is not None:
         raise SteeringError("this model carries an adapter already; call remove_adapter(model) first.")
     refuse_unmerged(model)
-    stored = read(name_or_path, fits(model))
+    stored = named_for(model, read(name_or_path, fits(model)))
     mode, modules = prepare(model, find_decoder(model)[1], stored)
     if not as_trained:
         _check_features(model, stored)
@@ -175,6 +177,7 @@ def restore(attachment: Attachment, stored: StoredAdapter) -> None:
     Raises:
         AdapterError: names, shapes or the sizes of values do not fit (all listed); nothing is copied then.
     """
+    stored = named_for(attachment.model, stored)
     check_tensors(attachment.model, attachment.parameters(), stored)
     check_sizes(attachment.model, attachment.modules, stored)
     set_parameters(attachment.parameters(), stored.section(ADAPTER))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.hooks.families import family_of
 from llava_steering_plugin.modes.base import DecoderShape, LayerShape
 
 if TYPE_CHECKING:
@@ -16,13 +17,13 @@ if TYPE_CHECKING:
 def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, DecoderShape]:
     """Return the decoder stack of a Hugging Face causal model, and its shape.
 
-    The stack is `model.base_model`; its layers are the shallowest list of `num_hidden_layers` modules in it.
+    The layers are the shallowest list of `num_hidden_layers` modules in the stack.
 
     Raises:
-        SteeringError: there is no such list, or there are several at the same depth.
+        SteeringError: there is no such list, or there are several at the same depth; or the model is of no family.
     """
-    config = model.config
-    stack: nn.Module = model.base_model
+    family = family_of(model)
+    config, stack = family.text_config, family.decoder()
     layers = getattr(config, "num_hidden_layers", None)
     lists = [
         (path.count("."), path, module)

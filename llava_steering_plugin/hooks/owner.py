@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from llava_steering_plugin.hooks.checkpointing import (
     unbound,
 )
 from llava_steering_plugin.hooks.decoder import find_decoder
+from llava_steering_plugin.hooks.families import SPLICE, family_of
 from llava_steering_plugin.hooks.finite_rows import FiniteRows, end_token, report, watched
 from llava_steering_plugin.hooks.passes import StackCall, describe_pass
 from llava_steering_plugin.hooks.scope import Scope, current, entered, opened
@@ -39,8 +40,12 @@ ATTRIBUTE = "llava_steering"
 class ModelOwner:
     """Owns one model instance: shadows three of its methods, and describes every pass through its decoder.
 
+    A call's scope is opened in the shadow of `forward`. Where other code has put a `forward` of its own over it, as
+    trainers do, hooks on the model open the scope before that one runs.
+
     Attributes:
         model: the whole model, with its language-model head.
+        family: its family.
         stack, shape: its decoder.
 
     Raises:
@@ -51,22 +56,27 @@ class ModelOwner:
         if owner_of(model) is not None:
             raise SteeringError("this model carries an adapter already; call remove_adapter(model) first.")
         self.model = model
+        self.family = family_of(model)
         self.stack, self.shape = find_decoder(model)
-        self._takes_images = hasattr(model, "prepare_inputs_labels_for_multimodal")
         self._argument_names = list(inspect.signature(self.stack.forward).parameters)
         self._checkpointing = checkpointing_parts(self.stack, self.shape)
-        self._pass_hook: RemovableHandle | None = None
+        self._hooks_of_calls: list[RemovableHandle] = []
         self._overridden: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {}
 
     def take(self) -> None:
         """Begin to own the model: hook its decoder stack and shadow its methods."""
         if self.stack is not self.model:
-            self._pass_hook = self.stack.register_forward_pre_hook(self._describe_pass, with_kwargs=True)
+            hook = self.stack.register_forward_pre_hook(self._describe_pass, with_kwargs=True)
+            self._hooks_of_calls.append(hook)
         self._override("forward", self._forward)
+        self._hooks_of_calls += [
+            self.model.register_forward_pre_hook(self._enter_call, with_kwargs=True, prepend=True),
+            self.model.register_forward_hook(self._leave_call, always_call=True),
+        ]
         if hasattr(self.model, "generate"):
             self._override("generate", self._generate)
-        if self._takes_images:
-            self._override("prepare_inputs_labels_for_multimodal", self._prepare)
+        if self.family.splices:
+            self._override(SPLICE, self._prepare)
         self.model.__dict__[ATTRIBUTE] = self
 
     def remove(self) -> None:
@@ -75,8 +85,8 @@ class ModelOwner:
 
     def release(self) -> None:
         """Cease to own the model: undo `take`, also one that has failed half-way."""
-        if self._pass_hook is not None:
-            self._pass_hook.remove()
+        for hook in self._hooks_of_calls:
+            hook.remove()
         if self._overridden:
             change_checkpointing(self._checkpointing, unbound)
         for name, (shadow, before) in self._overridden.items():
@@ -124,7 +134,7 @@ class ModelOwner:
         if id(self) in scope.disabled:
             return
         call = StackCall.of({**dict(zip(self._argument_names, args, strict=False)), **kwargs})
-        if scope.tokens is None and scope.generating and self._takes_images:
+        if scope.tokens is None and scope.generating and self.family.splices:
             scope.tokens = call.as_text()  # LLaVA's generate splices only where there are images
         self._enter_pass(scope, describe_pass(scope, call))
 
@@ -140,24 +150,70 @@ class ModelOwner:
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         scope = current()
-        if scope is not None and scope.owner is self and scope.generating:
-            return self._run(original, args, kwargs)
-        with self._opened(args, kwargs, generating=False) as scope:
-            result = self._run(original, args, kwargs)
+        if scope is not None and scope.owner is self and (scope.generating or scope.awaits_forward):
+            opened_by_hook, scope.awaits_forward = scope.awaits_forward, False
+            result = self._run(scope, original, args, kwargs)
+            if not opened_by_hook:
+                return result
+        else:
+            with self._opened(args, kwargs, generating=False) as scope:
+                result = self._run(scope, original, args, kwargs)
         _note_loss_gradient(result, scope.loss_gradient)
         return result
 
-    def _run(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the model's own forward. Where the model is its decoder stack, the pass begins here.
+    def _run(self, scope: Scope, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model's own forward in the scope of the call."""
+        self._begin(scope, args, kwargs)
+        return self._or_of_base("forward", original)(*args, **kwargs)
+
+    def _begin(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what the arguments of a forward say; begin the pass where the model is its decoder stack.
 
         A pre-hook of the stack would run before the scope of this call is open.
         """
+        if scope.tokens is None and id(self) not in scope.disabled:
+            scope.tokens = self.family.tokens(args, kwargs)
         if self.stack is self.model:
             self._describe_pass(self.stack, args, kwargs)
-        return self._or_of_base("forward", original)(*args, **kwargs)
+
+    def _enter_call(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Open the scope of a call, as the model's first forward pre-hook, if its `forward` is not the shadow.
+
+        The other `forward` may call the shadow, which runs in this scope then, or may never do so.
+        """
+        scope = current()
+        if model is not self.model or model.__dict__.get("forward") is self._overridden["forward"][0]:
+            return None
+        if scope is not None and scope.owner is self and scope.generating:
+            return None
+        kwargs = dict(kwargs)
+        with ExitStack() as closing:
+            scope = closing.enter_context(self._opened(args, kwargs, generating=False))
+            scope.awaits_forward = True
+            self._begin(scope, args, kwargs)
+            scope.closing = closing.pop_all()
+        return args, kwargs
+
+    def _leave_call(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        """Close what `_enter_call` has opened: a forward hook that also runs where the call has failed."""
+        scope = current()
+        if model is not self.model or scope is None or scope.owner is not self or scope.closing is None:
+            return
+        closing, scope.closing = scope.closing, None
+        closing.close()
+        if result is None or not scope.awaits_forward:
+            return
+        if id(self) in scope.disabled and self._base() is not None:
+            raise SteeringError(
+                f"the forward of this {type(model).__name__} was replaced by other code after the adapter came on, so "
+                "the base, whose own parts the adapter has changed, cannot answer. Call remove_adapter(model) first."
+            )
+        _note_loss_gradient(result, scope.loss_gradient)
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = padding.on_the_left(self.model, args, kwargs, spliced=self._takes_images)
+        args, kwargs = padding.on_the_left(self.model, args, kwargs, spliced=self.family.splices)
         with self._opened(args, kwargs, generating=True) as scope:
             rows = FiniteRows(end_token(self.model, kwargs))
             args, kwargs = watched(original, args, kwargs, rows)
@@ -175,7 +231,7 @@ class ModelOwner:
 
     def _prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         scope = current()
-        splice = self._or_of_base("prepare_inputs_labels_for_multimodal", original)
+        splice = self._or_of_base(SPLICE, original)
         if scope is None or scope.owner is not self or (id(self) in scope.disabled and not scope.generating):
             return splice(*args, **kwargs)
         result, tokens = spliced(splice, *args, **kwargs)

@@ -32,11 +32,11 @@ class StackCall:
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> StackCall:
         """Read the call from its arguments, by the names that transformers' decoders give them."""
-        hidden = arguments.get("inputs_embeds")
+        hidden, cache = arguments.get("inputs_embeds"), arguments.get("past_key_values")
         return cls(
             arguments["input_ids"] if hidden is None else hidden,
             arguments.get("attention_mask"),
-            _cached(arguments.get("past_key_values")),
+            _cached(arguments.get("cache") if cache is None else cache),  # "cache" since transformers 5.24
         )
 
     @property

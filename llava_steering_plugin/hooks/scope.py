@@ -8,7 +8,7 @@ the thread that they run in.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,8 @@ class Scope:
         this_pass: the pass that the decoder stack is in; None where the adapter is switched off, and in pools.
         rows: the adapters of the rows, where the owner is a pool.
         groups: the rows of the present pass by adapter, where the owner is a pool; only adapters with something to do.
+        closing: closes the scope, where hooks on the model have opened it; else None.
+        awaits_forward: True until the model's own `forward` is called in a scope that hooks have opened.
     """
 
     owner: object | None = None
@@ -52,6 +54,8 @@ class Scope:
     this_pass: ForwardPass | None = None
     rows: Rows | None = None
     groups: tuple[Group, ...] = ()
+    closing: ExitStack | None = None
+    awaits_forward: bool = False
 
 
 _current: ContextVar[Scope | None] = ContextVar("llava_steering_scope", default=None)

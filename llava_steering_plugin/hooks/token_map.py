@@ -94,6 +94,17 @@ def of_unspliced(attention: Tensor, labels: Tensor | None) -> TokenMap:
     return TokenMap(torch.zeros_like(present), present, _prompt(present, labels))
 
 
+def of_images(visual: Tensor, attention: Tensor, labels: Tensor | None) -> TokenMap:
+    """Return the map of a batch whose visual positions are known.
+
+    Args:
+        visual: bool [rows, positions]; padding among them does not count.
+        attention: bool [rows, positions], False where there is padding.
+        labels: int64 [rows, positions], `IGNORED` where nothing is supervised; None at inference.
+    """
+    return TokenMap(visual & attention, attention, _prompt(attention, labels))
+
+
 def _prompt(present: Tensor, labels: Tensor | None) -> Tensor:
     """Return the positions before the first supervised one of each row; all of a row without any."""
     if labels is None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llava_steering_plugin.adapters.fit.base_model import PROJECTOR
 from llava_steering_plugin.adapters.stored.config import AdapterConfig
+from llava_steering_plugin.hooks.families import PROJECTOR
 
 
 @dataclass(frozen=True)

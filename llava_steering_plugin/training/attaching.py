@@ -12,6 +12,7 @@ from rich.console import Console
 
 from llava_steering_plugin.adapters.attachment import Attachment, attach
 from llava_steering_plugin.adapters.counts import counted, parameter_table
+from llava_steering_plugin.adapters.parts.image_parts import image_parameters
 from llava_steering_plugin.adapters.save_load import load_adapter
 from llava_steering_plugin.errors import ArgumentsError, listing
 from llava_steering_plugin.training import provenance
@@ -52,7 +53,7 @@ def attach_mode(model: Any, arguments: Any, tokenizer: Any) -> Attachment:
     model.requires_grad_(False)
     for parameter in attachment.trained().values():
         parameter.requires_grad_(True)
-    projector = provenance.projector_parameters(model)
+    projector = image_parameters(model)
     trained = {} if arguments.freeze_mm_mlp_adapter else projector
     for parameter in trained.values():
         parameter.requires_grad_(True)

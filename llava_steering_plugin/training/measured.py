@@ -19,10 +19,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from llava_steering_plugin.adapters.attachment import disable_adapter
+from llava_steering_plugin.adapters.parts.image_parts import image_parameters
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.training.beside import evaluating, model_to_evaluate, random_states_kept
 from llava_steering_plugin.training.data.samples import take_marks
-from llava_steering_plugin.training.provenance import projector_parameters
 from llava_steering_plugin.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Measured(TrainerCallback):
             return
         self._written = time.monotonic()
         timed = self._steps[WARM_UP:] or self._steps
-        projector = {id(each) for each in projector_parameters(self.trainer.model).values()}
+        projector = {id(each) for each in image_parameters(self.trainer.model).values()}
         counts = [0, 0]
         for parameter in self.trainer.model.parameters():
             if parameter.requires_grad:

@@ -8,27 +8,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.adapters.fit.base_model import read_config
 from llava_steering_plugin.adapters.fit.compatibility import mode_of
 from llava_steering_plugin.adapters.fit.fingerprint import check_base
+from llava_steering_plugin.adapters.parts.image_parts import image_parameters
 from llava_steering_plugin.adapters.stored.config import AdapterConfig, BaseModel
 from llava_steering_plugin.adapters.stored.folder import AdapterFolder
 from llava_steering_plugin.errors import BaseMismatch, CheckpointError, listing
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.joint import flags_of
-
-
-def projector_parameters(model: Any) -> dict[str, nn.Parameter]:
-    """Return the parameters between vision tower and decoder: the projector and, with anyres, the newline embedding."""
-    inner = model.get_model()
-    parts = {id(parameter) for parameter in getattr(inner, "mm_projector", nn.Module()).parameters()}
-    newline = getattr(inner, "image_newline", None)
-    if isinstance(newline, nn.Parameter):
-        parts.add(id(newline))
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in parts}
 
 
 def record(
@@ -49,13 +38,13 @@ def record(
     attachment.extras |= set(trained)
     brought = flags is None or getattr(flags, "pretrain_mm_mlp_adapter", None) is not None
     if brought or "mm_vision_tower" not in described:
-        attachment.extras |= projector_parameters(model).keys()
+        attachment.extras |= image_parameters(model).keys()
     base = BaseModel(
         name_or_path=name,
         model_type=described["model_type"],
         hidden_size=attachment.shape.hidden_size,
         num_layers=len(attachment.shape.layers),
-        vocab_size=int(described.get("vocab_size", model.config.vocab_size)),
+        vocab_size=_known_tokens(name, tokenizer, int(described.get("vocab_size", model.config.vocab_size))),
     )
     attachment.config = AdapterConfig(
         attachment.mode.name,
@@ -110,13 +99,28 @@ def _conversation() -> str | None:
     )
 
 
-def _added_tokens(base: str, tokenizer: Any) -> dict[str, int]:
-    """Return the tokens that training's tokenizer has and the base's has not, by ascending id."""
+def _known_tokens(base: str, tokenizer: Any, rows: int) -> int:
+    """Return how many rows of the base's embedding have a token: loaders of LLaVA may cut the others off.
+
+    Args:
+        rows: of the embedding, which may be padded, as Qwen's are.
+    """
+    return rows if tokenizer is None else min(rows, max(_vocabulary(base, tokenizer).values()) + 1)
+
+
+def _vocabulary(base: str, tokenizer: Any) -> dict[str, int]:
+    """Return the tokens of the base's own tokenizer, of the same kind as training's."""
     from transformers import AutoTokenizer
 
+    found: dict[str, int] = AutoTokenizer.from_pretrained(base, use_fast=tokenizer.is_fast).get_vocab()
+    return found
+
+
+def _added_tokens(base: str, tokenizer: Any) -> dict[str, int]:
+    """Return the tokens that training's tokenizer has and the base's has not, by ascending id."""
     if tokenizer is None:
         return {}
-    known = AutoTokenizer.from_pretrained(base, use_fast=tokenizer.is_fast).get_vocab()
+    known = _vocabulary(base, tokenizer)
     added = {token: number for token, number in tokenizer.get_added_vocab().items() if token not in known}
     return dict(sorted(added.items(), key=lambda item: item[1]))
 

@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llava_steering_plugin import attach, token_map
 from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.errors import TokenMapError
+from llava_steering_plugin.hooks.passes import StackCall
 from llava_steering_plugin.hooks.scope import current
 from llava_steering_plugin.modes.mores import MoReS
 
@@ -134,3 +135,11 @@ def test_a_prefill_in_chunks_is_refused(model: Any, steered: Steered) -> None:
 def test_bad_masks_are_refused_before_any_model_is_called(masks: dict[str, Tensor], message: str) -> None:
     with pytest.raises(TokenMapError, match=message), token_map(**masks):
         pass
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_is_known_by_either_of_its_names(name: str) -> None:
+    cache = ((torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4)),)
+    embeds = torch.zeros(1, 1, 8)
+    assert StackCall.of({"inputs_embeds": embeds, name: cache}).cached == 5
+    assert StackCall.of({"inputs_embeds": embeds, "past_key_values": None, "cache": None}).cached == 0

@@ -12,6 +12,7 @@ from torch import nn
 from llava_steering_plugin.adapters.stored.files import read_json
 from llava_steering_plugin.components.model_types import of_llava_type
 from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.hooks.families import PROJECTOR, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,15 +21,13 @@ CONFIG = "config.json"
 VISION_PREFIX = "llava"
 # Entries of a LLaVA's config that say how images are cut, encoded and marked begin with one of these.
 IMAGE_SETTINGS = ("image_", "mm_use_", "mm_patch_", "mm_vision_select_")
-# LLaVA's name for the module between vision tower and decoder, and the beginning of its parameters' names.
-PROJECTOR = "mm_projector"
+# The beginning of the names of the projector's parameters in LLaVA.
 PROJECTOR_PREFIX = f"model.{PROJECTOR}."
 
 
 def projector_of(model: PreTrainedModel) -> tuple[str, nn.Module] | None:
-    """Return LLaVA's projector and its name in the model; None if the model has none."""
-    found = (named for named in model.named_modules() if named[0].rpartition(".")[2] == PROJECTOR)
-    return next(found, None)
+    """Return the projector and its name in the model; None if the model has none."""
+    return family_of(model).projector()
 
 
 def read_config(name: str) -> dict[str, Any]:

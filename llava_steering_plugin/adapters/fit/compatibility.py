@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from llava_steering_plugin.adapters.stored.files import brief, cut
 from llava_steering_plugin.adapters.stored.folder import ADAPTER, ADDED, EXTRA, StoredAdapter
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, listing, shortened
 from llava_steering_plugin.hooks.decoder import find_decoder
+from llava_steering_plugin.hooks.families import family_of
 from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import UNBUILDABLE, DecoderShape, Mode, build_modules, meaning_of_absent
 
@@ -48,9 +50,18 @@ def fits(model: PreTrainedModel) -> Callable[[StoredAdapter], None]:
 
     def check(outline: StoredAdapter) -> None:
         check_base(model, outline)
-        check_shapes(model, shape, outline)
+        check_shapes(model, shape, named_for(model, outline))
 
     return check
+
+
+def named_for(model: PreTrainedModel, stored: StoredAdapter) -> StoredAdapter:
+    """Return the adapter with the names that its tensors of the base have in this model, and not in LLaVA."""
+    family = family_of(model)
+    names = {EXTRA + name: EXTRA + family.local(name) for name in stored.section(EXTRA)}
+    if all(name == local for name, local in names.items()):
+        return stored
+    return replace(stored, tensors={names.get(name, name): value for name, value in stored.tensors.items()})
 
 
 def build(model: PreTrainedModel, shape: DecoderShape, stored: StoredAdapter) -> tuple[Mode, dict[str, nn.Module]]:

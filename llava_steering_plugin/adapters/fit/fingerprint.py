@@ -13,6 +13,7 @@ from llava_steering_plugin.adapters.parameters import shape_of
 from llava_steering_plugin.adapters.stored.folder import FINGERPRINT, StoredAdapter
 from llava_steering_plugin.distributed import gathered
 from llava_steering_plugin.errors import AdapterError, BaseMismatch, listing
+from llava_steering_plugin.hooks.families import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +40,7 @@ def check_base(model: PreTrainedModel, stored: StoredAdapter) -> None:
         AdapterError: the adapter does not know its base.
         BaseMismatch: `model` is another base.
     """
-    base, config = stored.config.base, model.config
+    base, config = stored.config.base, text_config(model.config)
     here = (int(config.num_hidden_layers), int(config.hidden_size))
     problems = []
     if here != (base.num_layers, base.hidden_size):
@@ -60,7 +61,7 @@ def check_base(model: PreTrainedModel, stored: StoredAdapter) -> None:
         elif read and not problems and not alike(weight.detach()[ids.to(weight.device), : rows.shape[1]].cpu(), rows):
             problems.append("the embedding rows that identify the base differ: same shape, other weights")
     if problems:
-        where = getattr(config, "_name_or_path", "") or type(model).__name__
+        where = getattr(model.config, "_name_or_path", "") or type(model).__name__
         raise BaseMismatch(
             listing(
                 f"the adapter in {stored.path} does not belong to {where}. Load it on {base.name_or_path} "

@@ -11,6 +11,7 @@ from llava_steering_plugin.adapters.fit.base_model import IMAGE_SETTINGS, projec
 from llava_steering_plugin.adapters.parts.image_settings import SELECTED
 from llava_steering_plugin.adapters.stored.files import brief
 from llava_steering_plugin.errors import AdapterError, listing
+from llava_steering_plugin.hooks.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +35,7 @@ def image_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 def takes_images(model: PreTrainedModel) -> bool:
     """Tell whether a model is one of LLaVA's, with a splice for images."""
-    return hasattr(model, "prepare_inputs_labels_for_multimodal")
+    return family_of(model).splices
 
 
 def image_settings(trained: Mapping[str, Any]) -> dict[str, Any]:

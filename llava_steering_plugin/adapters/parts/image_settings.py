@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llava_steering_plugin.adapters.fit.base_model import IMAGE_SETTINGS
 from llava_steering_plugin.adapters.stored.folder import LLAVA_CONFIG, StoredAdapter
 from llava_steering_plugin.errors import AdapterError
+from llava_steering_plugin.hooks.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +50,7 @@ def differing_settings(
     Raises:
         AdapterError: the adapter does not say how images were encoded.
     """
-    if not hasattr(model, "prepare_inputs_labels_for_multimodal"):
+    if not family_of(model).splices:
         return []
     trained, here = trained_settings(stored), vars(model.config)
     return [

@@ -21,6 +21,7 @@ from llava_steering_plugin.adapters.parts.image_parts import (
 from llava_steering_plugin.adapters.parts.vocabulary import Vocabulary
 from llava_steering_plugin.adapters.stored.folder import EXTRA, StoredAdapter
 from llava_steering_plugin.distributed import whole
+from llava_steering_plugin.hooks.families import text_config
 from llava_steering_plugin.hooks.look_alike import look_alike, placed
 
 if TYPE_CHECKING:
@@ -122,14 +123,16 @@ class Original:
 
     def config(self) -> Any:
         """Return the base's own config."""
-        changed = dict(self._config)
+        config: Any = self._model.config
+        if not self._config and self._vocabulary is None:
+            return config
+        own = copy.copy(config)
+        _restore(own, self._config)
         if self._vocabulary is not None:
-            changed["vocab_size"] = self._vocabulary.size
-        if not changed:
-            return self._model.config
-        config = copy.copy(self._model.config)
-        _restore(config, changed)
-        return config
+            if text_config(config) is not config:
+                own = copy.deepcopy(own)  # the language model's sizes are in a part of it
+            text_config(own).vocab_size = self._vocabulary.size
+        return own
 
     def model(self) -> PreTrainedModel | None:
         """Return the base as a model of its own, which shares with this one all that the adapter has left alone.

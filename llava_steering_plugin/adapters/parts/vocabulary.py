@@ -15,6 +15,7 @@ from llava_steering_plugin.adapters.parts.added_tokens import embeddings, set_ro
 from llava_steering_plugin.adapters.stored.folder import ADDED, StoredAdapter
 from llava_steering_plugin.distributed import gathered, is_partitioned, whole
 from llava_steering_plugin.errors import TokenMapError
+from llava_steering_plugin.hooks.families import text_config
 from llava_steering_plugin.hooks.look_alike import placed
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Vocabulary:
 
     def __init__(self, model: PreTrainedModel, stored: StoredAdapter, tokenizer: Any):
         self._model, self._layers = model, embeddings(model)
-        self.size: int = model.config.vocab_size
+        self.size: int = text_config(model.config).vocab_size
         self._attribute = model.__dict__.get("vocab_size")
         self._paths = {
             part: next(name for name, module in model.named_modules() if module is layer)
@@ -110,7 +111,7 @@ class Vocabulary:
                 layer.weight.data = data
             layer.__dict__.update(self._counts[part])
             set_rows(layer, *self._rows[part])
-        model.config.vocab_size = self.size
+        text_config(model.config).vocab_size = self.size
         if self._attribute is not None:
             model.__dict__["vocab_size"] = self._attribute
         if self._tokenizer is not None:
