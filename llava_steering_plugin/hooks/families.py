@@ -34,7 +34,7 @@ MERGE = "_merge_input_ids_with_image_features"
 
 
 class Family:
-    """What is to be known of a model beside its weights. This one is told which tokens are visual.
+    """Knows of a model what its weights do not say. This one is told which tokens are visual.
 
     Attributes:
         name: of the family, for messages.

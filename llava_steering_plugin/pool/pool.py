@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch.utils.hooks import RemovableHandle
 
 from llava_steering_plugin.adapters.fit.base_model import projector_of
-from llava_steering_plugin.adapters.fit.compatibility import fits, named_for
+from llava_steering_plugin.adapters.fit.compatibility import fits
 from llava_steering_plugin.adapters.parts.original import Original
 from llava_steering_plugin.adapters.stored.locate import AdapterSource, read
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, TokenMapError, nearest
@@ -102,9 +102,7 @@ class AdapterPool(ModelOwner):
         """
         if not isinstance(name, str) or not name.strip() or name == BASE:
             raise ArgumentsError(f"an adapter cannot be called {name!r}: {BASE} is the plain model, the rest any text")
-        adapter = pooled(
-            name, named_for(self.model, read(name_or_path, fits(self.model))), self.model, self.shape, self._tokenizer
-        )
+        adapter = pooled(name, read(name_or_path, fits(self.model)), self.model, self.shape, self._tokenizer)
         with self._lock:
             if owner_of(self.model) is not self:
                 raise SteeringError("this pool has given its model back; make a new one with AdapterPool(model).")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llava_steering_plugin.adapters.fit.base_model import projector_of
-from llava_steering_plugin.adapters.fit.compatibility import prepare
+from llava_steering_plugin.adapters.fit.compatibility import named_for, prepare
 from llava_steering_plugin.adapters.parts.added_tokens import knows_tokens
 from llava_steering_plugin.adapters.parts.image_settings import differing_settings
 from llava_steering_plugin.adapters.stored.folder import EXTRA, StoredAdapter
@@ -35,6 +35,7 @@ def pooled(
             problems at once.
         BaseMismatch: `model` is not the base that the adapter was trained on.
     """
+    stored = named_for(model, stored)
     mode, modules = prepare(model, shape, stored)
     extras = _different(model, stored.section(EXTRA))
     found = projector_of(model)
