@@ -6,6 +6,7 @@ that `llava-steering patch` adds; the patched copy is what `import llava` finds 
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import os
@@ -13,7 +14,7 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -203,6 +204,25 @@ def same_random_numbers() -> None:
         import numpy
 
         numpy.random.seed(0)
+
+
+@functools.cache
+def initialisers() -> dict[type, Callable[..., None]]:
+    """Return how torch gives layers their first values; what is asked for first is kept."""
+    from torch import nn
+
+    return {layer: layer.reset_parameters for layer in (nn.Linear, nn.LayerNorm)}
+
+
+@pytest.fixture(autouse=True)
+def layers_get_their_first_values() -> Iterator[None]:
+    """LLaVA's programs switch that off for the whole process: layers of later tests would hold what lies in memory."""
+    if "torch" in sys.modules:
+        initialisers()
+    yield
+    if "torch" in sys.modules:
+        for layer, reset in initialisers().items():
+            layer.reset_parameters = reset
 
 
 @pytest.fixture(autouse=True)

@@ -65,14 +65,12 @@ app.command("doctor", short_help="Show which LLaVA this is, and what the plugin 
 app.command("plan", short_help="Show what a training would train, and whether it fits on a GPU.", **plan.SETTINGS)(
     plan.plan
 )
-app.command("components", short_help="List vision towers, connectors and language models that are installed.")(
-    components.components
-)
+app.command("components", short_help="List towers, connectors and language models by name.")(components.components)
 app.command("check-data", short_help="Find the samples that LLaVA cannot be trained on; count tokens.")(
     check_data.check_data
 )
 app.command("convert", short_help="Make an adapter folder from a MoReS or MixLoRA checkpoint.")(convert.convert)
-app.command("export", short_help="Write a LLaVA as transformers' own Llava, or the other way round.")(export.export)
+app.command("export", short_help="Write a LLaVA as transformers' own Llava, or back.")(export.export)
 app.command("prepare", short_help="Make LLaVA's files of a benchmark that lies on disk.")(prepare.prepare)
 app.command("eval", short_help="Answer a file of questions in batches, each with its adapter.")(evaluate.evaluate)
 app.command("score", short_help="Score answers by the official rule of a benchmark.")(score.score)

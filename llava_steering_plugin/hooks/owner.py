@@ -69,10 +69,10 @@ class ModelOwner:
             hook = self.stack.register_forward_pre_hook(self._describe_pass, with_kwargs=True)
             self._hooks_of_calls.append(hook)
         self._override("forward", self._forward)
-        self._hooks_of_calls += [
-            self.model.register_forward_pre_hook(self._enter_call, with_kwargs=True, prepend=True),
-            self.model.register_forward_hook(self._leave_call, always_call=True),
-        ]
+        # One by one: where the second fails, the first is undone.
+        enter = self.model.register_forward_pre_hook(self._enter_call, with_kwargs=True, prepend=True)
+        self._hooks_of_calls.append(enter)
+        self._hooks_of_calls.append(self.model.register_forward_hook(self._leave_call, always_call=True))
         if hasattr(self.model, "generate"):
             self._override("generate", self._generate)
         if self.family.splices:

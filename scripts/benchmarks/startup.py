@@ -36,8 +36,8 @@ import llava.train.train
 """
 REFERENCE, AS_IT_IS, PLAN = "import llava.train.train, no compiler", "import llava.train.train", "llava-steering plan"
 COMMANDS = (
-    *("", "chat", "check-data", "convert", "doctor", "eval", "patch", "plan", "prepare", "report", "score", "serve"),
-    "unpatch",
+    *("", "chat", "check-data", "compare", "components", "convert", "doctor", "eval", "export", "patch", "plan"),
+    *("prepare", "report", "score", "serve", "unpatch"),
 )
 MODULES = ("launch", "serving.page", "serving.worker")
 

@@ -61,7 +61,12 @@ def test_missing_seams_are_all_reported_with_what_they_are_for_and_status_1(copy
     [
         ("mm_utils.py", "tokenizer_image_token", "llava.mm_utils.tokenizer_image_token", EVERYWHERE),
         ("serve/model_worker.py", "generate_stream_gate", "ModelWorker.generate_stream_gate", ["serve"]),
-        ("model/multimodal_projector/builder.py", "build_vision_projector", "build_vision_projector", ["plan"]),
+        (
+            "model/multimodal_projector/builder.py",
+            "build_vision_projector",
+            "build_vision_projector",
+            ["train", "plan"],
+        ),
         ("serve/controller.py", "__main__", "llava.serve.controller.__main__", ["serve"]),
     ],
 )

@@ -201,7 +201,7 @@ def test_steering_and_lora_learn_and_resume_bit_equal(tiny: TinyLlava, on_cpu: N
     [
         ({"tuning_mode": "mores+mixlra"}, "--tuning_mode: unknown tuning mode 'mixlra': did you mean 'mixlora'"),
         ({"tuning_mode": "mores+mores"}, "a joint mode has two different parts"),
-        ({"tuning_mode": "mores+lora"}, "write peft, and --peft_method lora"),
+        ({"tuning_mode": "mores+lora"}, "write peft in its place, and add --peft_method lora"),
         ({"tuning_mode": "mores+"}, "lacks a part; write two modes, such as mores+mixlora"),
         ({"tuning_mode": "mores+mixlora+mores"}, "a joint mode has two parts"),
         ({"tuning_mode": "mores"}, "--mixlora_factors belongs to another mode than mores; remove it"),

@@ -161,11 +161,12 @@ def test_llavas_modules_are_as_before_after_a_component(language_models: dict[st
     from llava_steering_plugin.upstream.language_models import in_loading, in_training
 
     component = of_llava_type("llava_qwen2")
+    before = train.transformers, builder.AutoTokenizer
     with in_training(train, component), in_loading(builder, component):
         assert train.LlavaLlamaForCausalLM is builder.LlavaLlamaForCausalLM is not LlavaLlamaForCausalLM
         assert train.transformers.LlamaForCausalLM is transformers.LlamaForCausalLM
     assert train.LlavaLlamaForCausalLM is builder.LlavaLlamaForCausalLM is LlavaLlamaForCausalLM
-    assert train.transformers is transformers and builder.AutoTokenizer is transformers.AutoTokenizer
+    assert (train.transformers, builder.AutoTokenizer) == before
 
 
 def test_tokens_are_counted_with_the_components_tokenizer_and_template(

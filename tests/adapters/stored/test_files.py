@@ -178,6 +178,8 @@ OTHERS = {
     "evaluation",
     "diagnostics",
     "planning",
+    "components/towers",  # encoders, which timm, transformers and their packages read; a floor below `files`
+    "comparison",  # the user's file, and what its programs have written
 }
 OPENERS = {
     "open", "read_text", "read_bytes", "safe_open", "load_file", "get_config_dict", "memmap",
