@@ -10,7 +10,7 @@
 #   DATA, IMAGES        pretrain: ./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json, .../images
 #   OUTPUT              ./checkpoints/NAME-pretrain; ./checkpoints/NAME-mores
 #   PROJECTOR           finetune: ./checkpoints/NAME-pretrain/mm_projector.bin
-#   BATCH, GLOBAL_BATCH pretrain: 32, 256
+#   BATCH, GLOBAL_BATCH pretrain: 16, 256
 # With DRY_RUN=1, a plan of stage 1 counts the same weights as `--tuning_mode projector`, since a plan needs a mode.
 
 STAGE=${1:-}
@@ -22,7 +22,7 @@ case $STAGE in
     ;;
 esac
 if [ "$STAGE" = pretrain ]; then
-  BATCH=${BATCH:-32}
+  BATCH=${BATCH:-16}
   GLOBAL_BATCH=${GLOBAL_BATCH:-256}
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/../finetune_common.sh"

@@ -5,6 +5,7 @@
 #   scripts/combinations/qwen2_5_mof.sh pretrain && scripts/combinations/qwen2_5_mof.sh finetune
 #   DRY_RUN=1 GPU=A100-80GB scripts/combinations/qwen2_5_mof.sh finetune
 set -euo pipefail
+BATCH=${BATCH:-8} # rows of 3072 and 151,936 words: 16 do not fit on 80 GB
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 MODEL=${MODEL:-Qwen/Qwen2.5-3B-Instruct}
 TOWER=${TOWER:-mof:openai/clip-vit-large-patch14-336+facebook/dinov2-large}
