@@ -5,7 +5,6 @@ It reads lines of JSON and answers each with one; `processes.py` is the other si
     {"start": [words], "env": {...}, "log": path, "fork": bool}  ->  the number of the new process
     {"poll": number}                                             ->  its exit status, negative for a signal, or null
     {"signal": number, "to": number of a process}                ->  true
-    {"can_fork": true}                                           ->  whether `fork` is possible
 
 Where its input ends, the comparison was killed, and so are all programs: two of them must never write to one folder.
 
@@ -72,11 +71,9 @@ class Supervisor:
             return self._start(request)
         if "poll" in request:
             return self._poll(int(request["poll"]))
-        if "signal" in request:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(int(request["to"]), int(request["signal"]))
-            return True
-        return self.can_fork
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(int(request["to"]), int(request["signal"]))
+        return True
 
     def kill(self) -> None:
         """End all programs at once."""

@@ -21,7 +21,9 @@ app = typer.Typer(
 
 Quick = Annotated[bool, typer.Option("--quick", help="Run a small version that takes a few minutes.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all results to this file.")]
-Threads = Annotated[int, typer.Option(help="Number of torch threads. With more than one, wall-clock time is measured.")]
+Threads = Annotated[
+    int, typer.Option(min=1, help="Number of torch threads. With more than one, wall-clock time is measured.")
+]
 Dtype = Annotated[str, typer.Option(help="Data type of the model: float32, bfloat16 or float16.")]
 
 

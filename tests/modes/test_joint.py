@@ -1,88 +1,38 @@
-"""A joint mode is its two parts at once: their settings, hosts, checks and statistics; no host has two modules."""
+"""A joint mode computes both of its parts at once: their hosts, checks and statistics; no host has two modules."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
+from joined import LORA, ROUTING, STEERING, CountMode, GainMode
 from routed import LONG, SHORT, batch, small_llama
 from steered import ByHand
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from llava_steering_plugin import attach, disable_adapter, load_adapter, save_adapter, token_map
 from llava_steering_plugin.adapters.attachment import Attachment
 from llava_steering_plugin.errors import AdapterError, ArgumentsError
 from llava_steering_plugin.hooks.decoder import find_decoder
-from llava_steering_plugin.modes import registry
-from llava_steering_plugin.modes.base import DecoderShape, Mode, setting
+from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.joint import (
     Joint,
     JointStatistics,
     at_decode,
-    flags_of,
     joint,
-    kinds_of,
     part_of,
-    parts_of,
 )
 from llava_steering_plugin.modes.mixlora import MixLoRA, RoutedLinear
 from llava_steering_plugin.modes.mixlora_balance import BalanceOverSteps
-from llava_steering_plugin.modes.mores import MoReS, SteeredLayer
+from llava_steering_plugin.modes.mores import SteeredLayer
 from llava_steering_plugin.modes.peft.layers import TunedLinear
 from llava_steering_plugin.modes.peft.mode import Peft
 
-STEERING = MoReS(rank=2, tokens="all")
-ROUTING = MixLoRA(factors=6, rank=2, balance=0.5)
-LORA = Peft("lora", '{"r": 4, "lora_alpha": 16}')
 STEP = 1e-3  # of finite differences
-
-
-class Gain(nn.Module):
-    """Scales what its host returns."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.gain_delta = nn.Parameter(torch.zeros(size))
-
-    def forward(self, output: Tensor, inputs: object, this_pass: object) -> Tensor:
-        return output + self.gain_delta * output
-
-
-@dataclass(frozen=True)
-class GainMode(Mode):
-    """A mode of another package, on layers or on linears of one name."""
-
-    name: ClassVar[str] = "gain"
-    where: str = setting("layers", "layers, or the name of linears")
-
-    def build(self, decoder: DecoderShape) -> dict[str, nn.Module]:
-        if self.where == "layers":
-            return {layer.path: Gain(decoder.hidden_size) for layer in decoder.layers}
-        return {
-            path: Gain(features[1])
-            for layer in decoder.layers
-            for path, features in layer.linears.items()
-            if path.endswith(self.where)
-        }
-
-    def begin(self, modules: Mapping[str, nn.Module], hosts: Mapping[str, nn.Module]) -> None:
-        for path, host in hosts.items():
-            modules[path].of_host = type(host).__name__
-
-    def report(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
-        return {"hosts": float(len(modules))}
-
-
-class CountMode(GainMode):
-    """Another one, which reports a figure of the same name."""
-
-    name: ClassVar[str] = "count"
 
 
 @pytest.fixture(scope="module")
@@ -115,81 +65,6 @@ def image(ids: Tensor) -> Tensor:
     """The second and the third of the last four positions, whatever the padding, are an image's."""
     positions = torch.arange(ids.shape[1]) - ids.shape[1]
     return ((positions == -4) | (positions == -3)).expand(ids.shape)
-
-
-# What it is called, and what it is made of
-
-
-def test_the_name_is_one_whichever_part_comes_first() -> None:
-    kind = registry.get("mores+mixlora")
-    assert registry.get("mixlora+mores") is kind
-    assert (kind.name, kind.idle_at_decode) == ("mores+mixlora", False)
-    assert kinds_of(kind) == (MoReS, MixLoRA) and kinds_of(MoReS) == (MoReS,)
-    assert joint(STEERING, ROUTING) == joint(ROUTING, STEERING)
-    assert type(joint(STEERING, ROUTING)) is kind
-    assert joint(STEERING) is STEERING
-    assert registry.known("mores+mixlora") and not registry.known("mores+mixlra")
-
-
-def test_the_settings_are_those_of_the_parts_by_the_names_of_their_flags() -> None:
-    mode = joint(STEERING, ROUTING)
-    assert isinstance(mode, Joint)
-    expected = {f"mores_{name}": value for name, value in STEERING.settings().items()}
-    expected |= {f"mixlora_{name}": value for name, value in ROUTING.settings().items()}
-    assert mode.settings() == flags_of(mode) == expected
-    assert mode.parts == parts_of(mode) == (STEERING, ROUTING)
-    assert registry.configured("mores+mixlora", expected) == mode
-    assert (parts_of(STEERING), flags_of(STEERING)["mores_rank"]) == ((STEERING,), 2)
-    assert mode.problems() == []
-    bad = joint(MoReS(rank=0), MixLoRA(factors=2, rank=3))
-    assert [problem.split()[0] for problem in bad.problems()] == ["mores_rank", "mixlora_rank"]
-    assert joint(MoReS(tokens="1%"), ROUTING).remarks(16) == MoReS(tokens="1%").remarks(16) != []
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("mores+mores", r"two different parts, and mores\+mores is mores twice"),
-        ("mores+mixlra", "unknown tuning mode 'mixlra': did you mean 'mixlora'"),
-        ("mroes+mixlra", r"(?s)did you mean 'mores'.*did you mean 'mixlora'"),
-        ("mores+", r"lacks a part; write two modes, such as mores\+mixlora"),
-        ("+", "lacks a part"),
-        ("mores+ +mixlora", "lacks a part"),
-        ("mores+mixlora+mores", r"has two parts, and mores\+mores\+mixlora has 3"),
-        ("mores+projector", r"mores\+projector is nothing new: mores trains the projector too, unless --freeze"),
-        ("mores+lora", "'lora' is a method of PEFT's: write peft in its place, and add --peft_method lora"),
-        ("mores+none", "unknown tuning mode 'none'"),
-    ],
-)
-def test_what_is_no_pair_of_modes_is_refused_with_what_to_write(name: str, said: str) -> None:
-    with pytest.raises(ArgumentsError, match=said):
-        registry.get(name)
-
-
-def test_settings_that_no_part_has_and_joints_of_joints_are_refused() -> None:
-    with pytest.raises(ArgumentsError, match=r"(?s)has no rank, only mores_rank, .*mores_rank is 'x' where int"):
-        registry.configured("mores+mixlora", {"rank": 2, "mores_rank": "x"})
-    with pytest.raises(ArgumentsError, match=r"has two parts, and mores\+gain\+mixlora has 3"):
-        joint(joint(STEERING, ROUTING), GainMode())
-    with pytest.raises(ArgumentsError, match="has two parts"):
-        joint()
-
-
-def test_settings_whose_names_two_parts_share_or_modes_need_are_refused() -> None:
-    @dataclass(frozen=True)
-    class Idle(GainMode):
-        name: ClassVar[str] = "idle"
-        at_decode: bool = setting(False, "as the attribute of a mode")
-
-    @dataclass(frozen=True)
-    class MixLoRATwice(GainMode):
-        name: ClassVar[str] = "mixlora_start"
-        layer: int = setting(0, "as a setting of MixLoRA")
-
-    with pytest.raises(ArgumentsError, match="modes use the names of these settings themselves: idle_at_decode"):
-        joint(STEERING, Idle())
-    with pytest.raises(ArgumentsError, match="have settings of the same name: mixlora_start_layer"):
-        joint(ROUTING, MixLoRATwice())
 
 
 # What it does

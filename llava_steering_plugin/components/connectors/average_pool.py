@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from llava_steering_plugin.components.base import Connector, ImageTokens, setting
+from llava_steering_plugin.components.base import ImageTokens
 from llava_steering_plugin.components.connectors.mlp import mlp
-from llava_steering_plugin.components.connectors.squares import as_image, as_tokens, problems_of_squares
+from llava_steering_plugin.components.connectors.squares import OfSquares, as_image, as_tokens
 
 
 class Pooled(nn.Module):
@@ -30,21 +30,11 @@ class Pooled(nn.Module):
 
 
 @dataclass(frozen=True)
-class AveragePool(Connector):
+class AveragePool(OfSquares):
     """Describes average pooling."""
 
     name: ClassVar[str] = "avgpool"
     summary: ClassVar[str] = "mean of neighbouring tokens, then mlp2x_gelu"
-    factor: int = setting(2, "tokens of a row, and of a column, that become one")
-
-    def problems(self, tokens: ImageTokens, width: int) -> list[str]:
-        """Return why these tokens cannot be pooled."""
-        return problems_of_squares(tokens, self.factor, self.name)
-
-    def tokens(self, tokens: ImageTokens, width: int) -> ImageTokens:
-        """Return the tokens that are left; each stands for a larger square."""
-        side = (tokens.side or 0) // self.factor
-        return ImageTokens(side * side, width, side)
 
     def build(self, tokens: ImageTokens, width: int) -> nn.Module:
         """Return the module."""

@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from llava_steering_plugin.components.base import Connector, ImageTokens, setting
+from llava_steering_plugin.components.base import ImageTokens
 from llava_steering_plugin.components.connectors.mlp import as_weights, mlp
-from llava_steering_plugin.components.connectors.squares import as_image, as_tokens, problems_of_squares
+from llava_steering_plugin.components.connectors.squares import OfSquares, as_image, as_tokens
 
 
 class Shuffled(nn.Module):
@@ -35,21 +35,11 @@ class Shuffled(nn.Module):
 
 
 @dataclass(frozen=True)
-class PixelShuffle(Connector):
+class PixelShuffle(OfSquares):
     """Describes pixel shuffle."""
 
     name: ClassVar[str] = "pixel-shuffle"
     summary: ClassVar[str] = "neighbouring tokens side by side in one, then a norm and mlp2x_gelu"
-    factor: int = setting(2, "tokens of a row, and of a column, that become one")
-
-    def problems(self, tokens: ImageTokens, width: int) -> list[str]:
-        """Return why these tokens cannot be joined."""
-        return problems_of_squares(tokens, self.factor, self.name)
-
-    def tokens(self, tokens: ImageTokens, width: int) -> ImageTokens:
-        """Return the tokens that are left; each stands for a larger square."""
-        side = (tokens.side or 0) // self.factor
-        return ImageTokens(side * side, width, side)
 
     def build(self, tokens: ImageTokens, width: int) -> nn.Module:
         """Return the module."""
