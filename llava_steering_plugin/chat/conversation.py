@@ -20,8 +20,8 @@ from llava_steering_plugin.inference.base_model import LoadedBase
 from llava_steering_plugin.inference.context import PromptTokens
 from llava_steering_plugin.inference.images import image_arguments, read_image
 from llava_steering_plugin.pool.pool import BASE
-from llava_steering_plugin.upstream.conversations import about_an_image, checked_template, template_by_name
 from llava_steering_plugin.upstream.names import CHAT_PREFIXES
+from llava_steering_plugin.upstream.text.conversations import about_an_image, checked_template, template_by_name
 
 
 class ChatError(SteeringError):

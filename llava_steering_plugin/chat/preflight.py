@@ -16,7 +16,7 @@ from llava_steering_plugin.inference.images import read_image
 from llava_steering_plugin.inference.models import moved
 from llava_steering_plugin.inference.options import check_bits, choose_device
 from llava_steering_plugin.inference.sources import locate_all, read_sources, split_word
-from llava_steering_plugin.upstream.conversations import checked_template
+from llava_steering_plugin.upstream.text.conversations import checked_template
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from llava_steering_plugin.inference.base_model import load_base
 from llava_steering_plugin.inference.models import load_adapter_and_base
 from llava_steering_plugin.inference.sources import load_all, locate_all
 from llava_steering_plugin.pool.pool import BASE
-from llava_steering_plugin.upstream.conversations import checked_template, template_by_name, template_of_base
+from llava_steering_plugin.upstream.text.conversations import checked_template, template_by_name, template_of_base
 
 
 def open_chat(

@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from llava_steering_plugin.planning.data_report import DataReport
-    from llava_steering_plugin.upstream.tokens import TokenCounter
+    from llava_steering_plugin.upstream.text.tokens import TokenCounter
 
 SHOWN = 5  # samples of a kind; `--json` has all
 
@@ -125,7 +125,7 @@ def _counter(
         return None
     with redirect_stdout(sys.stderr):  # DeepSpeed logs that it has been imported
         from llava_steering_plugin.checkout.find import find_llava
-        from llava_steering_plugin.upstream.tokens import TokenCounter
+        from llava_steering_plugin.upstream.text.tokens import TokenCounter
 
         find_llava()  # its error says what to do if there is none
         return TokenCounter(base, version, longest, vision_tower, connector=connector, language_model=language_model)

@@ -27,7 +27,7 @@ def convert(
     from llava_steering_plugin.cli.tables import console, conversion_tables
     from llava_steering_plugin.convert.conversion import convert as converted
     from llava_steering_plugin.errors import Problems
-    from llava_steering_plugin.upstream.conversations import checked_template
+    from llava_steering_plugin.upstream.text.conversations import checked_template
 
     problems = Problems()
     if conversation is not None:

@@ -82,8 +82,8 @@ def evaluate(
     from llava_steering_plugin.inference.models import base_of_lora, is_lora, load_adapter_and_base, open_model
     from llava_steering_plugin.inference.sources import load_all, locate_all, read_sources
     from llava_steering_plugin.pool.pool import BASE
-    from llava_steering_plugin.upstream.conversations import checked_template
     from llava_steering_plugin.upstream.install import install
+    from llava_steering_plugin.upstream.text.conversations import checked_template
 
     # Check everything that flags and files tell before the model is loaded.
     with problems.noted():

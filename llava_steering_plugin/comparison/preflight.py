@@ -31,8 +31,8 @@ from llava_steering_plugin.planning.data_check import Checker, check_data, usabl
 from llava_steering_plugin.pool.pool import BASE
 from llava_steering_plugin.training.data.sample_checks import SampleChecks, name_of, style_of
 from llava_steering_plugin.training.settings.flags import read_request
-from llava_steering_plugin.upstream.conversations import checked_template
 from llava_steering_plugin.upstream.install import install
+from llava_steering_plugin.upstream.text.conversations import checked_template
 
 CANNOT_START = "this comparison cannot start"
 SHOWN = 3  # bad samples of a kind
@@ -99,7 +99,7 @@ def _of_methods(plan: Plan) -> list[str]:
 
 def flag_problems(cell: Cell, comparison: Comparison) -> list[str]:
     """Return why the training of a cell would not start."""
-    from llava_steering_plugin.upstream.training import flag_classes, problems_of
+    from llava_steering_plugin.upstream.train.training import flag_classes, problems_of
 
     classes = flag_classes(import_module("llava.train.train"))
     known = {each.name for kind in classes for each in dataclasses.fields(kind)}

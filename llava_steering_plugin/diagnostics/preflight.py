@@ -19,8 +19,8 @@ from llava_steering_plugin.inference.base_files import CONFIG
 from llava_steering_plugin.inference.models import check_model
 from llava_steering_plugin.inference.options import check_bits, choose_device
 from llava_steering_plugin.modes.joint import part_names
-from llava_steering_plugin.upstream.conversations import checked_template
 from llava_steering_plugin.upstream.install import install
+from llava_steering_plugin.upstream.text.conversations import checked_template
 
 PACKAGES = ("matplotlib", "scipy")
 # How pip calls a package that is imported under another name.

@@ -17,7 +17,7 @@ from llava_steering_plugin.export.layouts import Layout, Source, recognise
 from llava_steering_plugin.export.plans import Plan, plan_for_llava, plan_for_transformers, read_record, write_files
 from llava_steering_plugin.export.streaming import SHARD_BYTES, Progress, compare_pieces, write_pieces
 from llava_steering_plugin.export.vocabulary import IMAGE, llavas_tokenizer, with_image_token, without_image_token
-from llava_steering_plugin.upstream.conversations import checked_template, marked_as, template_by_name
+from llava_steering_plugin.upstream.text.conversations import checked_template, marked_as, template_by_name
 from llava_steering_plugin.whole_files import flush, remove_partials
 
 _SPARE = 64 * 2**20  # for tokenizers, configs and the index

@@ -129,8 +129,8 @@ def _check_model(read: ModelArguments, given: Mapping[str, str], problems: Probl
     from llava_steering_plugin.adapters.stored.locate import find
     from llava_steering_plugin.checkout.find import find_llava
     from llava_steering_plugin.inference.models import check_model
-    from llava_steering_plugin.upstream.conversations import checked_template
     from llava_steering_plugin.upstream.install import install
+    from llava_steering_plugin.upstream.text.conversations import checked_template
 
     there = False
     with problems.noted():

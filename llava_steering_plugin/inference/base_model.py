@@ -18,7 +18,7 @@ from llava_steering_plugin.errors import ArgumentsError, SteeringError, Upstream
 from llava_steering_plugin.inference.base_files import is_llava
 from llava_steering_plugin.modes.base import default_dtype
 from llava_steering_plugin.pool.pool import AdapterPool
-from llava_steering_plugin.upstream.loading import name_for
+from llava_steering_plugin.upstream.model.loading import name_for
 
 # What upstream, transformers and torch raise for a base that is damaged, unknown to them or too large.
 _FAILURES = (

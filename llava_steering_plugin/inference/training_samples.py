@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.hooks.token_map import IGNORED, spliced
-from llava_steering_plugin.upstream.conversations import checked_template
+from llava_steering_plugin.upstream.text.conversations import checked_template
 
 
 class Score(NamedTuple):

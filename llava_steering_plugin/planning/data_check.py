@@ -20,7 +20,7 @@ from llava_steering_plugin.training.data.sample_checks import Defect, SampleChec
 from llava_steering_plugin.training.data.source import failure
 
 if TYPE_CHECKING:
-    from llava_steering_plugin.upstream.tokens import TokenCounter
+    from llava_steering_plugin.upstream.text.tokens import TokenCounter
 
 CHUNK = 32  # samples that a process checks at a time
 AHEAD = 4  # chunks that wait for each process

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llava_steering_plugin.training.data.sample_checks import KINDS, Defect
 
 if TYPE_CHECKING:
-    from llava_steering_plugin.upstream.tokens import TokenCounter
+    from llava_steering_plugin.upstream.text.tokens import TokenCounter
 
 PERCENTILES = (50, 90, 95, 99)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from llava_steering_plugin.components.base import Tower
 from llava_steering_plugin.planning.meta_memory import META
-from llava_steering_plugin.upstream.projector import build_projector
+from llava_steering_plugin.upstream.model.projector import build_projector
 
 
 class MetaTower(nn.Module):

@@ -23,8 +23,8 @@ from llava_steering_plugin.planning.from_flags import Wanted, deepspeed_problems
 from llava_steering_plugin.planning.meta_step import TrainingSetup
 from llava_steering_plugin.planning.vision import find_vision
 from llava_steering_plugin.training.settings.flags import extended, mode_is_on, read_request
-from llava_steering_plugin.upstream.component_checks import component_problems
 from llava_steering_plugin.upstream.install import install
+from llava_steering_plugin.upstream.model.component_checks import component_problems
 
 if TYPE_CHECKING:
     from llava_steering_plugin.planning.report import MemoryReport
@@ -192,7 +192,7 @@ def _flag_classes() -> tuple[tuple[type, ...], str | None]:
             f"llava.train.train cannot be imported here ({error}), so of the flags only {BASE_FLAG} and those of the "
             "tuning modes were checked, and the projector is not counted"
         )
-    from llava_steering_plugin.upstream.training import flag_classes
+    from llava_steering_plugin.upstream.train.training import flag_classes
 
     return flag_classes(module), None
 

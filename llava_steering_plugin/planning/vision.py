@@ -23,7 +23,7 @@ from llava_steering_plugin.components.image_tokens import (
 )
 from llava_steering_plugin.components.named import named_connector, named_tower
 from llava_steering_plugin.errors import SteeringError
-from llava_steering_plugin.upstream.projector import build_projector
+from llava_steering_plugin.upstream.model.projector import build_projector
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from llava_steering_plugin.pool.pool import AdapterPool
 from llava_steering_plugin.serving.catalog import AdapterCatalog
 from llava_steering_plugin.serving.http.protocol import FAILED, GONE, NO_ANSWER, NOT_FINITE, REFUSED, chunk
 from llava_steering_plugin.serving.http.validation import CheckedRequest, decode_image
-from llava_steering_plugin.upstream.conversations import marked_as
+from llava_steering_plugin.upstream.text.conversations import marked_as
 from llava_steering_plugin.upstream.worker_seam import ClientGone, model_worker, replace_parts, set_globals
 
 logger = logging.getLogger(__name__)

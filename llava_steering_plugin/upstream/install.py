@@ -14,11 +14,11 @@ from wrapt import register_post_import_hook
 from llava_steering_plugin.upstream import startup
 
 HOOKS = {
-    "llava.conversation": "llava_steering_plugin.upstream.chat_templates:on_conversation_import",
-    "llava.model.llava_arch": "llava_steering_plugin.upstream.components:on_arch_import",
-    "llava.train.train": "llava_steering_plugin.upstream.training:on_train_import",
-    "llava.model.builder": "llava_steering_plugin.upstream.loading:on_builder_import",
-    "llava.mm_utils": "llava_steering_plugin.upstream.loading:on_mm_utils_import",
+    "llava.conversation": "llava_steering_plugin.upstream.text.chat_templates:on_conversation_import",
+    "llava.model.llava_arch": "llava_steering_plugin.upstream.model.components:on_arch_import",
+    "llava.train.train": "llava_steering_plugin.upstream.train.training:on_train_import",
+    "llava.model.builder": "llava_steering_plugin.upstream.model.loading:on_builder_import",
+    "llava.mm_utils": "llava_steering_plugin.upstream.model.loading:on_mm_utils_import",
 }
 
 

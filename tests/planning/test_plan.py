@@ -1,6 +1,6 @@
 """`llava-steering plan` (`cli/plan.py`): what a training would train, or why it would not start.
 
-Covers `planning/plan.py`, `planning/vision.py` and `upstream/projector.py`.
+Covers `planning/plan.py`, `planning/vision.py` and `upstream/model/projector.py`.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def test_a_bad_entry_is_an_error_before_a_model_is_loaded_wherever_it_stands(
 def test_a_bad_entry_of_a_large_file_is_an_error_before_the_first_step(
     tiny: TinyLlava, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llava_steering_plugin.upstream import samples
+    from llava_steering_plugin.upstream.train import samples
 
     monkeypatch.setattr(samples, "QUICKLY_READ", 100)
     data = with_bad(tiny, tmp_path, BAD)

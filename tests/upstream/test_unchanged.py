@@ -60,8 +60,8 @@ def test_the_plugin_is_there_on_the_patched_sides_only(
         ran = json.loads((folder / "side.json").read_text())
         expected = pristine_llava if side == "pristine" else patched_llava
         assert Path(ran["llava"]).is_relative_to(expected)
-        assert ("llava_steering_plugin.upstream.training" in ran["plugin"]) == (side != "pristine")
-        assert ("llava_steering_plugin.upstream.loading" in ran["plugin"]) == (side != "pristine")
+        assert ("llava_steering_plugin.upstream.train.training" in ran["plugin"]) == (side != "pristine")
+        assert ("llava_steering_plugin.upstream.model.loading" in ran["plugin"]) == (side != "pristine")
 
 
 @pytest.mark.parametrize("kind", ["stage1", "full", "lora"])

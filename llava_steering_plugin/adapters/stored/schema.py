@@ -120,7 +120,7 @@ BASE: dict[str, Check] = {
     "num_layers": number(1),
     "vocab_size": number(1),
 }
-# What `upstream.loading` sets in a model's config, and a pool compares with it.
+# What `upstream.model.loading` sets in a model's config, and a pool compares with it.
 _LLAVA: dict[str, Check] = {
     "image_aspect_ratio": optional(text(100)),
     "image_crop_resolution": optional(number(1)),

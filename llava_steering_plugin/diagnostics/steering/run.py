@@ -29,7 +29,7 @@ from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.inference.asking.questions import Question
 from llava_steering_plugin.inference.training_samples import TrainingSamples
 from llava_steering_plugin.inference.tunable import TunableModel, open_tunable
-from llava_steering_plugin.upstream.conversations import checked_template
+from llava_steering_plugin.upstream.text.conversations import checked_template
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from llava_steering_plugin.inference.asking.prompts import CONVERSATION, said, w
 from llava_steering_plugin.inference.asking.questions import Question
 from llava_steering_plugin.inference.base_model import LoadedBase
 from llava_steering_plugin.inference.images import image_arguments, read_image
-from llava_steering_plugin.upstream.conversations import checked_template, template_of_base
+from llava_steering_plugin.upstream.text.conversations import checked_template, template_of_base
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llava_steering_plugin.inference.asking.questions import IMAGE_MARK, Question
-from llava_steering_plugin.upstream.conversations import marked_as
+from llava_steering_plugin.upstream.text.conversations import marked_as
 
 # The default template of upstream's eval scripts.
 CONVERSATION = "llava_v1"

@@ -15,10 +15,10 @@ from llava_steering_plugin.inference.asking.prompts import CONVERSATION, write_p
 from llava_steering_plugin.inference.asking.questions import Question
 from llava_steering_plugin.inference.context import PromptTokens
 from llava_steering_plugin.inference.images import image_size
-from llava_steering_plugin.upstream.chat_templates import offer_if_any
-from llava_steering_plugin.upstream.conversations import checked_template, template_of_base
-from llava_steering_plugin.upstream.language_models import loaded_as
-from llava_steering_plugin.upstream.tokenizers import Tokenizers
+from llava_steering_plugin.upstream.model.language_models import loaded_as
+from llava_steering_plugin.upstream.text.chat_templates import offer_if_any
+from llava_steering_plugin.upstream.text.conversations import checked_template, template_of_base
+from llava_steering_plugin.upstream.text.tokenizers import Tokenizers
 
 NAMED = 20  # questions in a message
 

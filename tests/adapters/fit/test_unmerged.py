@@ -33,7 +33,7 @@ def test_a_training_refuses_it_with_how_to_merge_it(tiny: TinyLlava, lora: Path,
     from llava.train import train
 
     from llava_steering_plugin.training.settings.flags import read_request
-    from llava_steering_plugin.upstream.training import flag_classes
+    from llava_steering_plugin.upstream.train.training import flag_classes
 
     words = ["--output_dir", str(tmp_path), "--model_name_or_path", str(lora)]
     (problem,) = read_request(flag_classes(train), [*words, "--tuning_mode", "mores"]).problems

@@ -163,7 +163,7 @@ OTHERS = {
     "checkout",  # LLaVA's source
     "launch.py",
     "upstream/source.py",
-    "upstream/samples.py",  # the data of this very training
+    "upstream/train/samples.py",  # the data of this very training
     "serving/upstream_program.py",
     "serving/http",  # bodies of requests, limited there
     "serving/page.py",

@@ -24,7 +24,7 @@ from llava_steering_plugin.training.data.sample_checks import KINDS, PLAIN, SING
 from llava_steering_plugin.training.data.samples import REFUSED, SAMPLE_NUMBERS, SKIPPED, NumberedDataset
 from llava_steering_plugin.training.data.source import early_problem
 from llava_steering_plugin.training.settings.flags import TrainingRequest
-from llava_steering_plugin.upstream.tokens import TokenCounter
+from llava_steering_plugin.upstream.text.tokens import TokenCounter
 
 
 class Reader:

@@ -14,7 +14,7 @@ from llava_steering_plugin.adapters.stored.config import AdapterConfig, BaseMode
 from llava_steering_plugin.adapters.stored.writing import write_folder
 from llava_steering_plugin.modes.mores import MoReS
 from llava_steering_plugin.training.settings.flags import TrainingRequest, read_request
-from llava_steering_plugin.upstream.training import flag_classes
+from llava_steering_plugin.upstream.train.training import flag_classes
 
 BASE = BaseModel("/models/base", "llava_llama", 64, 4, 700)
 

@@ -14,7 +14,7 @@ from training_runs import train_flags, train_in_process
 
 from llava_steering_plugin.training.settings.flags import read_request
 from llava_steering_plugin.training.settings.trainer_flags import machine_problems
-from llava_steering_plugin.upstream.training import flag_classes
+from llava_steering_plugin.upstream.train.training import flag_classes
 
 MORES = ("--tuning_mode", "mores")
 

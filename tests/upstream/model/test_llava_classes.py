@@ -12,7 +12,7 @@ import transformers
 from steered import PROMPT, TEXT, generate, ids_of, load_llava, pictures
 from tiny_llava import TinyLlava
 
-from llava_steering_plugin.upstream.llava_classes import llava_class
+from llava_steering_plugin.upstream.model.llava_classes import llava_class
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from llava_steering_plugin.components.named import named_connector, named_tower,
 from llava_steering_plugin.components.registry import CONNECTORS, TOWERS, split
 from llava_steering_plugin.components.vision_tower import VisionTower
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
-from llava_steering_plugin.upstream.component_checks import RECORD, check_installed
+from llava_steering_plugin.upstream.model.component_checks import RECORD, check_installed
 from llava_steering_plugin.upstream.seams import require
 
 

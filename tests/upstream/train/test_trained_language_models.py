@@ -1,6 +1,6 @@
 """LLaVAs of other language models are trained by LLaVA's own train(), loaded by its loader, and answer.
 
-Covers `upstream/language_models.py` and `upstream/trained_base.py`, from the command line to the answer.
+Covers `upstream/model/language_models.py` and `upstream/train/trained_base.py`, from the command line to the answer.
 """
 
 from __future__ import annotations

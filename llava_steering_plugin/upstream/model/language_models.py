@@ -16,10 +16,10 @@ from llava_steering_plugin.components.model_types import language_models, of_lla
 from llava_steering_plugin.components.registry import LANGUAGE_MODELS
 from llava_steering_plugin.errors import ArgumentsError, UpstreamError, nearest
 from llava_steering_plugin.training.settings.flags import LANGUAGE_MODEL as FLAG
-from llava_steering_plugin.upstream.chat_templates import offer_if_any
-from llava_steering_plugin.upstream.llava_classes import llava_class
+from llava_steering_plugin.upstream.model.llava_classes import llava_class
 from llava_steering_plugin.upstream.seams import require
-from llava_steering_plugin.upstream.tokenizers import Tokenizers, WithTokenizers
+from llava_steering_plugin.upstream.text.chat_templates import offer_if_any
+from llava_steering_plugin.upstream.text.tokenizers import Tokenizers, WithTokenizers
 
 # LLaVA's modules hold one class and one tokenizer loader for the whole process.
 _ONE_AT_A_TIME = threading.RLock()

@@ -29,14 +29,14 @@ from llava_steering_plugin.training.settings.flags import (
 )
 from llava_steering_plugin.training.settings.trainer_flags import machine_problems
 from llava_steering_plugin.training.trainer import SteeringTrainerMixin
-from llava_steering_plugin.upstream.chat_templates import OF_TOKENIZER
-from llava_steering_plugin.upstream.component_checks import component_problems
-from llava_steering_plugin.upstream.language_models import in_training
-from llava_steering_plugin.upstream.samples import refuse_bad_data, with_source
+from llava_steering_plugin.upstream.model.component_checks import component_problems
+from llava_steering_plugin.upstream.model.language_models import in_training
 from llava_steering_plugin.upstream.seams import require
-from llava_steering_plugin.upstream.targets import of_any_tokenizer
-from llava_steering_plugin.upstream.tokenizers import attend_to_ends
-from llava_steering_plugin.upstream.trained_base import TrainedBase
+from llava_steering_plugin.upstream.text.chat_templates import OF_TOKENIZER
+from llava_steering_plugin.upstream.text.tokenizers import attend_to_ends
+from llava_steering_plugin.upstream.train.samples import refuse_bad_data, with_source
+from llava_steering_plugin.upstream.train.targets import of_any_tokenizer
+from llava_steering_plugin.upstream.train.trained_base import TrainedBase
 
 # Values of --version that LLaVA's train() knows without a conversation template of that name.
 TEMPLATES_OF_VERSIONS = ("v0", "v0.5")

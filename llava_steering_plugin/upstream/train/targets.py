@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from llava_steering_plugin.hooks.token_map import IGNORED
-from llava_steering_plugin.upstream.chat_templates import is_chat_template
 from llava_steering_plugin.upstream.seams import require
-from llava_steering_plugin.upstream.tokenizers import is_prepared
+from llava_steering_plugin.upstream.text.chat_templates import is_chat_template
+from llava_steering_plugin.upstream.text.tokenizers import is_prepared
 
 Turn = Mapping[str, str]
 

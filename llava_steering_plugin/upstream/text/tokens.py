@@ -19,10 +19,10 @@ from llava_steering_plugin.components.base import LanguageModel
 from llava_steering_plugin.components.image_tokens import CONNECTOR, connected, tower_shape
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.hooks.token_map import IGNORED
-from llava_steering_plugin.upstream.chat_templates import OF_TOKENIZER, offer
-from llava_steering_plugin.upstream.language_models import chosen
-from llava_steering_plugin.upstream.samples import KEEPING_THE_TEMPLATE
-from llava_steering_plugin.upstream.tokenizers import Tokenizers
+from llava_steering_plugin.upstream.model.language_models import chosen
+from llava_steering_plugin.upstream.text.chat_templates import OF_TOKENIZER, offer
+from llava_steering_plugin.upstream.text.tokenizers import Tokenizers
+from llava_steering_plugin.upstream.train.samples import KEEPING_THE_TEMPLATE
 
 USUAL_IMAGE_TOKENS = 576  # of LLaVA-1.5
 UNLIMITED = 1 << 30

@@ -12,9 +12,9 @@ from llava_steering_plugin.adapters.fit.base_model import read_config
 from llava_steering_plugin.components.base import LanguageModel
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.training.settings.flags import LANGUAGE_MODEL, mode_is_on
-from llava_steering_plugin.upstream.chat_templates import OF_TOKENIZER, offer
-from llava_steering_plugin.upstream.language_models import chosen, unknown_type
+from llava_steering_plugin.upstream.model.language_models import chosen, unknown_type
 from llava_steering_plugin.upstream.startup import flag_value
+from llava_steering_plugin.upstream.text.chat_templates import OF_TOKENIZER, offer
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from llava_steering_plugin.training.attaching import REQUEST
 from llava_steering_plugin.training.data.sample_checks import ALTERNATING, PLAIN, SINGLE, SampleChecks
 from llava_steering_plugin.training.data.source import SOURCE, DataSource, check_entries, reading, refuse_bad_entries
 from llava_steering_plugin.training.settings.flags import mode_is_on
-from llava_steering_plugin.upstream.chat_templates import is_chat_template
+from llava_steering_plugin.upstream.text.chat_templates import is_chat_template
 
 QUICKLY_READ = 64 << 20  # bytes
 # Values of --version for which LLaVA leaves the template as it is.

@@ -22,8 +22,8 @@ from llava_steering_plugin.components.language_models.newer import Gemma
 from llava_steering_plugin.components.model_types import language_models as registered
 from llava_steering_plugin.components.model_types import of_llava_type, of_model_type
 from llava_steering_plugin.errors import ArgumentsError, UpstreamError
-from llava_steering_plugin.upstream.conversations import template_of_base
-from llava_steering_plugin.upstream.language_models import chosen, types_of_llava
+from llava_steering_plugin.upstream.model.language_models import chosen, types_of_llava
+from llava_steering_plugin.upstream.text.conversations import template_of_base
 
 MORES = {"tuning_mode": "mores"}
 
@@ -158,7 +158,7 @@ def test_llavas_modules_are_as_before_after_a_component(language_models: dict[st
     from llava.model import LlavaLlamaForCausalLM, builder
     from llava.train import train
 
-    from llava_steering_plugin.upstream.language_models import in_loading, in_training
+    from llava_steering_plugin.upstream.model.language_models import in_loading, in_training
 
     component = of_llava_type("llava_qwen2")
     before = train.transformers, builder.AutoTokenizer
@@ -172,7 +172,7 @@ def test_llavas_modules_are_as_before_after_a_component(language_models: dict[st
 def test_tokens_are_counted_with_the_components_tokenizer_and_template(
     tiny: TinyLlava, language_models: dict[str, Path]
 ) -> None:
-    from llava_steering_plugin.upstream.tokens import TokenCounter
+    from llava_steering_plugin.upstream.text.tokens import TokenCounter
 
     family = FAMILIES[1]
     counter = TokenCounter(str(language_models["qwen2"]), family.version, 512, str(tiny.tower))

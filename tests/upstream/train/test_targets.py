@@ -1,6 +1,6 @@
 """For every template and tokenizer, a training's ids are a chat's, and its targets are the answers and their ends.
 
-Covers `upstream/chat_templates.py` and `upstream/tokenizers.py` as well.
+Covers `upstream/text/chat_templates.py` and `upstream/text/tokenizers.py` as well.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from tiny_language_models import FAMILIES, Family
 
 from llava_steering_plugin.hooks.token_map import IGNORED
-from llava_steering_plugin.upstream.chat_templates import OF_TOKENIZER, offer
-from llava_steering_plugin.upstream.targets import encode
-from llava_steering_plugin.upstream.tokenizers import Tokenizers, attend_to_ends, is_prepared, prepared
+from llava_steering_plugin.upstream.text.chat_templates import OF_TOKENIZER, offer
+from llava_steering_plugin.upstream.text.tokenizers import Tokenizers, attend_to_ends, is_prepared, prepared
+from llava_steering_plugin.upstream.train.targets import encode
 
 # Templates that no tokenizer here was made for are written all the same: a user may want them.
 OF_LLAVA = ("v1", "llava_v1", "llama_2", "mistral_instruct", "chatml_direct", "mpt")

@@ -15,7 +15,7 @@ def test_the_styles_of_versions_are_those_of_llavas_templates(
 ) -> None:
     from llava import conversation
 
-    from llava_steering_plugin.upstream.samples import template_style
+    from llava_steering_plugin.upstream.train.samples import template_style
 
     usual = conversation.default_conversation
     for version in (*conversation.conv_templates, "unknown", "v0.5"):
@@ -31,7 +31,7 @@ def test_the_styles_of_versions_are_those_of_llavas_templates(
 
 
 def test_an_edge_is_that_of_the_image_processor() -> None:
-    from llava_steering_plugin.upstream.samples import _shorter_edge
+    from llava_steering_plugin.upstream.train.samples import _shorter_edge
 
     assert _shorter_edge(SimpleNamespace(size={"shortest_edge": 224})) == 224
     assert _shorter_edge(SimpleNamespace(size={"height": 384, "width": 384})) == _shorter_edge(None) == 336

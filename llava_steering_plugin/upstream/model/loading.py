@@ -23,8 +23,8 @@ from llava_steering_plugin.adapters.stored.folder import LLAVA_CONFIG, AdapterFo
 from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.errors import BaseMismatch, SteeringError
 from llava_steering_plugin.modes.base import default_dtype
-from llava_steering_plugin.upstream.component_checks import check_installed
-from llava_steering_plugin.upstream.language_models import load_by_type
+from llava_steering_plugin.upstream.model.component_checks import check_installed
+from llava_steering_plugin.upstream.model.language_models import load_by_type
 from llava_steering_plugin.upstream.names import display_name
 from llava_steering_plugin.upstream.seams import require
 

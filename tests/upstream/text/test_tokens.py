@@ -1,4 +1,4 @@
-"""Tokens are counted as LLaVA's trainer and model count them (`upstream/tokens.py`)."""
+"""Tokens are counted as LLaVA's trainer and model count them (`upstream/text/tokens.py`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiny_llava import VISUAL_TOKENS, TinyLlava
 from training_runs import upstream_globals_restored
 
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
-from llava_steering_plugin.upstream.tokens import USUAL_IMAGE_TOKENS, TokenCounter
+from llava_steering_plugin.upstream.text.tokens import USUAL_IMAGE_TOKENS, TokenCounter
 
 SAMPLES = {
     "image": pictured(PICTURE, conversations=turns("It is red.", "A circle.")),

@@ -7,7 +7,7 @@ from typing import Any
 
 from llava_steering_plugin.components.model_types import of_llava_type
 from llava_steering_plugin.errors import ArgumentsError, nearest
-from llava_steering_plugin.upstream.chat_templates import OF_TOKENIZER
+from llava_steering_plugin.upstream.text.chat_templates import OF_TOKENIZER
 
 # llava/serve/cli.py: the first of these that is in a model's name, in this order, decides its template.
 _RULES = {

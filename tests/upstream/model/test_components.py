@@ -1,6 +1,6 @@
 """Towers and connectors by name in upstream's own train(): trained, saved, loaded, asked, and gone on with.
 
-Covers `upstream/components.py`. Pairs of which nothing else here says more are slow: scripts/test.sh runs them all.
+Covers `upstream/model/components.py`. Pairs of which nothing else here says more are slow; scripts/test.sh runs them.
 """
 
 from __future__ import annotations

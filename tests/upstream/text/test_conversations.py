@@ -1,4 +1,4 @@
-"""Conversation templates by name, and how a question about an image is written (`upstream/conversations.py`)."""
+"""Conversation templates by name, and how a question about an image is written (`upstream/text/conversations.py`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from llava_steering_plugin.errors import ArgumentsError
-from llava_steering_plugin.upstream.conversations import about_an_image, checked_template
+from llava_steering_plugin.upstream.text.conversations import about_an_image, checked_template
 
 
 @pytest.fixture(autouse=True)

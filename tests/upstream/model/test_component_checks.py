@@ -1,7 +1,7 @@
 """What is wrong with a vision tower or a connector is said before a model is loaded, in one message each.
 
-Covers `upstream/component_checks.py`, `planning/meta_vision.py`, and `llava-steering components`: `cli/components.py`
-and `components/listing.py`.
+Covers `upstream/model/component_checks.py`, `planning/meta_vision.py`, and `llava-steering components`:
+`cli/components.py` and `components/listing.py`.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def test_a_base_keeps_its_own_components(
 
 
 def test_the_count_of_a_files_tokens_follows_tower_and_connector(tiny: TinyLlava, towers: TinyTowers) -> None:
-    from llava_steering_plugin.upstream.tokens import TokenCounter
+    from llava_steering_plugin.upstream.text.tokens import TokenCounter
 
     counted = [
         TokenCounter(str(tiny.llm), "v1", 512, str(name), connector=connector).image_tokens
@@ -111,7 +111,7 @@ def test_the_count_of_a_files_tokens_follows_tower_and_connector(tiny: TinyLlava
 
 
 def test_random_numbers_of_a_training_are_not_touched(tiny: TinyLlava) -> None:
-    from llava_steering_plugin.upstream.component_checks import component_problems
+    from llava_steering_plugin.upstream.model.component_checks import component_problems
 
     before = torch.get_rng_state()
     for connector in ("mlp2x_gelu", "avgpool", "nothing"):
