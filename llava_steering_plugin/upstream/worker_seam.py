@@ -1,7 +1,6 @@
 """Replaces in LLaVA's model worker the names by which it generates: its streamer, its threads, its reader of images.
 
-Upstream's `ModelWorker.generate_stream` looks these names up in its module. Nothing else of the module changes, and its
-functions read two globals, `args` and `model_semaphore`, which upstream's own program would have set.
+Upstream's `ModelWorker.generate_stream` looks these names up in its module. Nothing else of the module changes.
 """
 
 from __future__ import annotations
@@ -10,15 +9,11 @@ import contextlib
 import functools
 import logging
 import sys
-import threading
-from argparse import Namespace
-from asyncio import Semaphore
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from llava import utils as llava_utils
-from transformers import StoppingCriteria
 
 # Importing upstream's worker would turn standard output and error into log records and open a log file in the current
 # folder. Keep both as they are.
@@ -47,23 +42,13 @@ class PatientStreamer(model_worker.TextIteratorStreamer):
         self.text_queue.put(self.stop_signal)
 
 
-class ClientGone(StoppingCriteria):
-    """Ends a generation before its next token once the client has gone."""
-
-    def __init__(self, gone: threading.Event):
-        self.gone = gone
-
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> bool:
-        return self.gone.is_set()
-
-
 class PooledThread:
     """Runs in a pool of threads what upstream starts as a new thread for every generation.
 
     Each new thread would leave memory of its own behind in the libraries that compute.
 
     Attributes:
-        threads: the pool, as large as the server has slots once `set_globals` was called. A slot is free a moment
+        threads: the pool, as large as the server has slots once `set_threads` was called. A slot is free a moment
             before its thread, when that has ended the stream: the next generation waits for that moment.
     """
 
@@ -81,7 +66,7 @@ class PooledThread:
         self.threads.submit(self._work)
 
 
-def replace_parts(load_image: Callable[[str], Any], process_images: Callable[..., Any]) -> None:
+def replace_parts(load_image: Callable[[Any], Any], process_images: Callable[..., Any]) -> None:
     """Make upstream's worker generate in pooled threads and wait for text patiently; give it our functions for images.
 
     Args:
@@ -94,8 +79,6 @@ def replace_parts(load_image: Callable[[str], Any], process_images: Callable[...
     model_worker.process_images = process_images
 
 
-def set_globals(slots: Semaphore, limit: int) -> None:
-    """Let upstream's worker report how many of `limit` slots are taken, and run as many generations at a time."""
-    model_worker.model_semaphore = slots
-    model_worker.args = Namespace(limit_model_concurrency=limit)
-    PooledThread.threads = ThreadPoolExecutor(limit, "generating")
+def set_threads(count: int) -> None:
+    """Run up to `count` generations at a time."""
+    PooledThread.threads = ThreadPoolExecutor(count, "upstream")

@@ -1,10 +1,10 @@
-"""Answers that fail, and the threads that generate them (`serving/model_worker.py`, `upstream/worker_seam.py`)."""
+"""Failing answers, their threads and slots (`serving/generation/slots.py`, `upstream/worker_seam.py`)."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -13,8 +13,10 @@ import pytest
 from ports import free_port
 from serving_fixtures import STRICT, Alone, Client, Question, listening, wait_until
 
+from llava_steering_plugin.serving.generation.answer import Answer
+from llava_steering_plugin.serving.generation.request import GONE, NO_ANSWER, NOT_FINITE, End, Piece, Problem
 from llava_steering_plugin.serving.http.app import build
-from llava_steering_plugin.serving.http.protocol import FAILED, GONE, NO_ANSWER, NOT_FINITE, chunk
+from llava_steering_plugin.serving.http.protocol import FAILED
 from llava_steering_plugin.serving.model_worker import RequestModel
 from llava_steering_plugin.upstream.worker_seam import PatientStreamer, PooledThread
 
@@ -25,11 +27,11 @@ pytestmark = pytest.mark.usefixtures("unharmed")
 def test_an_answer_that_cannot_be_begun_is_an_error_that_the_page_shows_and_no_empty_answer(
     worker: Any, asked: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> Iterator[bytes]:
-        yield chunk("the beginning", 0)
+    def fail(answer: Answer) -> None:
+        answer.put(Piece("the beginning", 1))
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(worker, "answer", fail)
+    monkeypatch.setattr(worker, "make", fail)
     with listening(build(worker, STRICT), free_port()) as client:
         assert client.states("cats", asked[0])[-1] == {"text": NO_ANSWER, "error_code": FAILED}
         wait_until(lambda: client.free() == 4)
@@ -48,7 +50,7 @@ def test_an_adapter_that_is_removed_while_a_request_waits_is_said_to_have_gone_a
             first = users.submit(client.states, "cats", asked[-1])
             wait_until(lambda: client.free() == 0)
             second = users.submit(client.states, "passing-by", asked[-1])
-            wait_until(lambda: bool(client.slots._waiters))
+            wait_until(lambda: bool(client.slots.waiting))
             worker.catalog.drop("passing-by")
         finally:
             held.set()
@@ -88,7 +90,9 @@ def test_a_model_whose_numbers_overflow_has_an_error_that_says_so_and_no_empty_a
         worker.catalog.drop("diverged")
 
 
-def test_the_text_of_an_answer_ends_only_when_it_is_known_whether_it_has_failed(worker: Any) -> None:
+def test_the_text_of_an_answer_ends_only_when_it_is_known_whether_it_has_failed(
+    worker: Any, asked: list[Question]
+) -> None:
     streamer = PatientStreamer(worker.tokenizer)
     ended = []
 
@@ -98,19 +102,26 @@ def test_the_text_of_an_answer_ends_only_when_it_is_known_whether_it_has_failed(
             ended.append(streamer.stop_signal in list(streamer.text_queue.queue))
             raise RuntimeError("these numbers are not finite")
 
-    model = RequestModel(Failing(), "cats", threading.Event())
+    async def make() -> RequestModel:
+        return RequestModel(Failing(), Answer(asked[0].asked("cats")), "cats")
+
+    model = asyncio.run(make())
     model.generate(streamer=streamer)
     assert ended == [False]
-    assert model.failed == NO_ANSWER and list(streamer) == [""] and streamer.text_queue.empty()
+    assert (
+        model.end == End("error", problem=Problem.FAILED, message=NO_ANSWER)
+        and list(streamer) == [""]
+        and streamer.text_queue.empty()
+    )
 
 
-@pytest.mark.parametrize("kind", ["answering", "generating"])
+@pytest.mark.parametrize("kind", ["generating", "upstream"])
 def test_an_answer_for_which_there_is_no_thread_is_an_error_and_gives_one_slot_back_and_is_not_made_later(
     worker: Any, asked: list[Question], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Where no thread can be started the pool has queued the work already, and does it with the next request's."""
     passes: list[None] = []
-    monkeypatch.setattr(PooledThread, "threads", ThreadPoolExecutor(4, "generating"))
+    monkeypatch.setattr(PooledThread, "threads", ThreadPoolExecutor(4, "upstream"))
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_fixtures import BASE_NAME, NAMES, Alone, Client, Question, wait_until
+from serving_fixtures import BASE_NAME, NAMES, Alone, Client, Question, made, wait_until
 
 from llava_steering_plugin.errors import ArgumentsError, UpstreamError
 
@@ -56,9 +56,6 @@ def test_64_requests_at_once_over_8_adapters_give_the_texts_of_each_adapter_alon
 def test_64_threads_over_8_adapters_on_one_worker_give_the_texts_of_each_adapter_alone(
     worker: Any, alone: Alone, asked: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import json
-
-    from llava_steering_plugin.serving.http.validation import CheckedRequest
     from llava_steering_plugin.upstream.worker_seam import PooledThread
 
     jobs = [(name, question) for name in NAMES for question in asked]
@@ -67,8 +64,7 @@ def test_64_threads_over_8_adapters_on_one_worker_give_the_texts_of_each_adapter
 
     def ask(job: tuple[str, Question]) -> str:
         name, question = job
-        states = list(worker.answer(CheckedRequest(name, name, question.body(name)), threading.Event()))
-        return str(json.loads(states[-1][:-1])["text"]).removeprefix(question.prompt).strip()
+        return made(worker, question.asked(name))[0].strip()
 
     with ThreadPoolExecutor(len(jobs)) as users:
         answers = list(users.map(ask, jobs))
@@ -116,13 +112,13 @@ def test_a_client_that_hangs_up_while_it_waits_for_a_slot_costs_no_pass_through_
 
     for _ in range(4):
         assert client.free() > 0
-        client.slots._value -= 1  # somebody else's answers
+        client.slots.taken += 1  # somebody else's answers
     try:
         with pytest.raises(requests.exceptions.RequestException):
             client.post(asked[0].body("cats"), timeout=0.5)
         wait_until(lambda: client.health()["open"] == 0)
     finally:
-        client.slots._value += 4
+        client.slots.taken -= 4
     assert client.answer("dogs", asked[-1])
     wait_until(lambda: client.free() == 4)
     assert len(steps) == asked[-1].tokens

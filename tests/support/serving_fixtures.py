@@ -5,6 +5,7 @@ A test module asks for them with `pytest_plugins = ["serving_fixtures"]`.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -32,6 +33,8 @@ from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
 from llava_steering_plugin.modes.peft.mode import Peft
+from llava_steering_plugin.serving.generation.answer import Answer
+from llava_steering_plugin.serving.generation.request import End, GenerationRequest, Piece
 from llava_steering_plugin.serving.http.limits import Limits
 
 PATIENCE = 120
@@ -83,6 +86,25 @@ class Question:
             "stop": "</s>",
             "images": [base64.b64encode(self.image.read_bytes()).decode()] if self.image else [],
         }
+
+    def asked(self, name: str, **more: Any) -> GenerationRequest:
+        """The same for the worker itself; `name` is the pool's."""
+        images = (self.image.read_bytes(),) if self.image else ()
+        given = {"max_new_tokens": self.tokens, "temperature": 0.0, "stop": ("</s>",)}
+        return GenerationRequest(adapter=name, prompt=self.prompt, images=images, **(given | more))
+
+
+def made(worker: Any, request: GenerationRequest) -> tuple[str, End]:
+    """The text and the end of an answer that a worker makes in this thread, without slots and HTTP."""
+
+    async def make() -> tuple[str, End]:
+        answer = Answer(request)
+        worker.make(answer)
+        events = [event async for event in answer]
+        assert isinstance(events[-1], End)
+        return "".join(event.text for event in events if isinstance(event, Piece)), events[-1]
+
+    return asyncio.run(make())
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> str:
@@ -146,7 +168,7 @@ class Client:
 
     def free(self) -> int:
         """How many more answers could be generated at this moment."""
-        return int(self.slots._value)
+        return int(self.slots.free)
 
     def post(self, body: Any, **options: Any) -> requests.Response:
         where = f"{self.address}/worker_generate_stream"
@@ -215,7 +237,7 @@ def listening(
     listener = listener or bind("127.0.0.1", port)
     if send_buffer is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-    give_up_stalled(listener, app.state.endpoint.limits.stall_seconds)
+    give_up_stalled(listener, app.state.admission.limits.stall_seconds)
 
     config = uvicorn.Config(
         app, "127.0.0.1", port, http=Connection, log_config=None, timeout_graceful_shutdown=1, **options
@@ -225,7 +247,7 @@ def listening(
     thread.start()
     wait_until(lambda: server.started)
     try:
-        yield Client(f"http://127.0.0.1:{port}", app.state.endpoint.slots)
+        yield Client(f"http://127.0.0.1:{port}", app.state.admission.slots)
     finally:
         server.should_exit = True
         thread.join(30)
@@ -288,6 +310,6 @@ def unharmed(strict: Client, alone: Alone, asked: list[Question]) -> Iterator[No
     """After the test the worker answers as ever, has all its slots, and nobody waits."""
     yield
     wait_until(lambda: strict.free() == 4)
-    assert not strict.slots._waiters
+    assert not strict.slots.waiting
     assert strict.answer("cats", asked[0]) == alone("cats", asked[0])
     wait_until(lambda: strict.health().items() >= {"status": "ok", "running": 0, "open": 0}.items())

@@ -16,10 +16,6 @@ from llava_steering_plugin.serving.http.limits import Limits
 # Upstream's page shows the text and the code of any chunk whose code is not 0. Upstream uses 1 to 3 for failures; 4 is
 # ours.
 FAILED, REFUSED = 1, 4
-NO_ANSWER = "The worker could not finish this answer; its log says why. Please try again."
-TOO_BUSY = "The worker is too busy. Please try again in a moment."
-NOT_FINITE = "This model has no answer: its numbers became infinite. Please choose another model from the list."
-GONE = "This model is no longer served. Reload the page for the list."
 # For how long, and up to how many times the limit, an oversized body is read and discarded: a client that is still
 # sending would not see the answer.
 DRAINED_SECONDS, DRAINED_TIMES = 5.0, 8

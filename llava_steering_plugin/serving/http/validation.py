@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from llava_steering_plugin.inference.images import like_channels
+from llava_steering_plugin.serving.generation.request import GenerationRequest
 from llava_steering_plugin.serving.http.limits import Limits
 from llava_steering_plugin.serving.http.protocol import Refused
 
@@ -20,6 +21,8 @@ IMAGE_TOKEN = "<image>"  # upstream's DEFAULT_IMAGE_TOKEN
 # Formats that PIL may recognise in an upload. Not all that it knows: some of them start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 STOP_CHARACTERS = 256
+# Of upstream's worker: tokens of an answer that says no number, and of any.
+DEFAULT_TOKENS, MOST_TOKENS = 256, 1024
 # How many times the pixels of the largest image its square may have, and how many times as long as wide an image may
 # be. This admits panoramas, but no file of a few bytes that is one pixel wide.
 SQUARE, LONGEST = 4, 100
@@ -31,18 +34,17 @@ class CheckedRequest:
 
     Attributes:
         shown: the model's name on the page.
-        adapter: the model's name in the pool.
-        parameters: the fields that upstream's `generate_stream` reads.
+        prompt: its text.
+        asked: the answer that it asks for.
     """
 
     shown: str
-    adapter: str
-    parameters: dict[str, Any]
+    prompt: str
+    asked: GenerationRequest
 
     def __str__(self) -> str:
         """Return a line for the log: the size of the request, nothing of its content."""
-        images, prompt = len(self.parameters["images"]), len(self.parameters["prompt"])
-        return f"{self.shown}: {prompt} characters, {images} image(s)"
+        return f"{self.shown}: {len(self.prompt)} characters, {len(self.asked.images)} image(s)"
 
 
 def check_request(
@@ -75,25 +77,30 @@ def check_request(
         raise Refused(400, f"The request has {len(images)} image(s) and its prompt {marks} {IMAGE_TOKEN} mark(s).")
     if len(images) > limits.images:
         raise Refused(400, f"The request has more than {limits.images} images.")
-    parameters = {key: data[key] for key in _CHECKS if data.get(key) is not None}
-    for number, image in enumerate(images, start=1):
-        _check_image(image, number, limits)
-    parameters["images"] = images
-    return CheckedRequest(data["model"], adapter, parameters)
+    given = {key: data[key] for key in ("temperature", "top_p") if data.get(key) is not None}
+    asked = GenerationRequest(
+        adapter=adapter,
+        prompt=prompt,
+        images=tuple(_check_image(image, number, limits) for number, image in enumerate(images, start=1)),
+        max_new_tokens=min(data.get("max_new_tokens") or DEFAULT_TOKENS, MOST_TOKENS),
+        stop=(data["stop"],),
+        **given,
+    )
+    return CheckedRequest(data["model"], prompt, asked)
 
 
-def decode_image(text: str) -> Image.Image:
+def decode_image(data: bytes) -> Image.Image:
     """Decode an image of a checked request, in place of upstream's `load_image_from_base64`.
 
     The image is in RGB: upstream pads with a colour of three values, which other modes cannot hold.
     """
-    image: Image.Image = Image.open(io.BytesIO(base64.b64decode(text)), formats=FORMATS)
+    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     image.load()  # before looking at its mode, which decoders may change
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _check_image(text: str, number: int, limits: Limits) -> None:
-    """Check that an image is whole and not too large. Its pixels are dropped: it waits for its turn encoded.
+def _check_image(text: str, number: int, limits: Limits) -> bytes:
+    """Check that an image is whole and not too large; return its file. It waits for its turn without its pixels.
 
     Raises:
         Refused: it is not (400).
@@ -115,6 +122,7 @@ def _check_image(text: str, number: int, limits: Limits) -> None:
     except Exception as error:  # decoders raise all kinds of errors on a damaged file
         known = ", ".join(FORMATS)
         raise Refused(400, f"Image {number} is damaged, cut off, or none of {known}.") from error
+    return data
 
 
 def _check_size(image: Image.Image, number: int, limits: Limits) -> None:

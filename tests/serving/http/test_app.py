@@ -1,4 +1,4 @@
-"""Clients that hang up, read slowly, send nothing, or come in a crowd, up to the limits (`serving/http/limits.py`).
+"""Clients that hang up, are slow, or come in a crowd: `serving/http/limits.py` and `serving/http/admission.py`.
 
 Headers that h11 cannot read: `serving/http/connections.py`.
 

@@ -150,7 +150,7 @@ def test_a_strip_whose_square_or_whose_enlargement_would_take_all_memory_is_a_40
 def test_a_photo_and_a_panorama_pass_the_limits_that_a_worker_has_by_default() -> None:
     for size in ((6000, 4000), (12_000, 3000), (1000, 11)):
         asked = check_request(body(images=[encoded(Image.new("RGB", size))]), Limits(), lambda _: "cats", True)
-        assert len(asked.parameters["images"]) == 1
+        assert len(asked.asked.images) == 1
 
 
 def test_an_image_above_pils_own_limit_is_refused_with_that_limit() -> None:
@@ -198,18 +198,18 @@ def test_a_picture_waits_its_turn_as_it_came_and_not_unpacked() -> None:
     """A grey or CMYK JPEG of 40 million pixels has 2 MB, and as a PNG in RGB tens of them."""
     pictures = [encoded(Image.effect_noise((900, 600), 90).convert(mode), "JPEG") for mode in ("L", "CMYK", "RGB")]
     data = body(images=pictures, prompt="<image>" * 3)
-    assert check_request(data, Limits(), lambda _: "cats", True).parameters["images"] == pictures
+    assert check_request(data, Limits(), lambda _: "cats", True).asked.images == tuple(map(base64.b64decode, pictures))
 
 
 def test_the_model_is_given_pictures_in_rgb_and_none_of_a_format_that_runs_other_programs(worker: Any) -> None:
     from llava.serve import model_worker as upstream
 
     picture = encoded(Image.effect_noise((40, 60), 90), "JPEG")
-    given = upstream.load_image_from_base64(picture)
+    given = upstream.load_image_from_base64(base64.b64decode(picture))
     assert given.mode == "RGB"
     assert given.tobytes() == Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").tobytes()
     with pytest.raises(UnidentifiedImageError):
-        upstream.load_image_from_base64(EPS)
+        upstream.load_image_from_base64(base64.b64decode(EPS))
 
 
 def test_a_prompt_beyond_the_context_is_told_both_lengths(client: Client) -> None:
