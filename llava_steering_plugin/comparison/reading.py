@@ -13,6 +13,7 @@ import yaml
 from llava_steering_plugin.comparison.schema import (
     FROZEN,
     LONGEST_NAME,
+    NEEDED,
     OF_A_TASK,
     OF_A_TEST,
     OF_ANSWERS,
@@ -56,6 +57,9 @@ def comparison_from(data: Any, folder: Path) -> Comparison:
     Raises:
         ArgumentsError: something in it is wrong; everything that is, is named.
     """
+    if not isinstance(data, Mapping):
+        what = "is empty" if data is None else f"holds {data!r:.60}"
+        raise ArgumentsError(f"it {what}, where a comparison has {', '.join(NEEDED)}: see docs/comparing.md.")
     reading = _Reading(folder)
     found = reading.comparison(data)
     if reading.problems:
@@ -83,7 +87,7 @@ class _Reading:
         self.problems: list[str] = []
 
     def comparison(self, data: Any) -> Comparison:
-        data = self._table(data, "the file", TOP, ("base", "output", "methods", RATES, "seeds", "tasks"))
+        data = self._table(data, "the file", TOP, NEEDED)
         base = self._text(data, "base")
         rates = self._numbers(data.get(RATES, []), RATES) if RATES in data else ()
         defaults = self._flags(data.get("defaults") or {}, "defaults")
@@ -117,6 +121,7 @@ class _Reading:
             program=self._text(data, "program") or PROGRAM,
             launcher=self._words(data.get("launcher") or []),
             reference=reference,
+            folder=self.folder,
         )
 
     def _method(self, name: str, given: Any, defaults: Mapping[str, Any], rates: tuple[float, ...]) -> Method:
@@ -193,7 +198,7 @@ class _Reading:
 
     def _named(self, given: Any, place: str) -> list[tuple[str, Any]]:
         if not isinstance(given, Mapping) or not given:
-            self.problems.append(f"{place} holds at least one, by name")
+            self.problems.append(f"{place} holds at least one, by name{_why(place.rpartition('.')[2])}")
             return []
         for name in given:
             if not isinstance(name, str) or not name.strip() or len(name) > LONGEST_NAME or not name.isprintable():

@@ -22,6 +22,7 @@ TOP = (
     "launcher",
     "reference",
 )  # fmt: skip
+NEEDED = ("base", "output", "methods", "learning_rates", "seeds", "tasks")
 OF_A_TASK = ("train", "image_folder", "validation", "test")
 OF_A_TEST = ("questions", "annotations", "benchmark", "image_folder", "split", "metric")
 # Options of `llava-steering eval` that may be given; the others depend on the cell.
@@ -116,6 +117,7 @@ class Comparison:
         program: the module of LLaVA's that trains.
         launcher: words before `llava_steering_plugin.launch` for trainings on several ranks; empty: one process.
         reference: the method that the tables show the others' differences from; None: the first that is trained.
+        folder: where relative paths of the file begin.
     """
 
     base: str
@@ -129,3 +131,4 @@ class Comparison:
     program: str = PROGRAM
     launcher: tuple[str, ...] = ()
     reference: str | None = None
+    folder: Path = Path()

@@ -13,6 +13,7 @@ from llava_steering_plugin.adapters.fit.unmerged import unmerged_lora
 from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.components.registry import TOWERS, split
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
+from llava_steering_plugin.hub import absent, hub_folder
 from llava_steering_plugin.inference.base_files import is_llava, read_base_files
 
 # LLaVA's first checkpoints say "llava" and no more, as transformers' own do; these have a text_config.
@@ -146,12 +147,8 @@ def _folder(name: str) -> Path:
     if path.is_dir():
         return path.absolute()
     if path.is_absolute() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ArgumentsError(f"there is no folder {name}.")
-    from huggingface_hub import snapshot_download
-
+        raise ArgumentsError(absent(name))
     try:
-        return Path(snapshot_download(name, allow_patterns=list(WANTED)))
+        return hub_folder(name, list(WANTED))
     except Exception as error:  # no such model, no network: each has errors of its own
-        raise ArgumentsError(
-            f"there is no folder {name}, and no model of that name can be fetched from the hub."
-        ) from error
+        raise ArgumentsError(absent(name)) from error

@@ -15,6 +15,7 @@ from llava_steering_plugin.adapters.stored.folder import WEIGHTS as ADAPTER_WEIG
 from llava_steering_plugin.adapters.stored.folder import AdapterFolder
 from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.errors import ArgumentsError, UpstreamError, listing
+from llava_steering_plugin.hub import absent, hub_file
 
 CONFIG = "config.json"
 VISION_TOWER = "mm_vision_tower"
@@ -107,14 +108,10 @@ def check_adapters_fit(adapters: Mapping[str, AdapterFolder], base: str, config:
 
 
 def _from_hub(name: str, advice: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
     try:
-        return Path(hf_hub_download(name, CONFIG))
+        return hub_file(name, CONFIG)
     except Exception as error:  # no name of a model, no such model, no network: each has errors of its own
-        raise UpstreamError(
-            f"there is no folder {name}, and no model of that name can be fetched from the hub.{advice}"
-        ) from error
+        raise UpstreamError(absent(name) + advice) from error
 
 
 def _check_weights(folder: Path) -> None:

@@ -85,13 +85,21 @@ class Compared:
 
 
 def write_file(
-    file: Path, base: Base, data: Data, tunings: Sequence[Tuning], *, steps: int, batch: int, seeds: Sequence[int]
+    file: Path,
+    base: Base,
+    data: Data,
+    tunings: Sequence[Tuning],
+    *,
+    steps: int,
+    batch: int,
+    seeds: Sequence[int],
+    processes: int = PROCESSES,
 ) -> None:
     """Write the YAML of a comparison; its results go into a folder beside it."""
     content = {
         "base": str(base.model),
         "output": OUTPUT,
-        "processes": PROCESSES,
+        "processes": processes,
         "seeds": list(seeds),
         "learning_rates": list(tunings[0].rates),
         "defaults": {

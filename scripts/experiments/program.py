@@ -8,9 +8,10 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -23,6 +24,21 @@ NEEDED_BYTES = 500e6
 OUTPUT = Path("demo-output")
 OutputOption = Annotated[Path, typer.Option(help="Folder for all results. Finished stages in it are used again.")]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Run every part, but too short to learn anything.")]
+StepsOption = Annotated[int | None, typer.Option(min=1, help="Number of training steps.")]
+SeedsOption = Annotated[int | None, typer.Option(min=1, help="Number of seeds.")]
+ProcessesOption = Annotated[int | None, typer.Option(min=1, help="How many trainings run at the same time.")]
+
+S = TypeVar("S")
+
+
+def sized(settings: S, steps: int | None, seeds: int | None, processes: int | None) -> S:
+    """Return settings of a comparison (a dataclass with these fields), with what the command line gives instead."""
+    given: dict[str, Any] = {
+        "steps": steps,
+        "seeds": tuple(range(1, seeds + 1)) if seeds else None,
+        "processes": processes,
+    }
+    return replace(settings, **{name: value for name, value in given.items() if value})  # type: ignore[type-var]
 
 
 @contextmanager

@@ -27,6 +27,6 @@ class Tuning:
 
 
 def lora(slug: str, name: str, rank: int, alpha: int, rates: tuple[float, ...], dropout: float = 0.0) -> Tuning:
-    """Return LLaVA's LoRA on all linears of the decoder."""
-    flags: dict[str, object] = {"lora_enable": True, "lora_r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
-    return Tuning(slug, name, flags, rates)
+    """Return PEFT's LoRA on all linears of the decoder, through the same trainer as the modes."""
+    config = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
+    return Tuning(slug, name, {"tuning_mode": "peft", "peft_method": "lora", "peft_config": config}, rates)

@@ -1,4 +1,4 @@
-"""What would fail is found before the first training, and named in one message.
+"""What would fail is found before the first training, and named in one message (`preflight`, `method_checks`).
 
 Also of `comparison/parameters.py`, of the dry run of `llava-steering compare`, and of the example in docs/comparing.md.
 """
@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 
 from llava_steering_plugin.cli import app
 from llava_steering_plugin.comparison.cells import plan_cells
+from llava_steering_plugin.comparison.method_checks import flag_problems
 from llava_steering_plugin.comparison.parameters import Counted, count_parameters
-from llava_steering_plugin.comparison.preflight import check, flag_problems
+from llava_steering_plugin.comparison.preflight import check
 from llava_steering_plugin.comparison.reading import comparison_from
 from llava_steering_plugin.errors import ArgumentsError
 
@@ -46,13 +47,16 @@ def test_everything_that_would_fail_is_named_before_the_first_training(tiny: Tin
     data["methods"] = {
         "misspelt": {"tuning_mode": "mores", "mores_rnak": 1},
         "too wide": {**MORES, "mores_rank": 65},
-        "no number": {**LORA, "lora_r": "four"},
+        "no number": {**LORA, "lora_r": "four", "lora_alpha": "eight", "lora_rate": 1},
+        "two halves": {**MORES, "bf16": True, "fp16": True},
+        "halves": {**LORA, "fp16": True},
+        "packed": {**MORES, "bits": 4},
         "lost tokens": {**LORA, "mm_use_im_patch_token": True},
         "of no mode": {"mores_rank": 1},
         "sound": MORES,
     }
     data["defaults"]["version"] = "v3"
-    data["answers"] |= {"conv_mode": "v33", "batch_size": 0, "load_4bit": "yes"}
+    data["answers"] |= {"conv_mode": "v33", "batch_size": 0, "load_4bit": "yes", "load_8bit": True}
     (tmp_path / "train.json").write_text(json.dumps([{"id": "a", "image": "gone.png", "conversations": []}]))
     (tmp_path / "asked.jsonl").write_text('{"question_id": 1, "image": "gone.png", "text": "?"}\n')
     (tmp_path / "of another split.jsonl").write_text('{"question_id": "x", "text": "?", "answer": "yes"}\n')
@@ -69,12 +73,18 @@ def test_everything_that_would_fail_is_named_before_the_first_training(tiny: Tin
     for said in (
         "methods.misspelt: unknown flag mores_rnak; did you mean 'mores_rank'?",
         "methods.too wide: --mores_rank",
+        "methods.no number: unknown flag lora_rate; did you mean",
         "methods.no number: argument --lora_r: invalid int value: 'four'",
+        "methods.no number: argument --lora_alpha: invalid int value: 'eight'",
+        "methods.two halves: At most one of fp16 and bf16 can be True",
+        "methods.halves: FP16 Mixed precision training",
+        "methods.packed: --bits 4 needs a GPU",
         "methods.lost tokens: LLaVA does not save the tokens that --mm_use_im_patch_token adds",
         "methods.of no mode: --mores_rank belongs to a tuning mode and none is on",
         "--version v3 is no conversation template",
         "answers: batch_size is 0",
         "answers: load_4bit is 'yes'",
+        "answers: load_8bit needs a GPU",
         "v33",
         "tasks.shapes.train: ",
         "1 bad samples of 1",
@@ -87,7 +97,28 @@ def test_everything_that_would_fail_is_named_before_the_first_training(tiny: Tin
         "tasks.shapes.test.nowhere: exact_match has no number all.blue; `metric` takes one of: all.accuracy",
     ):
         assert said in message, said
-    assert "methods.sound: --mores" not in message and "validation.seen" not in message
+    assert "methods.sound" not in message and "validation.seen" not in message
+    everybody = ", ".join(name for name in data["methods"])
+    assert message.count("--version v3") == 1 and f"methods.{everybody}: --version v3" in message
+
+
+def test_a_copy_of_the_validation_questions_is_no_test(tiny: TinyLlava, tmp_path: Path) -> None:
+    data = content(tiny, tmp_path)
+    lines = (tmp_path / "validation.jsonl").read_text().splitlines(keepends=True)
+    own = (tmp_path / "test.jsonl").read_text()
+    (tmp_path / "copied.jsonl").write_text(lines[2].replace('"question_id": ', '"question_id": "again", "was": ') + own)
+    data["tasks"]["shapes"]["test"]["copied"] = test_of("copied.jsonl")
+    message = refused(data, tmp_path)
+    assert "validation.seen and tasks.shapes.test.copied ask 1 of the same questions, such as 'again'" in message
+    assert "test.unseen" not in message
+
+
+def test_a_mistyped_base_is_refused_with_the_folder_that_was_meant(tiny: TinyLlava, tmp_path: Path) -> None:
+    data = content(tiny, tmp_path, base="checkpoints/lava-7b")
+    (tmp_path / "checkpoints" / "llava-7b").mkdir(parents=True)
+    message = refused(data, tmp_path)
+    assert message.count("there is no folder checkpoints/lava-7b") == 1
+    assert f"base: {tmp_path} has a folder checkpoints/llava-7b" in message
 
 
 def test_a_base_that_is_no_llava_is_refused(tiny: TinyLlava, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_everything_that_is_wrong_is_named_in_one_message(tiny: TinyLlava, tmp_p
         "methods.MoReS.learning_rate is set by the comparison; say it with learning_rates",
         "methods.MoReS.--mores_rank: a flag is given without dashes",
         f"tasks.shapes.train: there is no file {tmp_path / 'nowhere.json'}",
-        "tasks.shapes.validation holds at least one, by name",
+        "tasks.shapes.validation holds at least one, by name: learning rates are chosen by it",
     ):
         assert said in message
 
@@ -107,9 +107,10 @@ def test_questions_that_choose_the_learning_rate_are_no_test(tiny: TinyLlava, tm
         ("seeds: [1]\nseeds: [2]\n", "'seeds' in line 2 is given twice"),
         ("methods: {a: {mores_rank: 1, mores_rank: 2}}", "'mores_rank' in line 1 is given twice"),
         ("a: [", "is no YAML"),
-        ("just words", "it holds base, output"),
+        ("just words", "it holds 'just words', where a comparison has base, output, methods,"),
         ("!!python/object/apply:os.system ['true']", "is no YAML"),
-        ("", "the file is None"),
+        ("- a", "it holds ['a'], where a comparison has base"),
+        ("# nothing yet", "it is empty, where a comparison has base, output, methods, learning_rates, seeds, tasks"),
     ],
 )
 def test_a_file_that_is_no_comparison_is_refused(tmp_path: Path, text: str, said: str) -> None:

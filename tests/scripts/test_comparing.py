@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import yaml
@@ -28,10 +29,9 @@ def test_a_file_names_all_tunings_with_their_rates_and_a_test_for_each_kind_of_q
     found = yaml.safe_load(file.read_text())
     assert list(found["methods"]) == [tuning.name for tuning in FULL.tunings]
     assert found["methods"]["LoRA r=8"] == {
-        "lora_enable": True,
-        "lora_r": 8,
-        "lora_alpha": 16,
-        "lora_dropout": 0.05,
+        "tuning_mode": "peft",
+        "peft_method": "lora",
+        "peft_config": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05},
         "learning_rates": [1e-3, 3e-3],
     }
     assert (found["defaults"]["max_steps"], found["seeds"]) == (20, [7])
@@ -41,7 +41,8 @@ def test_a_file_names_all_tunings_with_their_rates_and_a_test_for_each_kind_of_q
     assert task["validation"]["all questions"] == {"questions": held, "annotations": held, "benchmark": "exact_match"}
     comparison = read_comparison(file)
     assert [method.name for method in comparison.methods] == list(found["methods"])
-    assert comparison.output == tmp_path / "run" / "compare" and comparison.methods[-1].flags["lora_r"] == 8
+    assert comparison.output == tmp_path / "run" / "compare"
+    assert json.loads(comparison.methods[-1].flags["peft_config"])["r"] == 8
 
 
 def test_the_adapters_are_those_of_the_chosen_rate_at_the_first_seed(tmp_path: Path) -> None:

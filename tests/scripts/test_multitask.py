@@ -142,7 +142,7 @@ def test_the_rank_of_the_larger_lora_trains_as_many_parameters_as_learned_routin
     equal = lora_parameters(matching_rank(wanted, decoder), decoder)
     assert abs(equal - wanted) < 0.02 * wanted
     small, large, frozen, learned, balanced = compared(4, 128, (1e-3,))
-    assert [method.flags["lora_r"] for method in (small, large)] == [ACTIVE, matching_rank(wanted, decoder)]
+    assert [method.flags["peft_config"]["r"] for method in (small, large)] == [ACTIVE, matching_rank(wanted, decoder)]
     assert (small.is_mixlora, learned.is_mixlora) == (False, True)
     assert frozen.flags["mixlora_router_grad"] == "none"
     assert (learned.flags | {"mixlora_balance": 0.05}) == balanced.flags

@@ -13,6 +13,7 @@ from llava_steering_plugin.adapters.stored.files import read_json
 from llava_steering_plugin.components.model_types import of_llava_type
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.hooks.families import PROJECTOR, family_of
+from llava_steering_plugin.hub import absent, is_reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,10 +44,7 @@ def read_config(name: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         if os.path.exists(name):
             raise SteeringError(f"the config of {name} cannot be read: {error}") from error
-        raise SteeringError(
-            f"there is no folder {name}, and no model of that name can be fetched from the hub. "
-            "Give a folder with a config.json."
-        ) from error
+        raise SteeringError(f"{absent(name)} Give a folder with a config.json.") from error
     if not isinstance(described, dict):
         raise SteeringError(f"the config.json of {name} holds no settings: it is not that of a model.")
     if not isinstance(described.get("model_type"), str):
@@ -66,7 +64,7 @@ def _config_file(name: str) -> str:
         return os.path.join(name, CONFIG)
     if os.path.isfile(name):
         return name
-    return str(cached_file(name, CONFIG))
+    return str(cached_file(name, CONFIG, local_files_only=not is_reachable()))
 
 
 def language_model(described: Mapping[str, Any], name: str) -> nn.Module:

@@ -21,6 +21,7 @@ from llava_steering_plugin.adapters.stored.config import AdapterConfig, parse_ll
 from llava_steering_plugin.adapters.stored.files import CONFIG_BYTES, WEIGHT_BYTES, brief, cut, read_text, readable
 from llava_steering_plugin.adapters.stored.tensor_file import TensorFile, tensor_file
 from llava_steering_plugin.errors import AdapterError, listing, shortened
+from llava_steering_plugin.hub import nearest_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -253,7 +254,9 @@ def _config_file(folder: Path) -> Path | None:
 def refuse(path: Path) -> NoReturn:
     """Say why there is no adapter of ours at `path`."""
     if not os.path.isdir(path):
-        raise AdapterError(f"{path} is no folder. Give the adapter's folder, the one that holds {WEIGHTS}.")
+        near = nearest_folder(str(path)) if not os.path.lexists(path) else None
+        hint = f" Did you mean {near}?" if near is not None else ""
+        raise AdapterError(f"{path} is no folder.{hint} Give the adapter's folder, the one that holds {WEIGHTS}.")
     weights = path / WEIGHTS
     there = is_readable(weights, WEIGHT_BYTES)
     described = _config_file(path)

@@ -22,6 +22,7 @@ from llava_steering_plugin.adapters.stored.folder import (
     read_header,
     refuse,
 )
+from llava_steering_plugin.hub import hub_file, hub_folder
 
 # What an adapter may be given as: a folder, a hub id, or what one of the two has led to.
 AdapterSource = str | os.PathLike[str] | StoredAdapter
@@ -84,12 +85,11 @@ def _ours(folder: Path) -> bool:
 
 
 def _from_hub(repository: str) -> AdapterFolder | None:
-    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     for name in (CONFIG, OLD_CONFIG):
         try:
-            described = Path(hf_hub_download(repository, name))
+            described = hub_file(repository, name)
         except EntryNotFoundError:
             continue
         except (OSError, HfHubHTTPError, HFValidationError):
@@ -97,5 +97,5 @@ def _from_hub(repository: str) -> AdapterFolder | None:
             return None
         if _ours(described.parent):
             files = [WEIGHTS, CONFIG, OLD_CONFIG, LLAVA_CONFIG, CARD]
-            return AdapterFolder(snapshot_download(repository, allow_patterns=files), repository)
+            return AdapterFolder(hub_folder(repository, files), repository)
     return None

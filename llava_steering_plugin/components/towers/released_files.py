@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.hub import absent, is_reachable
 
 # transformers' number for bicubic, the usual interpolation of vision towers.
 BICUBIC = 3
@@ -28,7 +29,7 @@ def model_settings(source: str, tower: str, kinds: tuple[str, ...]) -> Mapping[s
     if not source:
         raise ArgumentsError(f"--vision_tower {tower} needs a source: {tower}:FOLDER, or {tower}:NAME on the hub")
     try:
-        described, _ = PretrainedConfig.get_config_dict(source)
+        described, _ = PretrainedConfig.get_config_dict(source, local_files_only=not is_reachable())
     except (OSError, ValueError) as error:
         raise ArgumentsError(f"--vision_tower {tower}:{source}: {_absent(source, 'config.json', error)}") from error
     kind = described.get("model_type")
@@ -50,7 +51,7 @@ def processor_settings(source: str, tower: str) -> Mapping[str, Any]:
     from transformers.image_processing_utils import ImageProcessingMixin
 
     try:
-        described, _ = ImageProcessingMixin.get_image_processor_dict(source)
+        described, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=not is_reachable())
     except (OSError, ValueError) as error:
         raise ArgumentsError(
             f"--vision_tower {tower}:{source}: the image processor is missing: "
@@ -119,4 +120,4 @@ def _absent(source: str, file: str, error: Exception) -> str:
         if os.path.isfile(os.path.join(source, file)):
             return f"{file} cannot be read: {error}"
         return f"{source} has no {file}"
-    return f"there is no folder {source}, and no model of that name can be fetched from the hub"
+    return absent(source)

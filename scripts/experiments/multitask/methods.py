@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from experiments.comparing import PROCESSES
 from experiments.settings import FULL_BASE, QUICK_BASE, BaseSettings
 from experiments.tuning import Tuning, lora
 
@@ -30,6 +31,7 @@ class Settings:
         rates: the learning rates of which validation chooses one, for every method.
         without: the slugs of methods that are left out.
         diagnosis: questions of each task, for each batch that `llava-steering diagnose` measures.
+        processes: how many trainings run at the same time.
     """
 
     base: BaseSettings = FULL_BASE
@@ -42,6 +44,7 @@ class Settings:
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     without: tuple[str, ...] = ()
     diagnosis: int = 48
+    processes: int = PROCESSES
 
     def methods(self, layers: int, width: int) -> tuple[Tuning, ...]:
         """Return the methods to compare, on a Llama decoder of `layers` and `width`."""

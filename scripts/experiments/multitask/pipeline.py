@@ -10,12 +10,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from experiments import backbone, comparing, diagnosis, scoring, world
 from experiments.base import Base, build
@@ -23,7 +20,17 @@ from experiments.comparing import Compared, Data
 from experiments.multitask import information, report, routing, tasks
 from experiments.multitask.methods import FULL, QUICK, Settings
 from experiments.multitask.tasks import CAMERAS, COLOUR_TASKS, TASKS
-from experiments.program import OUTPUT, OutputOption, QuickOption, described, runner_of
+from experiments.program import (
+    OUTPUT,
+    OutputOption,
+    ProcessesOption,
+    QuickOption,
+    SeedsOption,
+    StepsOption,
+    described,
+    runner_of,
+    sized,
+)
 from experiments.stages import Context, Done, Runner, Stage
 from experiments.tuning import Tuning
 
@@ -36,16 +43,12 @@ Work = Callable[[Context], dict[str, Any]]
 def main(
     output: OutputOption = OUTPUT,
     quick: QuickOption = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Number of training steps.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds.")] = None,
+    steps: StepsOption = None,
+    seeds: SeedsOption = None,
+    processes: ProcessesOption = None,
 ) -> None:
     """Tune the demo's base for all tasks at once, with LoRA and with MixLoRA, and compare."""
-    settings = QUICK if quick else FULL
-    settings = replace(
-        settings,
-        steps=steps or settings.steps,
-        seeds=tuple(range(1, seeds + 1)) if seeds else settings.seeds,
-    )
+    settings = sized(QUICK if quick else FULL, steps, seeds, processes)
     with runner_of("multitask", output, quick) as runner:
         results = run(settings, runner)
     found = runner.root / "multitask" / "results.json"
@@ -118,7 +121,7 @@ def _compare(settings: Settings, base: Base, data: Done, methods: Sequence[Tunin
     tests = {task: data.folder / tasks.question_file(task) for task in TASKS}
     held = Data("all tasks", train, data.folder / "pictures", validation, tests)
     file = runner.root / "multitask" / "compare.yaml"
-    lengths = {"steps": settings.steps, "batch": settings.batch}
+    lengths = {"steps": settings.steps, "batch": settings.batch, "processes": settings.processes}
     comparing.write_file(file, base, held, methods, **lengths, seeds=settings.seeds)
     return comparing.run(file, methods, runner)
 

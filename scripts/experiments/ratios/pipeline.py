@@ -10,18 +10,25 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from experiments import camera, comparing, world
-from experiments.base import build
+from experiments.camera import Settings
 from experiments.comparing import Tested
-from experiments.program import OUTPUT, OutputOption, QuickOption, described, runner_of
-from experiments.ratios.settings import FULL, QUICK, Settings
+from experiments.program import (
+    OUTPUT,
+    OutputOption,
+    ProcessesOption,
+    QuickOption,
+    SeedsOption,
+    StepsOption,
+    described,
+    runner_of,
+    sized,
+)
+from experiments.ratios.settings import FULL, QUICK
 from experiments.stages import Runner
 
 PACKAGES = ("torch", "transformers", "llava-torch", "llava-steering-plugin")
@@ -30,16 +37,12 @@ PACKAGES = ("torch", "transformers", "llava-torch", "llava-steering-plugin")
 def main(
     output: OutputOption = OUTPUT,
     quick: QuickOption = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Number of training steps.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds.")] = None,
+    steps: StepsOption = None,
+    seeds: SeedsOption = None,
+    processes: ProcessesOption = None,
 ) -> None:
     """Tune the demo's base with MoReS on fixed shares of an image's tokens, and with shares that layers choose."""
-    settings = QUICK if quick else FULL
-    settings = replace(
-        settings,
-        steps=steps or settings.steps,
-        seeds=tuple(range(1, seeds + 1)) if seeds else settings.seeds,
-    )
+    settings = sized(QUICK if quick else FULL, steps, seeds, processes)
     with runner_of("ratios", output, quick) as runner:
         results = run(settings, runner)
     found = runner.root / "ratios" / "results.json"
@@ -54,12 +57,7 @@ def main(
 def run(settings: Settings, runner: Runner) -> dict[str, Any]:
     """Compare all tunings; return the content of results.json."""
     started = time.monotonic()
-    base = build(settings.base, runner)
-    asked = camera.questions("ratios/questions", settings.validation, settings.questions, runner)
-    file = runner.root / "ratios" / "compare.yaml"
-    lengths = {"steps": settings.steps, "batch": settings.base.batch}
-    comparing.write_file(file, base, camera.data(base, asked), settings.tunings, **lengths, seeds=settings.seeds)
-    compared = comparing.run(file, settings.tunings, runner)
+    compared = camera.compare("ratios", settings, runner)
     names = {tuning.slug: tuning.name for tuning in settings.tunings}
     return {
         "questions": settings.questions,
