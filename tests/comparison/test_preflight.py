@@ -1,6 +1,7 @@
 """What would fail is found before the first training, and named in one message.
 
-Also of `comparison/method_checks.py`, `comparison/parameters.py`, of the dry run of `llava-steering compare`, and of the example in docs/comparing.md.
+Also of `comparison/method_checks.py`, `comparison/parameters.py`, of the dry run of `llava-steering compare`,
+and of the example in docs/comparing.md.
 """
 
 from __future__ import annotations
