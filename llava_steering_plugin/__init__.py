@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         remove,
         remove_adapter,
     )
+    from llava_steering_plugin.adapters.pretrained import from_pretrained, get_model
     from llava_steering_plugin.adapters.save_load import load_adapter, save_adapter
     from llava_steering_plugin.adapters.stored.config import AdapterConfig
     from llava_steering_plugin.errors import (
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from llava_steering_plugin.modes.mixlora import MixLoRA
     from llava_steering_plugin.modes.mores import MoReS
     from llava_steering_plugin.pool.pool import AdapterPool, use_adapter, using
+    from llava_steering_plugin.training.trainer import SteeringTrainerMixin
 
     __version__: str
 
@@ -59,6 +61,7 @@ __all__ = [
     "NotFiniteError",
     "NotFiniteWarning",
     "SteeringError",
+    "SteeringTrainerMixin",
     "TokenMapError",
     "UpstreamError",
     "__version__",
@@ -66,6 +69,8 @@ __all__ = [
     "attachment_of",
     "disable_adapter",
     "disabled",
+    "from_pretrained",
+    "get_model",
     "joint",
     "load_adapter",
     "remove",
@@ -88,6 +93,7 @@ _HOMES = {
         "remove_adapter",
     ),
     "adapters.stored.config": ("AdapterConfig",),
+    "adapters.pretrained": ("from_pretrained", "get_model"),
     "adapters.save_load": ("load_adapter", "save_adapter"),
     "errors": (
         "AdapterError",
@@ -107,6 +113,7 @@ _HOMES = {
     "modes.mixlora": ("MixLoRA",),
     "modes.mores": ("MoReS",),
     "pool.pool": ("AdapterPool", "use_adapter", "using"),
+    "training.trainer": ("SteeringTrainerMixin",),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,7 @@ class Attachment(ModelOwner):
         self.original = Original(model) if original is None else original
         self._projector_hook: RemovableHandle | None = None
         self._hung: list[RemovableHandle] = []
+        self._methods: set[str] = set()
         try:
             self._hung = hang(self.stack, self.modules)
             if (found := projector_of(model)) is not None:
@@ -95,8 +96,15 @@ class Attachment(ModelOwner):
         unhang(self.stack, self.modules, self._hung)
         if self._projector_hook is not None:
             self._projector_hook.remove()
+        for name in self._methods:
+            vars(self.model).pop(name, None)
         self.release()
         return self.original
+
+    def give_methods(self, methods: Mapping[str, Callable[..., Any]]) -> None:
+        """Give the model methods in place of its own, until the adapter is taken off."""
+        vars(self.model).update(methods)
+        self._methods |= methods.keys()
 
     def _base(self) -> PreTrainedModel | None:
         return self.original.model()

@@ -78,7 +78,12 @@ def save_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], *, writ
         ours = {name.removeprefix(ADAPTER): value for name, value in tensors.items() if name.startswith(ADAPTER)}
         count = sum(value.numel() for value in ours.values())
         card = model_card(
-            config, count, sorted(attachment.extras), attachment.mode.learned(ours), attachment.mode.full_name
+            config,
+            count,
+            sorted(attachment.extras),
+            attachment.mode.learned(ours),
+            attachment.mode.full_name,
+            of_llava=attachment.family.splices,
         )
         text = None if peft is None else json.dumps(peft, indent=2, sort_keys=True) + "\n"
         write_folder(folder, config, tensors, _llava_config(model), card, text)

@@ -1,4 +1,4 @@
-"""Put the mode of a training on its model before the trainer is built: attached, and alone trained."""
+"""Check an adapter on its model before the trainer is built, show what is trained, and undo what trainers change."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from llava_steering_plugin.adapters.attachment import Attachment, attach
-from llava_steering_plugin.adapters.counts import counted, parameter_table
+from llava_steering_plugin.adapters.attachment import Attachment
+from llava_steering_plugin.adapters.counts import parameter_table
 from llava_steering_plugin.adapters.parts.image_parts import image_parameters
-from llava_steering_plugin.adapters.save_load import load_adapter
-from llava_steering_plugin.errors import ArgumentsError, listing
-from llava_steering_plugin.training import provenance
+from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.training.settings.conflicts import DATA_PARALLEL, NO_FSDP
-from llava_steering_plugin.training.settings.flags import CANNOT_START, TrainingRequest, mode_from
+from llava_steering_plugin.training.settings.flags import CANNOT_START, TrainingRequest
 from llava_steering_plugin.training.settings.remarks import warn_of_settings
 
 # The training that this context runs: LLaVA's train() passes only a part of the flags on to its trainer.
 REQUEST: ContextVar[TrainingRequest | None] = ContextVar("llava_steering_training_request", default=None)
+_NAMED = 5
 
 
-def refuse_unsupported(arguments: Any) -> None:
+def refuse_unsupported(arguments: Any, *, fsdp: bool = False) -> None:
     """Refuse what shows only when the arguments are complete.
+
+    Args:
+        arguments: of the training.
+        fsdp: the trainer uses FSDP, whatever its arguments say: launchers may ask for it, too.
 
     Raises:
         ArgumentsError: several GPUs in one process, or FSDP.
@@ -33,42 +35,37 @@ def refuse_unsupported(arguments: Any) -> None:
     problems = []
     if arguments.n_gpu > 1:
         problems.append(DATA_PARALLEL.format(arguments.n_gpu))
-    if arguments.fsdp:
+    if arguments.fsdp or fsdp:
         problems.append(NO_FSDP)
     if problems:
         raise ArgumentsError(listing(CANNOT_START, problems))
 
 
-def attach_mode(model: Any, arguments: Any, tokenizer: Any) -> Attachment:
-    """Attach the mode, freeze everything else but the projector, and print what is trained."""
-    request = REQUEST.get()
-    adapter = arguments.adapter_path if request is None or request.adapter is None else request.adapter
-    # `train()` seeds only inside the trainer; the adapter's first values must not depend on what ran before.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(arguments.seed)
-        if adapter:
-            attachment = load_adapter(model, adapter, tokenizer, as_trained=False)
-        else:
-            attachment = attach(model, (request and request.mode) or mode_from(arguments))
-    model.requires_grad_(False)
-    for parameter in attachment.trained().values():
-        parameter.requires_grad_(True)
-    projector = image_parameters(model)
-    trained = {} if arguments.freeze_mm_mlp_adapter else projector
-    for parameter in trained.values():
-        parameter.requires_grad_(True)
-        if arguments.fp16 and parameter.dtype == torch.float16:
-            # GradScaler refuses gradients in half precision; with --bits LLaVA leaves the projector in it.
-            parameter.data = parameter.data.float()
-    provenance.record(attachment, arguments, None if request is None else request.flags, tokenizer, trained.keys())
-    if arguments.process_index == 0:
-        warn_of_settings(attachment)
-        # Counted in the model itself, so that packed and sharded weights count with their real size.
-        other = sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained.values())
-        Console().print(
-            parameter_table(attachment.mode.full_name, counted(model, attachment.modules, attachment.shape, other))
+def refuse_unsaved(attachment: Attachment) -> None:
+    """Refuse to train parameters of the base that would not be saved; those that an adapter can hold belong to it now.
+
+    Raises:
+        SteeringError: such parameters are trained; the message names some.
+    """
+    model: Any = attachment.model
+    ours = {id(parameter) for parameter in attachment.parameters().values()}
+    trained = {
+        name for name, each in model.named_parameters() if each.requires_grad and id(each) not in ours
+    } - attachment.extras
+    attachment.extras |= (found := trained & image_parameters(model).keys())
+    if unsaved := sorted(trained - found):
+        named = ", ".join(unsaved[:_NAMED]) + ", ..." * (len(unsaved) > _NAMED)
+        raise SteeringError(
+            f"{len(unsaved)} parameters of the base would be trained, and no adapter can hold them: {named}. "
+            "get_model(model, mode) trains the adapter alone; so does model.requires_grad_(False) before attach()."
         )
-    return attachment
+
+
+def introduce(attachment: Attachment) -> None:
+    """Warn of unusual settings, and print what is trained; on one rank."""
+    warn_of_settings(attachment)
+    # Counted in the model itself, so that packed and sharded weights count with their real size.
+    Console().print(parameter_table(attachment.mode.full_name, attachment.summary()))
 
 
 @contextmanager
@@ -86,3 +83,28 @@ def marked_as_peft(model: Any) -> Iterator[None]:
         yield
     finally:
         model._hf_peft_config_loaded = before
+
+
+@contextmanager
+def changes_undone(attachment: Attachment) -> Iterator[None]:
+    """Give trained parameters their values and precision back at the end, and refuse a vocabulary that has changed.
+
+    TRL rounds all that is trained on a quantised model to bfloat16, and resizes the embeddings for tokens of another
+    chat template.
+
+    Raises:
+        SteeringError: the embeddings have been resized.
+    """
+    model: Any = attachment.model
+    kept = [(each, each.data) for each in model.parameters() if each.requires_grad]
+    rows = model.get_input_embeddings().weight.shape[0]
+    yield
+    for parameter, values in kept:
+        if parameter.dtype != values.dtype:
+            parameter.data = values.to(parameter.device)
+    if (now := model.get_input_embeddings().weight.shape[0]) != rows:
+        raise SteeringError(
+            f"the trainer has resized the embeddings from {rows} to {now} tokens, and no adapter of this base could "
+            "hold the new ones. Leave out what adds tokens (such as chat_template_path), or add them to the base, save "
+            "it, and train on that."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from llava_steering_plugin.adapters.fit.base_model import read_config
 from llava_steering_plugin.adapters.fit.compatibility import mode_of
 from llava_steering_plugin.adapters.fit.fingerprint import check_base
 from llava_steering_plugin.adapters.parts.image_parts import image_parameters
+from llava_steering_plugin.adapters.save_load import describe
 from llava_steering_plugin.adapters.stored.config import AdapterConfig, BaseModel
 from llava_steering_plugin.adapters.stored.folder import AdapterFolder
 from llava_steering_plugin.errors import BaseMismatch, CheckpointError, listing
@@ -52,7 +54,14 @@ def record(
         base,
         conversation=_conversation(),
         added_tokens=_added_tokens(name, tokenizer),
-        trained_on=_precision(arguments),
+        trained_on=_precision(arguments, getattr(arguments, "bits", 16)),
+    )
+
+
+def record_precision(attachment: Attachment, arguments: Any) -> None:
+    """Record in which precision an adapter is trained; the model itself says all else that a later load has to know."""
+    attachment.config = dataclasses.replace(
+        describe(attachment), trained_on=_precision(arguments, _bits(attachment.model))
     )
 
 
@@ -125,10 +134,16 @@ def _added_tokens(base: str, tokenizer: Any) -> dict[str, int]:
     return dict(sorted(added.items(), key=lambda item: item[1]))
 
 
-def _precision(arguments: Any) -> dict[str, Any]:
-    bits = getattr(arguments, "bits", 16)
+def _precision(arguments: Any, bits: int) -> dict[str, Any]:
     compute = "float16" if arguments.fp16 else "bfloat16" if arguments.bf16 else "float32"
     trained: dict[str, Any] = {"bits": bits, "compute dtype": compute}
-    if bits == 4:
+    if bits == 4 and hasattr(arguments, "quant_type"):
         trained["quantisation"] = f"{arguments.quant_type}{', double' if arguments.double_quant else ''}"
     return trained
+
+
+def _bits(model: Any) -> int:
+    """Return how many bits the weights of the base have: bitsandbytes' marks on a model, or those of its dtype."""
+    if getattr(model, "is_loaded_in_4bit", False):
+        return 4
+    return 8 if getattr(model, "is_loaded_in_8bit", False) else 8 * int(model.dtype.itemsize)

@@ -19,11 +19,9 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from llava_steering_plugin.adapters.attachment import Attachment
-from llava_steering_plugin.adapters.save_load import restore
-from llava_steering_plugin.adapters.stored.folder import AdapterFolder
 from llava_steering_plugin.errors import DataError, UpstreamError
 from llava_steering_plugin.hooks.token_map import IGNORED
-from llava_steering_plugin.training.beside import evaluating, model_to_evaluate, random_states_kept, spliced_labels
+from llava_steering_plugin.training.beside import evaluating, model_to_evaluate, spliced_labels
 from llava_steering_plugin.training.data.samples import (
     ELSEWHERE,
     NumberedDataset,
@@ -68,7 +66,7 @@ def refuse_bad_pictures(samples: NumberedDataset, arguments: Any) -> None:
 
 
 class ValidationMixin:
-    """The part of `SteeringTrainerMixin` that evaluates; without a tuning mode it passes every call on."""
+    """The part of LLaVA's trainer with a mode that evaluates; without a tuning mode it passes every call on."""
 
     model: Any
     args: Any
@@ -84,12 +82,7 @@ class ValidationMixin:
     _attachment: Attachment | None = None
     _preemption: Any
     _eval_loader: Any = None
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        if self._attachment is None:
-            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
-        with random_states_kept():
-            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+    evaluate: Any
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         if self._attachment is None or (eval_dataset is None and self.eval_dataset is None):
@@ -202,14 +195,6 @@ class ValidationMixin:
             partial = checkpoint / f".{STATE}.partial"
             state.save_to_json(str(partial))
             os.replace(partial, checkpoint / STATE)
-
-    def _load_best_model(self) -> None:
-        if self._attachment is None:
-            super()._load_best_model()  # type: ignore[misc]
-            return
-        best = self.state.best_model_checkpoint
-        logger.warning("the result is the adapter of %s, whose validation loss is %.4f.", best, self.state.best_metric)
-        restore(self._attachment, AdapterFolder(best).read())
 
     def _evaluate_at_the_end(self) -> None:
         """Evaluate once, where that was asked for and evaluations while training were not."""

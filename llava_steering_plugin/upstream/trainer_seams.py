@@ -26,6 +26,8 @@ OF_TRAINER = {
     "Trainer._load_best_model": "is where the adapter of the best checkpoint is read",
     "Trainer._prepare_inputs": "moves a batch of a validation to its device",
     "Trainer.compute_loss_context_manager": "gives a validation the precision of the training",
+    "Trainer._push_from_checkpoint": "uploads while a training runs",
+    "Trainer.create_model_card": "would write over the card of the adapter",
     "Trainer.push_to_hub": "uploads the adapter",
     "Trainer.accelerator": "prepares the engine of DeepSpeed",
     "Trainer.is_deepspeed_enabled": "says whether DeepSpeed is used",

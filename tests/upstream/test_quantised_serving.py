@@ -15,7 +15,7 @@ from quantising import quantised_asker, quantising_on_cpu
 from tiny_llava import TinyLlava
 from training_runs import plain_llm_overrides, subprocess_environment, train_flags, train_in_process
 
-from llava_steering_plugin.training.attaching import attach_mode
+from llava_steering_plugin.upstream.train.attaching import attach_mode
 
 QUANTISING = str(Path(__file__).parents[1] / "support" / "quantising.py")
 TOKENS = 8

@@ -211,7 +211,7 @@ def test_what_is_overridden_in_the_trainer_is_a_seam() -> None:
     source = module_file(transformers, "transformers.trainer")
     assert source is not None
     of_trainer = {name for name in defined_names(source) if name.startswith("Trainer.")}
-    mixins = map(find_class, ("SteeringTrainerMixin", "ValidationMixin", "ResumePositionMixin"))
+    mixins = map(find_class, ("SteeringTrainerMixin", "LlavaTrainerMixin", "ValidationMixin", "ResumePositionMixin"))
     used = {f"Trainer.{name}" for mixin in mixins for name in members_used(mixin)} & of_trainer
     assert used == {seam.attribute for seam in SEAMS if seam.module == "transformers.trainer"}
     assert "Trainer._save_checkpoint" in used

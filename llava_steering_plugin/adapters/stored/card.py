@@ -19,6 +19,8 @@ def model_card(
     extras: list[str],
     learned: Mapping[str, str] | None = None,
     full_name: str | None = None,
+    *,
+    of_llava: bool = True,
 ) -> str:
     """Return the text of README.md: what the adapter is, how to load it, and its settings.
 
@@ -28,6 +30,7 @@ def model_card(
         extras: names of the base's own tensors that are saved with it.
         learned: what training has chosen, by name, as `Mode.learned` returns it.
         full_name: of the tuning mode; None: its name says all.
+        of_llava: the base is a checkpoint of LLaVA's own, and no model of transformers alone.
     """
     base = config.base
     on_hub = _HUB_ID.fullmatch(base.name_or_path) and not os.path.exists(base.name_or_path)
@@ -51,18 +54,12 @@ library_name: llava-steering-plugin
 
 # {full_name or config.mode} adapter for {base.name_or_path}
 
-An adapter for LLaVA: {held} of tuning mode `{config.mode}`, trained with
+An adapter: {held} of tuning mode `{config.mode}`, trained with
 llava-steering-plugin. Its base, {base.name_or_path}, has {base.num_layers} layers of width {base.hidden_size}.
 {carried}
 ## How to use it
 
-Install llava-steering-plugin beside LLaVA: `pip install llava-steering-plugin`, then
-`llava-steering patch`. LLaVA's own commands then take this folder as a model:
-
-    python -m llava.serve.cli --model-path THIS_FOLDER --image-file image.jpg
-
-The base is loaded from the name above. If it is elsewhere, add `--model-base`. In Python, on a base
-that is loaded already:
+{_IN_LLAVA if of_llava else _IN_TRANSFORMERS}
 
     from llava_steering_plugin import load_adapter
 
@@ -76,6 +73,23 @@ that is loaded already:
 | --- | --- |
 {rows}
 """
+
+
+_IN_LLAVA = """Install llava-steering-plugin beside LLaVA: `pip install llava-steering-plugin`, then
+`llava-steering patch`. LLaVA's own commands then take this folder as a model:
+
+    python -m llava.serve.cli --model-path THIS_FOLDER --image-file image.jpg
+
+The base is loaded from the name above. If it is elsewhere, add `--model-base`. In Python, on a base
+that is loaded already:"""
+_IN_TRANSFORMERS = """Install llava-steering-plugin beside transformers: `pip install llava-steering-plugin`. Then
+
+    from llava_steering_plugin import from_pretrained
+
+    model = from_pretrained("THIS_FOLDER")
+
+loads the base from the name above, and the adapter. If the base is elsewhere, add `base=`. On a base
+that is loaded already:"""
 
 
 def _elsewhere(config: AdapterConfig, extras: list[str]) -> str:

@@ -18,7 +18,7 @@ from llava_steering_plugin.training.beside import evaluating, model_to_evaluate,
 from llava_steering_plugin.training.data.samples import data_seed
 from llava_steering_plugin.training.diagnostics.file import DiagnosticsFile
 from llava_steering_plugin.training.diagnostics.measuring import Subject, scalars
-from llava_steering_plugin.training.diagnostics.samples import ChosenSample, choose_samples
+from llava_steering_plugin.training.diagnostics.samples import ChosenSample, as_loaded, choose_samples
 from llava_steering_plugin.training.settings import diagnostics_flags
 from llava_steering_plugin.training.steps import over_ranks
 
@@ -32,11 +32,13 @@ class TrainingDiagnostics(TrainerCallback):
 
     Args:
         trainer: whose training it is; its attachment is measured.
+        every: so many steps.
+        count: of the samples.
     """
 
-    def __init__(self, trainer: Any):
+    def __init__(self, trainer: Any, every: int, count: int):
         self.trainer, self.attachment, args = trainer, trainer._attachment, trainer.args
-        self.every = getattr(args, diagnostics_flags.STEPS)
+        self.every, self.count = every, count
         self.writes = args.process_index == 0
         layers = [layer.path for layer in self.attachment.shape.layers]
         self.subject = Subject(trainer.model, layers, self.attachment.modules)
@@ -65,8 +67,8 @@ class TrainingDiagnostics(TrainerCallback):
         """Choose the samples, and begin the file."""
         validation = self.trainer.eval_dataset
         data = self.trainer.train_dataset if validation is None else validation
-        count = diagnostics_flags.samples(args)
-        self._samples = choose_samples(data, self.trainer.data_collator, count, data_seed(args))
+        data, collator = as_loaded(self.trainer, data)
+        self._samples = choose_samples(data, collator, self.count, data_seed(args))
         self._kinds = {}
         if not self.writes:
             return
@@ -120,9 +122,17 @@ class TrainingDiagnostics(TrainerCallback):
         return self.subject.measure(forward, self._kinds[place])
 
     def _kinds_of(self, forward: Callable[[], None], inputs: dict[str, Any]) -> Tensor | None:
-        """Return what the positions of a sample hold, from a pass of its own: the attention is read while one runs."""
+        """Return what the positions of a sample hold.
+
+        In LLaVA a pass of its own tells it: the attention is read while one runs. Otherwise the arguments do.
+        """
         found: list[Tensor] = []
-        first = inputs["input_ids"][:, 0] == self.trainer.model.config.bos_token_id
+        family, ids = self.attachment.family, inputs["input_ids"]
+        beginning = family.text_config.bos_token_id
+        first = torch.zeros_like(ids[:, 0], dtype=torch.bool) if beginning is None else ids[:, 0] == beginning
+        if not family.splices:
+            tokens = family.tokens((), inputs)
+            return None if tokens is None else kinds_in_training(tokens, inputs["labels"], first)
 
         def hear(result: tuple[Any, ...]) -> None:
             scope, labels = current(), result[5]

@@ -30,15 +30,30 @@ class ChosenSample:
     batch: dict[str, Any]
 
 
-def choose_samples(data: NumberedDataset, collator: Any, count: int, seed: int) -> list[ChosenSample]:
+def as_loaded(trainer: Any, data: Any) -> tuple[Any, Any]:
+    """Return data and collator as the trainer's own loader has them, without the columns that no model takes."""
+    if isinstance(data, dict):  # several data sets to evaluate on
+        data = next(iter(data.values()), None)
+    collator = trainer.data_collator
+    if isinstance(data, NumberedDataset) or data is None:
+        return data, collator
+    if hasattr(data, "column_names"):
+        return trainer._remove_unused_columns(data), collator
+    return data, trainer._get_collator_with_removed_columns(collator)
+
+
+def choose_samples(data: Any, collator: Any, count: int, seed: int) -> list[ChosenSample]:
     """Return `count` samples, or as many as there are, in an order that the seed decides; those with an image first.
 
-    A sample that cannot be read, or has no answer to learn, is passed over.
+    A sample that cannot be read, or has no answer to learn, is passed over. Where the data are not LLaVA's, images are
+    not looked for; data without a length have no samples to choose from.
     """
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        return []
     return list(islice(_readable(data, collator, islice(_order(data, seed), LOOKED_AT * count)), count))
 
 
-def _order(data: NumberedDataset, seed: int) -> Iterator[int]:
+def _order(data: Any, seed: int) -> Iterator[int]:
     numbers = list(range(len(data)))
     random.Random(seed).shuffle(numbers)
     entries = getattr(data, "list_data_dict", None)
@@ -50,12 +65,14 @@ def _order(data: NumberedDataset, seed: int) -> Iterator[int]:
     yield from (number for number in numbers if number not in pictured)
 
 
-def _readable(data: NumberedDataset, collator: Any, numbers: Iterator[int]) -> Iterator[ChosenSample]:
+def _readable(data: Any, collator: Any, numbers: Iterator[int]) -> Iterator[ChosenSample]:
+    entries = getattr(data, "list_data_dict", None)
     for number in numbers:
         sample = data[number]
-        if REFUSED in sample or SKIPPED in sample or bool((sample["labels"] == IGNORED).all()):
+        if REFUSED in sample or SKIPPED in sample:
             continue
-        batch = collator([sample])
-        batch.pop(SAMPLE_NUMBERS)
-        entries = getattr(data, "list_data_dict", None)
+        batch = dict(collator([sample]))
+        if "labels" not in batch or bool((batch["labels"] == IGNORED).all()):
+            continue
+        batch.pop(SAMPLE_NUMBERS, None)
         yield ChosenSample(number, None if entries is None else entries[number].get("id"), batch)

@@ -15,6 +15,8 @@ from llava_steering_plugin.errors import CheckpointError
 from llava_steering_plugin.training.data.samples import RULES, SUMMED
 
 NOTES = "steering_state.json"
+# The order of samples is the trainer's own: transformers restores it from the random states.
+ITS_OWN = "transformers"
 ORDER, GATHERED, CHECKSUM = "sample_order", "step_statistics", "sha256"
 
 

@@ -28,7 +28,6 @@ from llava_steering_plugin.training.settings.flags import (
     read_request,
 )
 from llava_steering_plugin.training.settings.trainer_flags import machine_problems
-from llava_steering_plugin.training.trainer import SteeringTrainerMixin
 from llava_steering_plugin.upstream.model.component_checks import component_problems
 from llava_steering_plugin.upstream.model.language_models import in_training
 from llava_steering_plugin.upstream.seams import require
@@ -37,6 +36,7 @@ from llava_steering_plugin.upstream.text.tokenizers import attend_to_ends
 from llava_steering_plugin.upstream.train.samples import refuse_bad_data, with_source
 from llava_steering_plugin.upstream.train.targets import of_any_tokenizer
 from llava_steering_plugin.upstream.train.trained_base import TrainedBase
+from llava_steering_plugin.upstream.train.trainer import LlavaTrainerMixin
 
 # Values of --version that LLaVA's train() knows without a conversation template of that name.
 TEMPLATES_OF_VERSIONS = ("v0", "v0.5")
@@ -46,9 +46,7 @@ def on_train_import(module: ModuleType) -> None:
     """Add the flags, the check of the command line, the trainer and the saving of adapters."""
     original = require(module, "LLaVATrainer")
     names: dict[str, Any] = module.__dict__
-    names["LLaVATrainer"] = type(
-        original.__name__, (SteeringTrainerMixin, original), {"__module__": original.__module__}
-    )
+    names["LLaVATrainer"] = type(original.__name__, (LlavaTrainerMixin, original), {"__module__": original.__module__})
     names["TrainingArguments"] = extended(require(module, "TrainingArguments"))
     require(module, "safe_save_model_for_hf_trainer")
     wrap_function_wrapper(module, "safe_save_model_for_hf_trainer", _save)
