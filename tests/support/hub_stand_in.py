@@ -73,16 +73,24 @@ class _Hub(BaseHTTPRequestHandler):
             files = [{"rfilename": name} for name in repositories[found[1]]]
             self._answer({"id": found[1], "sha": "0" * 40, "siblings": files})
             return
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/\w+", path)
+        if found and found[1] in repositories:
+            held = repositories[found[1]].items()
+            self._answer([{"type": "file", "path": name, "size": len(each), "oid": _tag(each)} for name, each in held])
+            return
         found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/\w+/(.+)", path)
         if found and found[2] in repositories.get(found[1], {}):
             content = repositories[found[1]][found[2]]
-            tag = hashlib.sha256(content).hexdigest()
-            self._answer(content, ETag=f'"{tag}"', X_Repo_Commit="0" * 40)
+            self._answer(content, ETag=f'"{_tag(content)}"', X_Repo_Commit="0" * 40)
             return
         known = found is not None and found[1] in repositories
         self._answer(status=404, X_Error_Code="EntryNotFound" if known else "RepoNotFound", X_Repo_Commit="0" * 40)
 
     do_HEAD = do_GET
+
+
+def _tag(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
 
 
 @contextmanager

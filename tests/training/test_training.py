@@ -1,7 +1,7 @@
 """Training through LLaVA's own train(), with nothing but `--tuning_mode` added to its flags.
 
-Covers `training/trainer.py`, and of `upstream/train/`: `trainer.py`, `attaching.py`, `training.py`; what an adapter
-records, `training/provenance.py`.
+Covers `training/trainer.py`, `upstream/train/trainer.py`, `upstream/train/attaching.py`, `upstream/train/training.py`,
+and what an adapter records, `training/provenance.py`.
 """
 
 from __future__ import annotations

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from chat_bases import BASES
 from hub_stand_in import hub
 from routed import small_llama
 from steered import strengthen
-from transformers import AutoModelForImageTextToText
 
 from llava_steering_plugin import attachment_of, from_pretrained, get_model, remove_adapter
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, BaseMismatch, SteeringError
@@ -47,7 +47,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(base: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(base)
+    return transformers.AutoModelForImageTextToText.from_pretrained(base)
 
 
 @torch.no_grad()

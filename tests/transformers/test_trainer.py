@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from chat_bases import BASES, Collator, samples
-from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
+from transformers import AutoProcessor, Trainer, TrainingArguments
 
 from llava_steering_plugin import SteeringTrainerMixin, attach, attachment_of, from_pretrained, get_model
 from llava_steering_plugin.errors import ArgumentsError, CheckpointError, SteeringError
@@ -39,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trainer_of(base: Path, output: Path, mode: Mode | None, model: Any = None, **flags: Any) -> Any:
     if model is None:
-        model = AutoModelForImageTextToText.from_pretrained(base)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(base)
         torch.manual_seed(1)
         get_model(model, mode or MoReS(rank=2))
     processor = AutoProcessor.from_pretrained(base)
@@ -103,7 +104,7 @@ def test_checkpoints_load_with_their_base_and_answer_as_the_trained_model(base: 
     batch = Collator(trainer.processing_class)(samples(2))
     with torch.no_grad():
         expected = trainer.model.eval()(**batch).logits
-        plain = AutoModelForImageTextToText.from_pretrained(base)(**batch).logits
+        plain = transformers.AutoModelForImageTextToText.from_pretrained(base)(**batch).logits
         assert not torch.equal(expected, plain)
         for folder in (tmp_path, tmp_path / "checkpoint-4"):
             loaded = from_pretrained(folder)
@@ -150,7 +151,7 @@ def test_the_best_checkpoint_is_the_result_and_an_evaluation_leaves_no_trace(bas
 
 
 def test_a_parameter_without_gradients_ends_the_training(base: Path, tmp_path: Path) -> None:
-    model = get_model(AutoModelForImageTextToText.from_pretrained(base), MoReS(rank=2))
+    model = get_model(transformers.AutoModelForImageTextToText.from_pretrained(base), MoReS(rank=2))
     attachment = attachment_of(model)
     assert attachment is not None
     for name, parameter in attachment.trained().items():
@@ -162,7 +163,7 @@ def test_a_parameter_without_gradients_ends_the_training(base: Path, tmp_path: P
 
 
 def test_what_cannot_be_trained_is_refused_before_the_trainer_is_built(base: Path, tmp_path: Path) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(base)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(base)
     with pytest.raises(SteeringError, match="carries none"):
         trainer_of(base, tmp_path, None, model)
     attach(model, "mores")
@@ -184,7 +185,7 @@ def test_a_checkpoint_of_another_training_or_of_a_whole_model_is_not_resumed(bas
     trainer_of(base, tmp_path / "run", MoReS(rank=2), max_steps=3).train()
     with pytest.raises(CheckpointError, match="mores_rank is 1 and was 2"):
         trainer_of(base, tmp_path / "run", MoReS(rank=1)).train(resume_from_checkpoint=True)
-    AutoModelForImageTextToText.from_pretrained(base).save_pretrained(tmp_path / "other" / "checkpoint-5")
+    transformers.AutoModelForImageTextToText.from_pretrained(base).save_pretrained(tmp_path / "other" / "checkpoint-5")
     with pytest.raises(CheckpointError, match="another kind of training"):
         trainer_of(base, tmp_path / "other", MoReS(rank=2))
 
