@@ -19,7 +19,12 @@ from llava_steering_plugin.adapters.fit.values import check_sizes
 from llava_steering_plugin.adapters.parameters import set_parameters
 from llava_steering_plugin.adapters.parts.added_tokens import add_tokens, check_tokens
 from llava_steering_plugin.adapters.parts.image_parts import takes_images
-from llava_steering_plugin.adapters.parts.image_settings import SELECTED, differing_settings, trained_settings
+from llava_steering_plugin.adapters.parts.image_settings import (
+    SELECTED,
+    differing_settings,
+    own_settings,
+    trained_settings,
+)
 from llava_steering_plugin.adapters.parts.original import Original
 from llava_steering_plugin.adapters.stored.card import model_card
 from llava_steering_plugin.adapters.stored.config import AdapterConfig, BaseModel
@@ -29,6 +34,7 @@ from llava_steering_plugin.adapters.stored.writing import write_folder
 from llava_steering_plugin.distributed import gathered, whole
 from llava_steering_plugin.errors import AdapterError, SteeringError, listing
 from llava_steering_plugin.hooks.decoder import find_decoder
+from llava_steering_plugin.hooks.families import family_of
 from llava_steering_plugin.hooks.owner import owner_of
 from llava_steering_plugin.modes.base import DecoderShape
 
@@ -46,7 +52,7 @@ def describe(attachment: Attachment) -> AdapterConfig:
         str(model_config.model_type),
         attachment.shape.hidden_size,
         len(attachment.shape.layers),
-        int(attachment.family.text_config.vocab_size),
+        attachment.family.own_rows(int(attachment.family.text_config.vocab_size))[-1] + 1,
     )
     return AdapterConfig(attachment.mode.name, attachment.mode.settings(), base)
 
@@ -102,9 +108,8 @@ def _vocabulary(model: PreTrainedModel, config: AdapterConfig, keep: bool) -> di
     with gathered([inputs, outputs]):
         if not keep:
             return {}
-        known = torch.tensor(
-            sorted(set(range(min(config.base.vocab_size, inputs.shape[0]))) - set(added.tolist())), dtype=torch.long
-        )
+        others = family_of(model).own_rows(min(config.base.vocab_size, inputs.shape[0]))
+        known = torch.tensor(sorted(set(others) - set(added.tolist())), dtype=torch.long)
         ids = known[fingerprint_rows(len(known))]
         found = {
             FINGERPRINT + "ids": ids,
@@ -120,6 +125,8 @@ def _llava_config(model: PreTrainedModel) -> str:
     """Return the text of config.json: the model's, without the quantisation, which the next load chooses."""
     data = model.config.to_diff_dict()
     data.pop("quantization_config", None)
+    if not family_of(model).splices:
+        data |= own_settings(model)  # by LLaVA's names, which all families read
     return json.dumps(data, indent=2, sort_keys=True, default=str) + "\n"
 
 
@@ -144,7 +151,7 @@ def load_adapter(
     refuse_unmerged(model)
     stored = named_for(model, read(name_or_path, fits(model)))
     mode, modules = prepare(model, find_decoder(model)[1], stored)
-    if not as_trained:
+    if not (as_trained and takes_images(model)):
         _check_features(model, stored)
     check_tokens(stored, tokenizer)
     trained = trained_settings(stored) if as_trained and takes_images(model) else None

@@ -10,13 +10,26 @@ A family is chosen by what a model has, never by the name of its class:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.hooks.parameter_names import (
+    DECODER_PATH,
+    HEAD_PATH,
+    NEWLINE,
+    NEWLINE_PATH,
+    PARTS,
+    PROJECTOR,
+    PROJECTOR_PATH,
+    TOWER_PATH,
+    Place,
+    of_one_linear,
+)
 from llava_steering_plugin.hooks.token_map import TokenMap, of_images
 
 if TYPE_CHECKING:
@@ -24,11 +37,10 @@ if TYPE_CHECKING:
 
 SPLICE = "prepare_inputs_labels_for_multimodal"
 # Entries of a config that hold the token which image features take the place of, and the one for frames of a video.
-PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-# LLaVA's name for the module between vision tower and decoder, and its names for that module's parts, by those of
-# transformers.
-PROJECTOR = "mm_projector"
-PARTS = {"linear_1": "0", "linear_2": "2"}
+# Both names of each are in use.
+PLACEHOLDERS = (("image_token_id", "image_token_index"), ("video_token_id", "video_token_index"))
+# What the vision tower is called, and in transformers before version 5 (and in all of LLaVA) the model inside it.
+TOWER, INSIDE = "vision_tower", "vision_model"
 # The method by which older versions of transformers put the features in place while `forward` runs.
 MERGE = "_merge_input_ids_with_image_features"
 
@@ -57,7 +69,12 @@ class Family:
     def decoder(self) -> nn.Module:
         """Return the decoder stack."""
         model: Any = self._model
-        stack: nn.Module = model.base_model if self.text_config is model.config else model.get_decoder()
+        if self.text_config is model.config:
+            stack: nn.Module = model.base_model
+        elif hasattr(model, "get_decoder"):
+            stack = model.get_decoder()
+        else:  # transformers 4.52
+            stack = model.base_model.language_model
         return stack
 
     def projector(self) -> tuple[str, nn.Module] | None:
@@ -65,12 +82,20 @@ class Family:
         found = (each for each in self._model.named_modules() if each[0].rpartition(".")[2] == self.projector_name)
         return next(found, None)
 
+    def newline(self) -> str | None:
+        """Return the name of the embedding that ends each line of tiles; None if the model has none."""
+        return next((name for name, _ in self._model.named_parameters() if name.rpartition(".")[2] == NEWLINE), None)
+
+    def own_rows(self, rows: int) -> list[int]:
+        """Return those of the first `rows` rows of the embedding that no family adds: they are the same in all."""
+        return list(range(rows))
+
     def tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenMap | None:
         """Return the token map of a call of `forward`, from its arguments; None if they do not say it."""
         return None
 
     def canonical(self, name: str) -> str:
-        """Return the name that a parameter of the model beside the decoder has in an adapter's file: LLaVA's."""
+        """Return the name that a parameter of the model has in an adapter's file: LLaVA's."""
         return name
 
     def local(self, name: str) -> str:
@@ -83,6 +108,15 @@ class Spliced(Family):
 
     name = "spliced"
     splices = True
+
+    def local(self, name: str) -> str:
+        found = self.projector()
+        if found is None or not name.startswith(f"{PROJECTOR_PATH}."):
+            return name
+        whole = of_one_linear(name)
+        if isinstance(found[1], nn.Linear):
+            return whole.replace(f"{PROJECTOR_PATH}.0.", f"{PROJECTOR_PATH}.", 1)
+        return whole if isinstance(found[1], nn.Sequential) else name
 
 
 class Placeholder(Family):
@@ -111,17 +145,42 @@ class Placeholder(Family):
             visual = visual | (ids == mark)
         return of_images(visual, attended, labels)
 
+    def own_rows(self, rows: int) -> list[int]:
+        # Where the placeholders are behind all tokens that the language model had, the rows behind them fill it up.
+        last = min((mark for mark in self._marks if mark >= rows // 2), default=rows)
+        return [row for row in range(last) if row not in self._marks]
+
+    @cached_property
+    def _places(self) -> list[Place]:
+        """The parts that LLaVA has elsewhere, those that are in others first."""
+        paths = {id(module): name for name, module in self._model.named_modules()}
+        named = {name.rpartition(".")[2]: name for name in sorted(paths.values(), key=len, reverse=True)}
+        found = []
+        if (newline := self.newline()) is not None:
+            found.append(Place(newline, NEWLINE_PATH))
+        if (projector := named.get(self.projector_name)) is not None:
+            found.append(Place(projector, PROJECTOR_PATH, PARTS))
+        if (tower := named.get(TOWER)) is not None:
+            inside = f"{tower}.{INSIDE}"
+            found.append(Place(inside if inside in paths.values() else tower, TOWER_PATH))
+        model: Any = self._model
+        if (head := paths.get(id(model.get_output_embeddings()))) is not None:
+            found.append(Place(head, HEAD_PATH))
+        stack = self.decoder()
+        if (decoder := paths.get(id(stack))) is not None:
+            found += [Place(f"{decoder}.{part}", f"{DECODER_PATH}.{part}") for part, _ in stack.named_children()]
+        return found
+
     def canonical(self, name: str) -> str:
-        return self._renamed(name, self.projector_name, PROJECTOR, PARTS)
+        return _first((place.to_llava(name) for place in self._places), name)
 
     def local(self, name: str) -> str:
-        return self._renamed(name, PROJECTOR, self.projector_name, {theirs: ours for ours, theirs in PARTS.items()})
+        name = of_one_linear(name)
+        return _first((place.from_llava(name) for place in self._places), name)
 
-    @staticmethod
-    def _renamed(name: str, before: str, after: str, parts: Mapping[str, str]) -> str:
-        head, found, rest = name.partition(f".{before}.")
-        part, *leaf = rest.split(".")
-        return ".".join([head, after, parts.get(part, part), *leaf]) if found else name
+
+def _first(found: Iterable[str | None], otherwise: str) -> str:
+    return next((each for each in found if each is not None), otherwise)
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -155,10 +214,23 @@ def family_of(model: PreTrainedModel) -> Family:
 def text_config(config: Any) -> Any:
     """Return the config of the language model; the config itself where it is no model of several parts."""
     ask: Callable[..., Any] | None = getattr(config, "get_text_config", None)  # transformers 4.37 has none
-    return config if ask is None else ask(decoder=True)
+    return getattr(config, "text_config", config) if ask is None else ask(decoder=True)
 
 
 def placeholder_tokens(config: Any) -> list[int]:
-    """Return the tokens that image features take the place of, by a model's config; none if it names none."""
-    found = (getattr(config, name, None) for name in PLACEHOLDERS)
-    return sorted({token for token in found if isinstance(token, int)})
+    """Return the tokens that image features take the place of, by a model's config; none if it names none.
+
+    Raises:
+        SteeringError: the config names two for the same.
+    """
+    tokens = set()
+    for names in PLACEHOLDERS:
+        found = {name: token for name in names if isinstance(token := getattr(config, name, None), int)}
+        if len(set(found.values())) > 1:
+            listed = " and ".join(f"{name} {token}" for name, token in found.items())
+            raise SteeringError(
+                f"the config of this model has {listed}, so it is unknown which token image features take the place "
+                "of. Set both to the one that its processor writes."
+            )
+        tokens |= set(found.values())
+    return sorted(tokens)

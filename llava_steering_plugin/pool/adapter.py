@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llava_steering_plugin.adapters.stored.config import AdapterConfig
-from llava_steering_plugin.hooks.families import PROJECTOR
+from llava_steering_plugin.hooks.parameter_names import PROJECTOR
 
 
 @dataclass(frozen=True)

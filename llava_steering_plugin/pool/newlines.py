@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.adapters.parts.image_parts import NEWLINE
 from llava_steering_plugin.hooks.look_alike import look_alike
 from llava_steering_plugin.pool.adapter import PooledAdapter
 
@@ -21,11 +20,6 @@ if TYPE_CHECKING:
 
 # No image feature has this value in all of its dimensions.
 MARK = 12345.0
-
-
-def newline_of(model: PreTrainedModel) -> str | None:
-    """Return the name of the model's image_newline; None if it has none."""
-    return next((name for name, _ in model.named_parameters() if name.rpartition(".")[2] == NEWLINE), None)
 
 
 def marking(model: PreTrainedModel, name: str) -> PreTrainedModel:

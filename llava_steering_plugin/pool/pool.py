@@ -24,14 +24,14 @@ from llava_steering_plugin.adapters.fit.compatibility import fits
 from llava_steering_plugin.adapters.parts.original import Original
 from llava_steering_plugin.adapters.stored.locate import AdapterSource, read
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, TokenMapError, nearest
-from llava_steering_plugin.hooks.families import PROJECTOR
 from llava_steering_plugin.hooks.hosts import SharedHooks, dispatch, refuse_shared
 from llava_steering_plugin.hooks.owner import ModelOwner, owner_of
+from llava_steering_plugin.hooks.parameter_names import PROJECTOR
 from llava_steering_plugin.hooks.scope import Scope, current, naming
 from llava_steering_plugin.modes.base import ForwardPass
 from llava_steering_plugin.pool import row_names
 from llava_steering_plugin.pool.adapter import AdapterDetails, PooledAdapter
-from llava_steering_plugin.pool.newlines import marking, newline_of, with_newlines
+from llava_steering_plugin.pool.newlines import marking, with_newlines
 from llava_steering_plugin.pool.projectors import ServedRows, project_by_row
 from llava_steering_plugin.pool.reading import pooled
 from llava_steering_plugin.pool.residency import Residency
@@ -80,7 +80,7 @@ class AdapterPool(ModelOwner):
         self._retired: set[PooledAdapter] = set()
         found = projector_of(model)
         self._projector = found[1] if found is not None else None
-        self._newline = newline_of(model)
+        self._newline = self.family.newline()
         self._hooks = SharedHooks(self._hook)
         self._residency = Residency(self.stack.get_submodule, self._projector, max_resident)
         self.take()

@@ -18,7 +18,6 @@ from llava_steering_plugin.hooks.families import family_of
 from llava_steering_plugin.modes.base import DecoderShape
 from llava_steering_plugin.modes.joint import at_decode
 from llava_steering_plugin.pool.adapter import PooledAdapter
-from llava_steering_plugin.pool.newlines import newline_of
 from llava_steering_plugin.pool.projectors import own_projector
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def pooled(
     found = projector_of(model)
     prefix = f"{found[0]}." if found is not None else None
     problems = _needs_of_its_own(model, stored, tokenizer)
-    newline = extras.pop(newline_of(model) or "", None) if family_of(model).splices else None
+    newline = extras.pop(family_of(model).newline() or "", None) if family_of(model).splices else None
     problems += [f"it brings its own {key}" for key in extras if prefix is None or not key.startswith(prefix)]
     if extras and not family_of(model).splices:
         problems.append("it brings its own projector, and which images are whose is known in LLaVA alone")

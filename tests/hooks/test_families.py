@@ -47,6 +47,10 @@ class Seeing(nn.Module):
         stack: nn.Module = self.inner.model
         return stack
 
+    def get_output_embeddings(self) -> nn.Module:
+        head: nn.Module = self.inner.lm_head
+        return head
+
     def forward(
         self, input_ids: Tensor, pixel_values: Any = None, attention_mask: Any = None, labels: Any = None
     ) -> None: ...
@@ -85,13 +89,20 @@ def test_placeholders_that_are_attended_are_visual_and_the_prompt_ends_at_the_fi
     assert family.tokens((), {"inputs_embeds": torch.zeros(1, 6, 32), "attention_mask": attention}) is None
 
 
-def test_the_projector_has_llavas_names_in_files_and_its_own_in_the_model() -> None:
+def test_parameters_have_llavas_names_in_files_and_their_own_in_the_model() -> None:
     model: Any = Seeing(image_token_id=IMAGE)
-    family, plain = family_of(model), "model.image_newline"
-    for ours, theirs in (("linear_1.weight", "0.weight"), ("linear_2.bias", "2.bias"), ("norm.weight", "norm.weight")):
-        assert family.canonical(f"model.multi_modal_projector.{ours}") == f"model.mm_projector.{theirs}"
-        assert family.local(f"model.mm_projector.{theirs}") == f"model.multi_modal_projector.{ours}"
-    assert family.canonical(plain) == family.local(plain) == plain
+    model.inner.image_newline = nn.Parameter(torch.zeros(2))
+    family = family_of(model)
+    for ours, theirs in (
+        ("multi_modal_projector.linear_1.weight", "model.mm_projector.0.weight"),
+        ("multi_modal_projector.linear_2.bias", "model.mm_projector.2.bias"),
+        ("multi_modal_projector.norm.weight", "model.mm_projector.norm.weight"),
+        ("inner.image_newline", "model.image_newline"),
+        ("inner.model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("inner.lm_head.weight", "lm_head.weight"),
+        ("elsewhere.weight", "elsewhere.weight"),
+    ):
+        assert family.canonical(ours) == theirs and family.local(theirs) == ours
 
 
 def test_images_beside_the_tokens_are_no_placeholders() -> None:

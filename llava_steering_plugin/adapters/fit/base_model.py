@@ -12,7 +12,8 @@ from torch import nn
 from llava_steering_plugin.adapters.stored.files import read_json
 from llava_steering_plugin.components.model_types import of_llava_type
 from llava_steering_plugin.errors import SteeringError
-from llava_steering_plugin.hooks.families import PROJECTOR, family_of
+from llava_steering_plugin.hooks.families import family_of
+from llava_steering_plugin.hooks.parameter_names import PROJECTOR_PATH
 from llava_steering_plugin.hub import absent, is_reachable
 
 if TYPE_CHECKING:
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 VISION_PREFIX = "llava"
-# Entries of a LLaVA's config that say how images are cut, encoded and marked begin with one of these.
-IMAGE_SETTINGS = ("image_", "mm_use_", "mm_patch_", "mm_vision_select_")
+# Entries of a LLaVA's config that say how images are cut, encoded and marked begin with one of these. Not with "image_"
+# alone: transformers' own count their tokens by `image_token_index` and `image_seq_length`.
+IMAGE_SETTINGS = (
+    *("image_aspect_ratio", "image_crop_resolution", "image_grid_pinpoints", "image_split_resolution"),
+    *("mm_use_", "mm_patch_", "mm_vision_select_"),
+)
 # The beginning of the names of the projector's parameters in LLaVA.
-PROJECTOR_PREFIX = f"model.{PROJECTOR}."
+PROJECTOR_PREFIX = f"{PROJECTOR_PATH}."
 
 
 def projector_of(model: PreTrainedModel) -> tuple[str, nn.Module] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from llava_steering_plugin.adapters.fit.fingerprint import check_base
+from llava_steering_plugin.adapters.fit.projector_kind import projector_problems
 from llava_steering_plugin.adapters.fit.values import check_values
 from llava_steering_plugin.adapters.parameters import parameters_of, set_parameters, shape_of
 from llava_steering_plugin.adapters.stored.config import AdapterConfig
@@ -17,7 +19,7 @@ from llava_steering_plugin.adapters.stored.files import brief, cut
 from llava_steering_plugin.adapters.stored.folder import ADAPTER, ADDED, EXTRA, StoredAdapter
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, listing, shortened
 from llava_steering_plugin.hooks.decoder import find_decoder
-from llava_steering_plugin.hooks.families import family_of
+from llava_steering_plugin.hooks.families import family_of, placeholder_tokens
 from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import UNBUILDABLE, DecoderShape, Mode, build_modules, meaning_of_absent
 
@@ -56,11 +58,20 @@ def fits(model: PreTrainedModel) -> Callable[[StoredAdapter], None]:
 
 
 def named_for(model: PreTrainedModel, stored: StoredAdapter) -> StoredAdapter:
-    """Return the adapter with the names that its tensors of the base have in this model, and not in LLaVA."""
+    """Return the adapter with the names that its tensors of the base have in this model, and not in LLaVA.
+
+    Raises:
+        AdapterError: two of them are one tensor of this model.
+    """
     family = family_of(model)
     names = {EXTRA + name: EXTRA + family.local(name) for name in stored.section(EXTRA)}
     if all(name == local for name, local in names.items()):
         return stored
+    if twice := [name for name, times in Counter(names.values()).items() if times > 1]:
+        raise AdapterError(
+            f"the adapter in {stored.path} holds {', '.join(shortened(twice))} of this model under two names. The file "
+            "was edited by hand; copy the adapter again."
+        )
     return replace(stored, tensors={names.get(name, name): value for name, value in stored.tensors.items()})
 
 
@@ -151,6 +162,12 @@ def check_tensors(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]
         if held[name] != shapes[name]
     ]
     problems += [f"the token {token} has id {number}, far above the model's" for token, number in beyond.items()]
+    problems += [
+        f"the token {token} has id {number}, which stands for an image in this model's prompts"
+        for token, number in stored.config.added_tokens.items()
+        if number in placeholder_tokens(model.config)
+    ]
+    problems += projector_problems(model, stored)
     if problems:
         raise AdapterError(
             listing(f"the adapter in {stored.path} does not fit its own settings or this model", shortened(problems))

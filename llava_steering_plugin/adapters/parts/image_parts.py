@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from llava_steering_plugin.adapters.fit.base_model import IMAGE_SETTINGS, projector_of
+from llava_steering_plugin.adapters.fit.base_model import IMAGE_SETTINGS
 from llava_steering_plugin.adapters.parts.image_settings import SELECTED
 from llava_steering_plugin.adapters.stored.files import brief
 from llava_steering_plugin.errors import AdapterError, listing
@@ -16,20 +16,19 @@ from llava_steering_plugin.hooks.families import family_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# LLaVA's name for the embedding that ends each line of tiles (anyres): a parameter of the decoder stack.
-NEWLINE = "image_newline"
 # Which states of a layer LLaVA's vision tower gives.
 FEATURES = ("patch", "cls_patch")
 
 
 def image_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Return the parameters between vision tower and decoder, by name: those that LLaVA trains with an adapter."""
-    found = projector_of(model)
+    family = family_of(model)
+    found, newline = family.projector(), family.newline()
     prefix = f"{found[0]}." if found is not None else None
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if name.rpartition(".")[2] == NEWLINE or (prefix is not None and name.startswith(prefix))
+        if name == newline or (prefix is not None and name.startswith(prefix))
     }
 
 

@@ -1,8 +1,14 @@
-"""Compares how a LLaVA cuts, encodes and marks images with how it did so when an adapter was trained."""
+"""Compares how a model cuts, encodes and marks images with how it did so when an adapter was trained.
+
+transformers' own classes say with names of their own which features they take, and leave the rest to a processor, which
+no model knows. So an adapter that was trained in transformers says nothing of the rest, and over a model of
+transformers nothing else is compared.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llava_steering_plugin.adapters.fit.base_model import IMAGE_SETTINGS
@@ -22,6 +28,24 @@ _DEFAULTS = {
 }
 # Settings of the features themselves. Of the others, a program that prepares its own images takes care itself.
 SELECTED = ("mm_vision_select_",)
+# The same in transformers.
+_LAYER, _STRATEGY = "vision_feature_layer", "vision_feature_select_strategy"
+_FEATURES = {"default": "patch", "full": "cls_patch"}
+
+
+def own_settings(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the settings of a model's config, those of image features by LLaVA's names."""
+    config: Any = model.config
+    if family_of(model).splices:
+        return dict(vars(config))
+    layer, strategy = getattr(config, _LAYER, None), getattr(config, _STRATEGY, None)
+    found: dict[str, Any] = {"mm_vision_select_layer": layer} if isinstance(layer, int) else {}
+    return found | ({"mm_vision_select_feature": _FEATURES[strategy]} if strategy in _FEATURES else {})
+
+
+def of_transformers(trained: Mapping[str, Any]) -> bool:
+    """Tell whether a config is one of transformers' own models of several parts, and not a LLaVA's."""
+    return isinstance(trained.get("text_config"), dict)
 
 
 def trained_settings(stored: StoredAdapter) -> dict[str, Any]:
@@ -50,12 +74,16 @@ def differing_settings(
     Raises:
         AdapterError: the adapter does not say how images were encoded.
     """
-    if not family_of(model).splices:
+    here, splices = own_settings(model), family_of(model).splices
+    if not here:
         return []
-    trained, here = trained_settings(stored), vars(model.config)
+    trained = trained_settings(stored)
+    if not splices or of_transformers(trained):
+        beginnings = SELECTED
+    keys = trained.keys() | here.keys() if splices else here.keys()
     return [
         f"it was trained with {key} {trained.get(key)!r}; this model has {here.get(key)!r}"
-        for key in sorted(trained.keys() | here.keys())
+        for key in sorted(keys)
         if key.startswith(beginnings) and _plain(key, here.get(key)) != _plain(key, trained.get(key))
     ]
 

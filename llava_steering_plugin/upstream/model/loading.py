@@ -16,7 +16,7 @@ from wrapt import wrap_function_wrapper
 
 from llava_steering_plugin.adapters.fit.base_model import read_config
 from llava_steering_plugin.adapters.fit.unmerged import unmerged_lora
-from llava_steering_plugin.adapters.parts.image_settings import trained_settings
+from llava_steering_plugin.adapters.parts.image_settings import of_transformers, trained_settings
 from llava_steering_plugin.adapters.save_load import load_adapter
 from llava_steering_plugin.adapters.stored.files import check_folder
 from llava_steering_plugin.adapters.stored.folder import LLAVA_CONFIG, AdapterFolder, StoredAdapter
@@ -90,6 +90,11 @@ def _load(module: ModuleType, original: Callable[..., Any], call: inspect.BoundA
     if advice := unmerged_lora(base):
         raise BaseMismatch(f"the base of the adapter in {folder}: {advice} with --model-base.")
     described = _base_config(base, folder)
+    if of_transformers(described):
+        raise BaseMismatch(
+            f"{base}, the base of the adapter in {folder}, is a model of transformers' own class. Give the same model "
+            f"in LLaVA's layout with --model-base; `llava-steering export {base} DST` makes it."
+        )
     trained = trained_settings(stored)
     check_installed(described if "mm_vision_tower" in described else trained)
     check_folder(base, "the base")
