@@ -7,6 +7,7 @@
 #   scripts/setup.sh --browser    also a headless Chromium, from apt, for the test of the web page
 #   scripts/setup.sh --lmms-eval  also .venv-lmms-eval: lmms-eval in an environment of its own, over .venv
 #   scripts/setup.sh --transformers  also .venv-transformers: this project beside transformers 5, without LLaVA
+#   scripts/setup.sh --newer-transformers  also .venv-newer: the newest transformers that LLaVA trains in, over .venv
 #
 # Environment:
 #   PYTHON  the interpreter to start from           (default: python3.11, else python3)
@@ -20,12 +21,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 browser=
 lmms_eval=
 transformers=
+newer=
 for word in "$@"; do
   case "$word" in
     --browser) browser=yes ;;
     --lmms-eval) lmms_eval=yes ;;
     --transformers) transformers=yes ;;
-    *) printf 'setup: unknown option %s; there are --browser, --lmms-eval and --transformers\n' "$word" >&2; exit 2 ;;
+    --newer-transformers) newer=yes ;;
+    *) printf 'setup: unknown option %s; there are --browser, --lmms-eval, --transformers, --newer-transformers\n' "$word" >&2
+      exit 2 ;;
   esac
 done
 
@@ -62,25 +66,31 @@ if [ -n "$browser" ] && ! command -v chromium-headless-shell chromium google-chr
 fi
 
 # An environment over .venv: it sees all that is there, and what it has itself comes first. .venv stays as it is, so
-# nothing that lmms-eval needs can change a test of the others.
-set_up_lmms_eval() {
-  local own="$venv-lmms-eval" pins=scripts/constraints-lmms-eval.txt made started=$SECONDS
+# nothing that is installed here can change a test of the others.
+#   set_up_over NAME ENVIRONMENT PINS STATEMENTS: the statements have to run in it; importing also compiles.
+set_up_over() {
+  local name=$1 own=$2 pins=$3 statements=$4 made started=$SECONDS
   made=$(cat "$pins" "$venv/.setup.stamp" scripts/setup.sh | sha256sum | cut -d' ' -f1)
-  if [ "$(cat "$own/.setup.stamp" 2>/dev/null)" = "$made" ] && [ -x "$own/bin/lmms-eval" ]; then return; fi
-  step "lmms-eval in $own"
+  if [ "$(cat "$own/.setup.stamp" 2>/dev/null)" = "$made" ] && [ -x "$own/bin/python" ]; then return; fi
+  step "$name in $own"
   "$venv/bin/python" -m venv --clear --without-pip "$own"
   # addsitedir: a path alone would leave out the .pth files there, by which this project is found.
   printf 'import site; site.addsitedir(%s)\n' "'$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')'" \
     >"$("$own/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
   "$venv/bin/python" -m pip --disable-pip-version-check --python "$own/bin/python" install --no-compile --no-deps \
-    -r "$pins" >"$own/.setup.log" 2>&1 || { tail -n 20 "$own/.setup.log" >&2; die "failed: lmms-eval"; }
-  # Importing it all also compiles it, and its list of models must hold ours.
-  (cd "$own" && env -u PYTHONDONTWRITEBYTECODE bin/python -c '
-import lmms_eval.__main__, lmms_eval.models
-lmms_eval.models.get_model_manifest("llava_steering")') >"$own/.setup.log" 2>&1 ||
-    { tail -n 5 "$own/.setup.log" >&2; die "lmms-eval cannot be imported, or does not find the model llava_steering"; }
+    -r "$pins" >"$own/.setup.log" 2>&1 || { tail -n 20 "$own/.setup.log" >&2; die "failed: $name"; }
+  (cd "$own" && env -u PYTHONDONTWRITEBYTECODE bin/python -c "$statements") >"$own/.setup.log" 2>&1 ||
+    { tail -n 5 "$own/.setup.log" >&2; die "$name does not work in $own"; }
   printf '%s' "$made" >"$own/.setup.stamp"
-  step "lmms-eval is ready in $((SECONDS - started)) s: $own"
+  step "$name is ready in $((SECONDS - started)) s: $own"
+}
+set_up_lmms_eval() {  # its list of models must hold ours
+  set_up_over lmms-eval "$venv-lmms-eval" scripts/constraints-lmms-eval.txt \
+    'import lmms_eval.__main__, lmms_eval.models; lmms_eval.models.get_model_manifest("llava_steering")'
+}
+set_up_newer() {
+  set_up_over "the newest transformers that LLaVA trains in" "$venv-newer" scripts/constraints-newer-cpu.txt \
+    'import llava.train.train'
 }
 
 # An environment that knows nothing of .venv: in it this project must do without LLaVA and its pins.
@@ -110,6 +120,7 @@ if [ "$(cat "$venv/.setup.stamp" 2>/dev/null)" = "$stamp" ] && "$venv/bin/python
   "$venv/bin/llava-steering" patch >/dev/null
   if [ -n "$lmms_eval" ]; then set_up_lmms_eval; fi
   if [ -n "$transformers" ]; then set_up_transformers; fi
+  if [ -n "$newer" ]; then set_up_newer; fi
   exit 0
 fi
 rm -f "$venv/.setup.stamp"
@@ -165,3 +176,4 @@ printf '%s' "$stamp" >"$venv/.setup.stamp"
 step "ready in $((SECONDS - started)) s: $venv"
 if [ -n "$lmms_eval" ]; then set_up_lmms_eval; fi
 if [ -n "$transformers" ]; then set_up_transformers; fi
+if [ -n "$newer" ]; then set_up_newer; fi

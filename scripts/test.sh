@@ -8,7 +8,7 @@
 # Without ARGUMENTS the tests run in TEST_PROCESSES (2) processes side by side.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ "${1:-}" = --fast ]; then scripts/setup.sh; else scripts/setup.sh --browser --lmms-eval --transformers; fi
+if [ "${1:-}" = --fast ]; then scripts/setup.sh; else scripts/setup.sh --browser --lmms-eval --transformers --newer-transformers; fi
 bin=$(cd "${VENV:-.venv}/bin" && pwd)
 export PATH="$bin:$PATH"  # for what tests start: deepspeed, ninja, llava-steering
 unset PYTHONDONTWRITEBYTECODE  # tests start hundreds of processes: none of them compiles a module again
@@ -43,14 +43,17 @@ for kind in "${kinds[@]}"; do
   taken=$((SECONDS - started))
   summary+=("$(printf '%s tests: %d min %02d s' "$kind" $((taken / 60)) $((taken % 60)))")
 done
-# What needs a newer transformers than LLaVA's pin was skipped above; it runs in the environment that has one.
-newer="${VENV:-.venv}-transformers/bin/python"
-if [ -x "$newer" ]; then
-  started=$SECONDS
-  "$newer" -m pytest tests/transformers ${place[@]+"${place[@]}"} || status=$?
-  summary+=("$(printf 'tests with transformers 5: %d min %02d s' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)))")
-else
-  summary+=("tests with transformers 5: skipped, there is no $newer: scripts/setup.sh --transformers makes it")
-fi
+# What needs another transformers than LLaVA's pin was skipped above; it runs in the environments that have one.
+elsewhere() {  # NAME OPTION PYTHON FOLDER
+  local started=$SECONDS
+  if [ -x "$3" ]; then
+    "$3" -m pytest "$4" ${place[@]+"${place[@]}"} || status=$?
+    summary+=("$(printf 'tests with %s: %d min %02d s' "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)))")
+  else
+    summary+=("tests with $1: skipped, there is no $3: scripts/setup.sh $2 makes it")
+  fi
+}
+elsewhere "transformers 5" --transformers "${VENV:-.venv}-transformers/bin/python" tests/transformers
+elsewhere "the newest transformers that LLaVA trains in" --newer-transformers "${VENV:-.venv}-newer/bin/python" tests/newer
 printf '== %s\n' "${summary[@]}"
 exit "$status"

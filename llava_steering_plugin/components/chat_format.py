@@ -72,7 +72,7 @@ def format_of(tokenizer: Any, whose: str) -> ChatFormat:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_be_answered))
 
     try:
-        read = read_format(render, stops=[tokenizer.eos_token, *tokenizer.additional_special_tokens])
+        read = read_format(render, stops=_stops(tokenizer))
     except ImportError as error:
         raise ArgumentsError(f"{error} LLaVA brings jinja2 with its demo: pip install jinja2.") from error
     except Exception as error:  # a template is a program: it raises what it likes
@@ -93,14 +93,18 @@ def format_of(tokenizer: Any, whose: str) -> ChatFormat:
     return read
 
 
+def _stops(tokenizer: Any) -> list[str]:
+    """Return the special tokens of a tokenizer; Phi-3's `<|end|>` is one that no attribute names."""
+    added = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [each for each in (tokenizer.eos_token, *tokenizer.additional_special_tokens, *added) if each]
+
+
 def begins_texts(tokenizer: Any) -> bool:
     """Return whether a tokenizer puts its token for a beginning before every text."""
     return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
-def read_format(
-    render: Callable[[list[dict[str, str]], bool], str], stops: Sequence[str | None] = ()
-) -> ChatFormat | None:
+def read_format(render: Callable[[list[dict[str, str]], bool], str], stops: Sequence[str] = ()) -> ChatFormat | None:
     """Find the texts of a format in conversations that a template has written; None if they are not to be found.
 
     Args:
@@ -117,13 +121,18 @@ def read_format(
         _, asked = _around(prompts[0], _SAID[:1])
     except ValueError:
         return None
-    if last != behind or not turn.startswith(behind) or not answer.startswith(asked):
+    # Behind the last answer, a template may close the text, as Phi-3's does with a token that no turn ends with.
+    closing = next((stop for stop in stops if not turn.startswith(behind) and behind.endswith(stop)), "")
+    if last != behind or not answer.startswith(asked):
+        return None
+    behind = behind.removesuffix(closing)
+    if not turn.startswith(behind) or (closing and not behind):
         return None
     ask = turn.removeprefix(behind)
     if not before.endswith(ask) and not ask.endswith(before):
         return None
     # "<|im_end|>\n": the model says the token; the line break only comes before a next turn.
-    found = [behind.index(stop) + len(stop) for stop in stops if stop and stop in behind]
+    found = [behind.index(stop) + len(stop) for stop in stops if stop in behind]
     cut = min(found) if found else len(behind)
     end, between = behind[:cut], behind[cut:]
     if before.endswith(ask):
@@ -132,7 +141,7 @@ def read_format(
         opening, between, ask = "", between + ask.removesuffix(before), before
     read = ChatFormat(opening, ask, asked, end, between, answer.removeprefix(asked))
     turns = list(zip(_SAID[::2], _SAID[1::2], strict=True))
-    tail = behind[cut:]
+    tail = behind[cut:] + closing
     if any(read.write(turns[: number + 1]) + tail != written[number] for number in range(3)):
         return None
     open_turns = [[*turns[:number], (turns[number][0], None)] for number in range(3)]

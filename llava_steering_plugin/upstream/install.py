@@ -19,6 +19,7 @@ HOOKS = {
     "llava.train.train": "llava_steering_plugin.upstream.train.training:on_train_import",
     "llava.model.builder": "llava_steering_plugin.upstream.model.loading:on_builder_import",
     "llava.mm_utils": "llava_steering_plugin.upstream.model.loading:on_mm_utils_import",
+    "transformers.trainer": "llava_steering_plugin.upstream.train.newer_transformers:on_trainer_import",
 }
 
 

@@ -234,6 +234,7 @@ SEAMS = (
         },
     ),
     *_seams("transformers.trainer", (TRAIN,), OF_TRAINER),
+    *_seams("transformers.pytorch_utils", (TRAIN,), {"ALL_LAYERNORM_LAYERS": "is what LLaVA's trainer imports"}),
 )
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import jinja2
 import pytest
-from tiny_language_models import ENDS, MISTRAL, QWEN2, QWEN2_5, SMOLLM2
+from tiny_language_models import ENDS, MISTRAL, NEWER, QWEN2, QWEN2_5, SMOLLM2, Family
 
 from llava_steering_plugin.components.chat_format import ChatFormat, chatml, format_of, read_format
+from llava_steering_plugin.components.language_models.newer import Gemma, Phi3, Qwen3, StableLM
 from llava_steering_plugin.components.language_models.phi import Phi
 from llava_steering_plugin.components.language_models.qwen2 import Qwen2
 from llava_steering_plugin.components.language_models.smollm2 import SmolLM2
@@ -36,13 +37,16 @@ ONE_TURN = "{% if messages|length > 2 %}{{ raise_exception('one turn only') }}{%
 class Tokenizer(SimpleNamespace):
     """Writes a chat template, and puts its first token before a text if it has one."""
 
-    def __init__(self, template: str | None, bos: str | None = None, eos: str = "</s>"):
+    def __init__(self, template: str | None, bos: str | None = None, eos: str = "</s>", further: tuple[str, ...] = ()):
         super().__init__(
             chat_template=template,
             bos_token=bos,
             bos_token_id=None if bos is None else 1,
             eos_token=eos,
             additional_special_tokens=[],
+            added_tokens_decoder={
+                number: SimpleNamespace(content=token, special=True) for number, token in enumerate(further)
+            },
         )
 
     def __call__(self, text: str) -> Any:
@@ -70,6 +74,31 @@ def test_the_formats_of_our_components_are_those_of_the_models_own_templates(
     template: str, component: Any, name: str
 ) -> None:
     assert format_of(Tokenizer(template, eos="<|im_end|>"), "a model") == component.formats()[name]
+
+
+@pytest.mark.parametrize(
+    ("family", "component"),
+    list(zip(NEWER, (Gemma, StableLM, Phi3, Qwen3), strict=True)),
+    ids=[family.name for family in NEWER],
+)
+def test_so_are_those_of_a_newer_transformers(family: Family, component: Any) -> None:
+    """Gemma's tokenizer puts a token before a text; Phi-3's template closes a text with one that ends no turn."""
+    bos = "<bos>" if family.name == "gemma" else None
+    tokenizer = Tokenizer(family.template, bos, family.tokens.get("eos_token") or "<eos>", family.further)
+    assert format_of(tokenizer, "a model") == component.formats()[component.version]
+
+
+def test_a_thought_that_is_kept_out_stands_in_the_prompt() -> None:
+    kept_out = Qwen3.formats()["qwen3_no_thinking"]
+    assert kept_out.write([("Who?", None)]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_a_text_that_only_its_very_end_closes_has_no_end_to_learn() -> None:
+    closed = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}" + (
+        "{% if add_generation_prompt %}{{ 'assistant' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    with pytest.raises(ArgumentsError, match="turns that differ from place to place"):
+        format_of(Tokenizer(closed), "a model")
 
 
 def test_what_an_answer_begins_with_is_the_models_to_say_and_its_end_is_one_token() -> None:

@@ -34,6 +34,27 @@ MISTRAL = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + "
     "' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token}}{% endif %}{% endfor %}"
 )
+# As in the repositories of google/gemma-2b-it, microsoft/Phi-3-mini-4k-instruct, stabilityai/stablelm-2-zephyr-1_6b and
+# Qwen/Qwen3-4B-Instruct-2507, without tools and system prompts.
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | "
+    "trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+)
+PHI3 = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+STABLELM = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + eos_token }}"
+    "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>\n'  + message['content'] + eos_token }}{% endif %}"
+    "{{ '\n' }}{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"
+)
+QWEN3 = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +85,7 @@ class Family:
     @property
     def hosts(self) -> int:
         """How many linears a layer has."""
-        return 6 if self.name == "phi" else 7
+        return {"phi": 6, "phi3": 4}.get(self.name, 7)
 
 
 ENDS = "<|endoftext|>"
@@ -110,6 +131,50 @@ FAMILIES = (
         spare=0,
     ),
 )
+# Those of a newer transformers than LLaVA's pin.
+NEWER = (
+    Family(
+        "gemma",
+        "gemma",
+        "GemmaConfig",
+        "GemmaTokenizerFast",
+        # Heads that are wider than the model's width allows.
+        {"num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True},
+        {},
+        ("<start_of_turn>", "<end_of_turn>"),
+        GEMMA,
+    ),
+    Family(
+        "stablelm",
+        "stablelm",
+        "StableLmConfig",
+        "GPT2Tokenizer",
+        {"num_key_value_heads": 4, "partial_rotary_factor": 0.25, "use_qkv_bias": True},
+        {"bos_token": ENDS, "eos_token": ENDS, "unk_token": ENDS, "pad_token": ENDS},
+        (),
+        STABLELM,
+    ),
+    Family(
+        "phi3",
+        "phi3",
+        "Phi3Config",
+        "LlamaTokenizer",
+        {"num_key_value_heads": 2, "sliding_window": 24},
+        {"eos_token": ENDS, "pad_token": ENDS},
+        ("<|assistant|>", "<|end|>", "<|user|>"),
+        PHI3,
+    ),
+    Family(
+        "qwen3",
+        "qwen3",
+        "Qwen3Config",
+        "Qwen2Tokenizer",
+        {"num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True},
+        {"bos_token": None, "eos_token": "<|im_end|>", "unk_token": None, "pad_token": ENDS},
+        ("<|im_start|>",),
+        QWEN3,
+    ),
+)
 
 
 def build(family: Family, tiny: TinyLlava, folder: Path) -> Path:
@@ -146,17 +211,19 @@ def build(family: Family, tiny: TinyLlava, folder: Path) -> Path:
 def _tokenizer(family: Family, tiny: TinyLlava, folder: Path) -> Any:
     import transformers
 
+    kind = getattr(transformers, family.tokenizer)
     if family.tokenizer == "LlamaTokenizer":
-        made = transformers.LlamaTokenizer.from_pretrained(tiny.llm)
+        made = kind.from_pretrained(tiny.llm, **family.tokens)
+    elif family.tokenizer == "GemmaTokenizerFast":
+        made = kind(str(tiny.llm / "tokenizer.model"), **family.tokens)
     else:
         from tokenizers import ByteLevelBPETokenizer
 
         trained = ByteLevelBPETokenizer()
         trained.train_from_iterator(_sentences(tiny), vocab_size=600, min_frequency=2, special_tokens=[ENDS])
         trained.save_model(str(folder))
-        kind = getattr(transformers, family.tokenizer)
         made = kind(str(folder / "vocab.json"), str(folder / "merges.txt"), **family.tokens)
-        made.add_special_tokens({"additional_special_tokens": list(family.further)})
+    made.add_special_tokens({"additional_special_tokens": list(family.further)})
     made.chat_template = family.template
     made.save_pretrained(folder)
     return made

@@ -39,7 +39,6 @@ def train_flags(tiny: TinyLlava, output_dir: Path, overrides: Mapping[str, objec
         "max_steps": 3,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 1,
-        "evaluation_strategy": "no",
         "save_strategy": "no",
         "learning_rate": 1e-3,
         "weight_decay": 0.0,

@@ -1,11 +1,12 @@
 """Language models that the transformers of LLaVA's pin (4.37.2) does not have; the class of each says which has it.
 
-Their templates are those of their tokenizers: `--version tokenizer`.
+The newest transformers in which LLaVA's train() runs is 4.57.6 (docs/language-models.md).
 """
 
 from __future__ import annotations
 
 from llava_steering_plugin.components.base import LanguageModel
+from llava_steering_plugin.components.chat_format import ChatFormat
 
 
 class Gemma(LanguageModel):
@@ -15,6 +16,13 @@ class Gemma(LanguageModel):
     summary = "Gemma"
     model_type = "gemma"
     since = "4.38"
+    version = "gemma"
+
+    @classmethod
+    def formats(cls) -> dict[str, ChatFormat]:
+        """Return the instruction models' own template; it takes no system prompt."""
+        asked = "<end_of_turn>\n<start_of_turn>model\n"
+        return {"gemma": ChatFormat("", "<start_of_turn>user\n", asked, "<end_of_turn>", "\n")}
 
 
 class StableLM(LanguageModel):
@@ -24,6 +32,13 @@ class StableLM(LanguageModel):
     summary = "StableLM"
     model_type = "stablelm"
     since = "4.38"
+    version = "stablelm"
+
+    @classmethod
+    def formats(cls) -> dict[str, ChatFormat]:
+        """Return the template of StableLM Zephyr 3B and StableLM 2 1.6B; those of 12B are ChatML."""
+        asked = "<|endoftext|>\n<|assistant|>\n"
+        return {"stablelm": ChatFormat("", "<|user|>\n", asked, "<|endoftext|>", "\n")}
 
 
 class Phi3(LanguageModel):
@@ -33,6 +48,12 @@ class Phi3(LanguageModel):
     summary = "Phi-3"
     model_type = "phi3"
     since = "4.41"
+    version = "phi3"
+
+    @classmethod
+    def formats(cls) -> dict[str, ChatFormat]:
+        """Return the template of Phi-3 and Phi-3.5, without a system prompt."""
+        return {"phi3": ChatFormat("", "<|user|>\n", "<|end|>\n<|assistant|>\n", "<|end|>", "\n")}
 
 
 class Qwen3(LanguageModel):
@@ -42,3 +63,17 @@ class Qwen3(LanguageModel):
     summary = "Qwen3"
     model_type = "qwen3"
     since = "4.51"
+    version = "qwen3"
+
+    @classmethod
+    def formats(cls) -> dict[str, ChatFormat]:
+        """Return the template of the models that do not think, and the prompt that keeps others from it.
+
+        The template of those that can think writes turns that differ from place to place: a thought stands in the last
+        answer alone.
+        """
+        ask, asked = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+        return {
+            "qwen3": ChatFormat("", ask, asked, "<|im_end|>", "\n"),
+            "qwen3_no_thinking": ChatFormat("", ask, f"{asked}<think>\n\n</think>\n\n", "<|im_end|>", "\n"),
+        }

@@ -18,13 +18,20 @@ NO, STEPS, EPOCH = "no", "steps", "epoch"
 
 
 def strategy(flags: Any) -> str:
-    """Return --evaluation_strategy as a word, whichever form transformers has given it."""
-    return _word(getattr(flags, "evaluation_strategy", NO))
+    """Return --evaluation_strategy as a word, whichever form and name transformers has given it."""
+    return _word(getattr(flags, name_of_strategy(flags), NO))
+
+
+def name_of_strategy(flags: Any) -> str:
+    """Return the name of that flag: transformers 4.41 calls it `eval_strategy`, and 4.46 knows no other name."""
+    older = "evaluation_strategy"
+    return "eval_strategy" if getattr(flags, older, None) is None else older
 
 
 def validation_problems(flags: Namespace) -> list[str]:
     """Return what keeps a training with a tuning mode from validating as its flags ask."""
-    if not hasattr(flags, "evaluation_strategy"):
+    name = name_of_strategy(flags)
+    if not hasattr(flags, name):
         return []
     path, when = getattr(flags, DATA, None), strategy(flags)
     asked = _asking(flags, when)
@@ -38,12 +45,12 @@ def validation_problems(flags: Namespace) -> list[str]:
         problems += _file_problems(str(path))
     if path and not asked:
         problems.append(
-            f"--{DATA} {path} has no effect: add --evaluation_strategy {STEPS} or {EPOCH}, or --do_eval True to "
+            f"--{DATA} {path} has no effect: add --{name} {STEPS} or {EPOCH}, or --do_eval True to "
             "evaluate once, at the end"
         )
     if flags.eval_steps is not None and (when == NO or flags.eval_steps < 0):
         problems.append(
-            f"--eval_steps {flags.eval_steps:g} has no effect without --evaluation_strategy {STEPS}"
+            f"--eval_steps {flags.eval_steps:g} has no effect without --{name} {STEPS}"
             if when == NO
             else f"--eval_steps is {flags.eval_steps:g}; it must be at least 1, or a share of the training below 1"
         )
@@ -52,7 +59,7 @@ def validation_problems(flags: Namespace) -> list[str]:
 
 def _asking(flags: Namespace, when: str) -> list[str]:
     """Return the flags that ask for an evaluation."""
-    asked = [f"--evaluation_strategy {when}"] if when != NO else []
+    asked = [f"--{name_of_strategy(flags)} {when}"] if when != NO else []
     asked += [f"--{name}" for name in ("do_eval", "load_best_model_at_end") if getattr(flags, name)]
     if _word(flags.lr_scheduler_type) == "reduce_lr_on_plateau":
         asked.append("--lr_scheduler_type reduce_lr_on_plateau")
@@ -65,7 +72,7 @@ def _best_model(flags: Namespace, when: str) -> list[str]:
     if metric is not None and metric not in LOSS:
         problems.append(f"--metric_for_best_model {metric} is unknown: a validation computes {' = '.join(LOSS)} alone")
     elif metric is not None and when == NO:
-        problems.append(f"--metric_for_best_model {metric} has no effect without --evaluation_strategy")
+        problems.append(f"--metric_for_best_model {metric} has no effect without --{name_of_strategy(flags)}")
     if flags.greater_is_better:
         problems.append("--greater_is_better True would keep the worst checkpoint: the smaller loss is the better one")
     saved = _word(flags.save_strategy)
@@ -73,8 +80,8 @@ def _best_model(flags: Namespace, when: str) -> list[str]:
         return problems
     if when != saved:
         problems.append(
-            f"--load_best_model_at_end needs a checkpoint for each evaluation: --evaluation_strategy is {when} and "
-            f"--save_strategy {saved}"
+            f"--load_best_model_at_end needs a checkpoint for each evaluation: --{name_of_strategy(flags)} is {when} "
+            f"and --save_strategy {saved}"
         )
     elif when == STEPS:
         every, saving = flags.eval_steps or flags.logging_steps, flags.save_steps

@@ -118,7 +118,8 @@ class LlavaTrainerMixin(SteeringTrainerMixin, ValidationMixin, ResumePositionMix
         logger.warning("the loss of a batch is not a number, so the batch has no effect: %s; %s.", names, why)
 
     def _get_train_sampler(self, *rest: Any) -> Any:
-        sampler = super()._get_train_sampler(*rest)  # type: ignore[misc]
+        # From 4.52 on transformers hands the samples over, which are the trainer's own: LLaVA's method takes none.
+        sampler = super()._get_train_sampler()  # type: ignore[misc]
         if sampler is None or (self._attachment is None and not SAME_ORDER.get()):
             return sampler
         return EpochSeededSampler(sampler, data_seed(self.args), self._order)

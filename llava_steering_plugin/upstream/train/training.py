@@ -33,6 +33,7 @@ from llava_steering_plugin.upstream.model.language_models import in_training
 from llava_steering_plugin.upstream.seams import require
 from llava_steering_plugin.upstream.text.chat_templates import OF_TOKENIZER
 from llava_steering_plugin.upstream.text.tokenizers import attend_to_ends
+from llava_steering_plugin.upstream.train.newer_transformers import below_llavas_trainer
 from llava_steering_plugin.upstream.train.samples import refuse_bad_data, with_source
 from llava_steering_plugin.upstream.train.targets import of_any_tokenizer
 from llava_steering_plugin.upstream.train.trained_base import TrainedBase
@@ -46,7 +47,8 @@ def on_train_import(module: ModuleType) -> None:
     """Add the flags, the check of the command line, the trainer and the saving of adapters."""
     original = require(module, "LLaVATrainer")
     names: dict[str, Any] = module.__dict__
-    names["LLaVATrainer"] = type(original.__name__, (LlavaTrainerMixin, original), {"__module__": original.__module__})
+    bases = (LlavaTrainerMixin, original, *below_llavas_trainer())
+    names["LLaVATrainer"] = type(original.__name__, bases, {"__module__": original.__module__})
     names["TrainingArguments"] = extended(require(module, "TrainingArguments"))
     require(module, "safe_save_model_for_hf_trainer")
     wrap_function_wrapper(module, "safe_save_model_for_hf_trainer", _save)
