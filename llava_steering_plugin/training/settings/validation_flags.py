@@ -23,7 +23,7 @@ def strategy(flags: Any) -> str:
 
 
 def name_of_strategy(flags: Any) -> str:
-    """Return the name of that flag: transformers 4.41 calls it `eval_strategy`, and 4.46 knows no other name."""
+    """Return the name of that flag: transformers 4.41 calls it `eval_strategy`, and 4.51 knows no other name."""
     older = "evaluation_strategy"
     return "eval_strategy" if getattr(flags, older, None) is None else older
 
