@@ -12,8 +12,9 @@ import pytest
 def test_on_the_pin_llavas_trainer_stands_on_transformers_own_and_no_name_is_another(patched_llava: Path) -> None:
     import llava.train.train
     from llava.train.llava_trainer import LLaVATrainer
-    from llava_steering_plugin.upstream.train.newer_transformers import below_llavas_trainer
     from transformers import Trainer, pytorch_utils, trainer
+
+    from llava_steering_plugin.upstream.train.newer_transformers import below_llavas_trainer
 
     assert below_llavas_trainer() == ()
     parents = llava.train.train.LLaVATrainer.__mro__
