@@ -57,7 +57,8 @@ def missing(task: str, folder: str) -> str:
 def _sources(rows: Sequence[Published]) -> list[tuple[str, str]]:
     by_source: dict[str, list[str]] = {}
     for row in rows:
-        by_source.setdefault(row.source, []).append(row.model)
+        checked = f"checked {row.checked}" if row.checked else "not checked"
+        by_source.setdefault(f"{row.source} ({checked})", []).append(row.model)
     return [("; ".join(models), source) for source, models in by_source.items()]
 
 

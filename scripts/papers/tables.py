@@ -95,12 +95,14 @@ class Published:
         model: whose row it is.
         values: by benchmark.
         source: where the figures stand.
+        checked: with what they were compared after they had been copied; empty: with nothing.
     """
 
     table: str
     model: str
     values: Mapping[str, float]
     source: str
+    checked: str = ""
 
 
 def read_figures(file: Path) -> list[Published]:
@@ -117,18 +119,21 @@ def read_figures(file: Path) -> list[Published]:
             f'{file} has no published figures: {error}. It should hold {{"rows": [{{"table", "model", "values", '
             f'"source"}}]}}, as {FIGURES.name} beside this program does.'
         ) from error
-    if problems := [problem for row in rows for problem in _problems(**row)]:
+    if problems := [problem for row in found for problem in _problems(row)]:
         raise ArgumentsError(f"{file}: {'; '.join(problems)}.")
     return found
 
 
-def _problems(table: Any, model: Any, values: Any, source: Any) -> list[str]:
+def _problems(row: Published) -> list[str]:
     """Return everything wrong with a published row, of which a file may say anything."""
+    table, model, values, source = (vars(row)[name] for name in ("table", "model", "values", "source"))
     found = [] if isinstance(model, str) else [f"the model {model!r} is no name"]
     if not isinstance(table, str) or table not in TABLES:
         found.append(f"{model}: no table {table!r}; there are {', '.join(TABLES)}")
     if not isinstance(source, str) or not source:
         found.append(f"{model}: it names no source")
+    if not isinstance(row.checked, str):
+        found.append(f"{model}: checked is {row.checked!r}, which is no text")
     if not isinstance(values, dict):
         return [*found, f"{model}: its values are no numbers by benchmark"]
     found += [f"{model}: no benchmark {task!r}" for task in values if task not in ENTRIES]

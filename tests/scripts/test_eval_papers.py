@@ -143,7 +143,7 @@ def test_every_benchmark_of_the_tables_can_be_prepared_scored_and_found() -> Non
         assert (BENCHMARKS[task].metrics is None) == (entry.metric is None), task
         assert "http" in where_to_get(task), task
     assert {task for _, columns in TABLES.values() for task in columns} == set(ENTRIES)
-    assert all(row.source for row in read_figures(FIGURES))
+    assert all(row.source and row.checked for row in read_figures(FIGURES))
 
 
 def request_of(output: Path, **adapters: str) -> Any:
@@ -228,6 +228,7 @@ def test_each_column_is_a_number_that_score_gives_for_the_split_that_is_prepared
         ({"values": ["gqa"]}, "M: its values are no numbers by benchmark"),
         ({"table": ["llava"]}, r"M: no table \['llava'\]"),
         ({"model": 3}, "the model 3 is no name"),
+        ({"checked": True}, "M: checked is True, which is no text"),
     ],
 )
 def test_published_rows_are_checked_before_anything_runs(row: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -257,3 +258,15 @@ def test_a_number_that_is_undefined_and_a_table_without_published_rows_say_so() 
     page = markdown(["hallucination"], ["mine"], scores, [], {})
     assert "| mine | undefined | not run |" in page
     assert "are not in figures.json: give them by `--figures`" in page
+
+
+def test_the_page_says_what_published_figures_were_checked_with() -> None:
+    from papers.report import markdown
+    from papers.tables import Published
+
+    rows = [
+        Published("text", "A", {"mmlu": 55.3}, "a paper, Table 4", "with its text"),
+        Published("text", "B", {"mmlu": 57.0}, "a slide"),
+    ]
+    page = markdown(["text"], ["mine"], {}, rows, {})
+    assert "- A: a paper, Table 4 (checked with its text)\n- B: a slide (not checked)" in page
