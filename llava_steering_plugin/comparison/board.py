@@ -82,7 +82,7 @@ class Board:
         scores = ", ".join(f"{name} {score.score:.2f}" for name, score in record.scores.items())
         said = scores if record.status == DONE else record.error
         left = self._left()
-        took = _duration(seconds) + ("" if left is None or done == total else f"; about {_duration(left)} left")
+        took = _duration(seconds) + (f"; about {_duration(left)} left" if left else "")
         self.say(f"[{done}/{total}] {record.status}: {cell.named()}, {record.split}: {said} ({took})")
 
     def chosen(self, cell: Cell, choice: Choice) -> None:
@@ -95,11 +95,9 @@ class Board:
         self.say(f"{of}: {said}")
 
     def _counts(self) -> tuple[int, int]:
-        """Return how many evaluations have ended and how many there are, as far as known."""
-        schedule = self._schedule
-        assert schedule is not None
-        tests = sum(split != VALIDATION for _, split in schedule.records)
-        return len(schedule.records), max(schedule.total(), len(schedule.plan.cells) + tests)
+        """Return how many evaluations have ended and how many there are."""
+        assert self._schedule is not None
+        return len(self._schedule.records), self._schedule.total()
 
     def _left(self) -> float | None:
         """Return the seconds that are left, from the mean of what has ended; None before anything has."""
@@ -123,9 +121,7 @@ class Board:
         assert schedule is not None
         done, total = self._counts()
         left = self._left()
-        title = f"{done} of {total} evaluations" + (
-            "" if left is None or done == total else f", about {_duration(left)} left"
-        )
+        title = f"{done} of {total} evaluations" + (f", about {_duration(left)} left" if left else "")
         table = Table(title=title, title_justify="left")
         for column in ("task", "method"):
             table.add_column(column)

@@ -10,6 +10,8 @@ from pathlib import Path
 LINES, BYTES = 12, 20_000
 # The progress that tqdm writes, in trainings: 12/300 [
 _STEPS = re.compile(rb"(\d+)/(\d+) \[")
+# A training's own bar has no words before it, as that of loading a model has.
+_BARE = re.compile(rb"[\r\n] *\d+%\|[^|\r\n]*\| *\d+/(\d+) \[")
 
 
 def end_of(log: Path, status: int, program: str) -> str:
@@ -32,16 +34,26 @@ def last_lines(log: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("$ ") and not _STEPS.search(line.encode())][-LINES:]
 
 
-def progress_in(log: Path) -> tuple[int, int] | None:
-    """Return the step that a program is at and how many there are; None if its log does not say."""
-    found = _STEPS.findall(_tail(log, 2000))
-    return (int(found[-1][0]), int(found[-1][1])) if found else None
+class Progress:
+    """Follows the steps of a training in its log, and not the bars of the evaluations that it stops for."""
+
+    def __init__(self, log: Path):
+        self.log = log
+        self._total: bytes | None = None
+
+    def now(self) -> tuple[int, int] | None:
+        """Return the step that the training is at and how many there are; None while its log does not say."""
+        if self._total is None:
+            begun = _BARE.search(_tail(self.log))
+            self._total = begun[1] if begun else None
+        found = [step for step, total in _STEPS.findall(_tail(self.log)) if total == self._total]
+        return (int(found[-1]), int(self._total)) if found and self._total is not None else None
 
 
-def _tail(log: Path, size: int = BYTES) -> bytes:
+def _tail(log: Path) -> bytes:
     try:
         with log.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+            file.seek(max(0, os.fstat(file.fileno()).st_size - BYTES))
             return file.read()
     except OSError:
         return b""

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from llava_steering_plugin.comparison.schema import (
+    FILES,
     FROZEN,
     LONGEST_NAME,
     NEEDED,
@@ -87,9 +88,9 @@ class _Reading:
         self.problems: list[str] = []
 
     def comparison(self, data: Any) -> Comparison:
-        data = self._table(data, "the file", TOP, NEEDED)
+        data = self._table(data, "", TOP, NEEDED)
         base = self._text(data, "base")
-        rates = self._numbers(data.get(RATES, []), RATES) if RATES in data else ()
+        rates = self._numbers(data[RATES], RATES) if RATES in data else ()
         defaults = self._flags(data.get("defaults") or {}, "defaults")
         methods = [
             self._method(name, flags, defaults, rates)
@@ -151,13 +152,6 @@ class _Reading:
             if split in given
         }
         validation, test = tests.get("validation", ()), tests.get("test", ())
-        for one in validation:
-            for other in test:
-                if one.questions == other.questions:
-                    self.problems.append(
-                        f"{place}: validation.{one.name} and test.{other.name} ask the same questions; a test that "
-                        "has chosen the learning rate is none"
-                    )
         return Task(name, self._there(given, "train", place, Path.is_file, "file"), images, validation, test)
 
     def _test(self, name: str, given: Any, place: str, images: Path) -> Test:
@@ -188,12 +182,15 @@ class _Reading:
             elif isinstance(value, float) and not math.isfinite(value):
                 self.problems.append(f"{place}.{flag} is {value}; give a number")
             else:
-                flags[flag] = self._value(flag, value)
+                flags[flag] = self._value(flag, value, place)
         return flags
 
-    def _value(self, flag: str, value: Any) -> Any:
-        if flag in PATHS and isinstance(value, str) and (self.folder / value).expanduser().exists():
-            return str(self._path(value))
+    def _value(self, flag: str, value: Any, place: str) -> Any:
+        if flag in PATHS and isinstance(value, str):
+            if self._path(value).exists():
+                return str(self._path(value))
+            if flag in FILES:
+                self.problems.append(f"{place}.{flag}: there is no file {self._path(value)}")
         return json.dumps(value) if isinstance(value, Mapping) else value
 
     def _named(self, given: Any, place: str) -> list[tuple[str, Any]]:
@@ -211,7 +208,7 @@ class _Reading:
         if not isinstance(given, Mapping):
             self.problems.append(f"{place} is {given!r:.60}; it holds {', '.join(known)}")
             return {}
-        prefix = "" if place == "the file" else f"{place}."
+        prefix = f"{place}." if place else ""
         for key in given:
             if key not in known:
                 hint = nearest(str(key), known)

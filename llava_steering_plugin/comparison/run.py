@@ -18,7 +18,7 @@ from llava_steering_plugin.comparison import commands
 from llava_steering_plugin.comparison.board import Board, Running
 from llava_steering_plugin.comparison.cells import Cell, Plan, plan_cells
 from llava_steering_plugin.comparison.evaluation import evaluate
-from llava_steering_plugin.comparison.logs import progress_in, summary
+from llava_steering_plugin.comparison.logs import Progress, summary
 from llava_steering_plugin.comparison.output import begin, locked, output_problems, refuse_another, write_results
 from llava_steering_plugin.comparison.preflight import check
 from llava_steering_plugin.comparison.processes import Command, Processes
@@ -63,6 +63,7 @@ class _Job:
         steps: what is left of it.
         process: the number of its present program.
         slot: of the places for jobs, the one that it has.
+        progress: of its training, while it trains.
     """
 
     cell: Cell
@@ -72,6 +73,7 @@ class _Job:
     begun: float = field(default_factory=time.monotonic)
     process: int = 0
     command: Command | None = None
+    progress: Progress | None = None
 
 
 def compare(comparison: Comparison, board: Board | None = None) -> Outcome:
@@ -214,6 +216,7 @@ class _Run:
             self._ended(job, ended.value)
             return
         job.process = self.processes.start(job.command)
+        job.progress = Progress(job.command.log) if job.command.log.name == commands.TRAIN_LOG else None
 
     def _look(self) -> None:
         for job in list(self.jobs):
@@ -265,9 +268,7 @@ class _Run:
 
 
 def _running(job: _Job) -> Running:
-    log = job.command.log if job.command is not None else None
-    training = log is not None and log.name == commands.TRAIN_LOG
-    return Running(job.cell, job.split, job.begun, progress_in(log) if training and log is not None else None)
+    return Running(job.cell, job.split, job.begun, None if job.progress is None else job.progress.now())
 
 
 def _gpus(comparison: Comparison) -> tuple[Any, ...]:

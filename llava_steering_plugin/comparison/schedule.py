@@ -60,8 +60,12 @@ class Schedule:
         return sum(undecided.values())
 
     def total(self) -> int:
-        """Return how many evaluations there are, as far as known: methods without a choice may get one."""
-        return len(self.plan.cells) + len(self.tested) + self.to_come()
+        """Return how many evaluations there are if a learning rate can be chosen for every method."""
+        tests = {
+            (cell.task.name, cell.method.name): 1 if cell.method.frozen else len(self.plan.comparison.seeds)
+            for cell in self.plan.cells
+        }
+        return len(self.plan.cells) + sum(tests.values())
 
     def tested_before(self, cell: Cell) -> list[Cell]:
         """Return cells of the same method and task, at other learning rates, that test data was looked at with."""

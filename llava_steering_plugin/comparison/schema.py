@@ -50,6 +50,8 @@ PATHS = (
     "peft_config",
     "adapter_path",
 )
+# Of these, the ones that are files; the others may be names, or texts.
+FILES = ("pretrain_mm_mlp_adapter", "deepspeed", "eval_data_path")
 PROGRAM = "llava.train.train"
 LONGEST_NAME = 60
 

@@ -103,13 +103,15 @@ def test_everything_that_would_fail_is_named_before_the_first_training(tiny: Tin
     assert message.count("--version v3") == 1 and f"methods.{everybody}: --version v3" in message
 
 
-def test_a_copy_of_the_validation_questions_is_no_test(tiny: TinyLlava, tmp_path: Path) -> None:
+def test_questions_that_choose_the_learning_rate_are_no_test(tiny: TinyLlava, tmp_path: Path) -> None:
     data = content(tiny, tmp_path)
     lines = (tmp_path / "validation.jsonl").read_text().splitlines(keepends=True)
     own = (tmp_path / "test.jsonl").read_text()
     (tmp_path / "copied.jsonl").write_text(lines[2].replace('"question_id": ', '"question_id": "again", "was": ') + own)
     data["tasks"]["shapes"]["test"]["copied"] = test_of("copied.jsonl")
+    data["tasks"]["shapes"]["test"]["again"] = test_of("validation.jsonl")
     message = refused(data, tmp_path)
+    assert "validation.seen and tasks.shapes.test.again ask 8 of the same questions" in message
     assert "validation.seen and tasks.shapes.test.copied ask 1 of the same questions, such as 'again'" in message
     assert "test.unseen" not in message
 

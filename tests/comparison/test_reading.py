@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compared import MORES, content, test_of, write_file
+from compared import MORES, content, write_file
 from tiny_llava import TinyLlava
 
 from llava_steering_plugin.comparison.reading import comparison_from, read_comparison
@@ -46,6 +46,7 @@ def test_everything_that_is_wrong_is_named_in_one_message(tiny: TinyLlava, tmp_p
     data = content(tiny, tmp_path)
     data |= {"sedes": [1], "seeds": [1, 1, -3], "learning_rates": [0, "fast", 0.1, 0.1], "processes": 0}
     data["methods"]["MoReS"] = {"learning_rate": 0.1, "--mores_rank": 2}
+    data["methods"]["LoRA"] = {"deepspeed": "zero3.json", "vision_tower": "openai/clip"}
     data["tasks"]["shapes"]["train"] = "nowhere.json"
     data["tasks"]["shapes"]["validation"] = {}
     message = refused(data, tmp_path)
@@ -58,6 +59,7 @@ def test_everything_that_is_wrong_is_named_in_one_message(tiny: TinyLlava, tmp_p
         "learning_rates holds 0.1 twice",
         "processes is 0",
         "methods.MoReS.learning_rate is set by the comparison; say it with learning_rates",
+        f"methods.LoRA.deepspeed: there is no file {tmp_path / 'zero3.json'}",
         "methods.MoReS.--mores_rank: a flag is given without dashes",
         f"tasks.shapes.train: there is no file {tmp_path / 'nowhere.json'}",
         "tasks.shapes.validation holds at least one, by name: learning rates are chosen by it",
@@ -93,12 +95,6 @@ def test_a_task_without_validation_is_told_why_it_needs_one(tiny: TinyLlava, tmp
     data = content(tiny, tmp_path)
     del data["tasks"]["shapes"]["validation"]
     assert "tasks.shapes.validation is missing: learning rates are chosen by it" in refused(data, tmp_path)
-
-
-def test_questions_that_choose_the_learning_rate_are_no_test(tiny: TinyLlava, tmp_path: Path) -> None:
-    data = content(tiny, tmp_path)
-    data["tasks"]["shapes"]["test"]["again"] = test_of("validation.jsonl")
-    assert "validation.seen and test.again ask the same questions" in refused(data, tmp_path)
 
 
 @pytest.mark.parametrize(

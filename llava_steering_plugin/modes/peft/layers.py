@@ -107,20 +107,29 @@ def is_dora(layer: Any) -> bool:
     return bool(getattr(layer, "use_dora", {}).get(NAME))
 
 
+def _unpacked(host: nn.Linear) -> Tensor:
+    """Return the weight of a linear of bitsandbytes', which holds it as bytes, in float32."""
+    from peft.utils.integrations import dequantize_bnb_weight  # imports bitsandbytes, which need not be there
+
+    weight: Tensor = dequantize_bnb_weight(host.weight, state=getattr(host, "state", None))
+    return weight.detach().float()
+
+
 @torch.no_grad()
 def start_dora(module: TunedLinear, host: nn.Linear) -> None:
     """Set the magnitudes of a fresh layer to those of its linear's weight, in float32."""
-    from peft.utils.integrations import dequantize_bnb_weight
-
     stand_in = module.layer.base_layer
     packed: Any = host.weight
     with gathered([packed]):
-        weight = dequantize_bnb_weight(packed, state=getattr(host, "state", None)).detach().float()
+        weight = packed.detach().float() if packed.is_floating_point() else _unpacked(host)
     plain = nn.Linear(host.in_features, host.out_features, bias=False, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
     module.layer.to(weight.device)
     module.layer.base_layer = plain
     try:
-        module.layer.dora_init(NAME)
+        if hasattr(module.layer, "dora_init"):
+            module.layer.dora_init(NAME)
+        else:  # a newer PEFT than LLaVA's pins take
+            module.layer.lora_variant[NAME].init(module.layer, adapter_name=NAME)
     finally:
         module.layer.base_layer = stand_in

@@ -27,11 +27,11 @@ NOT_HERE = {
 }
 # PEFT's word for all linears, which all methods may use here.
 ALL = "all-linear"
-# What a file of PEFT's says that is no setting of the method, or only Megatron's. `peft_type` is compared with
-# --peft_method.
+# What a file or an object of PEFT's says that is no setting of the method, or only Megatron's. `peft_type` is compared
+# with --peft_method; `runtime_config` is how PEFT itself would run it, and PEFT saves none.
 _OF_THE_FILE = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_type"),
-    *("peft_version", "revision", "task_type"),
+    *("peft_version", "revision", "runtime_config", "task_type"),
 )
 _IDENTITY = "a fresh adapter must leave the base's answers as they are"
 _BASE = "it would change the base itself, which adapters share"
@@ -73,14 +73,17 @@ def method_problems(method: str) -> list[str]:
     """Return why a method cannot be trained here; nothing if it can."""
     if find_spec("peft") is None:
         return ["tuning_mode peft needs PEFT, which is not installed: pip install 'llava-steering-plugin[peft]'"]
+    from peft import PeftType
+
     there = [name for name in METHODS if config_class(name) is not None]
     if method in there:
         return []
     known = f"methods that train here, with PEFT {version()}: {', '.join(there)}"
     if method in NOT_HERE:
         return [f"peft_method {method} is refused: {NOT_HERE[method]}; {known}"]
-    why = "is not supported" if config_class(method) is not None else "is unknown"
-    return [f"peft_method {method} {why}; {nearest(method, there)}{known}"]
+    if method.upper() in PeftType.__members__:
+        return [f"peft_method {method} is refused: PEFT has it, and it has not been tried with this package; {known}"]
+    return [f"peft_method {method} is unknown; {nearest(method, there)}{known}"]
 
 
 def read_config(text: str | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Covers `modes/peft/settings.py`, and `problems` of `modes/peft/mode.py`.
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from llava_steering_plugin.modes.base import DecoderShape, LayerShape, Mode
 from llava_steering_plugin.modes.joint import joint
 from llava_steering_plugin.modes.mores import MoReS
 from llava_steering_plugin.modes.peft.mode import Peft
-from llava_steering_plugin.modes.peft.settings import METHODS, config_class
+from llava_steering_plugin.modes.peft.settings import METHODS, config_class, method_problems, version
 from llava_steering_plugin.planning.plan import plan
 
 LINEARS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -81,6 +82,25 @@ def test_two_ways_to_say_the_same_are_the_same_setting_and_all_that_counts_is_in
         "lora_dropout": 0.0,
         "r": 8,
     }
+
+
+def test_whatever_the_installed_peft_has_trains_here_or_is_refused_by_name_with_the_reason() -> None:
+    from peft import PeftType
+
+    reasons = {kind.value.lower(): " ".join(method_problems(kind.value.lower())) for kind in PeftType}
+    assert [name for name, reason in reasons.items() if not reason] == [name for name in reasons if name in METHODS]
+    for name, reason in reasons.items():
+        assert not reason or reason.startswith(f"peft_method {name} is refused: "), reason
+        assert not reason or reason.endswith(f"with PEFT {version()}: {', '.join(METHODS)}")
+    assert "it needs a training loop that calls its update_and_allocate() after every step" in reasons["adalora"]
+
+
+def test_a_method_of_peft_that_was_never_tried_is_not_taken_for_a_typing_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import PeftType
+
+    monkeypatch.setattr("peft.PeftType", Enum("PeftType", [*PeftType.__members__, "XLORA"]))
+    (reason,) = method_problems("xlora")
+    assert reason.startswith("peft_method xlora is refused: PEFT has it") and "did you mean" not in reason
 
 
 @pytest.mark.parametrize(
