@@ -126,14 +126,14 @@ def read_figures(file: Path) -> list[Published]:
 
 def _problems(row: Published) -> list[str]:
     """Return everything wrong with a published row, of which a file may say anything."""
-    table, model, values, source = (vars(row)[name] for name in ("table", "model", "values", "source"))
+    table, model, values, source, checked = vars(row).values()
     found = [] if isinstance(model, str) else [f"the model {model!r} is no name"]
     if not isinstance(table, str) or table not in TABLES:
         found.append(f"{model}: no table {table!r}; there are {', '.join(TABLES)}")
     if not isinstance(source, str) or not source:
         found.append(f"{model}: it names no source")
-    if not isinstance(row.checked, str):
-        found.append(f"{model}: checked is {row.checked!r}, which is no text")
+    if not isinstance(checked, str):
+        found.append(f"{model}: checked is {checked!r}, which is no text")
     if not isinstance(values, dict):
         return [*found, f"{model}: its values are no numbers by benchmark"]
     found += [f"{model}: no benchmark {task!r}" for task in values if task not in ENTRIES]
