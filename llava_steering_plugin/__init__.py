@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from llava_steering_plugin.modes.joint import joint
     from llava_steering_plugin.modes.mixlora import MixLoRA
     from llava_steering_plugin.modes.mores import MoReS
-    from llava_steering_plugin.pool.pool import AdapterPool, use_adapter, using
+    from llava_steering_plugin.pool.choosing import use_adapter, using
+    from llava_steering_plugin.pool.pool import AdapterPool
     from llava_steering_plugin.training.trainer import SteeringTrainerMixin
 
     __version__: str
@@ -112,7 +113,8 @@ _HOMES = {
     "modes.joint": ("joint",),
     "modes.mixlora": ("MixLoRA",),
     "modes.mores": ("MoReS",),
-    "pool.pool": ("AdapterPool", "use_adapter", "using"),
+    "pool.choosing": ("use_adapter", "using"),
+    "pool.pool": ("AdapterPool",),
     "training.trainer": ("SteeringTrainerMixin",),
 }
 

@@ -65,6 +65,11 @@ class PooledAdapter:
     resident: bool = field(default=False, init=False)
     users: int = field(default=0, init=False)
 
+    @property
+    def has_image_parts(self) -> bool:
+        """True if it makes other image features than the base."""
+        return self.projector is not None or self.newline is not None
+
     def tensors(self) -> list[Tensor]:
         """Return everything that it keeps in memory."""
         parts = [*self.modules.values(), *([self.projector] if self.projector is not None else [])]

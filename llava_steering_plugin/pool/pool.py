@@ -27,10 +27,11 @@ from llava_steering_plugin.errors import ArgumentsError, SteeringError, TokenMap
 from llava_steering_plugin.hooks.hosts import SharedHooks, dispatch, refuse_shared
 from llava_steering_plugin.hooks.owner import ModelOwner, owner_of
 from llava_steering_plugin.hooks.parameter_names import PROJECTOR
-from llava_steering_plugin.hooks.scope import Scope, current, naming
+from llava_steering_plugin.hooks.scope import Scope, current
 from llava_steering_plugin.modes.base import ForwardPass
 from llava_steering_plugin.pool import row_names
 from llava_steering_plugin.pool.adapter import AdapterDetails, PooledAdapter
+from llava_steering_plugin.pool.image_features import ImageFeatures, refuse_ready_made
 from llava_steering_plugin.pool.newlines import marking, with_newlines
 from llava_steering_plugin.pool.projectors import ServedRows, project_by_row
 from llava_steering_plugin.pool.reading import pooled
@@ -81,9 +82,12 @@ class AdapterPool(ModelOwner):
         found = projector_of(model)
         self._projector = found[1] if found is not None else None
         self._newline = self.family.newline()
+        self._features = None if self.family.splices else ImageFeatures(model, self._with_image_parts)
         self._hooks = SharedHooks(self._hook)
         self._residency = Residency(self.stack.get_submodule, self._projector, max_resident)
         self.take()
+        if self._features is not None:
+            self._features.take()
 
     def load(self, name: str, name_or_path: AdapterSource) -> None:
         """Add an adapter under `name`, or replace the one of that name for all calls that begin from now on.
@@ -167,6 +171,8 @@ class AdapterPool(ModelOwner):
                 self._retire(adapter)
             self._adapters.clear()
             self.release()
+            if self._features is not None:
+                self._features.release()
             if self._original is not None:
                 self._original.put_back()
 
@@ -234,6 +240,9 @@ class AdapterPool(ModelOwner):
                 scope.rows = rows = ServedRows(adapters)
                 if not rows.active:
                     scope.disabled |= {id(self)}
+                rows.note_ids(args, kwargs)
+                if self._features is not None and self._with_image_parts() is not None:
+                    refuse_ready_made(kwargs)
                 if self._original is not None:
                     self._original.check_ids(args, kwargs) if id(self) in scope.disabled else row_names.check_alone(
                         names
@@ -241,6 +250,20 @@ class AdapterPool(ModelOwner):
                 yield scope
         finally:
             self._give_back(adapters)
+
+    def _begin(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if isinstance(scope.rows, ServedRows):
+            scope.rows.note_ids(args, kwargs)
+        super()._begin(scope, args, kwargs)
+
+    def _with_image_parts(self) -> ServedRows | None:
+        """Return the rows of the present call, if an adapter of theirs has image parts of its own."""
+        scope = current()
+        if scope is None or scope.owner is not self or id(self) in scope.disabled:
+            return None
+        rows = scope.rows
+        own = isinstance(rows, ServedRows) and (rows.brings_projectors or rows.brings_newlines)
+        return rows if own and isinstance(rows, ServedRows) else None
 
     def _rows_of(self, scope: Scope) -> int | None:
         return scope.rows.count if isinstance(scope.rows, ServedRows) else None
@@ -274,27 +297,3 @@ class AdapterPool(ModelOwner):
                     embeds = with_newlines(embeds, base, scope.rows.pooled)
                 return *parts, embeds, labels
         return super()._prepare(original, *args, **kwargs)
-
-
-@contextmanager
-def use_adapter(model: PreTrainedModel, names: str | Sequence[str]) -> Iterator[None]:
-    """Name the adapters for calls of `model` that name none, inside the block and in this thread.
-
-        with use_adapter(model, "cats"):
-            run_an_evaluation(model)
-
-    Raises:
-        SteeringError: the model carries no pool.
-        ArgumentsError: an unknown name.
-    """
-    pool = owner_of(model)
-    if not isinstance(pool, AdapterPool):
-        raise SteeringError(f"this {type(model).__name__} carries no pool of adapters; AdapterPool(model) makes one.")
-    names = row_names.listed(names)
-    pool.check(names)
-    with naming(pool, names):
-        yield
-
-
-# The name of the first versions.
-using = use_adapter

@@ -33,11 +33,17 @@ def own_projector(projector: nn.Module, tensors: Mapping[str, Tensor], dtype: to
 
 
 class ServedRows(Rows):
-    """The adapter of each row of a call, and the projector of each tile of its images."""
+    """The adapter of each row of a call, and the projector of each tile of its images.
+
+    Attributes:
+        pooled: the adapters; one for each row, or one for all.
+        ids: the tokens of the present forward, or of the prompts of a generation that begins; None if it has none.
+    """
 
     def __init__(self, adapters: Sequence[PooledAdapter | None]):
         super().__init__(adapters)
         self.pooled = tuple(adapters)
+        self.ids: Tensor | None = None
         self._tiles = 0
         self._projected: tuple[tuple[nn.Module, Tensor], ...] = ()
 
@@ -60,6 +66,11 @@ class ServedRows(Rows):
     def brings_newlines(self) -> bool:
         """True if any row's adapter has an image_newline of its own."""
         return any(adapter is not None and adapter.newline is not None for adapter in self.pooled)
+
+    def note_ids(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note the tokens of a call, from its arguments."""
+        given = (kwargs.get("input_ids"), kwargs.get("inputs"), args[0] if args else None)
+        self.ids = next((each for each in given if isinstance(each, Tensor) and not each.is_floating_point()), None)
 
     def assign_images(self, splice: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Find out from the arguments of LLaVA's splice which tiles belong to which row."""

@@ -13,11 +13,12 @@ from llava_steering_plugin.adapters.fit.compatibility import named_for, prepare
 from llava_steering_plugin.adapters.parts.added_tokens import knows_tokens
 from llava_steering_plugin.adapters.parts.image_settings import differing_settings
 from llava_steering_plugin.adapters.stored.folder import EXTRA, StoredAdapter
-from llava_steering_plugin.errors import AdapterError, listing
+from llava_steering_plugin.errors import AdapterError, listing, shortened
 from llava_steering_plugin.hooks.families import family_of
 from llava_steering_plugin.modes.base import DecoderShape
 from llava_steering_plugin.modes.joint import at_decode
 from llava_steering_plugin.pool.adapter import PooledAdapter
+from llava_steering_plugin.pool.image_features import maker_of
 from llava_steering_plugin.pool.projectors import own_projector
 
 if TYPE_CHECKING:
@@ -40,10 +41,12 @@ def pooled(
     found = projector_of(model)
     prefix = f"{found[0]}." if found is not None else None
     problems = _needs_of_its_own(model, stored, tokenizer)
-    newline = extras.pop(family_of(model).newline() or "", None) if family_of(model).splices else None
-    problems += [f"it brings its own {key}" for key in extras if prefix is None or not key.startswith(prefix)]
-    if extras and not family_of(model).splices:
-        problems.append("it brings its own projector, and which images are whose is known in LLaVA alone")
+    newline = extras.pop(family_of(model).newline() or "", None)
+    others = [key for key in extras if prefix is None or not key.startswith(prefix)]
+    problems += shortened([f"it brings its own {key}" for key in others])
+    brought = newline is not None or len(others) < len(extras)
+    if brought and not family_of(model).splices and maker_of(model) is None:
+        problems.append("it brings its own projector, and this model has no get_image_features to give it its images")
     if problems:
         raise AdapterError(
             listing(

@@ -1,6 +1,6 @@
 """Many adapters on one model: every row of a batch gets what its adapter gives alone, however the batch is mixed.
 
-Holds for `pool/adapter.py` and `pool/projectors.py`, too.
+Holds for `pool/adapter.py`, `pool/projectors.py` and `pool/choosing.py`, too.
 
 How rows are named: `pool/row_names.py`.
 """
