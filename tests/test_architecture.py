@@ -23,7 +23,7 @@ PACKAGE = "llava_steering_plugin"
 # From the ground up. A room imports rooms of lower floors only; rooms of one floor know nothing of each other.
 FLOORS = (
     ("errors", "lazy_imports", "whole_files"),
-    ("distributed", "registered", "figures", "hub"),
+    ("distributed", "registered", "figures", "hub", "foreign_files"),
     ("modes", "components"),
     ("hooks",),
     ("adapters", "measures"),

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from llava_steering_plugin.adapters.stored.files import CONFIG_BYTES, INDEX_BYTES, cut, pinned, read_json
 from llava_steering_plugin.errors import AdapterError
+from llava_steering_plugin.foreign_files import CONFIG_BYTES, INDEX_BYTES, cut, pinned, read_json
 
 SAFE_SINCE = "2.6"
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin.adapters.stored.files import read_json
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, Problems, UpstreamError
 from llava_steering_plugin.export.chat_templates import chat_template
 from llava_steering_plugin.export.configs import TOWER_FOLDER
@@ -17,6 +16,7 @@ from llava_steering_plugin.export.layouts import Layout, Source, recognise
 from llava_steering_plugin.export.plans import Plan, plan_for_llava, plan_for_transformers, read_record, write_files
 from llava_steering_plugin.export.streaming import SHARD_BYTES, Progress, compare_pieces, write_pieces
 from llava_steering_plugin.export.vocabulary import IMAGE, llavas_tokenizer, with_image_token, without_image_token
+from llava_steering_plugin.foreign_files import read_json
 from llava_steering_plugin.upstream.text.conversations import checked_template, marked_as, template_by_name
 from llava_steering_plugin.whole_files import flush, remove_partials
 

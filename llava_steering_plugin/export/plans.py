@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.adapters.stored.files import read_json
 from llava_steering_plugin.convert.torch_files import Weights
 from llava_steering_plugin.errors import ArgumentsError, listing, shortened
 from llava_steering_plugin.export import configs, tensor_names
@@ -19,6 +18,7 @@ from llava_steering_plugin.export.configs import TOWER_FOLDER
 from llava_steering_plugin.export.layouts import Source
 from llava_steering_plugin.export.streaming import Piece, check_shapes, piece
 from llava_steering_plugin.export.vocabulary import SPECIAL_TOKENS, TOKENIZER_CONFIG, Vocabulary, more_rows
+from llava_steering_plugin.foreign_files import read_json
 
 # What a LLaVA was before it became transformers': its settings, for the way back.
 RECORD = "llava_export.json"

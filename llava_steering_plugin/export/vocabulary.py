@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_steering_plugin.adapters.stored.files import read_json
 from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.foreign_files import read_json
 
 IMAGE = "<image>"
 ROWS_OF = 64

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin.adapters.stored.files import INDEX_BYTES, check_folder, pinned, read_json
 from llava_steering_plugin.adapters.stored.folder import WEIGHTS as ADAPTER_WEIGHTS
 from llava_steering_plugin.adapters.stored.folder import AdapterFolder
 from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.errors import ArgumentsError, UpstreamError, listing
+from llava_steering_plugin.foreign_files import INDEX_BYTES, check_folder, pinned, read_json
 from llava_steering_plugin.hub import absent, hub_file
 
 CONFIG = "config.json"

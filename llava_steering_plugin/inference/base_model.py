@@ -11,10 +11,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from llava_steering_plugin.adapters.fit.base_model import read_config
-from llava_steering_plugin.adapters.stored.files import check_folder
 from llava_steering_plugin.adapters.stored.folder import StoredAdapter
 from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, UpstreamError
+from llava_steering_plugin.foreign_files import check_folder
 from llava_steering_plugin.inference.base_files import is_llava
 from llava_steering_plugin.modes.base import default_dtype
 from llava_steering_plugin.pool.pool import AdapterPool

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.adapters.attachment import required
-from llava_steering_plugin.adapters.stored.files import read_json
 from llava_steering_plugin.adapters.stored.folder import PEFT_CONFIG, AdapterFolder, StoredAdapter
 from llava_steering_plugin.adapters.stored.locate import find, locate
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, BaseMismatch
+from llava_steering_plugin.foreign_files import read_json
 from llava_steering_plugin.inference.base_files import check_adapters_fit, check_base, is_llava
 from llava_steering_plugin.inference.base_model import LoadedBase, load_base, load_with_upstream, read_base_config
 from llava_steering_plugin.pool.pool import BASE, AdapterPool

@@ -1,6 +1,6 @@
 """A refusal takes no more memory than the adapter's file is large, whatever sizes the file claims.
 
-Holds for `adapters/stored/files.py`, `adapters/stored/tensor_file.py` and `adapters/fit/compatibility.py`.
+Holds for `foreign_files.py`, `adapters/stored/tensor_file.py` and `adapters/fit/compatibility.py`.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_a_foreign_connector_trains_and_a_machine_without_it_names_its_package(
     site: Path,
     library_forks: Forks,

@@ -21,7 +21,7 @@ from training_runs import train_flags, train_in_process
 from llava_steering_plugin.components.base import ImageTokens, Tower
 from llava_steering_plugin.components.image_tokens import of_model
 from llava_steering_plugin.components.named import named_tower
-from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
 
 HERE = importlib.util.find_spec("timm") is not None
 APART = Path(sys.prefix) / "towers"
@@ -75,6 +75,12 @@ def test_timm_gives_the_tokens_of_a_layer_without_the_norm_behind_it(tmp_path: P
     ):
         with pytest.raises(ArgumentsError, match=said):
             tower_of(f"timm:{source}").shape()
+    for file in ("config.json", "model.safetensors"):  # a program would wait for a named pipe for ever
+        build_timm(tmp_path / file)
+        (tmp_path / file / file).unlink()
+        os.mkfifo(tmp_path / file / file)
+        with pytest.raises(SteeringError, match=f"{file}, which is no regular file"):
+            tower_of(f"timm:{tmp_path / file}").shape()
     with pytest.raises(ArgumentsError, match="--mm_vision_select_layer is -9; the tower has 3 layers"):
         tower_of(name, -9).shape()
     with pytest.raises(ArgumentsError, match="the tower has patch"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from llava_steering_plugin.components.image_tokens import clip_shape, connected,
 from llava_steering_plugin.components.named import named_tower
 from llava_steering_plugin.components.registry import split
 from llava_steering_plugin.components.vision_tower import VisionTower
-from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
 
 pytest_plugins = ["component_fixtures"]
 PIXELS = torch.randn(2, 3, IMAGE_SIDE, IMAGE_SIDE, generator=torch.Generator().manual_seed(0))
@@ -150,6 +151,12 @@ def test_what_is_wrong_with_the_files_is_said(tiny: TinyLlava, towers: TinyTower
     assert "there is no folder" in said("siglip:/no/such/folder")
     assert "a model of type 'siglip'; the tower 'dinov2' takes 'dinov2'" in said(f"dinov2:{siglip}")
     assert "needs a source: siglip:FOLDER" in said("siglip")
+    naflex = tmp_path / "naflex"
+    naflex.mkdir()
+    (naflex / "config.json").write_text('{"model_type": "siglip2", "vision_config": {"num_patches": 256}}')
+    assert "This is SigLIP 2 NaFlex: it makes other rows and columns of each image" in said(f"siglip:{naflex}")
+    (naflex / "config.json").write_text("[]")
+    assert "config.json cannot be read: it holds no object" in said(f"siglip:{naflex}")
     assert "needs two sources" in said(f"mof:{tiny.tower}")
     shutil.copytree(siglip, tmp_path / "larger")
     processor = tmp_path / "larger" / "preprocessor_config.json"
@@ -160,6 +167,20 @@ def test_what_is_wrong_with_the_files_is_said(tiny: TinyLlava, towers: TinyTower
     config = json.loads((coarse / "config.json").read_text()) | {"patch_size": 28}
     (coarse / "config.json").write_text(json.dumps(config))
     assert "CLIP makes 4 x 4 tokens and DINOv2 2 x 2" in said(f"mof:{tiny.tower}+{coarse}")
+
+
+@pytest.mark.parametrize("kind", ["siglip", "dinov2"])
+def test_a_folder_in_which_a_program_would_wait_for_ever_is_refused(
+    towers: TinyTowers, tmp_path: Path, kind: str
+) -> None:
+    """Settings and weights of a stranger's: a named pipe never ends."""
+    for file in ("config.json", "preprocessor_config.json", "model.safetensors"):
+        folder = tmp_path / file
+        shutil.copytree(split(getattr(towers, kind))[1], folder)
+        (folder / file).unlink()
+        os.mkfifo(folder / file)
+        with pytest.raises(SteeringError, match=f"{file}, which is no regular file"):
+            tower_of(f"{kind}:{folder}", -1).shape()
 
 
 def test_an_adapter_may_bring_another_layer_or_feature(towers: TinyTowers) -> None:

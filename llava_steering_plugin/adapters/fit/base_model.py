@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llava_steering_plugin.adapters.stored.files import read_json
 from llava_steering_plugin.components.model_types import of_llava_type
 from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.foreign_files import read_json
 from llava_steering_plugin.hooks.families import family_of
 from llava_steering_plugin.hooks.parameter_names import PROJECTOR_PATH
 from llava_steering_plugin.hub import absent, is_reachable

@@ -15,9 +15,9 @@ from llava_steering_plugin.adapters.fit.projector_kind import projector_problems
 from llava_steering_plugin.adapters.fit.values import check_values
 from llava_steering_plugin.adapters.parameters import parameters_of, set_parameters, shape_of
 from llava_steering_plugin.adapters.stored.config import AdapterConfig
-from llava_steering_plugin.adapters.stored.files import brief, cut
 from llava_steering_plugin.adapters.stored.folder import ADAPTER, ADDED, EXTRA, StoredAdapter
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, listing, shortened
+from llava_steering_plugin.foreign_files import brief, cut
 from llava_steering_plugin.hooks.decoder import find_decoder
 from llava_steering_plugin.hooks.families import family_of, placeholder_tokens
 from llava_steering_plugin.modes import registry

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_steering_plugin.adapters.stored.config import is_ours
-from llava_steering_plugin.adapters.stored.files import read_json
 from llava_steering_plugin.adapters.stored.folder import PEFT_CONFIG
 from llava_steering_plugin.errors import BaseMismatch
+from llava_steering_plugin.foreign_files import read_json
 
 
 def unmerged_lora(name: str) -> str | None:

@@ -9,8 +9,8 @@ from torch import nn
 
 from llava_steering_plugin.adapters.fit.base_model import IMAGE_SETTINGS
 from llava_steering_plugin.adapters.parts.image_settings import SELECTED
-from llava_steering_plugin.adapters.stored.files import brief
 from llava_steering_plugin.errors import AdapterError, listing
+from llava_steering_plugin.foreign_files import brief
 from llava_steering_plugin.hooks.families import family_of
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava_steering_plugin import __version__
-from llava_steering_plugin.adapters.stored.files import CONFIG_BYTES, brief, parse_json
 from llava_steering_plugin.adapters.stored.schema import BASE, config_problems, llava_problems
 from llava_steering_plugin.errors import AdapterError, listing, shortened
+from llava_steering_plugin.foreign_files import CONFIG_BYTES, brief, parse_json
 
 # Format 2 is format 1 with the mode's tensors under the names of PEFT's, and is written for its methods alone.
 FORMAT_VERSION, PEFT_FORMAT = 1, 2

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llava_steering_plugin.adapters.stored.config import AdapterConfig, parse_llava_config
-from llava_steering_plugin.adapters.stored.files import CONFIG_BYTES, WEIGHT_BYTES, brief, cut, read_text, readable
 from llava_steering_plugin.adapters.stored.tensor_file import TensorFile, tensor_file
 from llava_steering_plugin.errors import AdapterError, listing, shortened
+from llava_steering_plugin.foreign_files import CONFIG_BYTES, WEIGHT_BYTES, brief, cut, read_text, readable
 from llava_steering_plugin.hub import nearest_folder
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from llava_steering_plugin.adapters.stored.config import is_ours
-from llava_steering_plugin.adapters.stored.files import WEIGHT_BYTES, read_json
 from llava_steering_plugin.adapters.stored.folder import (
     CARD,
     CONFIG,
@@ -22,6 +21,7 @@ from llava_steering_plugin.adapters.stored.folder import (
     read_header,
     refuse,
 )
+from llava_steering_plugin.foreign_files import WEIGHT_BYTES, read_json
 from llava_steering_plugin.hub import hub_file, hub_folder
 
 # What an adapter may be given as: a folder, a hub id, or what one of the two has led to.

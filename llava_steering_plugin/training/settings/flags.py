@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from llava_steering_plugin.adapters.fit.unmerged import unmerged_lora
-from llava_steering_plugin.adapters.stored.files import read_text
 from llava_steering_plugin.adapters.stored.folder import AdapterFolder
 from llava_steering_plugin.adapters.stored.locate import find, locate
 from llava_steering_plugin.components.registry import LANGUAGE_MODELS
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing, nearest
+from llava_steering_plugin.foreign_files import read_text
 from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.joint import joint, kinds_of, part_names, parts_of

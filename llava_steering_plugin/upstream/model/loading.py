@@ -18,10 +18,10 @@ from llava_steering_plugin.adapters.fit.base_model import read_config
 from llava_steering_plugin.adapters.fit.unmerged import unmerged_lora
 from llava_steering_plugin.adapters.parts.image_settings import of_transformers, trained_settings
 from llava_steering_plugin.adapters.save_load import load_adapter
-from llava_steering_plugin.adapters.stored.files import check_folder
 from llava_steering_plugin.adapters.stored.folder import LLAVA_CONFIG, AdapterFolder, StoredAdapter
 from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.errors import BaseMismatch, SteeringError
+from llava_steering_plugin.foreign_files import check_folder
 from llava_steering_plugin.modes.base import default_dtype
 from llava_steering_plugin.upstream.model.component_checks import check_installed
 from llava_steering_plugin.upstream.model.language_models import load_by_type

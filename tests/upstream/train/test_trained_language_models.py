@@ -21,6 +21,7 @@ from tiny_llava import HIDDEN, TinyLlava
 from trained_families import (
     MIXLORA,
     MORES,
+    NAMED,
     Trainings,
     check_planned,
     check_resumed,
@@ -33,7 +34,14 @@ from training_runs import LORA
 
 from llava_steering_plugin import attachment_of
 
-by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+# The two with an architecture of their own are quick to see; those of Llama's are trained with the slow tests.
+by_family = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, id=family.name, marks=[pytest.mark.slow] if family.name in NAMED else [])
+        for family in FAMILIES
+    ],
+)
 
 
 @pytest.fixture(scope="module")

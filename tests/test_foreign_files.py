@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import llava_steering_plugin
-from llava_steering_plugin.adapters.stored import files
-from llava_steering_plugin.adapters.stored.files import (
+from llava_steering_plugin import foreign_files as files
+from llava_steering_plugin.foreign_files import (
     UnusableFile,
     irregular,
     parse_json,
@@ -168,7 +168,7 @@ OTHERS = {
     "serving/http",  # bodies of requests, limited there
     "serving/page.py",
     "cli",  # answers that are written
-    "adapters/stored/files.py",
+    "foreign_files.py",
     "adapters/stored/writing.py",  # writes
     "whole_files.py",  # writes
     "training",  # what this very training has written, and its flags' files
@@ -178,7 +178,6 @@ OTHERS = {
     "evaluation",
     "diagnostics",
     "planning",
-    "components/towers",  # encoders, which timm, transformers and their packages read; a floor below `files`
     "comparison",  # the user's file, and what its programs have written
 }
 OPENERS = {
@@ -204,7 +203,7 @@ def opens(file: Path) -> list[str]:
 
 
 def test_nothing_that_reads_adapters_bases_or_checkpoints_opens_a_file_by_itself() -> None:
-    """Use `files.read_json`, `files.opened`, or `pinned` for libraries that want a name."""
+    """Use `foreign_files.read_json`, `opened`, or `pinned` for libraries that want a name."""
     looked_at = [
         file
         for file in sorted(PACKAGE.rglob("*.py"))

@@ -1,8 +1,8 @@
-"""Opens the files of adapters and of the bases that they name: regular files only, no larger than their kind allows.
+"""Opens the files of adapters, bases and vision towers: regular files only, no larger than their kind allows.
 
 A stranger may have made the folder. Opening a named pipe waits for a writer, reading a device never ends, and a few
 bytes of JSON or of a sparse file become gigabytes in memory. Links are followed, since the hub's cache is made of them.
-Nothing else in this package opens such a file (tests/adapters/stored/test_files.py looks for it).
+Nothing else in this package opens such a file (tests/test_foreign_files.py looks for it).
 """
 
 from __future__ import annotations
