@@ -6,8 +6,22 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from typing import Protocol
 
 from llava_steering_plugin.serving.generation.request import End, Event, GenerationRequest, Piece
+
+
+class Observer(Protocol):
+    """Counts all answers that slots make."""
+
+    def asked(self, answer: Answer) -> None:
+        """Note that an answer has been asked for; in the event loop."""
+
+    def event(self, answer: Answer, event: Event) -> None:
+        """Note an event of an answer, before it is joined with others; in the thread that puts it."""
+
+    def generated(self, rows: int, steps: int) -> None:
+        """Note that a batch of so many rows has been generated, in so many passes; in its thread."""
 
 
 class Answer:
@@ -18,10 +32,14 @@ class Answer:
 
     Attributes:
         request: what was asked; None once the answer has ended, so that a slow reader keeps no prompt and images.
+        adapter: the model's name in the pool.
+        observer: is told of each event.
     """
 
     def __init__(self, request: GenerationRequest):
         self.request: GenerationRequest | None = request
+        self.adapter = request.adapter
+        self.observer: Observer | None = None
         self.when_cancelled: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._filled = asyncio.Event()
@@ -51,6 +69,8 @@ class Answer:
                 self._tokens = event.tokens
             else:
                 self._end, self.request = event, None
+        if self.observer is not None:
+            self.observer.event(self, event)
         with suppress(RuntimeError):  # the loop has been closed: the server has stopped
             self._loop.call_soon_threadsafe(self._filled.set)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from llava_steering_plugin.serving.generation.answer import Answer
+from llava_steering_plugin.serving.generation.answer import Answer, Observer
 from llava_steering_plugin.serving.generation.request import BUSY, NO_ANSWER, End, GenerationRequest, Problem
 
 logger = logging.getLogger(__name__)
@@ -26,12 +26,16 @@ class Slots:
         count: of the slots.
         taken: how many of them are taken. A slot is free when nothing is generated in it any more.
         waiting: answers that have no slot yet.
+        running: answers that have one.
+        observer: is told of all answers.
     """
 
     def __init__(self, make: Callable[[Answer], None], count: int, changed: Callable[[], None] = lambda: None):
         self.count = count
         self.taken = 0
         self.waiting: list[Answer] = []
+        self.running: list[Answer] = []
+        self.observer: Observer | None = None
         self._make = make
         self._changed = changed
         # Threads that stay: a new one for every answer would leave memory behind.
@@ -46,6 +50,9 @@ class Slots:
         """Return an answer that will be made when its turn comes. Whoever asks reads it to its end, or cancels it."""
         answer = Answer(request)
         answer.when_cancelled = lambda: self._forget(answer)
+        answer.observer = self.observer
+        if self.observer is not None:
+            self.observer.asked(answer)
         self.waiting.append(answer)
         self.fill()
         return answer
@@ -55,7 +62,8 @@ class Slots:
         while self.free > 0 and self.waiting:
             answer = self.waiting.pop(0)
             self.taken += 1
-            release = self._once()
+            self.running.append(answer)
+            release = self._once(answer)
             try:
                 self._threads.submit(self._run, answer, release)
             except RuntimeError as error:  # the system has no more threads; one of the pool may still take it
@@ -74,14 +82,15 @@ class Slots:
             answer.put(End("cancelled"))  # where there is no end yet
             release()
 
-    def _once(self) -> Callable[[], None]:
-        """Return a function that frees one slot, from any thread, when it is called first."""
+    def _once(self, answer: Answer) -> Callable[[], None]:
+        """Return a function that frees the slot of an answer, from any thread, when it is called first."""
         loop, held = asyncio.get_running_loop(), [True]
 
         def release() -> None:
             if held:
                 held.clear()
                 self.taken -= 1
+                self.running.remove(answer)
                 self._changed()
                 self.fill()
 

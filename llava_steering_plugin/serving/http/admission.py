@@ -31,20 +31,25 @@ class Admission:
         self.trimmer = IdleTrimmer(self._is_idle)
         self.slots = worker.open_slots(limits.running, self.trimmer.schedule)
 
+    @property
+    def most(self) -> int:
+        """The number of answers that may run and wait together."""
+        return self.limits.running + self.limits.waiting
+
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Count a request as open inside the block, from before its body is read to the end of its answer.
+    def admitted(self, count: int = 1) -> Iterator[None]:
+        """Count a request for so many answers as open inside the block: from before its body is read to their ends.
 
         Raises:
-            Refused: as many are open as may run and wait (503).
+            Refused: more would be open than may run and wait (503).
         """
-        if self.open_requests >= self.limits.running + self.limits.waiting:
+        if self.open_requests + count > self.most:
             raise Refused(503, BUSY)
-        self.open_requests += 1
+        self.open_requests += count
         try:
             yield
         finally:
-            self.open_requests -= 1
+            self.open_requests -= count
             self.trimmer.schedule()
 
     def _is_idle(self) -> bool:
