@@ -35,6 +35,7 @@ def with_whole_paths(options: ServeOptions, sources: dict[str, str]) -> ServeOpt
         adapters=[f"{name}={source}" for name, source in sources.items()],
         more_adapters=None,
         adapter_dir=options.adapter_dir.absolute() if options.adapter_dir is not None else None,
+        allowed_local_media_path=media.absolute() if (media := options.allowed_local_media_path) is not None else None,
     )
 
 

@@ -36,6 +36,23 @@ PAGE_PREFIXES = {
     "v1_mmtag": "llava-v1-mmtag-",
     "v0_mmtag": "llava-mmtag-",
 }
+# The page's rules the other way round: the first whose expressions are all found in a name decides.
+_OTHER_TAGS = r"(?i)mmtag|^(?!.*finetune).*plain"
+_PAGE_RULES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("(?i)llava", "(?i)llama-2"), "llava_llama_2"),
+    (("(?i)llava", "(?i)mistral|mixtral", "(?i)orca"), "mistral_orca"),
+    (("(?i)llava", "(?i)mistral|mixtral", "(?i)hermes"), "chatml_direct"),
+    (("(?i)llava", "(?i)mistral|mixtral"), "mistral_instruct"),
+    (("(?i)llava-v1\\.6-34b",), "chatml_direct"),
+    (("(?i)llava", "(?i)v1", _OTHER_TAGS), "v1_mmtag"),
+    (("(?i)llava", "(?i)v1"), "llava_v1"),
+    (("(?i)llava", "(?i)mpt"), "mpt"),
+    (("(?i)llava", _OTHER_TAGS), "v0_mmtag"),
+    (("(?i)llava",), "llava_v0"),
+    (("mpt",), "mpt_text"),
+    (("llama-2",), "llama_2"),
+    ((), "vicuna_v1"),
+)
 # Of bases for which the page's rules are made; for others, components are asked, which import torch.
 LLAVAS_OWN_TYPES = ("llava", "llava_llama", "llava_mistral", "llava_mpt")
 # Allowed names of adapters. Names travel in JSON, logs and URLs, and never become paths.
@@ -183,6 +200,11 @@ def shown_base(name: str, config: Mapping[str, Any]) -> str:
 
     component = of_llava_type(str(config.get("model_type")))
     return f"{component.version}:{name}" if component and component.version in component.formats() else name
+
+
+def template_on_page(shown: str) -> str:
+    """Return the template in which LLaVA's page asks a model that has no template before a colon in its name."""
+    return next(name for words, name in _PAGE_RULES if all(re.search(word, shown) for word in words))
 
 
 def component_templates() -> set[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from llava_steering_plugin.adapters.stored.folder import WEIGHTS
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.serving.catalog import AdapterCatalog, printable
-from llava_steering_plugin.serving.options import checked_folder
+from llava_steering_plugin.serving.option_checks import checked_folder
 
 logger = logging.getLogger(__name__)
 

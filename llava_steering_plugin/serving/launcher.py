@@ -13,21 +13,20 @@ from types import FrameType
 
 from rich.console import Console
 
-from llava_steering_plugin.serving.options import ServeOptions
+from llava_steering_plugin.serving.options import EVERYWHERE, ServeOptions, reachable
+from llava_steering_plugin.serving.preflight import missing_libraries
 from llava_steering_plugin.serving.processes import Program, Programs
 from llava_steering_plugin.serving.proxies import EVERYTHING, bypassing, call
 from llava_steering_plugin.serving.upstream_program import ALLOWED_HOST
 
 START_SECONDS = 300.0
-# Addresses that stand for all of this machine's, and the ones at which they can be reached from it.
-EVERYWHERE = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 LOAD_SECONDS = 3600.0  # a large model from a slow disk
 
 
 def serve(options: ServeOptions, console: Console, ports: Mapping[str, int]) -> None:
     """Serve until Ctrl-C or SIGTERM.
 
-    The page listens on the host of the options, controller and worker on localhost.
+    The page and the worker listen on the hosts of the options, the controller on localhost.
 
     Args:
         options: paths in them are absolute, because the programs run in another folder.
@@ -36,11 +35,12 @@ def serve(options: ServeOptions, console: Console, ports: Mapping[str, int]) -> 
     Raises:
         ProgramDied: one of the three has ended; the others are stopped.
     """
-    controller, worker = (f"http://127.0.0.1:{ports[name]}" for name in ("controller", "worker"))
+    controller = f"http://127.0.0.1:{ports['controller']}"
+    worker = f"http://{reachable(options.api_host)}:{ports['worker']}"
     worker_options = options.worker(port=ports["worker"], controller=controller)
     host = options.host.strip("[]")
     host = f"[{host}]" if ":" in host else host  # as URLs and gradio want an IPv6 address
-    page = f"http://{EVERYWHERE.get(host, host)}:{ports['page']}"
+    page = f"http://{reachable(host)}:{ports['page']}"
     logged = ["--log-requests"] if options.log_requests else []
     path = _checkout_path()
     local = {**path, **EVERYTHING}  # controller and page call this machine only, and never through a proxy
@@ -94,7 +94,9 @@ def serve(options: ServeOptions, console: Console, ports: Mapping[str, int]) -> 
                 for name in _models(controller):
                     running.say(f"  {name}", "none")
                 running.say(f"all is up: {page}   (Ctrl-C stops everything)", "bold green")
-                if host in EVERYWHERE and not options.allowed_host:
+                if not missing_libraries():
+                    running.say(f"the same models, as OpenAI's clients ask: {worker}/v1")
+                if options.host.strip("[]") in EVERYWHERE and not options.allowed_host:
                     running.say("to open the page under another name than localhost, give that with --allowed-host")
             while not received:
                 running.check()

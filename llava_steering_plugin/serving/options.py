@@ -6,7 +6,6 @@ Importing it imports no torch: `--help` needs none.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -15,14 +14,16 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import typer
 from typer.models import OptionInfo
 
-from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.inference.options import Device, Load4bit, Load8bit, MaxResident
 from llava_steering_plugin.serving.http.limits import Limits
 
 TOKEN_VARIABLE = "LLAVA_STEERING_ADMIN_TOKEN"
+KEY_VARIABLE = "LLAVA_STEERING_API_KEY"
 DEFAULTS = Limits()
 MEGABYTE = 1 << 20
-TOKEN_CHARACTERS = 16
+
+# Addresses that stand for all of this machine's, and the ones at which they can be reached from it.
+EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Default: a free port.")]
 
@@ -89,6 +90,21 @@ class ModelOptions:
     admin_any_path: Annotated[
         bool, typer.Option("--admin-any-path", help="Let an administrator load adapters from any folder.")
     ] = False
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar=KEY_VARIABLE,
+            help="Ask for this key on the routes under /v1. Prefer the environment variable.",
+        ),
+    ] = None
+    no_api_key: Annotated[bool, typer.Option("--no-api-key", help="Let other machines use /v1 without a key.")] = False
+    allowed_media_domains: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="Fetch images of the API from https://HOST. May be repeated."),
+    ] = None
+    allowed_local_media_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Read images of the API (file: URLs) in this folder.")
+    ] = None
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Log prompts and answers.")] = False
 
     @property
@@ -172,45 +188,28 @@ class ServeOptions(ModelOptions):
     ] = None
     controller_port: Port = None
     worker_port: Port = None
+    api_host: Annotated[
+        str, typer.Option(help="Address of the worker with its API; 0.0.0.0 accepts connections from other machines.")
+    ] = "127.0.0.1"
 
     def worker(self, *, port: int, controller: str) -> WorkerOptions:
-        """Return the options of the worker that this server starts, on localhost."""
+        """Return the options of the worker that this server starts."""
         shared = {field.name: getattr(self, field.name) for field in fields(ModelOptions)}
         return WorkerOptions(
             **shared,
             model_path=self.base,
-            host="127.0.0.1",
+            host=self.api_host.strip("[]"),
             port=port,
-            worker_address=f"http://127.0.0.1:{port}",
+            worker_address=f"http://{reachable(self.api_host)}:{port}",
             controller_address=controller,
         )
 
 
-def checked_token(token: str) -> str:
-    """Return the token if it is long enough to be a secret.
-
-    Raises:
-        ArgumentsError: it is not.
-    """
-    if len(token) < TOKEN_CHARACTERS:
-        raise ArgumentsError(
-            f"the admin token has {len(token)} characters; it needs {TOKEN_CHARACTERS} at least. Make one with "
-            "`openssl rand -hex 16`, or leave it out to turn /admin off."
-        )
-    return token
-
-
-def checked_folder(folder: Path) -> Path:
-    """Return the folder if it exists and can be read.
-
-    Raises:
-        ArgumentsError: it does not, or cannot be.
-    """
-    if not os.path.isdir(folder):
-        raise ArgumentsError(f"--adapter-dir {folder} is no folder. Create it; it may be empty.")
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise ArgumentsError(f"--adapter-dir {folder} may not be read. Allow it to whoever runs this.")
-    return folder
+def reachable(host: str) -> str:
+    """Return the address at which this machine reaches a server that listens on `host`, as URLs want it."""
+    host = host.strip("[]")
+    host = EVERYWHERE.get(host, host)
+    return f"[{host}]" if ":" in host else host
 
 
 Options = TypeVar("Options", bound=ModelOptions)

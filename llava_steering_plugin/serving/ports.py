@@ -32,29 +32,30 @@ def find_ports(options: ServeOptions) -> dict[str, int]:
     with ExitStack() as held:  # hold all until all are found, or one could be found twice
         for name, port in wanted.items():
             with problems.noted():
-                ports[name] = _found(held, name, port, options.host)
+                host = {"page": options.host, "worker": options.api_host}.get(name, "127.0.0.1")
+                ports[name] = _found(held, name, port, host.strip("[]"))
     problems.raise_any("some ports cannot be used")
     return ports
 
 
-def _found(held: ExitStack, name: str, port: int | None, given_host: str) -> int:
+def _found(held: ExitStack, name: str, port: int | None, host: str) -> int:
     """Return the port for a program, bound until `held` is closed.
 
     Raises:
         ArgumentsError: it is taken, or there is no such address.
     """
-    host = given_host.strip("[]") if name == "page" else "127.0.0.1"
     preferred = [PAGE_PORT, 0] if name == "page" else [0]
     for choice in preferred if port is None else [port]:
         try:
             found = _held(held, host, choice)
-            if ":" in host:
+            if ":" in host and name == "page":
                 _held(held, "127.0.0.1", found)  # gradio wants it free there too
             return found
         except OSError as error:
             reason = error.strerror
     where, flags = (host, "") if port is None else (f"{host}:{port}", f" or --{name}-port")
-    flags = f"--host{flags}" if name == "page" else f"--{name}-port"
+    of_host = {"page": "--host", "worker": "--api-host"}.get(name)
+    flags = f"{of_host}{flags}" if of_host and (name == "page" or host != "127.0.0.1") else f"--{name}-port"
     raise ArgumentsError(f"the {name} cannot listen on {where}: {reason}. Give another {flags}.")
 
 

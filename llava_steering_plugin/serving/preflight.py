@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from llava_steering_plugin.adapters.stored.folder import AdapterFolder
@@ -17,15 +18,12 @@ from llava_steering_plugin.inference import options as inference_options
 from llava_steering_plugin.inference.base_files import check_adapters_fit, check_base
 from llava_steering_plugin.inference.sources import locate_all, name_taken, read_sources, shown_base, shown_name
 from llava_steering_plugin.serving.http.access import checked_hosts
-from llava_steering_plugin.serving.options import (
-    ModelOptions,
-    ServeOptions,
-    WorkerOptions,
-    checked_folder,
-    checked_token,
-)
+from llava_steering_plugin.serving.option_checks import checked_folder, checked_key, checked_token
+from llava_steering_plugin.serving.options import ModelOptions, ServeOptions, WorkerOptions
 from llava_steering_plugin.serving.ports import find_ports
 
+# What the API needs beside what LLaVA brings: modules, and the packages that hold them.
+API_LIBRARIES = {"sse_starlette": "sse-starlette", "prometheus_client": "prometheus-client"}
 LONGEST_SECONDS = 1_000_000.0  # 11 days; the system's timers take little more
 
 
@@ -44,6 +42,7 @@ def check_server(options: ServeOptions) -> dict[str, int]:
         with problems.noted():
             inference_options.choose_device(options.device)
     _check_shared(options, options.base, " The base is the first word after `serve`.", problems)
+    check_api(options, options.api_host, "--api-host", problems)
     with problems.noted():
         ports = find_ports(options)
     problems.raise_any("`serve` cannot start")
@@ -62,7 +61,47 @@ def check_worker(options: WorkerOptions, problems: Problems) -> tuple[str, dict[
     with problems.noted():
         device = inference_options.choose_device(options.device)
     folders = _check_shared(options, options.model_path, " Give the base with --model-path.", problems)
+    check_api(options, options.host, "--host", problems)
     return device, folders
+
+
+def missing_libraries() -> list[str]:
+    """Return the names of the packages that the API needs and that are not installed."""
+    return [package for module, package in API_LIBRARIES.items() if find_spec(module) is None]
+
+
+def check_api(options: ModelOptions, host: str, flag: str, problems: Problems) -> None:
+    """Check the options of the API.
+
+    Args:
+        host, flag: where it listens, and by which flag that was said.
+        problems: gets the errors.
+    """
+    if missing := missing_libraries():
+        asked: dict[str, object] = {
+            "--api-key": options.api_key,
+            "--allowed-media-domains": options.allowed_media_domains,
+            "--allowed-local-media-path": options.allowed_local_media_path,
+        }
+        with problems.noted():
+            if flags := [name for name, value in asked.items() if value is not None]:
+                raise ArgumentsError(f"{', '.join(flags)}: {no_api(missing)}")
+        return
+    with problems.noted():
+        checked_key(options, host, flag)
+    with problems.noted():
+        checked_hosts(options.allowed_media_domains or (), "--allowed-media-domains")
+    if (folder := options.allowed_local_media_path) is not None:
+        with problems.noted():
+            checked_folder(folder, "--allowed-local-media-path")
+
+
+def no_api(missing: list[str]) -> str:
+    """Return what to say where packages are missing that the API needs."""
+    return (
+        f"the API under /v1 needs {' and '.join(missing)}, not installed here. Get it with "
+        "`pip install 'llava-steering-plugin[serve]'`."
+    )
 
 
 def _check_shared(options: ModelOptions, base: str, advice: str, problems: Problems) -> dict[str, AdapterFolder]:

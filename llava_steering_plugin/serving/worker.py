@@ -19,11 +19,12 @@ from llava_steering_plugin.errors import ArgumentsError, Problems, SteeringError
 from llava_steering_plugin.lazy_imports import defer_compilation
 from llava_steering_plugin.serving.idle_memory import keep_few_operations, return_large_blocks
 from llava_steering_plugin.serving.options import WorkerOptions, command
-from llava_steering_plugin.serving.preflight import check_worker
+from llava_steering_plugin.serving.preflight import check_worker, missing_libraries, no_api
 from llava_steering_plugin.serving.proxies import bypass_proxies, is_loopback
 
 if TYPE_CHECKING:
-    from starlette.routing import Route
+    from llava_steering_plugin.serving.http.admin import Admin
+    from llava_steering_plugin.serving.http.openai.api import ApiSettings
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def run(options: WorkerOptions) -> None:
 
     give_up_stalled(listener, limits.stall_seconds)  # connections made from here on inherit it
     if not is_loopback(options.host):
-        logger.warning("listening on %s: anyone who reaches this machine can send requests", options.host)
+        logger.warning("listening on %s: who reaches this machine can ask as LLaVA's page does", options.host)
 
     from llava_steering_plugin.inference.base_model import explained_failures
     from llava_steering_plugin.serving.controller_link import ControllerLink
@@ -84,7 +85,7 @@ def run(options: WorkerOptions) -> None:
         )
         watched.look(settled=True)
         watched.start()
-    admin: list[Route] = []
+    admin: Admin | None = None
     if options.admin_token is not None:
         admin = Admin(
             options.admin_token,
@@ -93,12 +94,13 @@ def run(options: WorkerOptions) -> None:
             limits,
             folder=options.adapter_dir,
             any_path=options.admin_any_path,
-        ).routes()
+        )
     application = build(
         worker,
         limits,
         log_requests=options.log_requests,
-        admin=admin,
+        admin=admin.routes() if admin is not None else (),
+        api=_api(options, admin),
         allowed_hosts=[options.host, *checked_hosts(options.allowed_host or ())],
     )
     if not options.no_register:
@@ -118,6 +120,17 @@ def run(options: WorkerOptions) -> None:
 
 
 app.command()(command(run, WorkerOptions))
+
+
+def _api(options: WorkerOptions, admin: Admin | None) -> ApiSettings | None:
+    """Return how the API is offered; None, with a warning, if packages are missing that it needs."""
+    if missing := missing_libraries():
+        logger.warning(no_api(missing))
+        return None
+    from llava_steering_plugin.serving.http.openai.api import ApiSettings
+
+    hosts, folder = options.allowed_media_domains or (), options.allowed_local_media_path
+    return ApiSettings(options.api_key, hosts, folder, admin)
 
 
 def _address(host: str, port: int) -> str:

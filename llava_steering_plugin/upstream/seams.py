@@ -145,7 +145,7 @@ SEAMS = (
     *_seams("llava.constants", ANSWERING, {"IMAGE_TOKEN_INDEX": "stands for an image among the ids of a prompt"}),
     *_seams(
         "llava.constants",
-        (CHAT, EVAL, DIAGNOSE),
+        (CHAT, EVAL, SERVE, DIAGNOSE),
         {
             "DEFAULT_IMAGE_TOKEN": "stands for an image in the text of a prompt",
             "DEFAULT_IM_START_TOKEN": "stands before an image in a prompt",
@@ -155,18 +155,18 @@ SEAMS = (
     *_seams("llava.constants", (SERVE,), {"LOGDIR": "is the folder into which the web page writes"}),
     *_seams(
         "llava.conversation",
-        (TRAIN, CHAT, EVAL, DIAGNOSE),
+        (TRAIN, CHAT, EVAL, SERVE, DIAGNOSE),
         {"conv_templates": "holds the conversation templates"},
     ),
     *_seams("llava.conversation", (TRAIN, DIAGNOSE), {"default_conversation": "is the template that a training uses"}),
     *_seams(
         "llava.conversation",
-        (TRAIN,),
+        (TRAIN, SERVE),
         {"Conversation.version": "says how a training reads turns"},
     ),
     *_seams(
         "llava.conversation",
-        (CHAT, EVAL, DIAGNOSE),
+        (CHAT, EVAL, SERVE, DIAGNOSE),
         {
             "Conversation": "is what templates of other language models are made like",
             "SeparatorStyle.PLAIN": "is that of captions, which have no turns",
@@ -178,7 +178,7 @@ SEAMS = (
     ),
     *_seams(
         "llava.conversation",
-        (CHAT,),
+        (CHAT, SERVE),
         {
             "Conversation.messages": "holds what was said",
             "Conversation.offset": "counts the messages that a template brings",

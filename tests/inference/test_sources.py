@@ -20,6 +20,7 @@ from llava_steering_plugin.inference.sources import (
     locate_all,
     read_sources,
     shown_name,
+    template_on_page,
 )
 from llava_steering_plugin.serving.page import pick_templates
 
@@ -88,6 +89,16 @@ def test_the_page_picks_each_adapters_own_template_whatever_the_adapter_is_calle
         for name in MISLEADING
     }
     assert picked == {(conversation, name): _template(conv_templates[conversation]) for conversation, name in picked}
+
+
+def test_the_rules_of_the_page_are_known(pages_template: Callable[[str], dict[str, Any]]) -> None:
+    from llava.conversation import conv_templates
+
+    bases = ["llava-v1.5-7b", "LLaVA-v1.6-34b", "llava-llama-2-13b", "llava-plain", "llava-v1-plain-finetune", "vicuna"]
+    bases += ["llava-v1.6-mistral-7b", "llava-mixtral-hermes", "llava-v1-plain", "llava-mpt", "mpt-llava-v1", "llama-2"]
+    for name in (*bases, *MISLEADING):
+        if (template := template_on_page(name)) in conv_templates:
+            assert _template(conv_templates[template]) == pages_template(name), name
 
 
 def test_our_page_takes_a_components_template_from_what_stands_before_the_colon(

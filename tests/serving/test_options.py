@@ -11,7 +11,14 @@ import typer
 from typer.testing import CliRunner
 
 from llava_steering_plugin.serving.http.limits import Limits
-from llava_steering_plugin.serving.options import TOKEN_VARIABLE, ModelOptions, ServeOptions, WorkerOptions, command
+from llava_steering_plugin.serving.options import (
+    KEY_VARIABLE,
+    TOKEN_VARIABLE,
+    ModelOptions,
+    ServeOptions,
+    WorkerOptions,
+    command,
+)
 
 OTHER: dict[str, Any] = {
     "adapters": ["cats=/a dir/cats", "dogs"],
@@ -31,6 +38,10 @@ OTHER: dict[str, Any] = {
     "allowed_host": ["pages.example", "::2"],
     "admin_token": "0123456789abcdef",
     "admin_any_path": True,
+    "api_key": "fedcba9876543210",
+    "no_api_key": True,
+    "allowed_media_domains": ["images.example", "::3"],
+    "allowed_local_media_path": Path("/pictures"),
     "log_requests": True,
 }
 ONLY_WORKER: dict[str, Any] = {
@@ -48,7 +59,7 @@ def parsed(words: list[str], environment: dict[str, str]) -> WorkerOptions:
     taken: list[WorkerOptions] = []
     app = typer.Typer()
     app.command()(command(taken.append, WorkerOptions))
-    result = CliRunner().invoke(app, words, env={TOKEN_VARIABLE: None, **environment})
+    result = CliRunner().invoke(app, words, env={TOKEN_VARIABLE: None, KEY_VARIABLE: None, **environment})
     assert result.exit_code == 0, result.output
     return taken[0]
 
@@ -63,10 +74,10 @@ def test_an_option_reaches_the_worker_through_its_command_line(name: str) -> Non
     assert parsed(options.as_words(), options.as_environment()) == options
 
 
-def test_all_options_together_reach_the_worker_and_the_token_is_not_on_its_command_line() -> None:
+def test_all_options_together_reach_the_worker_and_no_secret_is_on_its_command_line() -> None:
     options = WorkerOptions(**OTHER, **ONLY_WORKER)
-    assert OTHER["admin_token"] not in " ".join(options.as_words())
-    assert options.as_environment() == {TOKEN_VARIABLE: OTHER["admin_token"]}
+    assert not {OTHER["admin_token"], OTHER["api_key"]} & set(options.as_words())
+    assert options.as_environment() == {TOKEN_VARIABLE: OTHER["admin_token"], KEY_VARIABLE: OTHER["api_key"]}
     assert parsed(options.as_words(), options.as_environment()) == options
 
 
@@ -80,6 +91,17 @@ def test_serve_passes_what_it_shares_with_the_worker_and_puts_it_on_localhost() 
     assert all(getattr(worker, field.name) == OTHER.get(field.name) for field in fields(ModelOptions))
     assert (worker.model_path, worker.host, worker.port) == ("a base", "127.0.0.1", 8)
     assert (worker.worker_address, worker.controller_address) == ("http://127.0.0.1:8", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("host", "listens", "address"),
+    [("0.0.0.0", "0.0.0.0", "127.0.0.1"), ("[::]", "::", "[::1]"), ("192.0.2.7", "192.0.2.7", "192.0.2.7")],
+)
+def test_the_worker_listens_where_the_api_shall_be_and_is_reached_from_here(
+    host: str, listens: str, address: str
+) -> None:
+    worker = ServeOptions(base="a base", api_host=host).worker(port=8, controller="http://127.0.0.1:9")
+    assert (worker.host, worker.worker_address) == (listens, f"http://{address}:8")
 
 
 def test_the_limits_are_those_of_the_options() -> None:

@@ -21,6 +21,13 @@ def test_a_host_that_is_not_this_machines_is_said_with_the_flag_that_names_it() 
         find_ports(ServeOptions(base="no/model", host="192.0.2.1", page_port=7861))
 
 
+def test_the_worker_has_a_host_of_its_own() -> None:
+    port = free_port()
+    assert find_ports(ServeOptions(base="no/model", api_host="0.0.0.0", worker_port=port))["worker"] == port
+    with pytest.raises(ArgumentsError, match=r"the worker .* 192\.0\.2\.1: .*\. Give another --api-host\.$"):
+        find_ports(ServeOptions(base="no/model", api_host="192.0.2.1"))
+
+
 def test_a_port_that_is_given_to_two_programs_is_refused() -> None:
     port = free_port()
     with pytest.raises(ArgumentsError, match=rf"--controller-port, --worker-port: all are {port}\."):

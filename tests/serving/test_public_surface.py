@@ -39,6 +39,10 @@ SERVED = {
     "--allowed-host": None,
     "--admin-token": None,
     "--admin-any-path": False,
+    "--api-key": None,
+    "--no-api-key": False,
+    "--allowed-media-domains": None,
+    "--allowed-local-media-path": None,
     "--log-requests": False,
 }
 OPTIONS = {
@@ -50,6 +54,7 @@ OPTIONS = {
         "--page-port": None,
         "--controller-port": None,
         "--worker-port": None,
+        "--api-host": "127.0.0.1",
     },
     "worker": SERVED
     | {
@@ -110,9 +115,9 @@ def test_the_options_of_a_program_and_their_defaults_are_these(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["serve", "worker"])
-def test_the_admin_token_may_come_from_the_environment(name: str) -> None:
+def test_secrets_may_come_from_the_environment(name: str) -> None:
     variables = {each.name: each.envvar for each in command(name).params if each.envvar is not None}
-    assert variables == {"admin_token": "LLAVA_STEERING_ADMIN_TOKEN"}
+    assert variables == {"admin_token": "LLAVA_STEERING_ADMIN_TOKEN", "api_key": "LLAVA_STEERING_API_KEY"}
 
 
 def test_status_and_health_have_these_keys(client: Client) -> None:

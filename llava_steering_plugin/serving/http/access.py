@@ -16,7 +16,7 @@ from contextlib import suppress
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llava_steering_plugin.errors import ArgumentsError, Problems
-from llava_steering_plugin.serving.http.protocol import refusal
+from llava_steering_plugin.serving.http.openai.errors import refusal_at
 from llava_steering_plugin.serving.proxies import host_of, is_loopback
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,8 @@ def plain(host: str) -> str:
     return host.strip("[]").rstrip(".").lower()
 
 
-def checked_host(name: str) -> str:
-    """Return the host that `--allowed-host` gives, as it stands in requests.
+def checked_host(name: str, flag: str = "--allowed-host") -> str:
+    """Return the host that a flag gives, as it stands in requests.
 
     Raises:
         ArgumentsError: it is more than a host's name or address, or none.
@@ -48,13 +48,13 @@ def checked_host(name: str) -> str:
         if _NAME.fullmatch(host):
             return host
     raise ArgumentsError(
-        f"--allowed-host {name}: give a host's name or address alone, as it is in the browser's address bar between "
+        f"{flag} {name}: give a host's name or address alone, as it is in the browser's address bar between "
         "http:// and the port or the next slash."
     )
 
 
-def checked_hosts(names: Iterable[str]) -> list[str]:
-    """Return all hosts that `--allowed-host` gives, as `checked_host` does.
+def checked_hosts(names: Iterable[str], flag: str = "--allowed-host") -> list[str]:
+    """Return all hosts that a flag gives, as `checked_host` does.
 
     Raises:
         ArgumentsError: some are none; the message names them all.
@@ -62,7 +62,7 @@ def checked_hosts(names: Iterable[str]) -> list[str]:
     problems, hosts = Problems(), []
     for name in names:
         with problems.noted():
-            hosts.append(checked_host(name))
+            hosts.append(checked_host(name, flag))
     problems.raise_any("some names of this server cannot be used")
     return hosts
 
@@ -83,7 +83,7 @@ class HostCheck:
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             logger.info("refused with 403: a foreign Host or Origin")
-            await refusal(403, FORBIDDEN)(scope, receive, send)
+            await refusal_at(scope["path"], 403, FORBIDDEN)(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})  # before it is accepted: a 403
 

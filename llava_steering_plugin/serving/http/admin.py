@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import os
 import re
@@ -17,10 +16,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from llava_steering_plugin.errors import SteeringError
-from llava_steering_plugin.serving.catalog import AdapterCatalog
+from llava_steering_plugin.serving.catalog import AdapterCatalog, ServedAdapter
+from llava_steering_plugin.serving.http.keys import has_key
 from llava_steering_plugin.serving.http.limits import Limits
 from llava_steering_plugin.serving.http.protocol import Refused, read_object
-from llava_steering_plugin.serving.options import checked_token
+from llava_steering_plugin.serving.option_checks import checked_token
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,33 @@ class Admin:
         # enough: the catalog changes one adapter at a time.
         self._thread = ThreadPoolExecutor(1, "administering")
 
+    def permits(self, request: Request) -> bool:
+        """Return whether a request carries the token."""
+        return has_key(request, self._token)
+
+    async def load(self, name: str, path: str) -> ServedAdapter:
+        """Add the adapter at a path or hub id that adapters may come from, or replace the one of that name.
+
+        Raises:
+            Refused: they may not come from there (403).
+            SteeringError: it cannot be served.
+        """
+        return await self._change(self._catalog.put, name, self._allowed(path))
+
+    async def unload(self, name: str) -> None:
+        """Remove an adapter.
+
+        Raises:
+            Refused: there is none of that name (404).
+        """
+        if not self.serves(name):
+            raise Refused(404, "There is no adapter of that name here.")
+        await self._change(self._catalog.drop, name)
+
+    def serves(self, name: str) -> bool:
+        """Return whether there is an adapter of that name."""
+        return name in {adapter.name for adapter in self._catalog.adapters()}
+
     def routes(self) -> list[Route]:
         """Return the routes for the worker's application."""
         return [
@@ -73,11 +100,7 @@ class Admin:
     def _guarded(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def guarded(request: Request) -> Response:
             try:
-                kind, _, given = request.headers.get("authorization", "").partition(" ")
-                # Compare both in every case, and in constant time: the time of a refusal must reveal nothing of the
-                # token. Latin-1 restores the bytes that were sent.
-                right = hmac.compare_digest(given.encode("latin-1"), self._token)
-                if not (right & (kind.lower() == "bearer")):
+                if not self.permits(request):
                     raise Refused(401, "This needs the admin token: Authorization: Bearer TOKEN.")
                 return await answer(request)
             except Refused as refused:
@@ -97,15 +120,12 @@ class Admin:
         name, path = data.get("name"), data.get("path")
         if not isinstance(name, str) or not isinstance(path, str) or not path or "\0" in path:
             raise Refused(422, 'The request has to be {"name": NAME, "path": FOLDER or HUB/ID}.')
-        source = self._allowed(path)
-        adapter = await self._change(self._catalog.put, name, source)
+        adapter = await self.load(name, path)
         return JSONResponse({"name": adapter.name, "shown": adapter.shown})
 
     async def _drop(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name not in {adapter.name for adapter in self._catalog.adapters()}:
-            raise Refused(404, "There is no adapter of that name here.")
-        await self._change(self._catalog.drop, name)
+        await self.unload(name)
         return JSONResponse({"name": name})
 
     async def _change(self, what: Callable[..., T], *args: str) -> T:

@@ -1,4 +1,4 @@
-"""The worker's HTTP side: upstream's two routes, /health, and /admin where it is turned on.
+"""The worker's HTTP side: upstream's two routes, /health and /ready; /v1, /metrics and /admin where they are on.
 
 Upstream's own routes take any body, stop the event loop while they call the controller, and go on generating for
 clients that have gone. These keep to limits, return errors in upstream's form, and hold a slot exactly as long as an
@@ -23,10 +23,11 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from llava_steering_plugin.serving.generation.answer import Answer
-from llava_steering_plugin.serving.generation.request import End, Event, Piece, Problem
+from llava_steering_plugin.serving.generation.request import BUSY, End, Event, Piece, Problem
 from llava_steering_plugin.serving.http.access import HostCheck
 from llava_steering_plugin.serving.http.admission import Admission
 from llava_steering_plugin.serving.http.limits import Limits
+from llava_steering_plugin.serving.http.openai.errors import refusal_at
 from llava_steering_plugin.serving.http.protocol import (
     FAILED,
     REFUSED,
@@ -39,6 +40,7 @@ from llava_steering_plugin.serving.http.validation import CheckedRequest, check_
 from llava_steering_plugin.serving.proxies import host_of
 
 if TYPE_CHECKING:
+    from llava_steering_plugin.serving.http.openai.api import ApiSettings
     from llava_steering_plugin.serving.model_worker import AdapterWorker
 
 logger = logging.getLogger(__name__)
@@ -178,6 +180,7 @@ def build(
     *,
     log_requests: bool = False,
     admin: Sequence[Route] = (),
+    api: ApiSettings | None = None,
     allowed_hosts: Iterable[str] = (),
 ) -> Starlette:
     """Return the application.
@@ -185,9 +188,20 @@ def build(
     Args:
         allowed_hosts: names by which requests may call it, besides those of localhost and the worker's address.
         admin: the routes of `Admin.routes`, if /admin is turned on.
+        api: for the routes under /v1, and /metrics; None: there are none.
     """
     admission = Admission(worker, limits)
     endpoint = StreamEndpoint(worker, admission, log_requests)
+    more = [*admin]
+    middleware = [Middleware(HostCheck, allowed=[host_of(worker.worker_addr), *allowed_hosts])]
+    if api is not None:
+        # They need packages that LLaVA does not bring.
+        from llava_steering_plugin.serving.http.metrics import CountRefusals, Metrics
+        from llava_steering_plugin.serving.http.openai.api import routes
+
+        metrics = Metrics(worker, admission)
+        middleware.insert(0, Middleware(CountRefusals, metrics=metrics))
+        more += [*routes(api, worker, admission, log_requests), Route("/metrics", metrics.answer, methods=["GET"])]
 
     async def status(request: Request) -> Response:
         return JSONResponse(worker.get_status())
@@ -204,18 +218,24 @@ def build(
             }
         )
 
+    async def ready(request: Request) -> Response:
+        if admission.open_requests >= admission.most:
+            return refusal(503, BUSY)
+        return JSONResponse({"status": "ready"})
+
     async def http_error(request: Request, error: Exception) -> Response:
         code, detail = (error.status_code, error.detail) if isinstance(error, HTTPException) else (500, "")
-        return refusal(code, detail or "The worker failed; its log says why.")
+        return refusal_at(request.url.path, code, detail or "The worker failed; its log says why.")
 
     app = Starlette(
         routes=[
             Route("/worker_generate_stream", endpoint, methods=["POST"]),
             Route("/worker_get_status", status, methods=["POST"]),
             Route("/health", health, methods=["GET"]),
-            *admin,
+            Route("/ready", ready, methods=["GET"]),
+            *more,
         ],
-        middleware=[Middleware(HostCheck, allowed=[host_of(worker.worker_addr), *allowed_hosts])],
+        middleware=middleware,
         exception_handlers={HTTPException: http_error, Exception: http_error},
         lifespan=lambda _: admission.trimmer.following(worker.catalog),
     )

@@ -81,7 +81,9 @@ def check_request(
     asked = GenerationRequest(
         adapter=adapter,
         prompt=prompt,
-        images=tuple(_check_image(image, number, limits) for number, image in enumerate(images, start=1)),
+        images=tuple(
+            check_image(_decoded(image, number), number, limits) for number, image in enumerate(images, start=1)
+        ),
         max_new_tokens=min(data.get("max_new_tokens") or DEFAULT_TOKENS, MOST_TOKENS),
         stop=(data["stop"],),
         **given,
@@ -99,16 +101,22 @@ def decode_image(data: bytes) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _check_image(text: str, number: int, limits: Limits) -> bytes:
+def _decoded(text: str, number: int) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Refused(400, f"Image {number} is not valid base64.") from error
+
+
+def check_image(data: bytes, number: int, limits: Limits) -> bytes:
     """Check that an image is whole and not too large; return its file. It waits for its turn without its pixels.
+
+    Args:
+        number: of the image in its request, from 1.
 
     Raises:
         Refused: it is not (400).
     """
-    try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise Refused(400, f"Image {number} is not valid base64.") from error
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             # Before decoding the pixels: a few bytes can stand for gigabytes.

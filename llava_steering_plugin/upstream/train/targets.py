@@ -38,6 +38,25 @@ def of_any_tokenizer(
     return {"input_ids": [ids for ids, _ in encoded], "labels": [labels for _, labels in encoded]}
 
 
+def prompt_ids(said: Sequence[str], template: Any, tokenizer: Any) -> list[int]:
+    """Return the ids of a conversation whose next answer is to come: those with which a training begins.
+
+    Args:
+        said: what is said in turn, the user's first and last; <image> stands for an image.
+        template: one of LLaVA's conversation templates, without messages.
+    """
+    if is_chat_template(template) or is_prepared(tokenizer):
+        answered = [*said, "some answer"]  # begins behind what is looked for
+        turns = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(answered)]
+        ids, targets = encode(turns, template, tokenizer, has_image=True)
+        known: list[int] = ids[: int((targets == IGNORED).nonzero()[-1]) + 1].tolist()
+        return known
+    conversation = template.copy()
+    for number, text in enumerate([*said, None]):
+        conversation.append_message(conversation.roles[number % 2], text)
+    return _ids(conversation.get_prompt(), tokenizer, True)
+
+
 def encode(turns: Sequence[Turn], template: Any, tokenizer: Any, *, has_image: bool) -> tuple[Tensor, Tensor]:
     """Return ids and targets of one conversation, both [positions], int64.
 

@@ -17,7 +17,7 @@ from tiny_language_models import FAMILIES, Family
 from llava_steering_plugin.hooks.token_map import IGNORED
 from llava_steering_plugin.upstream.text.chat_templates import OF_TOKENIZER, offer
 from llava_steering_plugin.upstream.text.tokenizers import Tokenizers, attend_to_ends, is_prepared, prepared
-from llava_steering_plugin.upstream.train.targets import encode
+from llava_steering_plugin.upstream.train.targets import encode, prompt_ids
 
 # Templates that no tokenizer here was made for are written all the same: a user may want them.
 OF_LLAVA = ("v1", "llava_v1", "llama_2", "mistral_instruct", "chatml_direct", "mpt")
@@ -98,9 +98,11 @@ def test_each_answer_is_learned_behind_the_very_ids_that_a_chat_feeds(
         ids, labels = encode(sample(turns), template, tokenizer, has_image="<image>" in turns[0][0])
         found = runs(labels)
         assert len(found) == len(turns)
+        spoken = [said for turn in turns for said in turn]
         for number, (begin, end) in enumerate(found):
             question, answer = turns[number]
             assert ids[:begin].tolist() == asked(template, turns[:number], question, tokenizer)
+            assert ids[:begin].tolist() == prompt_ids(spoken[: 2 * number + 1], template, tokenizer)
             assert torch.equal(labels[begin:end], ids[begin:end])
             learned = tokenizer.decode(ids[begin:end], clean_up_tokenization_spaces=False)
             assert learned.replace(" ", "") == (answer + end_of(template)).replace(" ", "")

@@ -1,0 +1,1 @@
+"""An API as OpenAI's clients speak it, under /v1."""
