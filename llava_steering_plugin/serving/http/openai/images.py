@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
-from llava_steering_plugin.adapters.stored.files import read_bytes
 from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.foreign_files import read_bytes
 from llava_steering_plugin.serving.http.access import checked_hosts, plain
 from llava_steering_plugin.serving.http.openai.errors import ApiError
 
