@@ -8,11 +8,12 @@
 #   scripts/setup.sh --lmms-eval  also .venv-lmms-eval: lmms-eval in an environment of its own, over .venv
 #   scripts/setup.sh --transformers  also .venv-transformers: this project beside transformers 5, without LLaVA
 #   scripts/setup.sh --newer-transformers  also .venv-newer: the newest transformers that LLaVA trains in, over .venv
+#   scripts/setup.sh --vllm       also .venv-vllm: this project beside vLLM for the CPU, without LLaVA
 #
 # Environment:
 #   PYTHON  the interpreter to start from           (default: python3.11, else python3)
 #   VENV    where the virtual environment goes      (default: .venv beside this project's setup.cfg; the others have
-#                                                    the same name with -lmms-eval or -transformers behind it)
+#                                                    the same name with -lmms-eval, -transformers or -vllm behind it)
 #   TORCH   the torch to install                    (default: the CPU build of scripts/constraints-cpu.txt;
 #                                                    on a machine with a GPU: TORCH=torch==2.13.0)
 set -euo pipefail
@@ -20,15 +21,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 browser=
 lmms_eval=
-transformers=
 newer=
+apart=()  # environments that know nothing of .venv
 for word in "$@"; do
   case "$word" in
     --browser) browser=yes ;;
     --lmms-eval) lmms_eval=yes ;;
-    --transformers) transformers=yes ;;
+    --transformers | --vllm) apart+=("${word#--}") ;;
     --newer-transformers) newer=yes ;;
-    *) printf 'setup: unknown option %s; there are --browser, --lmms-eval, --transformers, --newer-transformers\n' "$word" >&2
+    *) printf 'setup: unknown option %s; there are --browser, --lmms-eval, --transformers, --newer-transformers, --vllm\n' "$word" >&2
       exit 2 ;;
   esac
 done
@@ -93,34 +94,35 @@ set_up_newer() {
     'import llava.train.train'
 }
 
-# An environment that knows nothing of .venv: in it this project must do without LLaVA and its pins.
-set_up_transformers() {
-  local own="$venv-transformers" pins=scripts/constraints-transformers-cpu.txt made started=$SECONDS
+# An environment that knows nothing of .venv: in it this project must do without LLaVA and its pins. $1: transformers or
+# vllm, whose pins are complete.
+set_up_apart() {
+  local own="$venv-$1" pins="scripts/constraints-$1-cpu.txt" made started=$SECONDS
   made=$(cat "$pins" setup.cfg pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)-$(pwd)
   if [ "$(cat "$own/.setup.stamp" 2>/dev/null)" = "$made" ] && "$own/bin/python" -c 'import llava_steering_plugin' 2>/dev/null; then
     return
   fi
-  step "transformers 5 in $own"
+  step "$1 in $own"
   "$python" -m venv --clear --without-pip "$own"
-  into_transformers() {
+  into_it() {
     "$venv/bin/python" -m pip --disable-pip-version-check --python "$own/bin/python" install --no-compile --no-deps "$@" \
       >"$own/.setup.log" 2>&1
   }
   grep -v '^#' "$pins" >"$own/.setup.packages"
-  into_transformers -r "$own/.setup.packages" ||
-    into_transformers --extra-index-url https://download.pytorch.org/whl/cpu -r "$own/.setup.packages" ||
-    { tail -n 20 "$own/.setup.log" >&2; die "failed: transformers 5"; }
-  into_transformers --no-build-isolation -e . || { tail -n 20 "$own/.setup.log" >&2; die "failed: this project"; }
+  into_it -r "$own/.setup.packages" ||
+    into_it --extra-index-url https://download.pytorch.org/whl/cpu -r "$own/.setup.packages" ||
+    { tail -n 20 "$own/.setup.log" >&2; die "failed: $1"; }
+  into_it --no-build-isolation -e . || { tail -n 20 "$own/.setup.log" >&2; die "failed: this project"; }
   printf '%s' "$made" >"$own/.setup.stamp"
-  step "transformers 5 is ready in $((SECONDS - started)) s: $own"
+  step "$1 is ready in $((SECONDS - started)) s: $own"
 }
 
 stamp=$(cat "$constraints" "$towers" setup.cfg pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)-$torch-$(pwd)
 if [ "$(cat "$venv/.setup.stamp" 2>/dev/null)" = "$stamp" ] && "$venv/bin/python" -c 'import llava_steering_plugin' 2>/dev/null; then
   "$venv/bin/llava-steering" patch >/dev/null
   if [ -n "$lmms_eval" ]; then set_up_lmms_eval; fi
-  if [ -n "$transformers" ]; then set_up_transformers; fi
   if [ -n "$newer" ]; then set_up_newer; fi
+  for each in ${apart[@]+"${apart[@]}"}; do set_up_apart "$each"; done
   exit 0
 fi
 rm -f "$venv/.setup.stamp"
@@ -175,5 +177,5 @@ step "bytecode of what every program imports"
 printf '%s' "$stamp" >"$venv/.setup.stamp"
 step "ready in $((SECONDS - started)) s: $venv"
 if [ -n "$lmms_eval" ]; then set_up_lmms_eval; fi
-if [ -n "$transformers" ]; then set_up_transformers; fi
 if [ -n "$newer" ]; then set_up_newer; fi
+for each in ${apart[@]+"${apart[@]}"}; do set_up_apart "$each"; done

@@ -8,7 +8,9 @@
 # Without ARGUMENTS the tests run in TEST_PROCESSES (2) processes side by side.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ "${1:-}" = --fast ]; then scripts/setup.sh; else scripts/setup.sh --browser --lmms-eval --transformers --newer-transformers; fi
+if [ "${1:-}" = --fast ]; then scripts/setup.sh; else
+  scripts/setup.sh --browser --lmms-eval --transformers --newer-transformers --vllm
+fi
 bin=$(cd "${VENV:-.venv}/bin" && pwd)
 export PATH="$bin:$PATH"  # for what tests start: deepspeed, ninja, llava-steering
 unset PYTHONDONTWRITEBYTECODE  # tests start hundreds of processes: none of them compiles a module again
@@ -43,7 +45,7 @@ for kind in "${kinds[@]}"; do
   taken=$((SECONDS - started))
   summary+=("$(printf '%s tests: %d min %02d s' "$kind" $((taken / 60)) $((taken % 60)))")
 done
-# What needs another transformers than LLaVA's pin was skipped above; it runs in the environments that have one.
+# What needs another transformers than LLaVA's pin, or vLLM, was skipped above; it runs in the environments that have one.
 elsewhere() {  # NAME OPTION PYTHON FOLDER
   local started=$SECONDS
   if [ -x "$3" ]; then
@@ -55,5 +57,6 @@ elsewhere() {  # NAME OPTION PYTHON FOLDER
 }
 elsewhere "transformers 5" --transformers "${VENV:-.venv}-transformers/bin/python" tests/transformers
 elsewhere "the newest transformers that LLaVA trains in" --newer-transformers "${VENV:-.venv}-newer/bin/python" tests/newer
+elsewhere vLLM --vllm "${VENV:-.venv}-vllm/bin/python" tests/vllm
 printf '== %s\n' "${summary[@]}"
 exit "$status"

@@ -27,7 +27,7 @@ FLOORS = (
     ("modes", "components"),
     ("hooks",),
     ("adapters", "measures"),
-    ("training", "convert", "pool"),
+    ("training", "convert", "pool", "vllm"),
     ("upstream",),
     ("planning", "checkout", "inference", "launch"),
     ("serving", "chat", "evaluation", "diagnostics", "comparison", "export"),

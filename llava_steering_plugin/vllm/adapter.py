@@ -1,0 +1,166 @@
+"""Reads a MoReS adapter as what vLLM's slots take: for each layer M, b, R and a selection of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llava_steering_plugin.adapters.fit.compatibility import mode_of
+from llava_steering_plugin.adapters.stored.files import WEIGHT_BYTES, opened
+from llava_steering_plugin.adapters.stored.folder import ADAPTER, EXTRA, WEIGHTS, AdapterFolder, StoredAdapter
+from llava_steering_plugin.errors import AdapterError, ArgumentsError, listing
+from llava_steering_plugin.modes.mores import MoReS
+from llava_steering_plugin.modes.mores_choice import chosen_by_layer
+from llava_steering_plugin.modes.mores_frames import orthonormal
+from llava_steering_plugin.modes.mores_selection import TokenSelection, parse_choices
+from llava_steering_plugin.vllm.token_table import table_of
+
+_MARK = re.compile(r"(?P<path>.+)#llava_steering=(?P<digest>[0-9a-f]{32})", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class SlotLayer:
+    """The parameters of one layer, in CPU memory.
+
+    Attributes:
+        shift, basis: M and R, float32 [rank, D].
+        offset: b, float32 [rank].
+        selection: number of its selection in the adapter's table.
+    """
+
+    shift: Tensor
+    offset: Tensor
+    basis: Tensor
+    selection: int
+
+
+@dataclass(frozen=True)
+class SlotAdapter:
+    """An adapter for a slot.
+
+    Attributes:
+        layers: by their path below the decoder, such as `layers.3`; layers that it does not steer are not there.
+        table: of its selections, as `token_table.table_of` writes them.
+    """
+
+    layers: Mapping[str, SlotLayer]
+    table: Tensor
+
+
+def digest_of(folder: str | os.PathLike[str]) -> str:
+    """Return the hash of an adapter's weights and config, which are one file: 32 hexadecimal digits.
+
+    Raises:
+        AdapterError: the file cannot be read.
+    """
+    weights = Path(folder) / WEIGHTS
+    found = hashlib.sha256()
+    try:
+        with opened(weights, WEIGHT_BYTES) as file:
+            while part := file.read(1 << 20):
+                found.update(part)
+    except OSError as error:
+        raise AdapterError(f"{weights} cannot be read: {error}. Copy the adapter again.") from error
+    return found.hexdigest()[:32]
+
+
+def marked(folder: str | os.PathLike[str], digest: str) -> str:
+    """Return the path of an adapter with the hash of its contents: vLLM's prefix cache tells adapters by their path."""
+    return f"{folder}#llava_steering={digest}"
+
+
+def unmarked(path: str) -> tuple[str, str | None]:
+    """Return the folder and the hash in a path; None where it has none."""
+    found = _MARK.fullmatch(path)
+    return (found["path"], found["digest"]) if found else (path, None)
+
+
+def read_marked(folder: str | os.PathLike[str], digest: str | None = None) -> tuple[StoredAdapter, str]:
+    """Read an adapter whole, and return it with the hash of its contents.
+
+    Args:
+        digest: that it must have; None: any.
+
+    Raises:
+        AdapterError: not ours, damaged, or changed: before the reading, where `digest` is given, or while it was read.
+    """
+    before = digest_of(folder)
+    stored = AdapterFolder(folder).read()
+    if digest_of(folder) != before:
+        raise AdapterError(f"{folder} changed while it was read: something is writing to it. Load it again.")
+    if digest not in (None, before):
+        raise AdapterError(
+            f"{folder} holds another adapter than the one that was checked: it has been replaced since. Load it again "
+            "(POST /v1/load_lora_adapter with load_inplace, or a new LoRARequest with another id)."
+        )
+    return stored, before
+
+
+def unsupported(stored: StoredAdapter) -> list[str]:
+    """List what an adapter has that cannot run in vLLM, one clause each."""
+    mode = mode_of(stored.config)
+    instead = "serve it with `llava-steering serve`"
+    if not isinstance(mode, MoReS):
+        if stored.config.mode == "mixlora":
+            return [
+                "it is a MixLoRA, which chooses its factors by the mean of the whole prompt, and vLLM computes prompts "
+                f"in chunks and takes parts of them from its cache; {instead}"
+            ]
+        return [f"its mode is {mode.full_name}, and MoReS alone runs in vLLM; {instead}"]
+    problems = []
+    if mode.modality != "vis":
+        problems.append(f"it steers {mode.modality}, and vLLM knows the places of image tokens alone; {instead}")
+    if stored.config.added_tokens:
+        problems.append(f"it adds tokens to the vocabulary ({', '.join(stored.config.added_tokens)}); {instead}")
+    if own := sorted(stored.section(EXTRA)):
+        problems.append(f"it brings parts of the model ({', '.join(own)}); {instead}")
+    if not problems:
+        try:
+            for_slot(stored)
+        except ArgumentsError as error:
+            problems.append(str(error))
+    return problems
+
+
+def for_slot(stored: StoredAdapter) -> SlotAdapter:
+    """Return the parameters of an adapter that `unsupported` has nothing against.
+
+    Raises:
+        ArgumentsError: its selections are too many, or too long.
+    """
+    mode = mode_of(stored.config)
+    assert isinstance(mode, MoReS)
+    tensors = stored.section(ADAPTER)
+    suffix = ".vis.steer_basis"
+    paths = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+    options = parse_choices(mode.tokens)
+    chosen = chosen_by_layer(tensors, options).get("vis", {})
+    used = dict.fromkeys(chosen.get(path, options[0].spec) for path in paths)
+    numbers = {spec: number for number, spec in enumerate(used)}
+    layers = {}
+    for path in paths:
+        raw = tensors[path + suffix].float()
+        layers[path] = SlotLayer(
+            tensors[f"{path}.vis.steer_shift"].float(),
+            tensors[f"{path}.vis.steer_offset"].float(),
+            orthonormal(raw).basis,
+            numbers[chosen.get(path, options[0].spec)],
+        )
+    return SlotAdapter(layers, table_of([TokenSelection.parse(spec) for spec in used]))
+
+
+def refuse_all(problems: list[str], name: str, folder: Any) -> None:
+    """Raise one error for all that is wrong with an adapter, if anything is.
+
+    Raises:
+        AdapterError: something is.
+    """
+    if problems:
+        raise AdapterError(listing(f"the adapter {name!r} in {folder} cannot run in this vLLM", problems))

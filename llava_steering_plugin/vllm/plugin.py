@@ -1,0 +1,42 @@
+"""The entry point of vLLM's plugin group `vllm.general_plugins`. vLLM calls it in every process, in some twice.
+
+Where it is installed beside vLLM, it changes nothing for models and adapters that are not ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+# The versions of vLLM whose seams were tried (tests/vllm).
+TRIED = ("0.32.0",)
+ANYWAY = "LLAVA_STEERING_UNTRIED_VLLM"
+
+
+def register() -> None:
+    """Put this package's class in the place of vLLM's Llava, and let its LoRA manager read our adapters.
+
+    Does nothing on a version of vLLM that was not tried, unless the environment variable ANYWAY is 1.
+    """
+    import vllm
+
+    version = str(vllm.__version__).partition("+")[0]
+    if version not in TRIED and os.environ.get(ANYWAY) != "1":
+        logging.getLogger("vllm.llava_steering").warning(
+            "MoReS adapters are not available: this is vLLM %s, and llava-steering-plugin was tried with %s. Set %s=1 "
+            "to use it all the same, and compare answers with transformers' first.",
+            version,
+            ", ".join(TRIED),
+            ANYWAY,
+        )
+        return
+    from vllm import ModelRegistry
+
+    from llava_steering_plugin.vllm.refusals import ARCHITECTURE
+    from llava_steering_plugin.vllm.requests import check_requests
+    from llava_steering_plugin.vllm.worker import read_our_adapters
+
+    # By name: the class is imported where a model is made, and not before a process is forked.
+    ModelRegistry.register_model(ARCHITECTURE, "llava_steering_plugin.vllm.model:SteeredLlava")
+    read_our_adapters()
+    check_requests()

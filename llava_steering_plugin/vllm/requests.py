@@ -1,0 +1,130 @@
+"""Checks our adapters where requests come in, before a worker sees them, and marks each with the hash of its contents.
+
+An adapter that fails in a worker, in the midst of a pass, would end the engine. And vLLM's prefix cache knows an
+adapter by its name and path: without the hash, one that was trained again would get what the old one has left there.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import wrapt
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from llava_steering_plugin.adapters.fit.compatibility import mode_of
+from llava_steering_plugin.adapters.stored.folder import StoredAdapter
+from llava_steering_plugin.adapters.stored.locate import find
+from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.modes.mores import MoReS
+from llava_steering_plugin.vllm.adapter import marked, read_marked, refuse_all, unmarked, unsupported
+from llava_steering_plugin.vllm.base import ServedBase
+from llava_steering_plugin.vllm.refusals import refused
+
+
+class Admission:
+    """Knows which adapters have been checked for one engine.
+
+    Args:
+        vllm_config: of the engine.
+    """
+
+    def __init__(self, vllm_config: Any):
+        self._vllm_config = vllm_config
+        self._base: ServedBase | None = None
+        self._marked: dict[tuple[str, int, str], str] = {}
+        self._lock = threading.Lock()
+
+    def admit(self, request: Any, *, anew: bool = False) -> Any:
+        """Return a request for an adapter of ours with the marked path; any other request as it is.
+
+        Args:
+            request: a LoRARequest, or None.
+            anew: read the folder although an adapter of this name, number and path is known.
+
+        Raises:
+            VLLMValidationError: the adapter cannot run in this engine; all problems at once.
+        """
+        if request is None or unmarked(request.lora_path)[1] is not None:
+            return request
+        key = (request.lora_name, request.lora_int_id, request.lora_path)
+        with self._lock:
+            if anew or key not in self._marked:
+                try:
+                    self._marked[key] = self._checked(request)
+                except SteeringError as error:
+                    raise VLLMValidationError(str(error)) from error
+            path = self._marked[key]
+        if path == request.lora_path:
+            return request
+        # Without load_inplace, with which vLLM reads an adapter again for every pass: the path says what is loaded.
+        return type(request)(request.lora_name, request.lora_int_id, path, request.base_model_name)
+
+    def _checked(self, request: Any) -> str:
+        folder = find(request.lora_path)
+        if folder is None:
+            return str(request.lora_path)
+        refuse_all(refused(self._vllm_config), request.lora_name, folder)
+        if self._base is None:
+            self._base = ServedBase(self._vllm_config.model_config)
+        folder.read(self._base.check)
+        stored, digest = read_marked(folder.path)
+        problems = [*unsupported(stored), *self._too_large(stored)]
+        refuse_all(problems, request.lora_name, folder)
+        self._base.check_weights(stored)
+        return marked(folder.path, digest)
+
+    def _too_large(self, stored: StoredAdapter) -> list[str]:
+        mode, most = mode_of(stored.config), self._vllm_config.lora_config.max_lora_rank
+        if isinstance(mode, MoReS) and mode.rank > most:
+            return [f"its rank is {mode.rank}: start vLLM with --max-lora-rank {mode.rank} or more, not {most}"]
+        return []
+
+
+def admission_of(engine: Any) -> Admission:
+    """Return the admission of an engine, or of its InputProcessor."""
+    processor = getattr(engine, "input_processor", engine)
+    found: Admission = processor.__dict__.setdefault("_llava_steering", Admission(processor.vllm_config))
+    return found
+
+
+def check_requests() -> None:
+    """Wrap the methods by which requests and adapters come into an engine. Safe to call again."""
+    for owner, method, wrapper in (
+        (InputProcessor, "process_inputs", _process_inputs),
+        (AsyncLLM, "add_lora", _add_lora),
+        (LLMEngine, "add_lora", _add_lora),
+    ):
+        before = owner.__dict__[method]
+        if not isinstance(before, wrapt.FunctionWrapper):
+            setattr(owner, method, wrapt.FunctionWrapper(before, wrapper))
+
+
+def _process_inputs(before: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if (request := kwargs.get("lora_request")) is not None:
+        try:
+            kwargs = kwargs | {"lora_request": admission_of(instance).admit(request, anew=request.load_inplace)}
+        except VLLMValidationError:
+            _forget_images(instance, args[1] if len(args) > 1 else kwargs["prompt"])
+            raise
+    return before(*args, **kwargs)
+
+
+def _forget_images(processor: Any, prompt: Any) -> None:
+    """Have vLLM send the images of a refused prompt again: they count as sent, and the next request would miss them."""
+    cache = processor.renderer.mm_processor_cache
+    if cache is not None and isinstance(prompt, dict):
+        for hashes in prompt.get("mm_hashes", {}).values():
+            for each in hashes:
+                cache.invalidate(each)
+
+
+def _add_lora(before: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    request = kwargs["lora_request"] if "lora_request" in kwargs else args[0]
+    admitted = admission_of(instance).admit(request, anew=True)
+    if admitted is not request:
+        request.load_inplace = False  # it is loaded, once, and not again for every request that has it
+    return before(admitted)

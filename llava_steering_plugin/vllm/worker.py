@@ -1,0 +1,96 @@
+"""Lets vLLM's workers load our adapters into their LoRA slots; all other LoRAs go the way they went."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import wrapt
+from vllm.lora import worker_manager
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
+
+from llava_steering_plugin.errors import AdapterError
+from llava_steering_plugin.vllm.adapter import SlotAdapter, for_slot, read_marked, refuse_all, unmarked, unsupported
+
+DECODER, BESIDE_IT = "language_model.model", "language_model"
+# Adapters of one to four megabytes; vLLM does not say which of them have been unloaded.
+MOST_KEPT = 512
+
+
+def read_our_adapters() -> None:
+    """Wrap the methods that load a LoRA from its folder. Safe to call again."""
+    for owner, method, wrapper in (
+        (worker_manager.WorkerLoRAManager, "_load_adapter", _load_adapter),
+        (worker_manager.WorkerLoRAManager, "add_adapter", _add_adapter),
+        (worker_manager.LRUCacheWorkerLoRAManager, "add_adapter", _add_adapter),
+    ):
+        before = owner.__dict__[method]
+        if not isinstance(before, wrapt.FunctionWrapper):
+            setattr(owner, method, wrapt.FunctionWrapper(before, wrapper))
+
+
+def _load_adapter(before: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    request = args[0] if args else kwargs["lora_request"]
+    if unmarked(request.lora_path)[1] is None:
+        return before(*args, **kwargs)
+    return load(request, instance)
+
+
+def _add_adapter(before: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Take an adapter out of its slot first if the request is for other contents: vLLM knows adapters by number."""
+    request = args[0] if args else next(iter(kwargs.values()))
+    found = _kept(instance).get(request.lora_int_id)
+    if found is not None and found[0] != request.lora_path:
+        del _kept(instance)[request.lora_int_id]
+        instance._adapter_manager.remove_adapter(request.lora_int_id)
+    return before(*args, **kwargs)
+
+
+def _kept(manager: Any) -> dict[int, tuple[str, SlotAdapter]]:
+    """Return the adapters that a worker has read, by their number, with their marked paths; the latest last."""
+    kept: dict[int, tuple[str, SlotAdapter]] = manager.__dict__.setdefault("_llava_steering", {})
+    return kept
+
+
+def load(request: Any, manager: Any) -> Any:
+    """Return an adapter of ours as a LoRA of vLLM's.
+
+    What was read is kept: a slot that is filled again, in the midst of a pass, finds it though the folder may have
+    changed or be gone. An error there would end the engine.
+
+    Args:
+        request: a LoRARequest whose path has the hash of the adapter (`requests.py`).
+        manager: the WorkerLoRAManager.
+
+    Raises:
+        AdapterError: the folder does not hold that adapter any more, or it does not fit the model.
+    """
+    kept = _kept(manager)
+    found = kept.pop(request.lora_int_id, None)
+    if found is None:
+        folder, digest = unmarked(request.lora_path)
+        stored, _ = read_marked(folder, digest)
+        refuse_all(unsupported(stored), request.lora_name, folder)
+        found = request.lora_path, for_slot(stored)
+        while len(kept) >= MOST_KEPT:
+            del kept[next(iter(kept))]
+    kept[request.lora_int_id] = found
+    return _as_lora(request, found[1], manager._adapter_manager)
+
+
+def _as_lora(request: Any, adapter: SlotAdapter, slots: Any) -> Any:
+    from llava_steering_plugin.vllm.layers import STEERING, TOKENS, packed
+
+    table = f"{BESIDE_IT}.{TOKENS}"
+    loras = {table: LoRALayerWeights(table, 1, 1, adapter.table, torch.zeros(1, 1))}
+    for path, layer in adapter.layers.items():
+        name, rank = f"{DECODER}.{path}.{STEERING}", len(layer.offset)
+        states = packed(layer.shift, layer.offset, layer.selection)
+        loras[name] = LoRALayerWeights(name, rank, rank, states, layer.basis.T.contiguous())
+    if missing := [name for name in loras if name not in slots.modules]:
+        raise AdapterError(
+            f"the adapter {request.lora_name!r} cannot run in this vLLM: its model has no {missing[0]}. Start vLLM on "
+            "the base that `llava-steering export` wrote."
+        )
+    return LoRAModel(request.lora_int_id, max(lora.rank for lora in loras.values()), loras)

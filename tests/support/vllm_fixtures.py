@@ -1,0 +1,206 @@
+"""The tiny LLaVA as `llava-steering export` writes it, adapters for it, and what transformers answers with them.
+
+The export needs LLaVA, which the environment of vLLM does not have: another interpreter runs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from steered import strengthen
+from tiny_llava import SYSTEM
+from torch import Tensor
+
+from llava_steering_plugin import attach, load_adapter, remove_adapter, save_adapter
+from llava_steering_plugin.modes.mores import MoReS
+
+ROOT = Path(__file__).parents[2]
+NEW = 12  # tokens of every answer
+# By name: the settings, and how far the parameters are from the identity.
+ADAPTERS: dict[str, tuple[MoReS, float]] = {
+    "all-1": (MoReS(rank=1, tokens="all"), 0.6),
+    "all-4": (MoReS(rank=4, tokens="all"), 0.3),
+    "f4l5-2": (MoReS(rank=2, tokens="f4+l5"), 0.5),
+    "uniform9-3": (MoReS(rank=3, tokens="uniform9"), 0.5),
+    "percent-1": (MoReS(rank=1, tokens="1%"), 3.0),
+    "early-2": (MoReS(rank=2, tokens="all", layers="0-1"), 0.6),
+    "every-2": (MoReS(rank=2, tokens="l8", layers="every:2"), 0.8),
+    "chosen-2": (MoReS(rank=2, tokens="25%,f4+l5,all"), 0.5),
+}
+
+
+def llavas_python() -> Path:
+    """The interpreter of the environment that has LLaVA."""
+    return Path(os.environ.get("VENV", ROOT / ".venv")).absolute() / "bin/python"
+
+
+def export_tiny(folder: Path) -> tuple[Path, Path]:
+    """Makes the tiny LLaVA and exports it; returns the folders of the export and of its images."""
+    parts, target = folder / "llava", folder / "exported"
+    model = parts / "llava-v1.5-tiny"
+    _with_llava(str(ROOT / "tests/support/tiny_llava.py"), str(parts))
+    config = json.loads((model / "config.json").read_text())
+    # Attention of vLLM's for the CPU has no heads of 16 numbers.
+    (model / "config.json").write_text(json.dumps(config | {"num_attention_heads": 2, "num_key_value_heads": 2}))
+    _with_llava("-m", "llava_steering_plugin", "export", str(model), str(target), "--conversation", "vicuna_v1")
+    return target, parts / "images"
+
+
+def _with_llava(*words: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [str(llavas_python()), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with its pictures, as vLLM and transformers take it."""
+
+    text: str
+    images: tuple[Image.Image, ...]
+
+    @property
+    def for_vllm(self) -> dict[str, Any]:
+        return {"prompt": self.text} | ({"multi_modal_data": {"image": list(self.images)}} if self.images else {})
+
+
+def prompts_of(folder: Path) -> list[Prompt]:
+    """Prompts with one and two pictures of several sizes."""
+    pictures = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
+    one = [
+        Prompt(f"{SYSTEM} USER: <image>\n{question} ASSISTANT:", (pictures[number],))
+        for number, question in enumerate(
+            ("What color is the circle?", "What shape is red?", "Is it a triangle?", "How many sides are there?")
+        )
+    ]
+    two = [
+        Prompt(f"USER: <image>\nWhat is this? And this: <image>\n{question} ASSISTANT:", (pictures[a], pictures[b]))
+        for a, b, question in ((5, 6, "Which is green?"), (7, 0, "What color is the first?"))
+    ]
+    return one + two
+
+
+class Reference:
+    """The base in transformers' own class, with and without adapters that our own hooks put on it."""
+
+    def __init__(self, folder: Path):
+        from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+        self.model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.processor: Any = AutoProcessor.from_pretrained(folder)
+
+    def save(self, mode: MoReS, size: float, seed: int, folder: Path) -> Path:
+        """Save an adapter whose effect is plain to see."""
+        strengthen(attach(self.model, mode), seed, size)
+        try:
+            save_adapter(self.model, folder)
+        finally:
+            remove_adapter(self.model)
+        return folder
+
+    def answers(self, prompts: list[Prompt], adapter: Path | None = None) -> list[list[int]]:
+        """The tokens that it answers, of each prompt alone."""
+        if adapter is not None:
+            load_adapter(self.model, adapter)
+        try:
+            return [self._answer(prompt) for prompt in prompts]
+        finally:
+            if adapter is not None:
+                remove_adapter(self.model)
+
+    @torch.inference_mode()
+    def _answer(self, prompt: Prompt) -> list[int]:
+        inputs = self.inputs(prompt)
+        answer = self.model.generate(**inputs, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW)
+        found: list[int] = answer[0, inputs["input_ids"].shape[1] :].tolist()
+        return found
+
+    def inputs(self, prompt: Prompt) -> dict[str, Tensor]:
+        images = list(prompt.images) or None
+        return dict(self.processor(text=prompt.text, images=images, return_tensors="pt"))
+
+
+class Engine:
+    """An engine of vLLM's in this process, with few slots and a small budget of tokens.
+
+    Args:
+        folder: of the base.
+        settings: that differ.
+    """
+
+    CHUNK = 40  # tokens that one pass takes at most
+    BLOCK = 32  # tokens that the prefix cache holds together: the fewest on a CPU
+    SLOTS = 3
+
+    def __init__(self, folder: Path, **settings: Any):
+        from vllm import LLM
+
+        usual: dict[str, Any] = {
+            "dtype": "float32",
+            "enable_lora": True,
+            "max_loras": self.SLOTS,
+            "max_cpu_loras": self.SLOTS + 1,
+            "max_lora_rank": 8,
+            "max_model_len": 256,
+            "max_num_seqs": 16,
+            "max_num_batched_tokens": self.CHUNK,
+            "limit_mm_per_prompt": {"image": 2},
+            "block_size": self.BLOCK,
+            "enforce_eager": True,
+            "disable_log_stats": False,
+        }
+        self.llm = LLM(str(folder), **usual | settings)
+
+    def answers(self, prompts: Sequence[Prompt], adapters: Sequence[Any]) -> list[list[int]]:
+        """The tokens that it answers, of all prompts in one batch.
+
+        Args:
+            adapters: a LoRARequest or None for each prompt.
+        """
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
+        inputs = [prompt.for_vllm for prompt in prompts]
+        done = self.llm.generate(inputs, sampling, lora_request=list(adapters), use_tqdm=False)
+        return [list(each.outputs[0].token_ids) for each in done]
+
+    def counted(self, name: str) -> int:
+        """A counter of vLLM's metrics."""
+        return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the tests of vLLM share.
+
+    Attributes:
+        base: the exported LLaVA.
+        adapters: folders by name.
+        expected: transformers' answers to `prompts`, by the adapter's name; None: the base's.
+    """
+
+    base: Path
+    reference: Reference
+    prompts: list[Prompt]
+    adapters: Mapping[str, Path]
+    expected: Mapping[str | None, list[list[int]]]
+
+    def request(self, name: str | None) -> Any:
+        """A request for an adapter, each with a number of its own."""
+        from vllm.lora.request import LoRARequest
+
+        number = 1 + list(self.adapters).index(name) if name is not None else 0
+        return LoRARequest(name, number, str(self.adapters[name])) if name is not None else None
+
+
+def differing(some: list[list[int]], others: list[list[int]]) -> int:
+    return sum(one != other for one, other in zip(some, others, strict=True))

@@ -1,0 +1,42 @@
+"""One engine of vLLM's for all tests: it takes seconds to start. `scripts/setup.sh --vllm` installs vLLM.
+
+Tests that need it begin with `pytest.importorskip("vllm")`.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from vllm_fixtures import ADAPTERS, Engine, Reference, Shared, export_tiny, llavas_python, prompts_of
+
+# Read when vLLM is imported. The engine runs in this process: it starts sooner, and one can look into it.
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_NO_USAGE_STATS="1",
+)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """The exported base, adapters for it, and transformers' answers."""
+    if not llavas_python().is_file():
+        pytest.skip(f"needs LLaVA to export a model, and there is no {llavas_python()}: scripts/setup.sh makes it")
+    folder = tmp_path_factory.mktemp("vllm")
+    base, images = export_tiny(folder)
+    reference = Reference(base)
+    adapters = {
+        name: reference.save(mode, size, number, folder / name)
+        for number, (name, (mode, size)) in enumerate(ADAPTERS.items())
+    }
+    prompts = prompts_of(images)
+    expected = {name: reference.answers(prompts, adapters.get(name or "")) for name in (None, *adapters)}
+    return Shared(base, reference, prompts, adapters, expected)
+
+
+@pytest.fixture(scope="session")
+def engine(shared: Shared) -> Engine:
+    """An engine whose linears take PEFT's LoRAs too."""
+    return Engine(shared.base)

@@ -1,0 +1,124 @@
+"""Batches of the base and many adapters in vLLM answer as transformers does.
+
+Covers `vllm/model.py`, `vllm/layers.py`, `vllm/worker.py`, `vllm/plugin.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from vllm_fixtures import Engine, Prompt, Shared, differing
+
+pytest.importorskip("vllm", reason="needs vLLM: scripts/setup.sh --vllm makes .venv-vllm")
+
+
+def mixed(shared: Shared) -> list[tuple[str | None, int]]:
+    """Every prompt with the base and every adapter, so that neighbours in a batch have different ones."""
+    return [(name, number) for number in range(len(shared.prompts)) for name in shared.expected]
+
+
+def ask(engine: Engine, shared: Shared, pairs: list[tuple[str | None, int]]) -> list[list[int]]:
+    prompts = [shared.prompts[number] for _, number in pairs]
+    return engine.answers(prompts, [shared.request(name) for name, _ in pairs])
+
+
+def is_image(shared: Shared, prompt: Prompt) -> list[bool]:
+    """Which tokens of a prompt are an image's."""
+    ids = shared.reference.inputs(prompt)["input_ids"][0]
+    return (ids == shared.reference.model.config.image_token_index).tolist()
+
+
+def test_every_adapter_changes_at_least_half_of_the_answers(shared: Shared) -> None:
+    counts = {name: differing(found, shared.expected[None]) for name, found in shared.expected.items() if name}
+    assert len(counts) == 8 and all(2 * count >= len(shared.prompts) for count in counts.values()), counts
+
+
+def test_mixed_batches_answer_as_transformers_cold_and_from_the_cache(engine: Engine, shared: Shared) -> None:
+    assert len(shared.adapters) > 2 * engine.SLOTS  # so that slots are given to others and back
+    pairs = mixed(shared)
+    expected = [shared.expected[name][number] for name, number in pairs]
+    engine.llm.reset_prefix_cache()
+    assert ask(engine, shared, pairs) == expected
+    hits = engine.counted("vllm:prefix_cache_hits")
+    assert ask(engine, shared, pairs) == expected
+    assert engine.counted("vllm:prefix_cache_hits") >= hits + engine.BLOCK * len(pairs)
+
+
+def test_what_the_cache_holds_may_end_inside_of_an_image(engine: Engine, shared: Shared) -> None:
+    cut = [number for number, prompt in enumerate(shared.prompts) if is_image(shared, prompt)[engine.BLOCK]]
+    assert cut and all(is_image(shared, shared.prompts[number])[engine.BLOCK - 1] for number in cut)
+    pairs = [(name, number) for number in cut for name in shared.expected]
+    ask(engine, shared, pairs)
+    hits = engine.counted("vllm:prefix_cache_hits")
+    assert ask(engine, shared, pairs) == [shared.expected[name][number] for name, number in pairs]
+    assert engine.counted("vllm:prefix_cache_hits") == hits + engine.BLOCK * len(pairs)
+
+
+def test_a_prompt_that_is_cut_inside_of_an_image_is_steered_as_a_whole_one(engine: Engine, shared: Shared) -> None:
+    marks = [is_image(shared, prompt) for prompt in shared.prompts]
+    number = next(number for number, mark in enumerate(marks) if mark[engine.CHUNK - 1] and mark[engine.CHUNK])
+    for name, answers in shared.expected.items():
+        engine.llm.reset_prefix_cache()
+        assert ask(engine, shared, [(name, number)]) == [answers[number]], name
+
+
+def test_text_alone_is_not_steered(engine: Engine, shared: Shared) -> None:
+    prompt = Prompt("USER: What is red? ASSISTANT:", ())
+    names = [None, *shared.adapters]
+    found = engine.answers([prompt] * len(names), [shared.request(name) for name in names])
+    assert found == shared.reference.answers([prompt]) * len(names)
+
+
+def test_a_lora_of_pefts_answers_beside_our_adapters(engine: Engine, shared: Shared, tmp_path: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    rank, alpha = 4, 8
+    factors = {}
+    generator = torch.Generator().manual_seed(0)
+    model = shared.reference.model
+    linears = {f"layers.{number}.self_attn.q_proj" for number in range(4)}
+    changed = {path: model.model.language_model.get_submodule(path).weight for path in linears}
+    for path, weight in changed.items():
+        for letter, shape in (("A", (rank, weight.shape[1])), ("B", (weight.shape[0], rank))):
+            name = f"base_model.model.language_model.model.{path}.lora_{letter}.weight"
+            factors[name] = torch.randn(shape, generator=generator) * 0.3
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    described = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj"], "bias": "none"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described))
+    before = {path: weight.detach().clone() for path, weight in changed.items()}
+    with torch.no_grad():
+        for path, weight in changed.items():
+            a, b = (factors[f"base_model.model.language_model.model.{path}.lora_{letter}.weight"] for letter in "AB")
+            weight += alpha / rank * (b @ a)
+        expected = shared.reference.answers(shared.prompts)
+        for path, weight in changed.items():
+            weight.copy_(before[path])
+    assert 2 * differing(expected, shared.expected[None]) >= len(expected)
+
+    lora = LoRARequest("lora", 90, str(tmp_path))
+    prompts = [prompt for prompt in shared.prompts for _ in range(3)]
+    found = engine.answers(prompts, [lora, shared.request("all-4"), None] * len(shared.prompts))
+    assert found[::3] == expected
+    assert found[1::3] == shared.expected["all-4"] and found[2::3] == shared.expected[None]
+
+
+def test_the_entry_point_may_be_called_again(engine: Engine, shared: Shared) -> None:
+    from importlib.metadata import entry_points
+
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    (ours,) = entry_points(group="vllm.general_plugins", name="llava_steering")
+    seams = (
+        (WorkerLoRAManager, "_load_adapter"),
+        (LRUCacheWorkerLoRAManager, "add_adapter"),
+        (InputProcessor, "process_inputs"),
+    )
+    before = [owner.__dict__[name] for owner, name in seams]
+    ours.load()()
+    assert [owner.__dict__[name] for owner, name in seams] == before
+    assert ask(engine, shared, [("all-1", 0)]) == [shared.expected["all-1"][0]]

@@ -1,0 +1,69 @@
+"""What in an engine's settings excludes MoReS is said; versions of vLLM that were not tried are left alone.
+
+Covers `vllm/refusals.py`, and `vllm/plugin.py` where no vLLM is installed.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llava_steering_plugin.vllm import plugin
+from llava_steering_plugin.vllm.refusals import TARGETS, asked_for, refused
+
+
+def settings(**changed: Any) -> SimpleNamespace:
+    """The parts of a VllmConfig that are looked at; names with two underscores are of a part."""
+    parts: dict[str, Any] = {
+        "model_config": SimpleNamespace(architectures=["LlavaForConditionalGeneration"]),
+        "lora_config": SimpleNamespace(target_modules=None),
+        "parallel_config": SimpleNamespace(pipeline_parallel_size=1, enable_dbo=False, ubatch_size=0),
+        "speculative_config": None,
+    }
+    for name, value in changed.items():
+        part, inside, entry = name.partition("__")
+        if inside:
+            setattr(parts[part], entry, value)
+        else:
+            parts[part] = value
+    return SimpleNamespace(**parts)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"model_config__architectures": ["LlavaNextForConditionalGeneration"]}, "the model is a LlavaNext"),
+        ({"lora_config": None}, "--enable-lora"),
+        ({"lora_config__target_modules": ["steering", "q_proj"]}, "does not name steering_tokens"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"parallel_config__enable_dbo": True}, "--enable-dbo"),
+        ({"speculative_config": object()}, "--speculative-config"),
+    ],
+)
+def test_each_setting_that_excludes_mores_is_named(changed: dict[str, Any], said: str) -> None:
+    assert refused(settings()) == []
+    (problem,) = refused(settings(**changed))
+    assert said in problem
+
+
+def test_an_engine_is_for_mores_where_its_targets_say_so() -> None:
+    assert not asked_for(settings())
+    assert not asked_for(settings(lora_config__target_modules=["q_proj"]))
+    assert asked_for(settings(lora_config__target_modules=["q_proj", *TARGETS]))
+
+
+def test_a_version_that_was_not_tried_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = ModuleType("vllm")  # without ModelRegistry: whoever asks for it fails
+    other.__version__ = "9.8.7+cpu"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", other)
+    monkeypatch.delenv(plugin.ANYWAY, raising=False)
+    plugin.register()
+    assert "this is vLLM 9.8.7" in caplog.text and plugin.ANYWAY in caplog.text
+    monkeypatch.setenv(plugin.ANYWAY, "1")
+    with pytest.raises(ImportError, match="ModelRegistry"):
+        plugin.register()
