@@ -239,6 +239,10 @@ OF_LAUNCHERS = set(
     "rdzv_endpoint num_processes".split()
 )
 OF_LMMS_EVAL = set("model model_args tasks include_path batch_size gen_kwargs log_samples output_path".split())
+OF_VLLM = set(
+    "enable_lora lora_target_modules max_lora_rank max_loras max_cpu_loras lora_modules pipeline_parallel_size "
+    "enable_dbo speculative_config".split()
+)
 FLAG = re.compile(r"(?<![\w-])--([A-Za-z]\w*(?:-\w+)*)")
 
 
@@ -256,7 +260,7 @@ def words_in(*places: Path) -> set[str]:
 def test_every_flag_that_the_pages_name_is_a_flag_of_some_program(llava_copies: Any) -> None:
     (transformers,) = importlib.util.find_spec("transformers").submodule_search_locations  # type: ignore[union-attr]
     sources = (ROOT / PACKAGE, ROOT / "scripts", ROOT / "tests" / "conftest.py", llava_copies.pristine)
-    known = words_in(*sources, Path(transformers) / "training_args.py") | OF_LAUNCHERS | OF_LMMS_EVAL
+    known = words_in(*sources, Path(transformers) / "training_args.py") | OF_LAUNCHERS | OF_LMMS_EVAL | OF_VLLM
     known |= {f"{mode.name}_{name}" for mode in (MoReS, MixLoRA) for name in mode().settings()}
     named = {(flag, page.name) for page in PAGES for flag in FLAG.findall(page.read_text(encoding="utf-8"))}
     assert len(named) > 100

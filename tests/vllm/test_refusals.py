@@ -5,6 +5,7 @@ Covers `vllm/refusals.py`, and `vllm/plugin.py` where no vLLM is installed.
 
 from __future__ import annotations
 
+import logging
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -62,6 +63,9 @@ def test_a_version_that_was_not_tried_is_left_alone(
     other.__version__ = "9.8.7+cpu"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", other)
     monkeypatch.delenv(plugin.ANYWAY, raising=False)
+    logger = logging.getLogger("vllm.llava_steering")  # vLLM's, if it is there, hands nothing on
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    caplog.set_level(logging.WARNING, logger.name)
     plugin.register()
     assert "this is vLLM 9.8.7" in caplog.text and plugin.ANYWAY in caplog.text
     monkeypatch.setenv(plugin.ANYWAY, "1")
