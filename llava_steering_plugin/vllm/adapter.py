@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from llava_steering_plugin.adapters.fit.compatibility import mode_of
-from llava_steering_plugin.adapters.stored.files import WEIGHT_BYTES, opened
 from llava_steering_plugin.adapters.stored.folder import ADAPTER, EXTRA, WEIGHTS, AdapterFolder, StoredAdapter
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, listing
+from llava_steering_plugin.foreign_files import WEIGHT_BYTES, opened
 from llava_steering_plugin.modes.mores import MoReS
 from llava_steering_plugin.modes.mores_choice import chosen_by_layer
 from llava_steering_plugin.modes.mores_frames import orthonormal

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from llava_steering_plugin.adapters.fit.compatibility import fits
 from llava_steering_plugin.adapters.fit.fingerprint import alike
-from llava_steering_plugin.adapters.stored.files import INDEX_BYTES, read_json
 from llava_steering_plugin.adapters.stored.folder import FINGERPRINT, StoredAdapter
 from llava_steering_plugin.errors import AdapterError, BaseMismatch, listing
+from llava_steering_plugin.foreign_files import INDEX_BYTES, read_json
 
 # As `llava-steering export` and transformers before 5 write them, and as transformers 5 does.
 EMBEDDINGS = ("language_model.model.embed_tokens.weight", "model.language_model.embed_tokens.weight")

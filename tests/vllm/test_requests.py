@@ -42,7 +42,7 @@ def saved(shared: Shared, mode: Mode, folder: Path, *extras: str) -> Path:
 
 def with_added_token(shared: Shared, folder: Path) -> Path:
     copy = Path(shutil.copytree(shared.adapters["all-1"], folder))
-    config = json.loads(header_of(copy)[HEADER]) | {"added_tokens": {"<new>": 700}}
+    config = json.loads(header_of(copy)[HEADER]) | {"added_tokens": {"<new>": 702}}
     set_header(copy, **{HEADER: json.dumps(config)})
     rows = {f"added_tokens.{part}": torch.zeros(1, 64) for part in ("input", "output")}
     return change_tensors(copy, lambda tensors: tensors.update(rows))
