@@ -70,12 +70,15 @@ class Family:
         """Return the decoder stack."""
         model: Any = self._model
         if self.text_config is model.config:
-            stack: nn.Module = model.base_model
+            stack: Any = model.base_model
         elif hasattr(model, "get_decoder"):
             stack = model.get_decoder()
         else:  # transformers 4.52
             stack = model.base_model.language_model
-        return stack
+        if not isinstance(stack, nn.Module):  # the Llava of transformers 4.53 returns the method that would
+            stack = stack()
+        found: nn.Module = stack
+        return found
 
     def projector(self) -> tuple[str, nn.Module] | None:
         """Return the projector and its name in the model; None if the model has none."""

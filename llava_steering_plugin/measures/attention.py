@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,7 +128,7 @@ class _Reader(TorchFunctionMode, ABC):
         result = function(*args, **kwargs)
         if self._layer is not None:
             if function is functional.scaled_dot_product_attention:
-                self._read_scores(self._layer, _Fused.of(*args, **kwargs))
+                self._read_scores(self._layer, _Fused.of(*args, **kwargs).unpacked(self._shape[1]))
                 self.seen.add(self._layer)
             elif function in _SOFTMAX and result.dim() == 4 and result.shape[0::2] == self._shape:
                 self._read_weights(self._layer, result)
@@ -224,6 +224,17 @@ class _Fused:
         if attn_mask is not None:
             attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         return cls(query, key, attn_mask, is_causal, scale)
+
+    def unpacked(self, positions: int) -> _Fused:
+        """Return the call with each head by itself.
+
+        transformers 5 packs the heads that share a key into queries of one head, where a pass has a single position.
+        """
+        heads = self.query.shape[2]
+        if positions != 1 or heads == 1:
+            return self
+        query, mask = self.query.flatten(1, 2).unsqueeze(2), self.mask
+        return replace(self, query=query, mask=None if mask is None else mask.flatten(1, 2).unsqueeze(2))
 
     def weights(self, rows: slice, places: Tensor) -> Tensor:
         """Compute the weights of the queries at some places, float32 [rows, heads, places, keys]."""

@@ -160,7 +160,7 @@ def _places(candidates: Places, per_row: bool) -> tuple[Places, Places]:
     starts = candidates & ~before
     position = np.broadcast_to(np.arange(candidates.shape[1]), ones.shape)
     place = position - np.maximum.accumulate(position * starts, axis=1)
-    run = starts.cumsum(1) * ones
+    run = starts.astype(np.int64).cumsum(1) * ones
     lengths = np.zeros((ones.shape[0], ones.shape[1] + 1), dtype=np.int64)
     np.add.at(lengths, (np.arange(len(run))[:, None], run), ones)
     return place, np.take_along_axis(lengths, run, axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from routed import LONG, SHORT, batch, small_llama
 from steered import strengthen
@@ -28,3 +29,13 @@ def test_a_generation_has_decode_steps_of_one_token() -> None:
         attention = torch.cat([attention, torch.ones_like(following)], 1)
         seen = torch.cat([seen, torch.zeros_like(following, dtype=torch.bool)], 1)
     assert torch.equal(found, ids)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_answers_as_it_does_uncompiled() -> None:
+    model = small_llama()
+    strengthen(attach(model, MoReS(rank=2, tokens="f4+l5")))
+    with token_map(VISUAL, ATTENTION), torch.no_grad():
+        expected = model(IDS, attention_mask=ATTENTION).logits
+        found = torch.compile(model, backend="eager")(IDS, attention_mask=ATTENTION).logits
+    assert torch.equal(found, expected)
