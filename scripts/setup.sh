@@ -9,11 +9,12 @@
 #   scripts/setup.sh --transformers  also .venv-transformers: this project beside transformers 5, without LLaVA
 #   scripts/setup.sh --newer-transformers  also .venv-newer: the newest transformers that LLaVA trains in, over .venv
 #   scripts/setup.sh --vllm       also .venv-vllm: this project beside vLLM for the CPU, without LLaVA
+#   scripts/setup.sh --next CHECKOUT  also .venv-next: this project beside LLaVA-NeXT, which stays where and as it is
 #
 # Environment:
 #   PYTHON  the interpreter to start from           (default: python3.11, else python3)
 #   VENV    where the virtual environment goes      (default: .venv beside this project's setup.cfg; the others have
-#                                                    the same name with -lmms-eval, -transformers or -vllm behind it)
+#                                                    its name with -lmms-eval, -transformers, -vllm or such behind it)
 #   TORCH   the torch to install                    (default: the CPU build of scripts/constraints-cpu.txt;
 #                                                    on a machine with a GPU: TORCH=torch==2.13.0)
 set -euo pipefail
@@ -23,15 +24,24 @@ browser=
 lmms_eval=
 newer=
 apart=()  # environments that know nothing of .venv
-for word in "$@"; do
-  case "$word" in
+next=
+while [ $# != 0 ]; do
+  case "$1" in
     --browser) browser=yes ;;
     --lmms-eval) lmms_eval=yes ;;
-    --transformers | --vllm) apart+=("${word#--}") ;;
+    --transformers | --vllm) apart+=("${1#--}") ;;
     --newer-transformers) newer=yes ;;
-    *) printf 'setup: unknown option %s; there are --browser, --lmms-eval, --transformers, --newer-transformers, --vllm\n' "$word" >&2
+    --next)
+      [ -f "${2:-}/llava/__init__.py" ] && [ -d "$2/trl" ] ||
+        { printf 'setup: --next needs the folder of a LLaVA-NeXT checkout, with llava and trl in it: --next CHECKOUT\n' >&2; exit 2; }
+      next=$(cd "$2" && pwd)
+      shift ;;
+    *)
+      printf 'setup: unknown option %s; there are --browser, --lmms-eval, --transformers, --newer-transformers, --vllm,' "$1" >&2
+      printf ' and --next CHECKOUT\n' >&2
       exit 2 ;;
   esac
+  shift
 done
 
 venv=${VENV:-.venv}
@@ -117,12 +127,40 @@ set_up_apart() {
   step "$1 is ready in $((SECONDS - started)) s: $own"
 }
 
+# An environment that finds llava and trl in a checkout of LLaVA-NeXT. Nothing is written into the checkout.
+set_up_next() {
+  local own="$venv-next" pins=scripts/constraints-next-cpu.txt made started=$SECONDS
+  made=$(cat "$pins" setup.cfg pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)-$(pwd)-$next
+  if [ "$(cat "$own/.setup.stamp" 2>/dev/null)" = "$made" ] && "$own/bin/python" -c 'import llava_steering_plugin' 2>/dev/null; then
+    return
+  fi
+  step "LLaVA-NeXT's packages in $own"
+  "$python" -m venv --clear --without-pip "$own"
+  into_next() {
+    "$venv/bin/python" -m pip --disable-pip-version-check --python "$own/bin/python" install --no-compile --no-deps "$@" \
+      >"$own/.setup.log" 2>&1
+  }
+  grep -v -e '^#' -e '^deepspeed==' "$pins" >"$own/.setup.packages"
+  into_next -r "$own/.setup.packages" ||
+    into_next --extra-index-url https://download.pytorch.org/whl/cpu -r "$own/.setup.packages" ||
+    { tail -n 20 "$own/.setup.log" >&2; die "failed: LLaVA-NeXT's packages"; }
+  into_next --no-build-isolation "$(grep '^deepspeed==' "$pins")" || { tail -n 20 "$own/.setup.log" >&2; die "failed: deepspeed"; }
+  into_next --no-build-isolation -e . || { tail -n 20 "$own/.setup.log" >&2; die "failed: this project"; }
+  printf '%s\n' "$next" >"$("$own/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/llava-next.pth"
+  # On import it asks the hub for a tokenizer of Llama 3, and does without; offline it does not wait for that.
+  (cd "$own" && env -u PYTHONDONTWRITEBYTECODE HF_HUB_OFFLINE=1 bin/python -c 'import llava.train.train') >"$own/.setup.log" 2>&1 ||
+    { tail -n 5 "$own/.setup.log" >&2; die "llava.train.train of $next cannot be imported"; }
+  printf '%s' "$made" >"$own/.setup.stamp"
+  step "LLaVA-NeXT is ready in $((SECONDS - started)) s: $own; $own/bin/llava-steering doctor says what works"
+}
+
 stamp=$(cat "$constraints" "$towers" setup.cfg pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)-$torch-$(pwd)
 if [ "$(cat "$venv/.setup.stamp" 2>/dev/null)" = "$stamp" ] && "$venv/bin/python" -c 'import llava_steering_plugin' 2>/dev/null; then
   "$venv/bin/llava-steering" patch >/dev/null
   if [ -n "$lmms_eval" ]; then set_up_lmms_eval; fi
   if [ -n "$newer" ]; then set_up_newer; fi
   for each in ${apart[@]+"${apart[@]}"}; do set_up_apart "$each"; done
+  if [ -n "$next" ]; then set_up_next; fi
   exit 0
 fi
 rm -f "$venv/.setup.stamp"
@@ -179,3 +217,4 @@ step "ready in $((SECONDS - started)) s: $venv"
 if [ -n "$lmms_eval" ]; then set_up_lmms_eval; fi
 if [ -n "$newer" ]; then set_up_newer; fi
 for each in ${apart[@]+"${apart[@]}"}; do set_up_apart "$each"; done
+if [ -n "$next" ]; then set_up_next; fi

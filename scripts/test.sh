@@ -5,11 +5,16 @@
 #   scripts/test.sh --fast     without the slow ones
 #   scripts/test.sh ARGUMENTS  handed on to pytest, for example: tests/upstream -k patch
 #
-# Without ARGUMENTS the tests run in TEST_PROCESSES (2) processes side by side.
+# Without ARGUMENTS the tests run in TEST_PROCESSES (2) processes side by side. Forks are tested where they lie on disk:
+#
+#   LLAVA_NEXT  a checkout of LLaVA-NeXT: the tests in tests/next, in .venv-next, which is made for it
+#   LLAVA_MAIN  a checkout of LLaVA's main branch: the fast tests in tests/upstream once more, against it
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ "${1:-}" = --fast ]; then scripts/setup.sh; else
-  scripts/setup.sh --browser --lmms-eval --transformers --newer-transformers --vllm
+if [ "${1:-}" = --fast ]; then
+  scripts/setup.sh
+else
+  scripts/setup.sh --browser --lmms-eval --transformers --newer-transformers --vllm ${LLAVA_NEXT:+--next "$LLAVA_NEXT"}
 fi
 bin=$(cd "${VENV:-.venv}/bin" && pwd)
 export PATH="$bin:$PATH"  # for what tests start: deepspeed, ninja, llava-steering
@@ -58,5 +63,24 @@ elsewhere() {  # NAME OPTION PYTHON FOLDER
 elsewhere "transformers 5" --transformers "${VENV:-.venv}-transformers/bin/python" tests/transformers
 elsewhere "the newest transformers that LLaVA trains in" --newer-transformers "${VENV:-.venv}-newer/bin/python" tests/newer
 elsewhere vLLM --vllm "${VENV:-.venv}-vllm/bin/python" tests/vllm
+if [ "${kinds[*]}" = fast ]; then
+  summary+=("tests with LLaVA-NeXT and LLaVA's main branch: skipped with --fast")
+else
+  next="${VENV:-.venv}-next/bin/python"
+  if [ -n "${LLAVA_NEXT:-}" ]; then
+    started=$SECONDS
+    "$next" -m pytest tests/next ${place[@]+"${place[@]}"} || status=$?
+    summary+=("$(printf 'tests with LLaVA-NeXT: %d min %02d s' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)))")
+  else
+    summary+=("tests with LLaVA-NeXT: skipped, LLAVA_NEXT names no checkout of it")
+  fi
+  if [ -n "${LLAVA_MAIN:-}" ]; then
+    started=$SECONDS
+    pytest tests/upstream -m "not slow" --llava-path "$LLAVA_MAIN" ${place[@]+"${place[@]}"} || status=$?
+    summary+=("$(printf "tests with LLaVA's main branch: %d min %02d s" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)))")
+  else
+    summary+=("tests with LLaVA's main branch: skipped, LLAVA_MAIN names no checkout of it")
+  fi
+fi
 printf '== %s\n' "${summary[@]}"
 exit "$status"

@@ -59,6 +59,7 @@ OPTIONS = {
         *("--model_max_length", "--model-max-length", "--vision_tower", "--vision-tower", "--json", "--processes"),
         *("--language_model", "--language-model"),
         *("--image_aspect_ratio", "--image-aspect-ratio", "--mm_projector_type", "--mm-projector-type"),
+        *("--several-images", "--video_folder", "--video-folder"),
     },
     "compare": {"file", "--dry-run", "--processes"},
     "report": {"results", "--output", "-o", "--title"},

@@ -11,8 +11,9 @@ from pathlib import Path
 from llava_steering_plugin.checkout.find import Llava, distribution_of, find_llava, git_commit, other_llavas
 from llava_steering_plugin.checkout.patch import ENTRY_POINT, State, entry_point_problem, state
 from llava_steering_plugin.errors import UpstreamError
-from llava_steering_plugin.upstream.seams import COMMANDS, SEAMS, missing_seams
+from llava_steering_plugin.upstream.seams import COMMANDS, SEAMS, TRAIN, missing_seams
 from llava_steering_plugin.upstream.source import package_folder
+from llava_steering_plugin.upstream.train_source import broken_trainer
 
 PACKAGES = (
     "llava-steering-plugin",
@@ -60,7 +61,7 @@ class Report:
     """Holds everything that `llava-steering doctor` found.
 
     Attributes:
-        stopped: the commands that do not work, because names that they need are missing.
+        stopped: the commands that do not work, because of names that are missing.
         problems: what keeps the plugin from working; empty when all of it works.
     """
 
@@ -133,6 +134,9 @@ def _examine_seams(report: Report, llava: Llava) -> None:
     missing = set(missing_seams(llava.package))
     report.seams = [SeamReport(str(seam), seam.purpose, seam not in missing, list(seam.stops)) for seam in SEAMS]
     report.stopped = [command for command in COMMANDS if any(command in seam.stops for seam in missing)]
+    if broken := broken_trainer(llava.package):
+        report.problems.append(f"{broken}.")
+        report.stopped = [command for command in COMMANDS if command == TRAIN or command in report.stopped]
     if package_folder("transformers") is None:
         report.problems.append("transformers is not installed in this Python; install the version that LLaVA pins.")
         missing = {seam for seam in missing if not seam.module.startswith("transformers.")}

@@ -76,6 +76,12 @@ def check_data(
     image_aspect_ratio: Annotated[
         str, typer.Option("--image_aspect_ratio", "--image-aspect-ratio", help="As in the training: pad, or square.")
     ] = "pad",
+    several_images: Annotated[
+        bool, typer.Option("--several-images", help="LLaVA-NeXT trains: a sample may have several images, or a video.")
+    ] = False,
+    video_folder: Annotated[
+        str | None, typer.Option("--video_folder", "--video-folder", metavar="DIR", help="Look here for the videos.")
+    ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="How many work at the same time; default: one per processor, up to 8.")
     ] = None,
@@ -97,7 +103,13 @@ def check_data(
     if problems:
         raise ArgumentsError(". ".join(problems) + ".")
     counter = _counter(base, version, model_max_length, vision_tower, connector, language_model)
-    checks = SampleChecks(image_folder, padded=image_aspect_ratio == "pad", style=style_of(version))
+    checks = SampleChecks(
+        image_folder,
+        padded=image_aspect_ratio == "pad",
+        style=style_of(version),
+        several=several_images or video_folder is not None,
+        video_folder=video_folder,
+    )
     with ExitStack() as stack:
         report = checked(
             file,

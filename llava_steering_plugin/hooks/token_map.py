@@ -35,6 +35,7 @@ def spliced(splice: Splice, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...],
 
     Raises:
         UpstreamError: the splice lacks arguments, or returns another number of values, than all known versions have.
+        TokenMapError: it has left out rows.
     """
     if missing := {"input_ids", "attention_mask", "past_key_values", "labels"} - signature_of(splice).parameters.keys():
         raise UpstreamError(
@@ -60,6 +61,11 @@ def spliced(splice: Splice, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...],
     if embeds is None:
         return (new_ids, positions, attention, cache, None, labels), of_unspliced(attended, labels)
 
+    if places.shape[0] != ids.shape[0]:
+        raise TokenMapError(
+            f"LLaVA's splice kept {places.shape[0]} of {ids.shape[0]} rows. LLaVA-NeXT keeps as many as `modalities` "
+            f"has entries: pass modalities=['image'] * {ids.shape[0]}, or 'video' for rows with one."
+        )
     present = new_attention.bool()
     moved = None
     if labels is not None:

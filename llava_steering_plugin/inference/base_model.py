@@ -19,6 +19,7 @@ from llava_steering_plugin.inference.base_files import is_llava
 from llava_steering_plugin.modes.base import default_dtype
 from llava_steering_plugin.pool.pool import AdapterPool
 from llava_steering_plugin.upstream.model.loading import name_for
+from llava_steering_plugin.upstream.model.towers import own_towers
 
 # What upstream, transformers and torch raise for a base that is damaged, unknown to them or too large.
 _FAILURES = (
@@ -133,7 +134,7 @@ def load_with_upstream(
     from llava.model.builder import load_pretrained_model
 
     failures = explained_failures(path.folder if isinstance(path, StoredAdapter) else path)
-    with failures, default_dtype():
+    with failures, default_dtype(), own_towers():
         tokenizer, model, processor, _ = load_pretrained_model(path, base, name, **how)
     return tokenizer, model, processor
 

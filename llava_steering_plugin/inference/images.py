@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.hooks.families import SPLICE
+from llava_steering_plugin.hooks.token_map import signature_of
 from llava_steering_plugin.inference.squares import process_images
 from llava_steering_plugin.training.data.sample_checks import misread
 
@@ -77,4 +79,7 @@ def image_arguments(pictures: Sequence[Image.Image], processor: Any, model: Any,
     half = {"device": model.device, "dtype": torch.float16}
     pixels = process_images(pictures, processor, model.config if config is None else config)
     images = [each.to(**half) for each in pixels] if isinstance(pixels, list) else pixels.to(**half)
-    return {"images": images, "image_sizes": [picture.size for picture in pictures]}
+    arguments = {"images": images, "image_sizes": [picture.size for picture in pictures]}
+    if "modalities" in signature_of(getattr(model, SPLICE)).parameters:  # of LLaVA-NeXT, which also knows videos
+        arguments["modalities"] = ["image"] * len(pictures)
+    return arguments

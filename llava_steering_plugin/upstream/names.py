@@ -7,6 +7,7 @@ so what upstream sees is a name made for these rules.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from llava_steering_plugin.adapters.stored.locate import AdapterSource, find
 from llava_steering_plugin.errors import UpstreamError
+
+logger = logging.getLogger(__name__)
 
 # The prefix that makes the rules of upstream's command line and scripts pick each conversation template.
 CHAT_PREFIXES = {
@@ -35,12 +38,16 @@ _LOOKED_FOR = re.compile(
 )
 
 
-def display_name(source: AdapterSource) -> str | None:
+def display_name(source: AdapterSource, *, checked: bool = True) -> str | None:
     """Return the name under which upstream handles the adapter of that name; None if there is no adapter of ours.
+
+    Args:
+        checked: raise where no name leads to the adapter's conversation template. Otherwise warn, and return the name
+            that leads to upstream's usual one: programs that ask for a name may not want it for the template.
 
     Raises:
         AdapterError: the adapter is damaged.
-        UpstreamError: upstream has no name that leads to the adapter's conversation template.
+        UpstreamError: `checked`, and upstream has no such name.
     """
     folder = find(source)
     if folder is None:
@@ -49,11 +56,14 @@ def display_name(source: AdapterSource) -> str | None:
     prefix = CHAT_PREFIXES.get(conversation or "v0")
     if prefix is None:
         if not any(argument.split("=")[0] in ("--conv-mode", "--conv_mode") for argument in sys.argv):
-            raise UpstreamError(
+            advice = (
                 f"the adapter in {folder} was trained with the conversation template {conversation!r}, which LLaVA's "
                 f"scripts cannot tell from a model's name. Say it: --conv-mode {conversation}; for the model worker, "
                 "which has no such flag, give any --model-name."
             )
+            if checked:
+                raise UpstreamError(advice)
+            logger.warning("%s", advice)
         prefix = "llava"
     return f"{prefix}-{harmless(_stem(folder.source))}"
 

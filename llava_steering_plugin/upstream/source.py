@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import importlib.util
+import symtable
 from collections.abc import Iterator
 from pathlib import Path
 
 from llava_steering_plugin.errors import UpstreamError
+
+_OF_EVERY_MODULE = {"__file__", "__name__", "__doc__", "__package__", "__path__", "__spec__"}
 
 
 def module_file(package: Path, module: str) -> Path | None:
@@ -70,3 +74,42 @@ def package_folder(name: str) -> Path | None:
     spec = importlib.util.find_spec(name)
     places = None if spec is None else spec.submodule_search_locations
     return Path(next(iter(places))) if places else None
+
+
+def undefined_names(source: Path) -> set[str]:
+    """Return the names that a file uses and nowhere gets: code that reaches them fails with a NameError.
+
+    None are found in a file that imports everything of some module.
+
+    Raises:
+        UpstreamError: the file is not valid Python for this interpreter.
+    """
+    text = source.read_text(encoding="utf-8")
+    try:
+        whole, tree = symtable.symtable(text, str(source), "exec"), ast.parse(text)
+    except SyntaxError as error:
+        raise UpstreamError(f"{source} is not valid Python for this interpreter: {error}") from error
+    stars = (node.names[0].name == "*" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+    if any(stars):
+        return set()
+    scopes = list(_scopes(whole))
+    given = {symbol.get_name() for symbol in whole.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    given |= {
+        symbol.get_name()
+        for scope in scopes
+        for symbol in scope.get_symbols()
+        if symbol.is_declared_global() and symbol.is_assigned()
+    }
+    used = {
+        symbol.get_name()
+        for scope in scopes
+        for symbol in scope.get_symbols()
+        if symbol.is_referenced() and symbol.is_global()
+    }
+    return used - given - set(dir(builtins)) - _OF_EVERY_MODULE
+
+
+def _scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    yield table
+    for inner in table.get_children():
+        yield from _scopes(inner)

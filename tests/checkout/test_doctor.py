@@ -40,6 +40,17 @@ def test_the_report_names_llava_its_state_the_seams_the_packages_and_the_devices
     assert any("--tuning_mode mores" in step for step in patched.next_steps)
 
 
+def test_a_trainer_that_cannot_run_stops_trainings_alone_and_the_way_on_is_named(copy: Path) -> None:
+    """As in LLaVA-NeXT since 45f2d92: names are used that nothing imports."""
+    trainer = copy / "llava/train/llava_trainer.py"
+    trainer.write_text(trainer.read_text() + "\n\ndef loop():\n    return DebugOption\n")
+    report = examine(copy)
+    assert report.stopped == ["train"]
+    (problem,) = report.problems
+    assert "DebugOption" in problem and "git checkout b42941c -- llava/train/llava_trainer.py" in problem
+    assert all(seam.found for seam in report.seams)
+
+
 def test_missing_seams_are_all_reported_with_what_they_are_for_and_status_1(copy: Path) -> None:
     arch, train = copy / "llava/model/llava_arch.py", copy / "llava/train/train.py"
     renamed = arch.read_text().replace("def prepare_inputs_labels_for_multimodal", "def prepare_it_all")

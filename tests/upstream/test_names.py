@@ -86,12 +86,16 @@ def test_a_checkpoint_is_called_by_its_runs_name_too(tmp_path: Path) -> None:
 
 
 def test_a_template_that_no_name_leads_to_is_refused_with_the_flag_that_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    patched_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = str(adapter(tmp_path / "pets", "v1_mmtag"))
     monkeypatch.setattr(sys, "argv", ["cli.py", "--model-path", folder])
     with pytest.raises(UpstreamError, match=r"'v1_mmtag'.* --conv-mode v1_mmtag; .* --model-name"):
         display_name(folder)
+    from llava.mm_utils import get_model_name_from_path
+
+    assert get_model_name_from_path(folder) == "llava-pets"  # programs that load it need a name all the same
+    assert "--conv-mode v1_mmtag" in caplog.text
     for given in (["--conv-mode", "v1_mmtag"], ["--conv-mode=v1_mmtag"]):
         monkeypatch.setattr(sys, "argv", ["cli.py", "--model-path", folder, *given])
         assert display_name(folder) == "llava-pets"

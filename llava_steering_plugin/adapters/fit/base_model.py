@@ -27,6 +27,8 @@ IMAGE_SETTINGS = (
     *("image_aspect_ratio", "image_crop_resolution", "image_grid_pinpoints", "image_split_resolution"),
     *("mm_use_", "mm_patch_", "mm_vision_select_"),
 )
+# In LLaVA-NeXT, those that say how the frames of a video are laid out begin with one of these.
+VIDEO_SETTINGS = ("mm_newline_position", "mm_spatial_pool_", "add_faster_video", "faster_token_stride")
 # The beginning of the names of the projector's parameters in LLaVA.
 PROJECTOR_PREFIX = f"{PROJECTOR_PATH}."
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llava_steering_plugin.adapters.fit.base_model import IMAGE_SETTINGS
+from llava_steering_plugin.adapters.fit.base_model import IMAGE_SETTINGS, VIDEO_SETTINGS
 from llava_steering_plugin.adapters.stored.folder import LLAVA_CONFIG, StoredAdapter
 from llava_steering_plugin.errors import AdapterError
 from llava_steering_plugin.hooks.families import family_of
@@ -80,6 +80,8 @@ def differing_settings(
     trained = trained_settings(stored)
     if not splices or of_transformers(trained):
         beginnings = SELECTED
+    elif beginnings == IMAGE_SETTINGS:  # where the model says nothing of videos, it has been given none
+        beginnings += tuple(key for key in here if key.startswith(VIDEO_SETTINGS) and here[key] is not None)
     keys = trained.keys() | here.keys() if splices else here.keys()
     return [
         f"it was trained with {key} {trained.get(key)!r}; this model has {here.get(key)!r}"

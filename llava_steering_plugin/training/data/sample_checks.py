@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_steering_plugin.errors import DataError
+from llava_steering_plugin.training.data.pictured import has_pictures, images_of, marks_wanted, missing_video, shown
 
 IMAGE_MARK = "<image>"
 HUMAN, ANSWERING = "human", "gpt"
@@ -41,6 +42,7 @@ KINDS = {
     "image_missing": "image file not found",
     "image_unreadable": "image cannot be read",
     "image_size": "image of an impossible size",
+    "video_missing": "video not found",
     "other": "LLaVA fails for another reason",
 }
 
@@ -75,12 +77,16 @@ class SampleChecks:
         padded: --image_aspect_ratio is `pad`.
         style: how the conversation template reads turns.
         edge: to how many pixels the image processor shrinks the shorter side of a picture.
+        several: LLaVA-NeXT reads the samples: several images each, or a video.
+        video_folder: the folder of --video_folder; None: it is not given.
     """
 
     image_folder: str | None
     padded: bool = True
     style: str = ALTERNATING
     edge: int = 336
+    several: bool = False
+    video_folder: str | None = None
 
     def of(self, sample: Any, *, whole: bool) -> list[Defect]:
         """Return all defects of a sample that its entry in the data file and its picture show.
@@ -94,24 +100,32 @@ class SampleChecks:
     def structure(self, sample: Any) -> list[Defect]:
         """Return the defects that show without a look at any picture."""
         if not isinstance(sample, Mapping):
-            return [Defect("not_an_object", f"it is {_shown(sample)}, and should be an object with `conversations`")]
+            return [Defect("not_an_object", f"it is {shown(sample)}, and should be an object with `conversations`")]
         turns, found = _turns(sample)
         for number, turn in enumerate(turns):
             found += _turn_defects(number, turn, roles_matter=self.style != PLAIN)
         if not found:
             found += self._conversation_defects(turns)
-        if "image" in sample:
-            found += self._name_defects(sample["image"])
+        if reason := images_of(sample, several=self.several)[1]:
+            found.append(Defect("image_name", reason))
         texts = [turn["value"] for turn in turns if isinstance(turn, Mapping) and isinstance(turn.get("value"), str)]
         if len(texts) == len(turns) > 0:
-            found += self._mark_defects(self._read_turns(turns), "image" in sample)
+            found += self._mark_defects(self._read_turns(turns), self._marks(sample))
         return found
 
     def picture(self, sample: Mapping[str, Any], *, whole: bool = False) -> list[Defect]:
         """Return the defects of a sample's picture; `whole` is that of `of`."""
-        path = self._path(sample)
-        if path is None:
-            return []
+        names, _ = images_of(sample, several=self.several)
+        found = [
+            defect
+            for name in names
+            for defect in self._file_defects(os.path.join(self.image_folder or "", name), whole)
+        ]
+        if self.several and (reason := missing_video(sample, self.video_folder)):
+            found.append(Defect("video_missing", reason))
+        return found
+
+    def _file_defects(self, path: str, whole: bool) -> list[Defect]:
         try:
             status = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -146,21 +160,10 @@ class SampleChecks:
             return [Defect("image_size", f"{size}: of one so long, LLaVA would make {made:,} pixels")]
         return []
 
-    def _path(self, sample: Mapping[str, Any]) -> str | None:
-        if "image" not in sample or self._name_defects(sample["image"]):
-            return None
-        return os.path.join(self.image_folder or "", sample["image"])
-
-    def _name_defects(self, name: Any) -> list[Defect]:
-        if name is None:
-            return [Defect("image_name", "its `image` is null; take the key out of a sample without a picture")]
-        if isinstance(name, list):
-            return [Defect("image_name", f"its `image` is a list of {len(name)}; LLaVA trains on one picture a sample")]
-        if not isinstance(name, str):
-            return [Defect("image_name", f"its `image` is {_shown(name)}, and should be the path of a file")]
-        if not name:
-            return [Defect("image_name", "its `image` is empty; take the key out of a sample without a picture")]
-        return []
+    def _marks(self, sample: Mapping[str, Any]) -> int:
+        """Return how many `<image>` the sample needs; 0 if it has no picture."""
+        several = self.several
+        return marks_wanted(sample, several=several) if has_pictures(sample, several=several) else 0
 
     def _read_turns(self, turns: Sequence[Any]) -> Sequence[Any]:
         """Return the turns that LLaVA reads."""
@@ -182,14 +185,15 @@ class SampleChecks:
             answers = [turn["value"] for turn in read if turn["from"] == ANSWERING]
         return [] if any(map(str.strip, answers)) else [Defect("no_answer", "it has no answer to learn")]
 
-    def _mark_defects(self, turns: Sequence[Mapping[str, Any]], pictured: bool) -> list[Defect]:
-        texts = [turn["value"] for turn in turns]
+    def _mark_defects(self, turns: Sequence[Mapping[str, Any]], wanted: int) -> list[Defect]:
+        texts, pictured = [turn["value"] for turn in turns], wanted > 0
         if self.style == PLAIN and pictured:
             if not texts or IMAGE_MARK not in texts[0]:
                 return [Defect("image_marks", f"its first turn has no {IMAGE_MARK}")]
         marks = sum(text.count(IMAGE_MARK) for text in texts)
-        if pictured and marks != 1:
-            reason = f"it has {marks or 'no'} {IMAGE_MARK} and one picture"
+        if pictured and marks != wanted:
+            pictures = "one picture" if wanted == 1 else f"{wanted} pictures"
+            reason = f"it has {marks or 'no'} {IMAGE_MARK} and {pictures}"
             return [Defect("image_marks", reason + (f"; begin its first question with {IMAGE_MARK}" * (not marks)))]
         if not pictured and (self.style == PLAIN or any(map(_asks_for_a_picture, turns))):
             return [Defect("image_marks", f"it has {IMAGE_MARK if marks else 'neither ' + IMAGE_MARK} and no `image`")]
@@ -230,7 +234,7 @@ def misread(width: int, height: int, *, padded: bool) -> bool:
 def name_of(number: int, sample: Any) -> str:
     """Return how a user finds a sample in the data file: its position, and its id if it has one."""
     identity = sample.get("id") if isinstance(sample, Mapping) else None
-    return f"sample {number}" + (f" (id {_shown(identity)})" if identity is not None else "")
+    return f"sample {number}" + (f" (id {shown(identity)})" if identity is not None else "")
 
 
 def _turns(sample: Mapping[str, Any]) -> tuple[list[Any], list[Defect]]:
@@ -238,21 +242,21 @@ def _turns(sample: Mapping[str, Any]) -> tuple[list[Any], list[Defect]]:
         return [], [Defect("no_turns", "it has no `conversations`")]
     turns = sample["conversations"]
     if not isinstance(turns, list):
-        return [], [Defect("no_turns", f"its `conversations` is {_shown(turns)}, and should be a list of turns")]
+        return [], [Defect("no_turns", f"its `conversations` is {shown(turns)}, and should be a list of turns")]
     return turns, [] if turns else [Defect("no_turns", "its `conversations` is empty")]
 
 
 def _turn_defects(number: int, turn: Any, *, roles_matter: bool) -> list[Defect]:
     if not isinstance(turn, Mapping):
-        return [Defect("turn", f"turn {number} is {_shown(turn)}, and should be an object with `from` and `value`")]
+        return [Defect("turn", f"turn {number} is {shown(turn)}, and should be an object with `from` and `value`")]
     found = []
     if roles_matter and turn.get("from") not in (HUMAN, ANSWERING):
-        role = f"from {_shown(turn['from'])}" if "from" in turn else "without `from`"
+        role = f"from {shown(turn['from'])}" if "from" in turn else "without `from`"
         found.append(Defect("role", f"turn {number} is {role}; LLaVA knows {HUMAN!r} and {ANSWERING!r}"))
     value = turn.get("value")
     if not isinstance(value, str):
         found.append(
-            Defect("text", f"turn {number} " + (f"says {_shown(value)}" if "value" in turn else "has no `value`"))
+            Defect("text", f"turn {number} " + (f"says {shown(value)}" if "value" in turn else "has no `value`"))
         )
     elif not _is_unicode(value):
         found.append(Defect("unicode", f"turn {number} holds half of a surrogate pair, which no tokenizer reads"))
@@ -276,16 +280,6 @@ def _asks_for_a_picture(turn: Mapping[str, Any]) -> bool:
     """Return whether a turn asks for a picture as LLaVA's data does; elsewhere, `<image>` may be a word of XML."""
     text = turn["value"].strip()
     return turn.get("from") == HUMAN and (text.startswith(IMAGE_MARK) or text.endswith(IMAGE_MARK))
-
-
-def _shown(value: Any) -> str:
-    """Return a value of JSON as a short text."""
-    if value is None:
-        return "null"
-    if isinstance(value, list | dict):
-        return "a list" if isinstance(value, list) else "an object"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _words_of(error: Exception) -> str:

@@ -44,6 +44,10 @@ class DataSource:
             words += ["--image-folder", self.checks.image_folder]
         if not self.checks.padded:
             words += ["--image_aspect_ratio", "square"]
+        if self.checks.several:
+            words += ["--several-images"]
+        if self.checks.video_folder is not None:
+            words += ["--video-folder", self.checks.video_folder]
         return shlex.join(words + (["--version", self.version] if self.version else []))
 
 

@@ -20,12 +20,17 @@ _REASONS = {
     "lora_enable": "LoRA is a tuning mode of its own; remove one of the two",
     "tune_mm_mlp_adapter": "it trains the projector alone (stage 1); run that first, without a mode. For an adapter of "
     "the projector alone, give --tuning_mode projector in its place",
+    "tune_mm_vision_resampler": "it trains the resampler, which no adapter holds",
+    "unfreeze_mm_vision_tower": "it trains the vision tower, which no adapter holds",
+    "unfreeze_language_model": "it trains the language model; a mode trains an adapter in its place",
     "fsdp": NO_FSDP,
     "fsdp_config": NO_FSDP,
     "fsdp_min_num_params": NO_FSDP,
     "fsdp_transformer_layer_cls_to_wrap": NO_FSDP,
-    "mm_tunable_parts": "it unfreezes parts of the model; with a mode, the adapter and the projector are trained",
 }
+# Of LLaVA-NeXT.
+_TUNABLE = "mm_tunable_parts"
+_PROJECTOR_ALONE = "mm_mlp_adapter"
 
 
 def conflicts(flags: Namespace) -> list[str]:
@@ -35,8 +40,23 @@ def conflicts(flags: Namespace) -> list[str]:
         for name, reason in _REASONS.items()
         if getattr(flags, name, None)
     ]
+    found += _tunable_parts(flags)
     found += _deepspeed_conflicts(flags) + trainer_problems(flags)
     return found + validation_problems(flags) + diagnostics_problems(flags)
+
+
+def _tunable_parts(flags: Namespace) -> list[str]:
+    parts = getattr(flags, _TUNABLE, None)
+    if not parts or parts == _PROJECTOR_ALONE:
+        return []
+    named = [part.strip() for part in parts.split(",")]
+    hint = f"write --{_TUNABLE} {_PROJECTOR_ALONE}, or leave the flag out: both train the adapter and the projector"
+    if _PROJECTOR_ALONE not in named:
+        hint = "leave the flag out, and write --freeze_mm_mlp_adapter True if the projector is to stay as it is"
+    return [
+        f"--{_TUNABLE} {parts} cannot be combined with a tuning mode, which keeps vision tower, resampler and language "
+        f"model frozen; {hint}"
+    ]
 
 
 def _deepspeed_conflicts(flags: Namespace) -> list[str]:

@@ -14,6 +14,7 @@ from llava_steering_plugin.components.registry import CONNECTORS, TOWERS, split
 from llava_steering_plugin.components.vision_tower import VisionTower
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.upstream.model.component_checks import RECORD, check_installed
+from llava_steering_plugin.upstream.model.towers import stays_empty
 from llava_steering_plugin.upstream.seams import require
 
 
@@ -31,7 +32,10 @@ def _tower(original: Callable[..., Any], instance: None, args: tuple[Any, ...], 
     check_installed(_entries(settings))
     tower = named_tower(name, getattr(settings, LAYER, None), getattr(settings, FEATURE, None))
     if tower is not None:
-        return VisionTower(tower, name, delay_load=bool(kwargs.get("delay_load", False)))
+        empty = bool(kwargs.get("delay_load", False)) or stays_empty(settings)
+        return VisionTower(tower, name, delay_load=empty)
+    if stays_empty(settings):
+        kwargs = {**kwargs, "delay_load": True}
     try:
         return original(*args, **kwargs)
     except ValueError as error:

@@ -36,6 +36,24 @@ def types_of_llava() -> set[str]:
     return {"llava", *parents, *(each.model_type for each in own)}
 
 
+def own_class(model_type: str) -> Any:
+    """Return LLaVA's own class for a base of that type, plain or a LLaVA; None if it has none.
+
+    Where it has several for one language model, it is the first.
+    """
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    import_module("llava.model")
+    own = [each for each in CONFIG_MAPPING._extra_content.values() if each.__module__.startswith("llava.")]
+    wanted = "llava_llama" if model_type == "llava" else model_type
+    for parents in (False, True):
+        for config in own:
+            types = [each.model_type for each in config.__mro__ if getattr(each, "model_type", "")]
+            if wanted in (types[1:] if parents else types[:1]) and config in MODEL_FOR_CAUSAL_LM_MAPPING:
+                return MODEL_FOR_CAUSAL_LM_MAPPING[config]
+    return None
+
+
 def chosen(described: Mapping[str, Any], base: str, named: str | None = None) -> type[LanguageModel] | None:
     """Return the component that makes a LLaVA of a base; None if LLaVA's own classes do.
 
@@ -124,7 +142,7 @@ def in_training(module: ModuleType, component: type[LanguageModel] | None) -> It
         return
     require(module, "LlavaLlamaForCausalLM")
     transformers = WithTokenizers(require(module, "transformers"), component.name)
-    with _replaced(module, LlavaLlamaForCausalLM=register(component), transformers=transformers):
+    with replaced(module, LlavaLlamaForCausalLM=register(component), transformers=transformers):
         yield
 
 
@@ -170,12 +188,13 @@ def in_loading(module: ModuleType, component: type[LanguageModel] | None) -> Ite
             return
         require(module, "LlavaLlamaForCausalLM")
         tokenizers = Tokenizers(require(module, "AutoTokenizer"), component.name)
-        with _replaced(module, LlavaLlamaForCausalLM=register(component), AutoTokenizer=tokenizers):
+        with replaced(module, LlavaLlamaForCausalLM=register(component), AutoTokenizer=tokenizers):
             yield
 
 
 @contextmanager
-def _replaced(module: ModuleType, **names: Any) -> Iterator[None]:
+def replaced(module: ModuleType, **names: Any) -> Iterator[None]:
+    """Put other objects under names of a module, for as long as the block runs."""
     before = {name: module.__dict__[name] for name in names}
     module.__dict__.update(names)
     try:

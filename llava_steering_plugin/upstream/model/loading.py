@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from wrapt import wrap_function_wrapper
 
 from llava_steering_plugin.adapters.fit.base_model import read_config
@@ -25,6 +23,9 @@ from llava_steering_plugin.foreign_files import check_folder
 from llava_steering_plugin.modes.base import default_dtype
 from llava_steering_plugin.upstream.model.component_checks import check_installed
 from llava_steering_plugin.upstream.model.language_models import load_by_type
+from llava_steering_plugin.upstream.model.loader_calls import place_like_llava, takes_whole_checkpoints_alone
+from llava_steering_plugin.upstream.model.staging import leave_projector_unpacked, stage_projector, stage_whole
+from llava_steering_plugin.upstream.model.towers import own_towers
 from llava_steering_plugin.upstream.names import display_name
 from llava_steering_plugin.upstream.seams import require
 
@@ -35,9 +36,16 @@ def on_mm_utils_import(module: ModuleType) -> None:
 
     def name(original: Callable[..., str], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         path = args[0] if args else kwargs.get("model_path")
-        return (isinstance(path, str) and display_name(path)) or original(*args, **kwargs)
+        return (isinstance(path, str) and _own_name(path)) or original(*args, **kwargs)
 
     wrap_function_wrapper(module, "get_model_name_from_path", name)
+
+
+def _own_name(path: str) -> str | None:
+    try:
+        return display_name(path, checked=False)
+    except SteeringError:
+        return None  # whoever loads the adapter says what is wrong with it
 
 
 def on_builder_import(module: ModuleType) -> None:
@@ -50,6 +58,7 @@ def on_builder_import(module: ModuleType) -> None:
         except TypeError:
             # Upstream's own complaint is the one that callers know how to handle (lmms-eval catches it).
             return original(*args, **kwargs)
+        place_like_llava(original, call)
         given = call.arguments["model_path"]
         folder = find(given) if isinstance(given, str | StoredAdapter) else None
         if folder is None:
@@ -106,54 +115,23 @@ def _load(module: ModuleType, original: Callable[..., Any], call: inspect.BoundA
             call.arguments |= {"model_path": base, "model_base": None, "model_name": name_for(described["model_type"])}
             model_type = described["model_type"]
         else:
-            _stage_plain_base(Path(staging), trained, described)
-            _leave_projector_unpacked(call)
-            call.arguments |= {"model_path": staging, "model_base": base, "model_name": "llava-staged"}
             model_type = trained["model_type"]
-        loaded = load_by_type(module, original, call, model_type)
+            leave_projector_unpacked(call)
+            if takes_whole_checkpoints_alone(original):
+                stage_whole(Path(staging), trained, described, base)
+                call.arguments |= {"model_path": staging, "model_base": None, "model_name": name_for(model_type)}
+            else:
+                stage_projector(Path(staging), trained, described)
+                call.arguments |= {"model_path": staging, "model_base": base, "model_name": "llava-staged"}
+        with own_towers():
+            loaded = load_by_type(module, original, call, model_type)
     tokenizer, model = loaded[0], loaded[1]
+    model.name_or_path = model.config.name_or_path = base  # a folder that is laid out is gone by now
     parts = load_adapter(model, stored, tokenizer).original
     parts.set_config({key: value for key, value in trained.items() if key.startswith("tokenizer_")})
     if "mm_vision_tower" not in described:
         parts.lend_projector(base)
     return loaded
-
-
-def _leave_projector_unpacked(call: inspect.BoundArguments) -> None:
-    """Ask for upstream's own quantisation, but of the backbone alone.
-
-    The base has no projector, so transformers would draw one: it cannot where the weights are packed already.
-    """
-    wanted = [bits for bits in (8, 4) if call.arguments.get(f"load_{bits}bit")]
-    if not wanted:
-        return
-    from transformers import BitsAndBytesConfig
-
-    call.arguments |= {f"load_{bits}bit": False for bits in wanted}
-    quantisation = BitsAndBytesConfig(
-        load_in_8bit=wanted[0] == 8,
-        load_in_4bit=wanted[0] == 4,
-        llm_int8_skip_modules=["lm_head", "mm_projector"],
-        bnb_4bit_compute_dtype=torch.float16,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_type="nf4",
-    )
-    call.arguments["kwargs"] = {**call.arguments.get("kwargs", {}), "quantization_config": quantisation}
-
-
-_VOCABULARY_FLAGS = ("mm_use_im_patch_token", "mm_use_im_start_end")
-
-
-def _stage_plain_base(staging: Path, trained: dict[str, Any], described: dict[str, Any]) -> None:
-    """Lay out what upstream calls a projector-only checkpoint, for a base that is a plain language model.
-
-    Upstream then builds a LLaVA from the adapter's config.json around that base. The projector file is empty: the
-    adapter brings the weights, also in cases (4-bit) where upstream could not load them.
-    """
-    config = trained | {"vocab_size": described["vocab_size"]}
-    config |= dict.fromkeys(_VOCABULARY_FLAGS, False)
-    (staging / LLAVA_CONFIG).write_text(json.dumps(config), encoding="utf-8")
-    torch.save({}, staging / "mm_projector.bin")
 
 
 def _base_config(base: str, folder: AdapterFolder) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from llava_steering_plugin.upstream.text.chat_templates import is_chat_template
 QUICKLY_READ = 64 << 20  # bytes
 # Values of --version for which LLaVA leaves the template as it is.
 KEEPING_THE_TEMPLATE = ("v0", "v0.5")
+# LLaVA-NeXT has a flag of this name, and reads several images in a sample; LLaVA does neither.
+VIDEOS = "video_folder"
 
 
 def with_source(original: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -41,6 +43,8 @@ def with_source(original: Callable[..., Any], instance: Any, args: tuple[Any, ..
             padded=getattr(settings, "image_aspect_ratio", None) == "pad",
             style=template_style(),
             edge=_shorter_edge(processor),
+            several=hasattr(settings, VIDEOS),
+            video_folder=getattr(settings, VIDEOS, None),
         ),
         getattr(request.flags, "version", None),
     )
@@ -62,7 +66,11 @@ def refuse_bad_data(flags: Namespace) -> None:
         with reading(path), open(path) as file:  # in the encoding of the locale, as LLaVA opens it
             entries = json.load(file)
         checks = SampleChecks(
-            flags.image_folder, padded=flags.image_aspect_ratio == "pad", style=template_style(flags.version)
+            flags.image_folder,
+            padded=flags.image_aspect_ratio == "pad",
+            style=template_style(flags.version),
+            several=hasattr(flags, VIDEOS),
+            video_folder=getattr(flags, VIDEOS, None),
         )
         source = DataSource(path, checks, flags.version)
         check_entries(entries, source, images_work=flags.vision_tower is not None)

@@ -6,6 +6,7 @@ that never merge the end of one piece with the beginning of the next.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from llava_steering_plugin.hooks.token_map import IGNORED
+from llava_steering_plugin.training.attaching import REQUEST
+from llava_steering_plugin.training.settings.flags import mode_is_on
 from llava_steering_plugin.upstream.seams import require
 from llava_steering_plugin.upstream.text.chat_templates import is_chat_template
 from llava_steering_plugin.upstream.text.tokenizers import is_prepared
@@ -30,7 +33,12 @@ def of_any_tokenizer(
     template = require(conversations, "default_conversation")
     plain = template.sep_style == require(conversations, "SeparatorStyle.PLAIN")  # captions: one length is all it asks
     if plain or not (is_chat_template(template) or is_prepared(given["tokenizer"])):
-        return original(*args, **kwargs)
+        request = REQUEST.get()
+        sources = copy.deepcopy(given["sources"]) if request is not None and mode_is_on(request.flags) else None
+        made = original(*args, **kwargs)
+        if sources is not None:
+            _clear_first_prompts(made, sources, lambda turns: original(**{**given, "sources": [turns]}))
+        return made
     encoded = [
         encode(source, template, given["tokenizer"], has_image=given.get("has_image", False))
         for source in given["sources"]
@@ -55,6 +63,27 @@ def prompt_ids(said: Sequence[str], template: Any, tokenizer: Any) -> list[int]:
     for number, text in enumerate([*said, None]):
         conversation.append_message(conversation.roles[number % 2], text)
     return _ids(conversation.get_prompt(), tokenizer, True)
+
+
+def _clear_first_prompts(made: Any, sources: Sequence[Sequence[Turn]], prepare: Callable[[list[Turn]], Any]) -> None:
+    """Learn nothing before the first answer, so that it shows where the prompt ends.
+
+    LLaVA-NeXT's templates for Qwen and Llama 3 also have the marks of speakers learned, from the first token of a text
+    on. The prompt that a mode looks at would then have no tokens, and at inference all of them.
+
+    Args:
+        made: what LLaVA's `preprocess` returned; its labels are changed.
+        sources: what it was given.
+        prepare: prepares one conversation.
+    """
+    for turns, ids, labels in zip(sources, made["input_ids"], made["labels"], strict=True):
+        first = next((number for number, turn in enumerate(turns) if number and turn["from"] == "gpt"), None)
+        if first is None or not len(labels) or int(labels[0]) == IGNORED:
+            continue
+        unanswered: list[Turn] = [*map(dict, turns[:first]), {**turns[first], "value": ""}]
+        without = prepare(unanswered)["input_ids"][0][: len(ids)]
+        alike = torch.as_tensor(ids)[: len(without)] == torch.as_tensor(without)
+        labels[: int(alike.long().cumprod(0).sum())] = IGNORED
 
 
 def encode(turns: Sequence[Turn], template: Any, tokenizer: Any, *, has_image: bool) -> tuple[Tensor, Tensor]:

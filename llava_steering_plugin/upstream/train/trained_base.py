@@ -24,10 +24,12 @@ class TrainedBase:
     Attributes:
         component: makes its LLaVA; None if LLaVA's own classes do.
         problems: what is wrong with it, as far as its config.json and its tokenizer tell.
+        described: its config.json; None if it cannot be read, or a component makes its LLaVA.
     """
 
     component: type[LanguageModel] | None = None
     problems: list[str] = field(default_factory=list)
+    described: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, flags: Namespace, words: Sequence[str]) -> TrainedBase:
@@ -56,7 +58,7 @@ class TrainedBase:
             problems += _of_component(component, flags, words)
         if flags.version == OF_TOKENIZER and not problems:  # of a model that cannot be trained, it cannot be read
             problems += _of_template(base)
-        return cls(component, problems)
+        return cls(component, problems, described if component is None else None)
 
 
 def _of_component(component: type[LanguageModel], flags: Namespace, words: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -33,6 +33,7 @@ from llava_steering_plugin.upstream.model.language_models import in_training
 from llava_steering_plugin.upstream.seams import require
 from llava_steering_plugin.upstream.text.chat_templates import OF_TOKENIZER
 from llava_steering_plugin.upstream.text.tokenizers import attend_to_ends
+from llava_steering_plugin.upstream.train import forks
 from llava_steering_plugin.upstream.train.newer_transformers import below_llavas_trainer
 from llava_steering_plugin.upstream.train.samples import refuse_bad_data, with_source
 from llava_steering_plugin.upstream.train.targets import of_any_tokenizer
@@ -82,13 +83,22 @@ def _checked(module: ModuleType) -> Callable[..., Any]:
     def train(original: Callable[..., Any], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         request = read_request(flag_classes(module), sys.argv[1:])
         base = TrainedBase.of(request.flags, sys.argv[1:])
-        if problems := [*request.problems, *base.problems, *_component_problems(request), *_problems_here(request)]:
+        problems = [*request.problems, *base.problems, *_component_problems(request), *_problems_here(request)]
+        if mode_is_on(request.flags):
+            problems += forks.problems_of_fork(request.flags, forks.folder_of(module), base.described)
+        if problems:
             _exit(ArgumentsError(listing(CANNOT_START, problems)), every_rank=False)
         token = REQUEST.set(request)
         try:
-            if mode_is_on(request.flags):
-                refuse_bad_data(request.flags)
-            with in_training(module, base.component):
+            if not mode_is_on(request.flags):
+                with in_training(module, base.component):
+                    return original(*args, **kwargs)
+            refuse_bad_data(request.flags)
+            with (
+                in_training(module, base.component),
+                forks.with_own_config(module, request.flags, base.described),
+                _command_line(forks.mapped(sys.argv)),
+            ):
                 return original(*args, **kwargs)
         except SteeringError as error:
             _exit(error, every_rank=True)
@@ -96,6 +106,15 @@ def _checked(module: ModuleType) -> Callable[..., Any]:
             REQUEST.reset(token)
 
     return train
+
+
+@contextlib.contextmanager
+def _command_line(words: list[str]) -> Iterator[None]:
+    before, sys.argv = sys.argv, words
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def _component_problems(request: TrainingRequest) -> list[str]:
