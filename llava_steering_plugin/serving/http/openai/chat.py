@@ -117,7 +117,7 @@ class ChatEndpoint:
         requests = await asyncio.to_thread(self._requests, chat, model, files, name)
         if chat.n > 1:
             admitted.enter_context(self._admission.admitted(chat.n - 1))
-        logger.info("%s: asks %s, with %d image(s), for %d answer(s)", name, model.adapter, len(files), chat.n)
+        logger.info("%s: asks %s, with %d image(s), for %d answer(s)", name, model.id, len(files), chat.n)
         if self._log_requests:
             logger.info("%s: messages %r", name, [(message.role, message.text) for message in chat.messages])
         include_usage = chat.stream_options is not None and chat.stream_options.include_usage

@@ -11,14 +11,16 @@ from llava_steering_plugin.serving.http.protocol import Refused, refusal
 PREFIX = "/v1/"
 RETRY_SECONDS = 5
 CODES = {
+    400: "invalid_request",
     401: "invalid_api_key",
+    403: "forbidden",
     404: "model_not_found",
     408: "request_timeout",
     413: "request_too_large",
     503: "queue_full",
 }
 # Of addresses, not of models.
-NOT_THERE = {403: "forbidden", 404: "not_found", 405: "method_not_allowed"}
+NOT_THERE = {404: "not_found", 405: "method_not_allowed"}
 
 
 class ApiError(Refused):

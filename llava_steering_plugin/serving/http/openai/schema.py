@@ -246,11 +246,14 @@ def _problem(error: Mapping[str, Any]) -> str:
         return f"{field} is not supported{known}"
     if kind == "list_type" and error["loc"][-1] in TEXT_OR_LIST:
         return f"{field} has to be a text or a list"
+    if kind == "literal_error":
+        shown = f" {given[:SHOWN_CHARACTERS]!r}" if isinstance(given, str) else ""
+        return f"{field}{shown} is not supported; there are {error['ctx']['expected']}"
     if kind in SAID:
         return f"{field} {SAID[kind].format(**error.get('ctx', {}))}"
     text = str(error["msg"]).removeprefix("Value error, ")
     said = f"{field}: {text[0].lower()}{text[1:]}" if field else text
-    return f"{said}, not {given[:SHOWN_CHARACTERS]!r}" if kind == "literal_error" and isinstance(given, str) else said
+    return said
 
 
 def _field(where: tuple[int | str, ...]) -> str:

@@ -37,7 +37,10 @@ def user(*parts: object) -> list[dict[str, object]]:
         ({"messages": []}, "messages has to have 1 entry at least"),
         ({"messages": "Hi"}, "messages has to be a list"),
         ({"messages": [3]}, "messages[0] has to be an object"),
-        ({"messages": [{"role": "tool", "content": "4"}]}, "messages[0].role: input should be"),
+        (
+            {"messages": [{"role": "tool", "content": "4"}]},
+            "messages[0].role 'tool' is not supported; there are 'system'",
+        ),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content is missing"),
         ({"messages": user()}, "messages[0].content has to have 1 entry at least"),
         ({"messages": user({"type": "input_audio"})}, "is of the type 'input_audio'; there are 'text', 'image_url'"),
