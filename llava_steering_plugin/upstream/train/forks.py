@@ -47,6 +47,12 @@ def problems_of_fork(flags: Namespace, llava: Path, described: Mapping[str, Any]
     problems = list(filter(None, [broken_trainer(llava)]))
     if flags.vision_tower and flags.model_name_or_path:
         problems += _misleading_path(str(flags.model_name_or_path), described)
+    data = str(getattr(flags, "data_path", None) or "")
+    if data.endswith(".yaml") or "{" in data:
+        problems.append(
+            f"--data_path {data}: LLaVA-NeXT joins several files there, and a tuning mode needs one, whose samples it "
+            "can number: join them into one JSON list"
+        )
     return problems
 
 

@@ -78,6 +78,13 @@ def test_a_path_must_lead_to_the_class_of_the_base(
     assert all(reason in problem and "a base for llava_llama" in problem for problem in found if reason)
 
 
+@pytest.mark.parametrize("data", ["mix.yaml", "data/{a,b}.json"])
+def test_data_of_several_files_is_refused_with_what_to_do(tmp_path: Path, data: str) -> None:
+    (said,) = problems_of_fork(flags("models/vicuna-7b", data_path=data), tmp_path, None)
+    assert f"--data_path {data}" in said and "join them into one JSON list" in said
+    assert problems_of_fork(flags("models/vicuna-7b", data_path="a.json"), tmp_path, None) == []
+
+
 def test_the_projector_among_the_tunable_parts_is_taken_out_and_other_parts_are_refused() -> None:
     words = ["--bf16", "True", "--mm_tunable_parts", "mm_mlp_adapter", "--lr", "1"]
     assert mapped(words) == mapped(["--bf16", "True", "--mm_tunable_parts=mm_mlp_adapter", "--lr", "1"])
