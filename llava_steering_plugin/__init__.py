@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from llava_steering_plugin.adapters.pretrained import from_pretrained, get_model
     from llava_steering_plugin.adapters.save_load import load_adapter, save_adapter
+    from llava_steering_plugin.adapters.stored.chat_template import chat_template_of
     from llava_steering_plugin.adapters.stored.config import AdapterConfig
     from llava_steering_plugin.errors import (
         AdapterError,
@@ -68,6 +69,7 @@ __all__ = [
     "__version__",
     "attach",
     "attachment_of",
+    "chat_template_of",
     "disable_adapter",
     "disabled",
     "from_pretrained",
@@ -93,6 +95,7 @@ _HOMES = {
         "remove",
         "remove_adapter",
     ),
+    "adapters.stored.chat_template": ("chat_template_of",),
     "adapters.stored.config": ("AdapterConfig",),
     "adapters.pretrained": ("from_pretrained", "get_model"),
     "adapters.save_load": ("load_adapter", "save_adapter"),

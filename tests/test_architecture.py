@@ -67,6 +67,7 @@ EXPORTED = {
     "__version__",
     "attach",
     "attachment_of",
+    "chat_template_of",
     "disable_adapter",
     "disabled",
     "from_pretrained",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_steering_plugin.components.chat_template import chat_template
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, Problems, UpstreamError
-from llava_steering_plugin.export.chat_templates import chat_template
 from llava_steering_plugin.export.configs import TOWER_FOLDER
 from llava_steering_plugin.export.layouts import Layout, Source, recognise
 from llava_steering_plugin.export.plans import Plan, plan_for_llava, plan_for_transformers, read_record, write_files

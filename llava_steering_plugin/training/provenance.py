@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from llava_steering_plugin.adapters.parts.image_parts import image_parameters
 from llava_steering_plugin.adapters.save_load import describe
 from llava_steering_plugin.adapters.stored.config import AdapterConfig, BaseModel
 from llava_steering_plugin.adapters.stored.folder import AdapterFolder
-from llava_steering_plugin.errors import BaseMismatch, CheckpointError, listing
+from llava_steering_plugin.components.chat_template import chat_template
+from llava_steering_plugin.errors import ArgumentsError, BaseMismatch, CheckpointError, listing
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.joint import flags_of
 
@@ -53,6 +55,7 @@ def record(
         attachment.mode.settings(),
         base,
         conversation=_conversation(),
+        chat_template=_chat_template(model.config),
         added_tokens=_added_tokens(name, tokenizer),
         trained_on=_precision(arguments, getattr(arguments, "bits", 16)),
     )
@@ -106,6 +109,23 @@ def _conversation() -> str | None:
     return next(
         (key for key, template in module.conv_templates.items() if template is module.default_conversation), None
     )
+
+
+def _chat_template(config: Any) -> str | None:
+    """Return the chat template that writes the same prompts; None if these are no chat.
+
+    Args:
+        config: of the model, which says how an image is marked.
+    """
+    module, constants = (sys.modules.get(f"llava.{name}") for name in ("conversation", "constants"))
+    if module is None or constants is None or _conversation() is None:
+        return None
+    image = str(constants.DEFAULT_IMAGE_TOKEN)
+    if getattr(config, "mm_use_im_start_end", False):
+        image = f"{constants.DEFAULT_IM_START_TOKEN}{image}{constants.DEFAULT_IM_END_TOKEN}"
+    with suppress(ArgumentsError, AttributeError, TypeError):  # forks have other kinds of templates
+        return chat_template(module.default_conversation, image)
+    return None
 
 
 def _known_tokens(base: str, tokenizer: Any, rows: int) -> int:

@@ -145,7 +145,7 @@ SEAMS = (
     *_seams("llava.constants", ANSWERING, {"IMAGE_TOKEN_INDEX": "stands for an image among the ids of a prompt"}),
     *_seams(
         "llava.constants",
-        (CHAT, EVAL, SERVE, DIAGNOSE),
+        (TRAIN, CHAT, EVAL, SERVE, DIAGNOSE),
         {
             "DEFAULT_IMAGE_TOKEN": "stands for an image in the text of a prompt",
             "DEFAULT_IM_START_TOKEN": "stands before an image in a prompt",

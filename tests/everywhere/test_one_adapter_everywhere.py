@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from tiny_llava import TinyLlava
 from torch import Tensor
 
+from llava_steering_plugin.components.chat_template import chat_template
 from llava_steering_plugin.export.exporting import export
+from llava_steering_plugin.export.verification import DIALOGUES, messages_of, prompt_of
 
 TOLERANCE = 1e-5  # of the largest logit, in float32
 EFFECT = 100  # times that is what an adapter changes at least
@@ -99,7 +101,9 @@ def column(
     folder = tmp_path_factory.mktemp(request.param)
     trained = {name: str(folder / name.replace(" ", "-")) for name in ADAPTERS}
     job, out = folder / "job.json", folder / "answers.safetensors"
-    job.write_text(json.dumps({"ask": made_here[0], "train": trained}))
+    messages = {name: messages_of(dialogue) for name, dialogue in DIALOGUES.items()}
+    described = {"ask": made_here[0], "train": trained, "template": template(), "messages": messages}
+    job.write_text(json.dumps(described))
     path = [str(each) for each in (there.path, ROOT, ROOT / "tests/support") if each is not None]
     model = exported if there.path is None else tiny.llava
     done = subprocess.run(
@@ -111,6 +115,12 @@ def column(
     )
     assert done.returncode == 0, done.stderr
     return trained, load_file(out)
+
+
+def template() -> str:
+    from llava.conversation import conv_templates
+
+    return chat_template(conv_templates["vicuna_v1"])
 
 
 def compare(one: Mapping[str, Tensor], other: Mapping[str, Tensor], name: str) -> None:
@@ -149,6 +159,22 @@ def test_an_adapter_trained_there_answers_the_same_in_llava(
 ) -> None:
     here = home.answers("none") | home.ask(name, Path(column[0][name]))
     compare(of_this_home(column[1]), here, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialogue", DIALOGUES)
+def test_the_chat_template_of_an_adapter_gives_llavas_tokens(
+    dialogue: str, tiny: TinyLlava, column: tuple[Mapping[str, str], Mapping[str, Tensor]]
+) -> None:
+    from llava.conversation import conv_templates
+    from llava.mm_utils import tokenizer_image_token
+    from transformers import AutoTokenizer
+
+    if (found := column[1].get(f"prompt|{dialogue}")) is None:
+        pytest.skip("that is a LLaVA, which takes no chat template")
+    tokenizer = AutoTokenizer.from_pretrained(tiny.llava, use_fast=False)
+    prompt = prompt_of(conv_templates["vicuna_v1"], DIALOGUES[dialogue], "<image>")
+    assert found.tolist() == tokenizer_image_token(prompt, tokenizer)
 
 
 def test_what_was_recorded_of_the_others_is_what_llava_answers(home: Home) -> None:

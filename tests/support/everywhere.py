@@ -7,7 +7,9 @@ Run as a program in the environment of each, so that adapters can be compared be
 JOB says which adapters are put on the model and asked (`ask`, a folder by name), and which are trained (`train`, a
 folder by name): every adapter's logits and greedy tokens in every case are in OUT, as `<adapter>|<case>|logits` and
 `|tokens`, and the model's own as those of the adapter "none". The logits of adapters that are the same everywhere are
-there, too: `RECORD_EVERYWHERE=OUT pytest tests/everywhere` keeps them for machines without that environment.
+there, too, and of transformers the tokens of prompts (`template`, `messages` by name).
+
+`RECORD_EVERYWHERE=OUT pytest tests/everywhere` keeps the logits for machines without that environment.
 """
 
 from __future__ import annotations
@@ -144,6 +146,20 @@ class Home:
             remove_adapter(self.model)
         return found
 
+    def prompts(self, folder: Path, template: str, messages: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the tokens of prompts that a chat template writes, as `prompt|<name>`; -200 for an image."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        found = {}
+        for name, said in messages.items():
+            text = tokenizer.apply_chat_template(
+                said, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+            ids = tokenizer(text).input_ids
+            found[f"prompt|{name}"] = torch.tensor([IMAGE if each == self.image_token else each for each in ids])
+        return found
+
 
 def run(home: Home, ask: Mapping[str, str], train: Mapping[str, str]) -> dict[str, Tensor]:
     """Ask and train all adapters of a job; return all answers."""
@@ -161,7 +177,10 @@ def main() -> None:
     model, job, out = map(Path, sys.argv[1:])
     described = json.loads(job.read_text())
     home = Home(model)
-    save_file(run(home, described["ask"], described["train"]) | home.fixed(), out)
+    found = run(home, described["ask"], described["train"]) | home.fixed()
+    if home.image_token is not None:
+        found |= home.prompts(model, described["template"], described["messages"])
+    save_file(found, out)
 
 
 if __name__ == "__main__":

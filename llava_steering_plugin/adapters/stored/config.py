@@ -53,6 +53,7 @@ class AdapterConfig:
         added_tokens: tokens that training added to the base's tokenizer, with their ids, in order.
         trained_on: bits, compute dtype and quantisation of the training; for the model card only.
         peft_prefix: what PEFT puts before the names of the mode's tensors; None: they have names of ours.
+        chat_template: writes the same prompts as `conversation`, for processors of transformers; None if unknown.
     """
 
     mode: str
@@ -62,6 +63,7 @@ class AdapterConfig:
     added_tokens: dict[str, int] = field(default_factory=dict)
     trained_on: dict[str, Any] = field(default_factory=dict)
     peft_prefix: str | None = None
+    chat_template: str | None = None
 
     def to_json(self) -> str:
         """Return the text that the header and llava_steering_config.json hold."""
@@ -79,6 +81,7 @@ class AdapterConfig:
                 "added_tokens": self.added_tokens,
                 "trained_on": self.trained_on,
                 **({} if self.peft_prefix is None else {"peft_prefix": self.peft_prefix}),
+                **({} if self.chat_template is None else {"chat_template": self.chat_template}),
             },
             indent=2,
         )
@@ -117,7 +120,7 @@ class AdapterConfig:
         base = BaseModel(data["base_model_name_or_path"], **{key: data["base"][key] for key in BASE})
         prefix = data["peft_prefix"] if data["format_version"] == PEFT_FORMAT else None
         known = {key: data[key] for key in ("mode", "settings", "conversation", "added_tokens", "trained_on")}
-        return cls(base=base, peft_prefix=prefix, **known)
+        return cls(base=base, peft_prefix=prefix, chat_template=data.get("chat_template"), **known)
 
 
 def is_ours(peft_type: object) -> bool:

@@ -113,6 +113,8 @@ _CONFIG: dict[str, Check] = {
     "added_tokens": table,
     "trained_on": table,
 }
+# Those that an older version did not write.
+_LATER: dict[str, Check] = {"chat_template": optional(text(LONGEST_TEXT))}
 # The entries of `base`.
 BASE: dict[str, Check] = {
     "model_type": text(100, empty=False),
@@ -142,7 +144,8 @@ def config_problems(data: Mapping[str, Any], *, named_by_peft: bool = False) -> 
     Args:
         named_by_peft: its tensors have the names of PEFT's.
     """
-    problems = _wrong(data, _CONFIG | ({"peft_prefix": beginning_of_names} if named_by_peft else {}))
+    later = {key: check for key, check in _LATER.items() if key in data}
+    problems = _wrong(data, _CONFIG | later | ({"peft_prefix": beginning_of_names} if named_by_peft else {}))
     for name, check in (("settings", scalar), ("trained_on", scalar)):
         if isinstance(entries := data.get(name), dict):
             problems += _too_many(name, entries, MOST_SETTINGS) or _wrong(entries, dict.fromkeys(entries, check), name)

@@ -1,12 +1,12 @@
-"""Chat templates made of LLaVA's conversation templates (`export/chat_templates.py`) write the same prompts."""
+"""Chat templates made of LLaVA's conversation templates (`components/chat_template.py`) write the same prompts."""
 
 from __future__ import annotations
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from llava_steering_plugin.components.chat_template import chat_template
 from llava_steering_plugin.errors import ArgumentsError
-from llava_steering_plugin.export.chat_templates import chat_template
 from llava_steering_plugin.export.verification import DIALOGUES, messages_of, prompt_of
 
 ALIKE = ["v0", "v1", "llama_2", "mistral_instruct", "chatml_direct", "llava_v0", "llava_v1", "llava_llama_2", "mpt"]

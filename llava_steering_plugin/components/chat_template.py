@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from llava_steering_plugin.components.chat_format import ChatFormat
 from llava_steering_plugin.errors import ArgumentsError
 
 _CONTENT = (
@@ -42,6 +43,15 @@ _LLAMA_2 = (
     "{%- else -%}{{ ' ' }}{{ said(message['content']) }}{{ ' ' }}{{ SEP2 }}{%- endif -%}"
     "{%- endfor -%}"
 )
+# Of formats that other tokenizers than LLaVA's have (`chat_format.py`).
+_FORMAT = (
+    "{{ system }}"
+    "{%- for message in spoken -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{%- if not loop.first -%}{{ BETWEEN }}{%- endif -%}{{ ASK }}{{ said(message['content']) }}{{ ANSWER }}"
+    "{%- else -%}{{ LEAD }}{{ said(message['content']) }}{{ END }}{%- endif -%}"
+    "{%- endfor -%}"
+)
 
 
 def chat_template(conversation: Any, image: str = "<image>") -> str:
@@ -63,6 +73,9 @@ def chat_template(conversation: Any, image: str = "<image>") -> str:
             "template. Name another one with --conversation."
         )
     values = {"IMAGE": f"{image}\n", "SYSTEM": conversation.system}
+    if isinstance(written := getattr(conversation, "chat_format", None), ChatFormat):
+        values |= {"BETWEEN": written.between, "ASK": written.ask, "ANSWER": written.answer}
+        return _filled(_CONTENT + _FORMAT, values | {"LEAD": written.lead, "END": written.end})
     if style == "LLAMA_2":
         return _filled(_CONTENT + _LLAMA_2, values | {"SEP": conversation.sep, "SEP2": conversation.sep2})
     empty = conversation.copy()
