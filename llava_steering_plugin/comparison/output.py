@@ -18,7 +18,8 @@ from llava_steering_plugin.comparison.training import TRAINED, find_trained
 from llava_steering_plugin.errors import ArgumentsError, listing, shortened
 from llava_steering_plugin.whole_files import runs, write_whole
 
-MARK, LOCK = "comparison.json", ".lock"
+# The log is there as soon as a comparison is checked; the mark, once its checks have found nothing.
+MARK, LOCK, LOG = "comparison.json", ".lock", "compare.log"
 FORMAT = 1
 # How long the programs of a comparison that was killed may take to end, on a busy machine.
 WAIT_SECONDS = 120.0
@@ -31,7 +32,8 @@ def output_problems(output: Path) -> list[str]:
     if not output.is_dir():
         return [f"output: {output} is no folder"]
     try:
-        if any(not path.name.startswith(".") for path in output.iterdir()) and not (output / MARK).is_file():
+        others = [path for path in output.iterdir() if path.name != LOG and not path.name.startswith(".")]
+        if others and not (output / MARK).is_file():
             return [f"output: {output} holds other files, and no comparison; give another folder"]
     except OSError as error:
         return [f"output: {output} cannot be read: {error.strerror}"]

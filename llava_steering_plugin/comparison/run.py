@@ -19,7 +19,7 @@ from llava_steering_plugin.comparison.board import Board, Running
 from llava_steering_plugin.comparison.cells import Cell, Plan, plan_cells
 from llava_steering_plugin.comparison.evaluation import evaluate
 from llava_steering_plugin.comparison.logs import Progress, summary
-from llava_steering_plugin.comparison.output import begin, locked, output_problems, refuse_another, write_results
+from llava_steering_plugin.comparison.output import LOG, begin, locked, output_problems, refuse_another, write_results
 from llava_steering_plugin.comparison.preflight import check
 from llava_steering_plugin.comparison.processes import Command, Processes
 from llava_steering_plugin.comparison.provenance import provenance
@@ -29,7 +29,6 @@ from llava_steering_plugin.comparison.schedule import Schedule
 from llava_steering_plugin.comparison.schema import Comparison
 from llava_steering_plugin.errors import ArgumentsError, SteeringError
 
-LOG = "compare.log"
 POLL_SECONDS = 0.1
 # Trainings with a mode save a checkpoint when they are asked to end.
 GRACE_SECONDS = 60.0

@@ -16,6 +16,8 @@ from tiny_llava import TinyLlava
 
 from llava_steering_plugin.comparison import output as folder
 from llava_steering_plugin.comparison.cells import Plan, plan_cells
+from llava_steering_plugin.comparison.output import LOG
+from llava_steering_plugin.comparison.processes import Processes
 from llava_steering_plugin.comparison.reading import comparison_from
 from llava_steering_plugin.comparison.records import DONE
 from llava_steering_plugin.comparison.training import TRAINED, Trained, find_trained
@@ -42,6 +44,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     assert "holds other files, and no comparison" in problem
     (problem,) = folder.output_problems(tmp_path / "thesis.tex")
     assert "is no folder" in problem
+
+
+def test_a_comparison_that_could_not_start_leaves_a_folder_in_which_it_can(tmp_path: Path) -> None:
+    with folder.locked(tmp_path, lambda: None) as lock:
+        Processes(False, tmp_path / LOG, [lock]).close()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [folder.LOCK, LOG]
+    assert folder.output_problems(tmp_path) == []
 
 
 def test_an_edited_file_keeps_what_is_valid_and_the_rest_stays_on_the_disk(tiny: TinyLlava, tmp_path: Path) -> None:

@@ -45,8 +45,10 @@ class TrainedBase:
         try:
             described = read_config(base)
         except SteeringError as error:
-            # Without a component LLaVA says itself what it cannot read.
-            return cls(None, [f"--{LANGUAGE_MODEL} {named}: {error}"] if named else [])
+            if named:
+                return cls(None, [f"--{LANGUAGE_MODEL} {named}: {error}"])
+            # Without a mode LLaVA says itself what it cannot read, after it has asked the hub for a minute.
+            return cls(None, [f"--model_name_or_path: {error}"] if mode_is_on(flags) else [])
         try:
             component = chosen(described, base, named)
         except SteeringError as error:
