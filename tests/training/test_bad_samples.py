@@ -64,6 +64,14 @@ def error_of(tiny: TinyLlava, folder: Path, changed: dict[str, object], capfd: p
     return error[error.index("error: ") :]
 
 
+def without_weights(tiny: TinyLlava, folder: Path) -> Path:
+    """Make a base that has its config.json, and that nothing can load."""
+    base = folder / "no-weights"
+    base.mkdir()
+    (base / "config.json").write_bytes((tiny.llava / "config.json").read_bytes())
+    return base
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_picture_is_one_clear_error_also_from_a_worker_of_the_data_loader(
     tiny: TinyLlava, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int
@@ -83,7 +91,7 @@ def test_a_bad_entry_is_an_error_before_a_model_is_loaded_wherever_it_stands(
     tiny: TinyLlava, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data = with_bad(tiny, tmp_path, BAD)
-    error = error_of(tiny, tmp_path, {"data_path": data, "model_name_or_path": tmp_path / "no-model"}, capfd)
+    error = error_of(tiny, tmp_path, {"data_path": data, "model_name_or_path": without_weights(tiny, tmp_path)}, capfd)
     assert f"cannot be trained on sample 7 (id 'bad') of {data} (2 more are bad):\n  - turn 1 says null\n" in error
 
 
@@ -108,7 +116,7 @@ def test_a_data_file_of_something_else_is_an_error_before_a_model_is_loaded(
 ) -> None:
     data = tmp_path / "data.json"
     data.write_text(content)
-    error = error_of(tiny, tmp_path, {"data_path": data, "model_name_or_path": tmp_path / "no-model"}, capfd)
+    error = error_of(tiny, tmp_path, {"data_path": data, "model_name_or_path": without_weights(tiny, tmp_path)}, capfd)
     assert str(data) in error and reason in error
 
 
@@ -116,7 +124,9 @@ def test_a_data_file_that_is_missing_is_an_error_before_a_model_is_loaded(
     tiny: TinyLlava, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     flags = {"data_path": tmp_path / "nothing.json", "model_name_or_path": tmp_path / "no-model"}
-    assert f"there is no file {tmp_path / 'nothing.json'}" in error_of(tiny, tmp_path, flags, capfd)
+    error = error_of(tiny, tmp_path, flags, capfd)
+    assert f"there is no file {tmp_path / 'nothing.json'}" in error
+    assert f"--model_name_or_path: there is no folder {tmp_path / 'no-model'}" in error, "all at once"
 
 
 def test_nothing_but_bad_samples_is_one_error(
