@@ -19,7 +19,6 @@ from llava_steering_plugin.comparison.cells import Cell, Plan
 from llava_steering_plugin.comparison.schema import Comparison
 from llava_steering_plugin.errors import SteeringError, nearest
 from llava_steering_plugin.inference.options import check_bits, choose_device
-from llava_steering_plugin.training.settings.conflicts import cpu_flag
 from llava_steering_plugin.training.settings.flags import read_request
 from llava_steering_plugin.upstream.text.conversations import checked_template
 
@@ -72,7 +71,7 @@ def flag_problems(cell: Cell, comparison: Comparison) -> list[str]:
             with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
                 request = read_request(classes, words, usage="")
                 of_request = problems_of(request)
-            return [*found, *of_request, *_lost_tokens(request.flags, comparison.base), *_bits(request.flags)]
+            return [*found, *of_request, *_lost_tokens(request.flags, comparison.base)]
         except SystemExit:  # argparse stops at the first value that it cannot read
             wrong = _WRONG_VALUE.search(printed.getvalue().strip())
             found.append(wrong[1] if wrong else printed.getvalue().strip())
@@ -131,16 +130,6 @@ def _lost_tokens(flags: Namespace, base: str) -> list[str]:
         return []  # the check of the base says why
     added = [name for name in NEW_TOKENS if getattr(flags, name, False) and not before.get(name)]
     return [f"LLaVA does not save the tokens that --{name} adds beside a LoRA: give {name}: false" for name in added]
-
-
-def _bits(flags: Namespace) -> list[str]:
-    """Return the problem that packed weights are without a GPU, which shows once a training loads its model."""
-    import torch
-
-    bits = getattr(flags, "bits", 16)
-    if bits not in (4, 8) or (torch.cuda.is_available() and cpu_flag(flags) is None):
-        return []
-    return [f"--bits {bits} needs a GPU: transformers packs weights on one alone, and this training would have none"]
 
 
 def answer_problems(comparison: Comparison) -> list[str]:

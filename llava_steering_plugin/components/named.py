@@ -44,7 +44,7 @@ def unknown_tower(name: str) -> ArgumentsError:
     key, _ = split(name)
     known = TOWERS.names()
     contained = [each for each in known if each.partition("-")[0] in name.lower()]
-    hint = f"did you mean '{contained[0]}:{name}'? " if contained and ":" not in name else nearest(key, known)
+    hint = f"did you mean '{contained[0]}:{name}'? " if contained and ":" not in name else nearest(key.lower(), known)
     return ArgumentsError(
         f"unknown vision tower {name!r}: {hint}Installed: {_listed(known)} (written NAME or NAME:SOURCE), and LLaVA's "
         "own CLIP, by its folder or its name on the hub"
@@ -72,7 +72,7 @@ def unknown_connector(text: str) -> ArgumentsError:
     """Return the error for a connector that neither LLaVA nor a component knows."""
     key, _ = split(text)
     known = CONNECTORS.names()
-    hint = nearest(key, [*known, "linear", "identity", "mlp2x_gelu"])
+    hint = nearest(key.lower(), [*known, "linear", "identity", "mlp2x_gelu"])
     return ArgumentsError(
         f"unknown connector {text!r}: {hint}Installed: {_listed(known)}, and LLaVA's own: identity, linear, mlp2x_gelu "
         "(mlp3x_gelu, ...)"

@@ -17,12 +17,16 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
+import torch
+from PIL import Image
 from ports import free_port
 from serving_fixtures import Alone, Client, Question
+from tiny_language_models import FAMILIES, build
 from tiny_llava import TinyLlava
-from training_runs import subprocess_environment
+from tiny_towers import TinyTowers
+from training_runs import subprocess_environment, train_flags, train_in_process
 
-pytest_plugins = ["serving_fixtures"]
+pytest_plugins = ["serving_fixtures", "component_fixtures"]
 
 PATIENCE = 480  # for a machine with much else to do
 
@@ -146,3 +150,47 @@ def test_a_port_that_is_taken_is_said_before_anything_is_started(
             assert served.process.wait(60) == 1
             assert re.search(r"the worker cannot listen on .*in use. Give another --worker-port", served.output)
             assert "starting" not in served.output
+
+
+@pytest.mark.slow
+def test_a_qwen2_that_sees_by_siglip_and_a_pooling_connector_is_served_with_its_adapter(
+    tiny: TinyLlava, towers: TinyTowers, patched_llava: Path, tmp_path: Path
+) -> None:
+    from llava.conversation import conv_templates
+    from llava.mm_utils import process_images, tokenizer_image_token
+    from llava.model.builder import load_pretrained_model
+
+    (family,) = (each for each in FAMILIES if each.name == "qwen2")
+    base, adapter = tmp_path / "llava-of-parts", tmp_path / "pets"
+    parts = {"version": family.version, "vision_tower": towers.siglip, "mm_projector_type": "avgpool", "max_steps": 1}
+    plain = {"model_name_or_path": build(family, tiny, tmp_path / "qwen2")}
+    train_in_process(train_flags(tiny, base, {**parts, **plain}))
+    mores = {"tuning_mode": "mores", "mores_rank": 2, "mores_tokens": "all", "learning_rate": 0.1, "max_steps": 4}
+    train_in_process(train_flags(tiny, adapter, {**parts, "model_name_or_path": base, **mores}))
+
+    chat = conv_templates[family.version].copy()
+    chat.append_message(chat.roles[0], "<image>\nWhat color is the circle?")
+    chat.append_message(chat.roles[1], None)
+    question = Question(chat.get_prompt(), sorted(tiny.images.iterdir())[0])
+
+    def alone(path: Path) -> str:
+        tokenizer, model, processor, _ = load_pretrained_model(str(path), None, "any", device="cpu")
+        pixels = process_images([Image.open(question.image).convert("RGB")], processor, model.config).half()
+        ids = tokenizer_image_token(question.prompt, tokenizer, return_tensors="pt")[None]
+        with torch.inference_mode():
+            made = model.generate(ids, images=pixels, max_new_tokens=question.tokens, do_sample=False)
+        return str(tokenizer.decode(made[0], skip_special_tokens=True)).strip()
+
+    words = [str(base), "--adapters", str(adapter), "--device", "cpu"]
+    with serving(patched_llava, tmp_path, *words) as served:
+        served.wait_for(r"all is up: (http\S+)")
+        controller = served.wait_for(r"controller \|.*running on (http://127\.0\.0\.1:\d+)")[1]
+        listed = requests.post(f"{controller}/list_models", timeout=60).json()["models"]
+        (pets,) = (name for name in listed if name.endswith("pets"))
+        (bare,) = (name for name in listed if name.endswith("llava-of-parts"))
+        address = requests.post(f"{controller}/get_worker_address", json={"model": pets}, timeout=60).json()["address"]
+        worker = Client(address)
+        assert worker.answer(pets, question) == alone(adapter)
+        assert worker.answer(bare, question) == alone(base)
+    assert alone(adapter) != alone(base)
+    assert "Traceback" not in served.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from importlib.util import find_spec
 
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.training.deepspeed_config import ZERO, read_deepspeed
@@ -106,3 +107,19 @@ def zero_stage(flags: Namespace) -> int | None:
 def cpu_flag(flags: Namespace) -> str | None:
     """Return the flag that keeps a training on the CPU, by its new or its old name; None if neither is given."""
     return next((f"--{name}" for name in ("use_cpu", "no_cuda") if getattr(flags, name, False)), None)
+
+
+def packing_problems(flags: Namespace) -> list[str]:
+    """Return the problem that packed weights are without a GPU: transformers would say it once it loads the model."""
+    import torch
+    from transformers import modeling_utils
+
+    bits = getattr(flags, "bits", 16)
+    if bits not in (4, 8):
+        return []
+    if find_spec("bitsandbytes") is None:
+        return [f"--bits {bits} needs bitsandbytes: pip install bitsandbytes"]
+    can_pack = getattr(modeling_utils, "is_bitsandbytes_available", lambda: True)  # on the pin: whether there is a GPU
+    if can_pack() and not (torch.cuda.is_available() and cpu_flag(flags)):
+        return []
+    return [f"--bits {bits} needs a GPU: transformers packs weights on one alone, and this training would have none"]

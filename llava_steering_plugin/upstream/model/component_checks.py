@@ -27,14 +27,15 @@ from llava_steering_plugin.components.named import (
     unknown_connector,
     unknown_tower,
 )
-from llava_steering_plugin.components.registry import CONNECTORS, TOWERS, split
+from llava_steering_plugin.components.registry import CONNECTORS, LANGUAGE_MODELS, TOWERS, split
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.registered import Registered
 from llava_steering_plugin.upstream.seams import require
 
 # The entry of config.json that says which packages a checkpoint's components come from.
 RECORD = "mm_components"
-_GROUPS: dict[str, Registered[Any]] = {"mm_vision_tower": TOWERS, CONNECTOR: CONNECTORS}
+MODEL_TYPE = "model_type"
+_GROUPS: dict[str, Registered[Any]] = {"mm_vision_tower": TOWERS, CONNECTOR: CONNECTORS, MODEL_TYPE: LANGUAGE_MODELS}
 
 
 def check_installed(settings: Mapping[str, Any]) -> None:
@@ -46,6 +47,12 @@ def check_installed(settings: Mapping[str, Any]) -> None:
     Raises:
         ArgumentsError: some are not; the message says which package brings each.
     """
+    if problems := absent_components(settings):
+        raise ArgumentsError(listing("this LLaVA was made with components that are not installed here", problems))
+
+
+def absent_components(settings: Mapping[str, Any]) -> list[str]:
+    """Return which components of a checkpoint are not installed here, by its config.json, and who brings each."""
     recorded = settings.get(RECORD)
     problems = []
     for key, each in recorded.items() if isinstance(recorded, dict) else ():
@@ -53,10 +60,11 @@ def check_installed(settings: Mapping[str, Any]) -> None:
         if group is None or not isinstance(each, dict):
             continue
         name, package = str(each.get("name")), str(each.get("package"))
-        if settings.get(key) and split(str(settings[key]))[0] == name and name not in group.names():
+        # A tower or connector may have been replaced since.
+        used = key == MODEL_TYPE or (settings.get(key) and split(str(settings[key]))[0] == name)
+        if used and name not in group.names():
             problems.append(f"the {group.kind} {name!r} of the package {package!r}: install that package")
-    if problems:
-        raise ArgumentsError(listing("this LLaVA was made with components that are not installed here", problems))
+    return problems
 
 
 def component_problems(flags: Namespace, described: Mapping[str, Any] | None) -> list[str]:

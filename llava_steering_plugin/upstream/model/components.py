@@ -9,11 +9,13 @@ from typing import Any
 from wrapt import wrap_function_wrapper
 
 from llava_steering_plugin.components.image_tokens import CONNECTOR, FEATURE, LAYER, tower_name, tower_shape
+from llava_steering_plugin.components.model_types import of_llava_type
 from llava_steering_plugin.components.named import named_connector, named_tower, unknown_connector, unknown_tower
-from llava_steering_plugin.components.registry import CONNECTORS, TOWERS, split
+from llava_steering_plugin.components.registry import CONNECTORS, LANGUAGE_MODELS, TOWERS, split
 from llava_steering_plugin.components.vision_tower import VisionTower
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
-from llava_steering_plugin.upstream.model.component_checks import RECORD, check_installed
+from llava_steering_plugin.upstream.model.component_checks import MODEL_TYPE, RECORD, check_installed
+from llava_steering_plugin.upstream.model.language_models import types_of_llava
 from llava_steering_plugin.upstream.model.towers import stays_empty
 from llava_steering_plugin.upstream.seams import require
 
@@ -93,6 +95,11 @@ def _record(config: Any) -> None:
             continue  # said when it is built
         if component is not None:
             used[key] = {"name": name, "package": group.package(name)}
+    # Of a plain base, the instance says what the base's config.json says; what is saved is the class's.
+    model_type = str(getattr(type(config), MODEL_TYPE, ""))
+    language_model = None if model_type in types_of_llava() else of_llava_type(model_type)
+    if language_model is not None:
+        used[MODEL_TYPE] = {"name": language_model.name, "package": LANGUAGE_MODELS.package(language_model.name)}
     if used:
         setattr(config, RECORD, used)
     elif hasattr(config, RECORD):

