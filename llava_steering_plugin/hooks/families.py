@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.errors import SteeringError, TokenMapError
 from llava_steering_plugin.hooks.parameter_names import (
     DECODER_PATH,
     HEAD_PATH,
@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 SPLICE = "prepare_inputs_labels_for_multimodal"
 # Entries of a config that hold the token which image features take the place of, and the one for frames of a video.
 # Both names of each are in use.
-PLACEHOLDERS = (("image_token_id", "image_token_index"), ("video_token_id", "video_token_index"))
+VIDEO_TOKENS = ("video_token_id", "video_token_index")
+PLACEHOLDERS = (("image_token_id", "image_token_index"), VIDEO_TOKENS)
+# The argument of `forward` that holds a video.
+FRAMES = "pixel_values_videos"
 # What the vision tower is called, and in transformers before version 5 (and in all of LLaVA) the model inside it.
 TOWER, INSIDE = "vision_tower", "vision_model"
 # The method by which older versions of transformers put the features in place while `forward` runs.
@@ -131,11 +134,17 @@ class Placeholder(Family):
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
         self._marks = placeholder_tokens(model.config)
+        self._knows_videos = any(isinstance(getattr(model.config, name, None), int) for name in VIDEO_TOKENS)
         # Of the class: the model's own may be another's by then.
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
 
     def tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenMap | None:
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if given.get(FRAMES) is not None and not self._knows_videos:
+            raise TokenMapError(
+                f"{FRAMES} is given, and the config of this {type(self._model).__name__} names no token for frames of "
+                "a video, so it is unknown which tokens they become. Give the frames as images."
+            )
         ids = given.get("input_ids")
         if not isinstance(ids, Tensor):
             return None
@@ -191,9 +200,16 @@ def family_of(model: PreTrainedModel) -> Family:
 
     Raises:
         SteeringError: of no family: an encoder-decoder model, or one of an old transformers that lays out images inside
-            its `forward`, where nothing says which tokens they became.
+            its `forward`, where nothing says which tokens they became; or one that takes no tokens.
     """
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
+    embeddings = getattr(model, "get_input_embeddings", None)
+    # A vision model embeds patches; the weight itself has no shape under ZeRO-3.
+    if config is None or (embeddings is not None and not hasattr(embeddings(), "num_embeddings")):
+        raise SteeringError(
+            f"{type(model).__name__} has no embeddings of tokens, so it is no language model of transformers. Only "
+            "decoder-only language models can be tuned, with or without images."
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise SteeringError(
             f"{type(model).__name__} has an encoder and a decoder. Only decoder-only language models can be tuned."
