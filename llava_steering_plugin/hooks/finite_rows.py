@@ -36,9 +36,7 @@ class FiniteRows:
         self._broken: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # The maximum is NaN where any score is, and infinite where any is, or none is finite. Forbidden tokens have
-        # -inf rightly. Nothing here waits for the device.
-        broken = ~torch.isfinite(scores.amax(-1))
+        broken = not_finite(scores)
         if self._broken is not None and self._broken.shape == broken.shape:
             broken = broken | self._broken
         self._broken = broken
@@ -58,6 +56,13 @@ class FiniteRows:
         times = max(1, len(self._broken) // count) if count is not None else 1
         rows = sorted({row // times for row in self._broken.nonzero().flatten().tolist()})
         return rows, bool(self._broken.all())
+
+
+def not_finite(scores: Tensor) -> Tensor:
+    """Return bool [rows]: where [rows, vocabulary] scores are NaN or infinite. Does not wait for the device."""
+    # The maximum is NaN where any score is, and infinite where any is, or none is finite. Forbidden tokens have -inf
+    # rightly.
+    return ~torch.isfinite(scores.amax(-1))
 
 
 def watched(

@@ -9,6 +9,7 @@ from typing import IO, Any
 import torch
 from PIL import Image
 
+from llava_steering_plugin.adapters.fit.base_model import projector_of
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.hooks.families import SPLICE
 from llava_steering_plugin.hooks.token_map import signature_of
@@ -66,17 +67,25 @@ def like_channels(width: int, height: int) -> bool:
     return any(misread(width, height, padded=padded) for padded in (True, False))
 
 
+def half_unless_full(model: Any) -> torch.dtype:
+    """Return the precision of a LLaVA's images: half, as all of upstream's programs send them.
+
+    Only where the projector is in float32, as it is where no loader of upstream's has made it half, they are too: the
+    vision tower answers in the precision of its images.
+    """
+    found = projector_of(model)
+    kinds = {each.dtype for each in found[1].parameters() if each.is_floating_point()} if found is not None else set()
+    return torch.float32 if kinds == {torch.float32} else torch.float16
+
+
 def image_arguments(pictures: Sequence[Image.Image], processor: Any, model: Any, config: Any = None) -> dict[str, Any]:
     """Return the arguments of `generate` that pass pictures to a LLaVA of `load_pretrained_model`.
-
-    They are in half precision, as all of upstream's programs send them: the projector is in half precision, and the
-    vision tower answers in the precision of its images, whatever its own.
 
     Args:
         processor: the image processor that `load_pretrained_model` returned with the model.
         config: says how images are cut; None: the model's.
     """
-    half = {"device": model.device, "dtype": torch.float16}
+    half = {"device": model.device, "dtype": half_unless_full(model)}
     pixels = process_images(pictures, processor, model.config if config is None else config)
     images = [each.to(**half) for each in pixels] if isinstance(pixels, list) else pixels.to(**half)
     arguments = {"images": images, "image_sizes": [picture.size for picture in pictures]}

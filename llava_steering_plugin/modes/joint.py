@@ -246,6 +246,11 @@ def at_decode(mode: Mode, modules: Mapping[str, nn.Module]) -> Mapping[str, nn.M
     return {} if mode.idle_at_decode else modules
 
 
+def reads_padding(mode: Mode) -> bool:
+    """Say whether padding in a batch changes the rows of a mode, which says so with a true `reads_padding`."""
+    return any(getattr(part, "reads_padding", False) for part in parts_of(mode))
+
+
 def _shared(parts: Iterable[Mode], built: Iterable[Mapping[str, nn.Module]]) -> list[str]:
     """Return the hosts that several parts want, one sentence each."""
     wanted: dict[str, list[str]] = {}

@@ -61,6 +61,11 @@ class MixLoRASettings(Mode):
         return self.routing or (SEQUENCE if self.variant == RELEASED else PROMPT)
 
     @property
+    def reads_padding(self) -> bool:
+        """Say whether choices depend on the padding in a batch, which `sequence` pools too."""
+        return self.pooling == SEQUENCE
+
+    @property
     def router_learns(self) -> bool:
         """Say whether the routers are trained: `router_grad`, with its default."""
         return (self.router_grad or (NO_GRADIENT if self.variant == RELEASED else STRAIGHT_THROUGH)) != NO_GRADIENT

@@ -25,6 +25,7 @@ class AdapterDetails:
         resident: on the model's device; else it waits in CPU memory.
         conversation: LLaVA's conversation template that it was trained with; None if unknown.
         full_name: what lists call the mode: its name, with the method where it has several.
+        reads_padding: its rows would be other ones beside longer rows.
     """
 
     name: str
@@ -36,6 +37,7 @@ class AdapterDetails:
     resident: bool
     conversation: str | None
     full_name: str
+    reads_padding: bool = False
 
 
 @dataclass(eq=False)
@@ -51,6 +53,7 @@ class PooledAdapter:
         newline: the adapter's own image_newline; None if it takes the base's.
         at_decode: those of the modules that are called at decode steps; the others change nothing there.
         resident: on the model's device rather than in CPU memory.
+        reads_padding: padding in a batch changes its rows.
         users: calls in flight that use it.
     """
 
@@ -62,6 +65,7 @@ class PooledAdapter:
     projector: nn.Module | None
     at_decode: Mapping[str, nn.Module]
     newline: Tensor | None = None
+    reads_padding: bool = False
     resident: bool = field(default=False, init=False)
     users: int = field(default=0, init=False)
 
@@ -93,4 +97,5 @@ class PooledAdapter:
             self.resident,
             config.conversation,
             self.full_name,
+            self.reads_padding,
         )

@@ -16,7 +16,7 @@ from llava_steering_plugin.adapters.stored.folder import EXTRA, StoredAdapter
 from llava_steering_plugin.errors import AdapterError, listing, shortened
 from llava_steering_plugin.hooks.families import family_of
 from llava_steering_plugin.modes.base import DecoderShape
-from llava_steering_plugin.modes.joint import at_decode
+from llava_steering_plugin.modes.joint import at_decode, reads_padding
 from llava_steering_plugin.pool.adapter import PooledAdapter
 from llava_steering_plugin.pool.image_features import maker_of
 from llava_steering_plugin.pool.projectors import own_projector
@@ -62,7 +62,9 @@ def pooled(
         own = {key.removeprefix(prefix): tensor for key, tensor in extras.items()}
         projector = own_projector(found[1], own, model.dtype).cpu()
     called = at_decode(mode, modules)
-    return PooledAdapter(name, stored.config, stored.path, mode.full_name, modules, projector, called, newline)
+    return PooledAdapter(
+        name, stored.config, stored.path, mode.full_name, modules, projector, called, newline, reads_padding(mode)
+    )
 
 
 def _different(model: PreTrainedModel, extras: Mapping[str, Tensor]) -> dict[str, Tensor]:

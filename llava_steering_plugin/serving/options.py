@@ -55,7 +55,10 @@ class ModelOptions:
     load_4bit: Load4bit = False
     load_8bit: Load8bit = False
     max_resident: MaxResident = None
-    limit_model_concurrency: Annotated[int, typer.Option(min=1, help="Answers generated at the same time.")] = (
+    batch: Annotated[
+        int, typer.Option(min=1, help="Requests that wait are answered together, up to so many; 1: one by one.")
+    ] = DEFAULTS.batch
+    limit_model_concurrency: Annotated[int, typer.Option(min=1, help="Batches generated at the same time.")] = (
         DEFAULTS.running
     )
     limit_queue: Annotated[
@@ -116,6 +119,7 @@ class ModelOptions:
         """Return the limits of the HTTP side."""
         return Limits(
             running=self.limit_model_concurrency,
+            batch=self.batch,
             waiting=self.limit_queue,
             body_bytes=int(self.limit_body_mb * MEGABYTE),
             prompt_characters=self.limit_prompt,

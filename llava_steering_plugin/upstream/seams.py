@@ -204,10 +204,6 @@ SEAMS = (
         "llava.serve.model_worker",
         (SERVE,),
         {
-            "TextIteratorStreamer": "streams an answer as it is generated",
-            "Thread": "runs a generation",
-            "load_image_from_base64": "decodes the images of a request",
-            "process_images": "prepares the images of a request",
             "logger": "is the worker's log",
             "worker_id": "is the worker's name in its log",
             _WORKER: "answers the requests",
@@ -218,7 +214,6 @@ SEAMS = (
             f"{_WORKER}.model_name": "is the name under which the model is listed",
             f"{_WORKER}.get_status": "tells the controller which models there are",
             f"{_WORKER}.get_queue_length": "tells the controller how many requests wait",
-            f"{_WORKER}.generate_stream_gate": "streams an answer",
         },
     ),
     *_seams("llava.serve.controller", (SERVE,), {"__main__": "runs the controller"}),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -13,12 +11,10 @@ import pytest
 from ports import free_port
 from serving_fixtures import STRICT, Alone, Client, Question, listening, wait_until
 
-from llava_steering_plugin.serving.generation.answer import Answer
-from llava_steering_plugin.serving.generation.request import GONE, NO_ANSWER, NOT_FINITE, End, Piece, Problem
+from llava_steering_plugin.serving.generation.request import GONE, NO_ANSWER, NOT_FINITE, Piece
+from llava_steering_plugin.serving.generation.slots import Turn
 from llava_steering_plugin.serving.http.app import build
 from llava_steering_plugin.serving.http.protocol import FAILED
-from llava_steering_plugin.serving.model_worker import RequestModel
-from llava_steering_plugin.upstream.worker_seam import PatientStreamer, PooledThread
 
 pytest_plugins = ["serving_fixtures"]
 pytestmark = pytest.mark.usefixtures("unharmed")
@@ -27,12 +23,12 @@ pytestmark = pytest.mark.usefixtures("unharmed")
 def test_an_answer_that_cannot_be_begun_is_an_error_that_the_page_shows_and_no_empty_answer(
     worker: Any, asked: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(answer: Answer) -> None:
-        answer.put(Piece("the beginning", 1))
+    def fail(turn: Turn) -> None:
+        turn.answers[0].put(Piece("the beginning", 1))
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(worker, "make", fail)
     with listening(build(worker, STRICT), free_port()) as client:
+        monkeypatch.setattr(client.slots, "_make", fail)
         assert client.states("cats", asked[0])[-1] == {"text": NO_ANSWER, "error_code": FAILED}
         wait_until(lambda: client.free() == 4)
 
@@ -40,7 +36,6 @@ def test_an_answer_that_cannot_be_begun_is_an_error_that_the_page_shows_and_no_e
 def test_an_adapter_that_is_removed_while_a_request_waits_is_said_to_have_gone_and_no_bug(
     worker: Any, shelf: Any, asked: list[Question], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(PooledThread, "threads", PooledThread.threads)  # put back for the others
     worker.catalog.put("passing-by", str(shelf / "cats"))
     held = threading.Event()
     handle = worker.model.lm_head.register_forward_hook(lambda *_: held.wait(60) and None)
@@ -90,42 +85,15 @@ def test_a_model_whose_numbers_overflow_has_an_error_that_says_so_and_no_empty_a
         worker.catalog.drop("diverged")
 
 
-def test_the_text_of_an_answer_ends_only_when_it_is_known_whether_it_has_failed(
-    worker: Any, asked: list[Question]
-) -> None:
-    streamer = PatientStreamer(worker.tokenizer)
-    ended = []
-
-    class Failing:
-        def generate(self, *_: Any, **kwargs: Any) -> None:
-            kwargs["streamer"].end()  # as transformers does, before anybody looks at what came out
-            ended.append(streamer.stop_signal in list(streamer.text_queue.queue))
-            raise RuntimeError("these numbers are not finite")
-
-    async def make() -> RequestModel:
-        return RequestModel(Failing(), Answer(asked[0].asked("cats")), "cats")
-
-    model = asyncio.run(make())
-    model.generate(streamer=streamer)
-    assert ended == [False]
-    assert (
-        model.end == End("error", problem=Problem.FAILED, message=NO_ANSWER)
-        and list(streamer) == [""]
-        and streamer.text_queue.empty()
-    )
-
-
-@pytest.mark.parametrize("kind", ["generating", "upstream"])
 def test_an_answer_for_which_there_is_no_thread_is_an_error_and_gives_one_slot_back_and_is_not_made_later(
-    worker: Any, asked: list[Question], monkeypatch: pytest.MonkeyPatch, kind: str
+    worker: Any, asked: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no thread can be started the pool has queued the work already, and does it with the next request's."""
     passes: list[None] = []
-    monkeypatch.setattr(PooledThread, "threads", ThreadPoolExecutor(4, "upstream"))
     start = threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
-        if thread.name.startswith(kind):
+        if thread.name.startswith("generating"):
             raise RuntimeError("can't start new thread")
         start(thread)
 
@@ -153,29 +121,3 @@ def test_generations_run_in_threads_that_stay(strict: Client, worker: Any, asked
     finally:
         handle.remove()
     assert used and used <= {thread.native_id for thread in threading.enumerate()}
-
-
-def test_no_more_threads_generate_than_there_are_slots_although_a_slot_is_free_before_its_thread(
-    worker: Any, alone: Alone, asked: list[Question], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used: set[int] = set()
-    held = threading.Event()
-    generate = RequestModel.generate
-
-    def linger(model: RequestModel, *args: Any, **kwargs: Any) -> None:
-        used.add(threading.get_native_id())
-        generate(model, *args, **kwargs)
-        held.wait(60)  # the stream has been ended
-
-    monkeypatch.setattr(RequestModel, "generate", linger)
-    question = Question(asked[-1].prompt, tokens=2)
-    with ThreadPoolExecutor(1) as user, listening(build(worker, STRICT), free_port()) as client:
-        try:
-            for _ in range(STRICT.running):
-                assert client.answer("cats", question) == alone("cats", question)
-            one_more = user.submit(client.answer, "cats", question)
-            time.sleep(1)
-        finally:
-            held.set()
-        assert one_more.result() == alone("cats", question)
-    assert len(used) == STRICT.running

@@ -53,22 +53,13 @@ def test_64_requests_at_once_over_8_adapters_give_the_texts_of_each_adapter_alon
     wait_until(lambda: client.free() == 4 and client.health()["open"] == 0)
 
 
-def test_64_threads_over_8_adapters_on_one_worker_give_the_texts_of_each_adapter_alone(
-    worker: Any, alone: Alone, asked: list[Question], monkeypatch: pytest.MonkeyPatch
+def test_64_answers_in_as_many_slots_are_the_texts_of_each_adapter_alone(
+    worker: Any, alone: Alone, asked: list[Question]
 ) -> None:
-    from llava_steering_plugin.upstream.worker_seam import PooledThread
-
     jobs = [(name, question) for name in NAMES for question in asked]
     random.Random(1).shuffle(jobs)
-    monkeypatch.setattr(PooledThread, "threads", ThreadPoolExecutor(len(jobs), "generating"))
-
-    def ask(job: tuple[str, Question]) -> str:
-        name, question = job
-        return made(worker, question.asked(name))[0].strip()
-
-    with ThreadPoolExecutor(len(jobs)) as users:
-        answers = list(users.map(ask, jobs))
-    assert answers == [alone(name, question) for name, question in jobs]
+    answers = made(worker, *(question.asked(name) for name, question in jobs), slots=len(jobs))
+    assert [text.strip() for text, _ in answers] == [alone(name, question) for name, question in jobs]
 
 
 def test_the_base_answers_as_without_any_adapter(client: Client, alone: Alone, asked: list[Question]) -> None:

@@ -29,6 +29,7 @@ OTHER: dict[str, Any] = {
     "load_4bit": True,
     "load_8bit": True,
     "max_resident": 3,
+    "batch": 3,
     "limit_model_concurrency": 2,
     "limit_queue": 0,
     "limit_body_mb": 0.5,
@@ -107,5 +108,5 @@ def test_the_worker_listens_where_the_api_shall_be_and_is_reached_from_here(
 def test_the_limits_are_those_of_the_options() -> None:
     assert WorkerOptions(model_path="base").limits() == Limits()
     assert WorkerOptions(model_path="base", **OTHER).limits() == Limits(
-        running=2, waiting=0, body_bytes=1 << 19, prompt_characters=100, image_pixels=7, stall_seconds=1.5
+        running=2, batch=3, waiting=0, body_bytes=1 << 19, prompt_characters=100, image_pixels=7, stall_seconds=1.5
     )

@@ -94,15 +94,22 @@ class Question:
         return GenerationRequest(adapter=name, prompt=self.prompt, images=images, **(given | more))
 
 
-def made(worker: Any, request: GenerationRequest) -> tuple[str, End]:
-    """The text and the end of an answer that a worker makes in this thread, without slots and HTTP."""
+Made = tuple[str, End]
 
-    async def make() -> tuple[str, End]:
-        answer = Answer(request)
-        worker.make(answer)
-        events = [event async for event in answer]
-        assert isinstance(events[-1], End)
-        return "".join(event.text for event in events if isinstance(event, Piece)), events[-1]
+
+async def read(answer: Answer) -> Made:
+    """The text and the end of an answer."""
+    events = [event async for event in answer]
+    assert isinstance(events[-1], End)
+    return "".join(event.text for event in events if isinstance(event, Piece)), events[-1]
+
+
+def made(worker: Any, *requests: GenerationRequest, batch: int = 1, slots: int = 1) -> list[Made]:
+    """The answers that a worker makes of requests that come at once, without HTTP."""
+
+    async def make() -> list[Made]:
+        opened = worker.open_slots(slots, batch, lambda: None)
+        return await asyncio.gather(*(read(opened.ask(request)) for request in requests))
 
     return asyncio.run(make())
 
@@ -131,13 +138,14 @@ Alone = Callable[[str | None, Question], str]
 
 @pytest.fixture(scope="session")
 def alone(tiny: TinyLlava, shelf: Path, patched_llava: Path) -> Alone:
-    """The greedy answer of one adapter (None: of the base), with nothing else on a model of its own."""
+    """The greedy answer of one adapter (None: of the base), with nothing else on a model of its own, in float32."""
     from llava.constants import IMAGE_TOKEN_INDEX
     from llava.mm_utils import process_images, tokenizer_image_token
     from llava.model.builder import load_pretrained_model
     from PIL import Image
 
     tokenizer, model, processor, _ = load_pretrained_model(str(tiny.llava), None, BASE_NAME, device="cpu")
+    model.float()
     known: dict[tuple[str | None, Question], str] = {}
 
     def answer(name: str | None, question: Question) -> str:
@@ -145,7 +153,7 @@ def alone(tiny: TinyLlava, shelf: Path, patched_llava: Path) -> Alone:
             images: dict[str, Any] = {}
             if question.image:
                 picture = Image.open(question.image).convert("RGB")
-                pixels = process_images([picture], processor, model.config).half()
+                pixels = process_images([picture], processor, model.config)
                 images = {"images": pixels, "image_sizes": [picture.size]}
             ids = tokenizer_image_token(question.prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
             if name is not None:
@@ -260,7 +268,7 @@ def worker_port() -> int:
 
 @pytest.fixture(scope="session")
 def worker(tiny: TinyLlava, shelf: Path, patched_llava: Path, worker_port: int) -> Any:
-    """One worker with the eight adapters: tests that change its catalog put it back."""
+    """One worker with the eight adapters, in float32: tests that change its catalog put it back."""
     from llava_steering_plugin.serving.model_worker import AdapterWorker
 
     worker = AdapterWorker(
@@ -269,6 +277,7 @@ def worker(tiny: TinyLlava, shelf: Path, patched_llava: Path, worker_port: int) 
         address=f"http://127.0.0.1:{worker_port}",
         device="cpu",
     )
+    worker.model.float()  # upstream's loader makes it half, in which rows of a batch may round otherwise than alone
     for name in NAMES:
         worker.catalog.put(name, str(shelf / name))
     return worker

@@ -6,9 +6,12 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from llava_steering_plugin.serving.generation.request import End, Event, GenerationRequest, Piece
+
+if TYPE_CHECKING:
+    from llava_steering_plugin.serving.generation.row import Row
 
 
 class Observer(Protocol):
@@ -31,15 +34,18 @@ class Answer:
     the memory of one text.
 
     Attributes:
-        request: what was asked; None once the answer has ended, so that a slow reader keeps no prompt and images.
+        request: what was asked; None once it has been made a row, or has ended: so nobody keeps prompt and images.
         adapter: the model's name in the pool.
         observer: is told of each event.
+        row: as the model reads it, once it has had a turn.
+        when_cancelled: called in the event loop.
     """
 
     def __init__(self, request: GenerationRequest):
         self.request: GenerationRequest | None = request
         self.adapter = request.adapter
         self.observer: Observer | None = None
+        self.row: Row | None = None
         self.when_cancelled: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._filled = asyncio.Event()
@@ -55,6 +61,11 @@ class Answer:
         return self._cancelled.is_set()
 
     @property
+    def alone(self) -> bool:
+        """True if it is known that it cannot share a batch."""
+        return self.row is not None and self.row.alone
+
+    @property
     def ended(self) -> bool:
         """True once the end has been put."""
         return self._end is not None
@@ -68,7 +79,7 @@ class Answer:
                 self._text.append(event.text)
                 self._tokens = event.tokens
             else:
-                self._end, self.request = event, None
+                self._end, self.request, self.row = event, None, None
         if self.observer is not None:
             self.observer.event(self, event)
         with suppress(RuntimeError):  # the loop has been closed: the server has stopped

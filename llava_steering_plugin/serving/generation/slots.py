@@ -1,10 +1,14 @@
-"""Gives answers slots in which they are made, and lets the others wait. All of it runs in the event loop."""
+"""Gives waiting answers slots in which they are made, several at a time. All of it runs in the event loop.
+
+Where answers may share a batch, one batch starts after the other: while the model reads the prompts of one, those of
+the next gather. Two that read prompts at the same time would only slow each other down.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -14,37 +18,93 @@ from llava_steering_plugin.serving.generation.request import BUSY, NO_ANSWER, En
 logger = logging.getLogger(__name__)
 
 
+class Turn:
+    """The answers that have got a slot together. Its methods are for the thread that makes them.
+
+    Attributes:
+        answers: those that are made in this slot.
+    """
+
+    def __init__(self, slots: Slots, answers: Sequence[Answer]):
+        self.answers = list(answers)
+        self._slots = slots
+        self._loop = asyncio.get_running_loop()
+        self._holds = True
+
+    def begun(self) -> None:
+        """Say that the first tokens are there, so that the next batch may start."""
+        self._call(lambda: self._slots.let_start(self))
+
+    def generated(self, rows: int, steps: int) -> None:
+        """Say how many rows have been generated together, and in how many passes."""
+        if self._slots.observer is not None:
+            self._slots.observer.generated(rows, steps)
+
+    def put_back(self, answers: Sequence[Answer]) -> None:
+        """Give answers their place at the front of the queue back: they cannot be in this batch."""
+        for answer in answers:
+            self.answers.remove(answer)
+        if answers:
+            self._call(lambda: self._slots.take_back(answers))
+
+    def fail(self, message: str) -> None:
+        """End all answers that have no end yet with an error."""
+        for answer in self.answers:
+            answer.put(End("error", problem=Problem.FAILED, message=message))
+
+    def release(self) -> None:
+        """Free the slot; only the first call has an effect."""
+        self._call(self._release)
+
+    def _release(self) -> None:
+        if self._holds:
+            self._holds = False
+            self._slots.free_slot(self)
+
+    def _call(self, what: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # the loop has been closed: the server has stopped
+            self._loop.call_soon_threadsafe(what)
+
+
 class Slots:
     """Starts waiting answers as slots become free.
 
     Args:
-        make: makes an answer in a thread and puts all events but perhaps the end; what it raises is logged.
+        make: makes the answers of a turn in a thread and ends them; what it raises is logged.
         count: of the slots.
+        batch: most answers that share a slot.
         changed: called whenever a slot has become free.
 
     Attributes:
-        count: of the slots.
-        taken: how many of them are taken. A slot is free when nothing is generated in it any more.
-        waiting: answers that have no slot yet.
-        running: answers that have one.
-        observer: is told of all answers.
+        taken: how many slots are taken. One is free when nothing is generated in it any more.
+        waiting: answers that have no slot yet, the next one first.
+        observer: is told of all answers, and of the batches.
     """
 
-    def __init__(self, make: Callable[[Answer], None], count: int, changed: Callable[[], None] = lambda: None):
+    def __init__(
+        self, make: Callable[[Turn], None], count: int, batch: int = 1, changed: Callable[[], None] = lambda: None
+    ):
         self.count = count
+        self.batch = batch
         self.taken = 0
         self.waiting: list[Answer] = []
-        self.running: list[Answer] = []
         self.observer: Observer | None = None
         self._make = make
         self._changed = changed
-        # Threads that stay: a new one for every answer would leave memory behind.
+        self._turns: list[Turn] = []
+        self._starting: Turn | None = None
+        # Threads that stay: a new one for every batch would leave memory behind.
         self._threads = ThreadPoolExecutor(count, "generating")
 
     @property
     def free(self) -> int:
         """The number of slots that are not taken."""
         return self.count - self.taken
+
+    @property
+    def running(self) -> list[Answer]:
+        """The answers that are being made."""
+        return [answer for turn in self._turns for answer in turn.answers if not answer.ended]
 
     def ask(self, request: GenerationRequest) -> Answer:
         """Return an answer that will be made when its turn comes. Whoever asks reads it to its end, or cancels it."""
@@ -54,51 +114,63 @@ class Slots:
         if self.observer is not None:
             self.observer.asked(answer)
         self.waiting.append(answer)
-        self.fill()
+        # Not at once: requests that come together share a batch.
+        asyncio.get_running_loop().call_soon(self.fill)
         return answer
 
     def fill(self) -> None:
-        """Start answers that wait, as long as there are free slots."""
-        while self.free > 0 and self.waiting:
-            answer = self.waiting.pop(0)
+        """Start answers that wait, as far as slots are free."""
+        while self.free > 0 and self.waiting and self._starting is None:
+            turn = Turn(self, self._next())
             self.taken += 1
-            self.running.append(answer)
-            release = self._once(answer)
+            self._turns.append(turn)
+            if self.batch > 1:
+                self._starting = turn
             try:
-                self._threads.submit(self._run, answer, release)
+                self._threads.submit(self._run, turn)
             except RuntimeError as error:  # the system has no more threads; one of the pool may still take it
                 logger.error("an answer could not be started: %s", error)
-                answer.put(End("error", problem=Problem.FAILED, message=BUSY))
-                release()
+                turn.fail(BUSY)
+                turn.release()
 
-    def _run(self, answer: Answer, release: Callable[[], None]) -> None:
+    def _next(self) -> list[Answer]:
+        """Take the answers of the next batch out of the queue."""
+        first = self.waiting[0]
+        most = 1 if first.alone else self.batch
+        chosen = [first, *(other for other in self.waiting[1:] if not other.alone)][:most]
+        self.waiting = [answer for answer in self.waiting if answer not in chosen]
+        return chosen
+
+    def _run(self, turn: Turn) -> None:
         try:
-            if not (answer.cancelled or answer.ended):
-                self._make(answer)
+            if not all(answer.ended for answer in turn.answers):
+                self._make(turn)
         except Exception:  # otherwise only this thread's future would know of it
             logger.exception("an answer failed")
-            answer.put(End("error", problem=Problem.FAILED, message=NO_ANSWER))
         finally:
-            answer.put(End("cancelled"))  # where there is no end yet
-            release()
+            turn.fail(NO_ANSWER)  # those without an end
+            turn.release()
 
-    def _once(self, answer: Answer) -> Callable[[], None]:
-        """Return a function that frees the slot of an answer, from any thread, when it is called first."""
-        loop, held = asyncio.get_running_loop(), [True]
+    def let_start(self, turn: Turn) -> None:
+        """Let the next batch start, after `turn`."""
+        if self._starting is turn:
+            self._starting = None
+            self.fill()
 
-        def release() -> None:
-            if held:
-                held.clear()
-                self.taken -= 1
-                self.running.remove(answer)
-                self._changed()
-                self.fill()
+    def take_back(self, answers: Sequence[Answer]) -> None:
+        """Put answers at the front of the queue, but those that nobody wants any more."""
+        self.waiting = [answer for answer in answers if not answer.cancelled] + self.waiting
+        for answer in answers:
+            if answer.cancelled:
+                answer.put(End("cancelled"))
 
-        def from_any_thread() -> None:
-            with suppress(RuntimeError):  # the loop has been closed: the server has stopped
-                loop.call_soon_threadsafe(release)
-
-        return from_any_thread
+    def free_slot(self, turn: Turn) -> None:
+        """Free the slot of a turn."""
+        self.taken -= 1
+        self._turns.remove(turn)
+        self.let_start(turn)
+        self._changed()
+        self.fill()
 
     def _forget(self, answer: Answer) -> None:
         """Take an answer that waits out of the queue: nobody wants it any more."""

@@ -29,12 +29,12 @@ class Admission:
         self.limits = limits
         self.open_requests = 0
         self.trimmer = IdleTrimmer(self._is_idle)
-        self.slots = worker.open_slots(limits.running, self.trimmer.schedule)
+        self.slots = worker.open_slots(limits.running, limits.batch, self.trimmer.schedule)
 
     @property
     def most(self) -> int:
-        """The number of answers that may run and wait together."""
-        return self.limits.running + self.limits.waiting
+        """The number of answers that may be open: those that are being made, one for each free slot, and waiting."""
+        return len(self.slots.running) + self.slots.free + self.limits.waiting
 
     @contextmanager
     def admitted(self, count: int = 1) -> Iterator[None]:

@@ -212,7 +212,7 @@ def build(
                 "status": "ok",
                 "models": len(worker.catalog.names()),
                 "rejected": len(worker.catalog.rejected),
-                "running": admission.slots.taken,
+                "running": len(admission.slots.running),
                 "open": admission.open_requests,
                 "rested": admission.trimmer.trimmed,
             }

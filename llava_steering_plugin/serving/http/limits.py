@@ -12,7 +12,8 @@ class Limits:
     """The most that a worker accepts.
 
     Attributes:
-        running: answers generated at the same time; upstream's --limit-model-concurrency.
+        running: batches generated at the same time; upstream's --limit-model-concurrency.
+        batch: answers of a batch.
         waiting: requests that may wait for their turn; further ones get status 503.
         body_bytes: largest request; images arrive in it as base64.
         prompt_characters: longest prompt that the tokenizer is given.
@@ -22,6 +23,7 @@ class Limits:
     """
 
     running: int = 5
+    batch: int = 8
     waiting: int = 64
     body_bytes: int = 16 << 20
     prompt_characters: int = 65_536
@@ -33,4 +35,4 @@ class Limits:
     @property
     def connections(self) -> int:
         """Open connections above which uvicorn answers 503: those of all requests, and some spare ones for /health."""
-        return self.running + self.waiting + SPARE_CONNECTIONS
+        return self.running * self.batch + self.waiting + SPARE_CONNECTIONS

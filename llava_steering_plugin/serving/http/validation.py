@@ -13,13 +13,12 @@ from typing import Any
 from PIL import Image
 
 from llava_steering_plugin.inference.images import like_channels
+from llava_steering_plugin.serving.generation.images import FORMATS
 from llava_steering_plugin.serving.generation.request import GenerationRequest
 from llava_steering_plugin.serving.http.limits import Limits
 from llava_steering_plugin.serving.http.protocol import Refused
 
 IMAGE_TOKEN = "<image>"  # upstream's DEFAULT_IMAGE_TOKEN
-# Formats that PIL may recognise in an upload. Not all that it knows: some of them start other programs.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 STOP_CHARACTERS = 256
 # Of upstream's worker: tokens of an answer that says no number, and of any.
 DEFAULT_TOKENS, MOST_TOKENS = 256, 1024
@@ -89,16 +88,6 @@ def check_request(
         **given,
     )
     return CheckedRequest(data["model"], prompt, asked)
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """Decode an image of a checked request, in place of upstream's `load_image_from_base64`.
-
-    The image is in RGB: upstream pads with a colour of three values, which other modes cannot hold.
-    """
-    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-    image.load()  # before looking at its mode, which decoders may change
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _decoded(text: str, number: int) -> bytes:

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, ImageFile, UnidentifiedImageError
 from serving_fixtures import Client, Question, body, encoded
 
+from llava_steering_plugin.serving.generation.images import decode_image
 from llava_steering_plugin.serving.http.limits import Limits
 from llava_steering_plugin.serving.http.protocol import Refused
 from llava_steering_plugin.serving.http.validation import check_request
@@ -201,15 +202,13 @@ def test_a_picture_waits_its_turn_as_it_came_and_not_unpacked() -> None:
     assert check_request(data, Limits(), lambda _: "cats", True).asked.images == tuple(map(base64.b64decode, pictures))
 
 
-def test_the_model_is_given_pictures_in_rgb_and_none_of_a_format_that_runs_other_programs(worker: Any) -> None:
-    from llava.serve import model_worker as upstream
-
+def test_the_model_is_given_pictures_in_rgb_and_none_of_a_format_that_runs_other_programs() -> None:
     picture = encoded(Image.effect_noise((40, 60), 90), "JPEG")
-    given = upstream.load_image_from_base64(base64.b64decode(picture))
+    given = decode_image(base64.b64decode(picture))
     assert given.mode == "RGB"
     assert given.tobytes() == Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").tobytes()
     with pytest.raises(UnidentifiedImageError):
-        upstream.load_image_from_base64(base64.b64decode(EPS))
+        decode_image(base64.b64decode(EPS))
 
 
 def test_a_prompt_beyond_the_context_is_told_both_lengths(client: Client) -> None:
