@@ -71,7 +71,7 @@ def test_missing_seams_are_all_reported_with_what_they_are_for_and_status_1(copy
     ("file", "name", "seam", "stopped"),
     [
         ("mm_utils.py", "tokenizer_image_token", "llava.mm_utils.tokenizer_image_token", EVERYWHERE),
-        ("serve/model_worker.py", "generate_stream_gate", "ModelWorker.generate_stream_gate", ["serve"]),
+        ("serve/model_worker.py", "get_queue_length", "ModelWorker.get_queue_length", ["serve"]),
         (
             "model/multimodal_projector/builder.py",
             "build_vision_projector",

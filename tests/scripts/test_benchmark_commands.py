@@ -14,7 +14,7 @@ TIMED = {"--quick", "--json", "--threads", "--dtype"}
 OPTIONS = {
     "mores": TIMED,
     "mixlora": TIMED | {"--seconds"},
-    "serving": TIMED,
+    "serving": TIMED | {"--clients"},
     "diagnose": TIMED,
     "memory": {"--only", "--json"},
     "soak": {"--minutes", "--clients", "--tolerance", "--json"},

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import requests
 from ports import free_port
 from serving_fixtures import STRICT, Alone, Client, Question, listening, wait_until
 
@@ -121,3 +122,33 @@ def test_generations_run_in_threads_that_stay(strict: Client, worker: Any, asked
     finally:
         handle.remove()
     assert used and used <= {thread.native_id for thread in threading.enumerate()}
+
+
+def test_a_worker_that_is_ended_lets_short_answers_end_and_cuts_off_what_takes_longer_than_it_waits(
+    worker: Any, asked: list[Question], alone: Alone
+) -> None:
+    held, steps = threading.Event(), list[int]()
+
+    def hold(_: Any, args: Any, scores: Any) -> None:
+        steps.append(len(scores))
+        held.wait(60)
+
+    app = build(worker, replace(STRICT, running=1))
+    long = Question(asked[1].prompt, asked[1].image, 1000)
+    handle = worker.model.lm_head.register_forward_hook(hold)
+    try:
+        with ThreadPoolExecutor(3) as users:
+            with listening(app, free_port(), ending=held.set, timeout_graceful_shutdown=3) as client:
+                short = users.submit(client.answer, "cats", asked[0])
+                wait_until(lambda: client.free() == 0)
+                others = [users.submit(client.states, "dogs", long), users.submit(client.states, "pets", long)]
+                wait_until(lambda: len(client.slots.waiting) == 2)
+            assert short.result() == alone("cats", asked[0])
+            for other in others:
+                with pytest.raises(requests.exceptions.RequestException):
+                    other.result()
+        threads = [thread for thread in client.slots._threads._threads]
+        client.slots._threads.shutdown()
+        assert not any(thread.is_alive() for thread in threads) and 2 in steps and len(steps) < 1000
+    finally:
+        handle.remove()

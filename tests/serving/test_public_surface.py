@@ -30,6 +30,7 @@ SERVED = {
     "--load-4bit": False,
     "--load-8bit": False,
     "--max-resident": None,
+    "--batch": 8,
     "--limit-model-concurrency": 5,
     "--limit-queue": 64,
     "--limit-body-mb": 16.0,

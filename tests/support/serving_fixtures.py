@@ -233,9 +233,17 @@ def wait_until(holds: Callable[[], bool], seconds: float = 30) -> None:
 
 @contextmanager
 def listening(
-    app: Any, port: int, send_buffer: int | None = None, listener: socket.socket | None = None, **options: Any
+    app: Any,
+    port: int,
+    send_buffer: int | None = None,
+    listener: socket.socket | None = None,
+    ending: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> Iterator[Client]:
-    """Serves an application from a thread of this process; on `listener` if there is one that listens on `port`."""
+    """Serves an application from a thread of this process; on `listener` if there is one that listens on `port`.
+
+    `ending` is called when the server has been told to end, as by SIGTERM.
+    """
     import uvicorn
 
     from llava_steering_plugin.serving.http.app import give_up_stalled
@@ -247,9 +255,8 @@ def listening(
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     give_up_stalled(listener, app.state.admission.limits.stall_seconds)
 
-    config = uvicorn.Config(
-        app, "127.0.0.1", port, http=Connection, log_config=None, timeout_graceful_shutdown=1, **options
-    )
+    options = {"timeout_graceful_shutdown": 1, **options}
+    config = uvicorn.Config(app, "127.0.0.1", port, http=Connection, log_config=None, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
@@ -258,6 +265,7 @@ def listening(
         yield Client(f"http://127.0.0.1:{port}", app.state.admission.slots)
     finally:
         server.should_exit = True
+        ending()
         thread.join(30)
 
 

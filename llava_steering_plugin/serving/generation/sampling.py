@@ -46,7 +46,7 @@ class Sampler:
             if self.seed is None:
                 self._numbers.seed()
             else:
-                self._numbers.manual_seed(self.seed)
+                self._numbers.manual_seed(self.seed % (1 << 63))  # it takes 64 bits
         return self._numbers
 
 
