@@ -3,8 +3,8 @@
 Two workers run, one with `--batch 1` and one with `--batch 8`, in float32 on one random LLaVA with six adapters of
 MoReS and two of MixLoRA. In every round each of them answers the same requests, in turns; the other one is idle then.
 A client sends its requests one after the other, three of four with an image. All answers have the asked number of
-tokens, 8 to 64. What is compared is the ratio of a round: tokens of all answers a second, and the time until a
-client's first token has come.
+tokens, 8 to 64. What is compared is the ratio of a round: tokens of all answers a second, the time until a client's
+first token has come, and the worker's processor time for a token, with which other processes interfere least.
 """
 
 from __future__ import annotations
@@ -220,6 +220,7 @@ def measured(shape: Shape, work: Workload, threads: int, console: Console) -> di
                 **{f"batch {batch}": [vars(each) for each in rounds] for batch, rounds in of.items()},
                 "gain": _ratios(of, "rate"),
                 "later": _ratios(of, "first"),
+                "processor": _ratios(of, "processor"),
             }
             for clients, of in found.items()
         },
@@ -242,13 +243,14 @@ def _ratios(of: dict[int, list[Round]], name: str) -> list[float]:
 
 
 def _table(found: dict[int, dict[int, list[Round]]]) -> Table:
-    columns = ("clients", "tokens/s, batch 1", "batch 8", "ratio", "first token ms, batch 1", "batch 8", "ratio")
+    kinds = {"rate": ("tokens/s", 1.0), "first": ("first token, ms", 1e3), "processor": ("processor, ms a token", 1e3)}
+    columns = ["clients", *(word for title, _ in kinds.values() for word in (f"{title}: batch 1", "batch 8", "ratio"))]
     table = table_of("medians of the rounds, the range of their ratios in brackets", columns)
     for clients, of in found.items():
         cells = [str(clients)]
-        for name, unit in (("rate", 1.0), ("first", 1000.0)):
+        for name, (_, unit) in kinds.items():
             medians = [statistics.median(getattr(each, name) for each in of[batch]) for batch in BATCHES]
-            cells += [f"{unit * median:,.0f}" for median in medians]
+            cells += [f"{unit * median:,.{0 if unit * median >= 100 else 1}f}" for median in medians]
             ratios = _ratios(of, name)
             cells.append(f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]")
         table.add_row(*cells)

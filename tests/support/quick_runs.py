@@ -13,11 +13,11 @@ from training_runs import subprocess_environment
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
-def quick_run(command: str, folder: Path) -> dict[str, Any]:
+def quick_run(command: str, folder: Path, *more: str) -> dict[str, Any]:
     """Return what a benchmark writes with --quick. Its times may pass or fail: that depends on the machine's load."""
     file = folder / "bench.json"
     result = subprocess.run(
-        [sys.executable, str(SCRIPTS / "benchmarks"), command, "--quick", "--json", str(file)],
+        [sys.executable, str(SCRIPTS / "benchmarks"), command, "--quick", "--json", str(file), *more],
         env=subprocess_environment(folder),
         capture_output=True,
         text=True,
