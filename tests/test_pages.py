@@ -88,7 +88,8 @@ def test_the_page_of_the_servers_limits_has_the_limits_of_a_worker() -> None:
     listed = {row[0].strip("`"): row[1] for row in rows(section(LIMITS, "Limits"))}
     limits = Limits()
     for flag, start in {
-        "--limit-model-concurrency": f"{limits.running} answers",
+        "--limit-model-concurrency": f"{limits.running} batches",
+        "--batch": f"{limits.batch} answers",
         "--limit-queue": f"{limits.waiting} requests",
         "--limit-body-mb": f"{limits.body_bytes >> 20} MB",
         "--limit-prompt": f"{limits.prompt_characters:,} characters",

@@ -6,12 +6,9 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from llava_steering_plugin.serving.generation.request import End, Event, GenerationRequest, Piece
-
-if TYPE_CHECKING:
-    from llava_steering_plugin.serving.generation.row import Row
 
 
 class Observer(Protocol):
@@ -25,6 +22,14 @@ class Observer(Protocol):
 
     def generated(self, rows: int, steps: int) -> None:
         """Note that a batch of so many rows has been generated, in so many passes; in its thread."""
+
+
+class Prepared(Protocol):
+    """What an answer is on its way through the model."""
+
+    @property
+    def alone(self) -> bool:
+        """True if it cannot share a batch."""
 
 
 class Answer:
@@ -45,7 +50,7 @@ class Answer:
         self.request: GenerationRequest | None = request
         self.adapter = request.adapter
         self.observer: Observer | None = None
-        self.row: Row | None = None
+        self.row: Prepared | None = None
         self.when_cancelled: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._filled = asyncio.Event()

@@ -46,7 +46,7 @@ class Maker:
 
     def _row(self, answer: Answer) -> Row | None:
         try:
-            row = self.prompts.row(answer) if answer.row is None else answer.row
+            row = answer.row if isinstance(answer.row, Row) else self.prompts.row(answer)
             answer.row = row
         except SteeringError as error:
             logger.warning("an answer failed: %s: %s", type(error).__name__, error)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass
 class Sampler:
-    """How the tokens of one row are chosen.
+    """Chooses the tokens of one row.
 
     Attributes:
         temperature: of the distribution; None: take the likeliest token.

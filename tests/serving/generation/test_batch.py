@@ -1,4 +1,7 @@
-"""Rows that share a batch: each is answered as alone (`serving/generation/row.py`, `prompts.py`)."""
+"""Rows of a batch answer as alone: `serving/generation/row.py`, `serving/generation/sampling.py`.
+
+What a request becomes: `serving/generation/prompts.py`, `serving/generation/images.py`.
+"""
 
 from __future__ import annotations
 

@@ -56,10 +56,10 @@ def test_the_next_batch_gathers_until_the_first_tokens_of_the_one_before_are_the
         assert await model.started() == ["a"]
         answers += [slots.ask(request(name)) for name in "bcde"]
         await settled(slots)
-        assert (slots.taken, slots.running, len(slots.waiting)) == (1, 1, 4)
+        assert (slots.taken, len(slots.running), len(slots.waiting)) == (1, 1, 4)
         model.turns[0][1].begun()
         assert await model.started() == ["b", "c", "d"]
-        assert (slots.taken, slots.running, len(slots.waiting)) == (2, 4, 1)
+        assert (slots.taken, len(slots.running), len(slots.waiting)) == (2, 4, 1)
         model.turns[0][1].begun()  # again, and late: it lets nobody start
         await settled(slots)
         assert len(slots.waiting) == 1
@@ -67,7 +67,7 @@ def test_the_next_batch_gathers_until_the_first_tokens_of_the_one_before_are_the
         assert [await answer.next() for answer in answers] == [End("stop")] * 5
         while slots.taken:
             await asyncio.sleep(0)
-        assert (slots.running, slots.free) == (0, 3)
+        assert (slots.running, slots.free) == ([], 3)
 
     asyncio.run(run())
 
