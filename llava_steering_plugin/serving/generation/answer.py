@@ -25,7 +25,7 @@ class Observer(Protocol):
 
 
 class Prepared(Protocol):
-    """What an answer is on its way through the model."""
+    """Says of an answer, once it has been read, what its slot has to know."""
 
     @property
     def alone(self) -> bool:
