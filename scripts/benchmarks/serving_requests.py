@@ -3,8 +3,9 @@
 Two workers run, one with `--batch 1` and one with `--batch 8`, in float32 on one random LLaVA with six adapters of
 MoReS and two of MixLoRA. In every round each of them answers the same requests, in turns; the other one is idle then.
 A client sends its requests one after the other, three of four with an image. All answers have the asked number of
-tokens, 8 to 64. What is compared is the ratio of a round: tokens of all answers a second, the time until a client's
-first token has come, and the worker's processor time for a token, with which other processes interfere least.
+tokens: 48 or, in a second run, 8 to 64. What is compared is the ratio of a round: tokens of all answers a second, the
+time until a client's first token has come, and the worker's processor time for a token, with which other processes
+interfere least.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ from .shared.verdicts import Verdict, table_of, table_of_verdicts, write_json
 
 BATCHES = (1, 8)
 CLIENTS = (1, 4, 16)
-LENGTHS = (8, 64)  # tokens of an answer
+# Tokens of an answer. A batch takes as long as its longest one, so the gain of unequal ones is not judged.
+EQUAL, UNEQUAL = "answers of 48 tokens", "answers of 8 to 64 tokens"
+LENGTHS = {EQUAL: (48, 48), UNEQUAL: (8, 64)}
 SMALL = Shape("7 M parameters", 256, 704, 8, 4, 0, 128, 256, 2, 2, 112, 14)
 LARGE = Shape("120 M parameters", 576, 1536, 30, 9, 0, 128, 256, 2, 2, 112, 14)
 MODES: dict[str, Mode] = {f"mores-{number}": MoReS(rank=1, tokens="all") for number in range(6)}
@@ -60,12 +63,13 @@ class Workload:
     """Models, rounds, and the requests that each client sends in a round, by the number of clients."""
 
     shapes: tuple[Shape, ...]
+    lengths: tuple[str, ...]
     rounds: int
     each: dict[int, int]
 
 
-FULL = Workload((SMALL, LARGE), rounds=5, each={1: 4, 4: 3, 16: 2})
-QUICK = Workload((SMALL,), rounds=1, each={1: 1, 4: 1, 16: 1})
+FULL = Workload((SMALL, LARGE), (EQUAL, UNEQUAL), rounds=5, each={1: 2, 4: 2, 16: 1})
+QUICK = Workload((SMALL,), (UNEQUAL,), rounds=1, each={1: 1, 4: 1, 16: 1})
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def _answers(address: str) -> bool:
         return False
 
 
-def questions(count: int, seed: int, names: Sequence[str]) -> list[dict[str, Any]]:
+def questions(count: int, seed: int, names: Sequence[str], lengths: str = UNEQUAL) -> list[dict[str, Any]]:
     """Return the bodies of requests to the models of these names in turn."""
     chance = random.Random(seed)
     file = io.BytesIO()
@@ -149,7 +153,7 @@ def questions(count: int, seed: int, names: Sequence[str]) -> list[dict[str, Any
                 "prompt": f"USER: {'<image> ' * len(images)}{words} ASSISTANT:",
                 "images": images,
                 "temperature": 0.0,
-                "max_new_tokens": chance.randint(*LENGTHS),
+                "max_new_tokens": chance.randint(*LENGTHS[lengths]),
                 "stop": "</s>",
             }
         )
@@ -192,9 +196,9 @@ def _processor(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def measured(shape: Shape, work: Workload, threads: int, console: Console) -> dict[str, Any]:
+def measured(shape: Shape, lengths: str, work: Workload, threads: int, console: Console) -> dict[str, Any]:
     """Measure one model; return its part of the JSON."""
-    console.rule(shape.name, align="left")
+    console.rule(f"{shape.name}, {lengths}", align="left")
     found: dict[int, dict[int, list[Round]]] = {clients: {batch: [] for batch in BATCHES} for clients in CLIENTS}
     with tempfile.TemporaryDirectory(prefix="bench-requests-") as scratch:
         folder = Path(scratch)
@@ -208,13 +212,14 @@ def measured(shape: Shape, work: Workload, threads: int, console: Console) -> di
                 one_round(address, 8, questions(8, 0, adapters), process)
             for number in range(work.rounds):
                 for clients in CLIENTS:
-                    bodies = questions(clients * work.each[clients], number, adapters)
+                    bodies = questions(clients * work.each[clients], number, adapters, lengths)
                     for batch in BATCHES if number % 2 else BATCHES[::-1]:
                         address, process = workers[batch]
                         found[clients][batch].append(one_round(address, clients, bodies, process))
     console.print(_table(found))
     return {
         "shape": shape.name,
+        "lengths": lengths,
         "clients": {
             clients: {
                 **{f"batch {batch}": [vars(each) for each in rounds] for batch, rounds in of.items()},
@@ -258,9 +263,9 @@ def _table(found: dict[int, dict[int, list[Round]]]) -> Table:
 
 
 def verdicts(results: Sequence[dict[str, Any]]) -> list[Verdict]:
-    """Judge the medians; a gain is judged by its inverse, so that small is good."""
+    """Judge the medians of equal answers; a gain is judged by its inverse, so that small is good."""
     found = []
-    for result in results:
+    for result in (each for each in results if each["lengths"] == EQUAL):
         for clients, of in result["clients"].items():
             gain, later = statistics.median(of["gain"]), statistics.median(of["later"])
             what = f"{result['shape']}, {clients} at once"
@@ -279,7 +284,7 @@ def run(quick: bool, json_file: Path | None, threads: int) -> int:
     work = QUICK if quick else FULL
     about = {**prepare(threads, "float32", quick), "clock": "wall clock"}
     console.print(about)
-    results = [measured(shape, work, threads, console) for shape in work.shapes]
+    results = [measured(shape, lengths, work, threads, console) for shape in work.shapes for lengths in work.lengths]
     judged = [] if quick else verdicts(results)
     if judged:
         console.print(table_of_verdicts(judged))

@@ -10,8 +10,15 @@ from quick_runs import quick_run
 
 
 def result(gain: float, alone: float, later: float) -> list[dict[str, Any]]:
+    from benchmarks.serving_requests import EQUAL, UNEQUAL
+
     ratios = {1: (alone, 9.0), 4: (1.0, later), 16: (gain, later)}
-    return [{"shape": "small", "clients": {count: {"gain": [of], "later": [to]} for count, (of, to) in ratios.items()}}]
+    clients = {count: {"gain": [of], "later": [to]} for count, (of, to) in ratios.items()}
+    poor = {count: {"gain": [0.1], "later": [9.0]} for count in ratios}  # of unequal answers: not judged
+    return [
+        {"shape": "small", "lengths": EQUAL, "clients": clients},
+        {"shape": "small", "lengths": UNEQUAL, "clients": poor},
+    ]
 
 
 @pytest.mark.parametrize(

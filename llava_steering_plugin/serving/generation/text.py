@@ -29,6 +29,8 @@ class AnswerText:
         self._stops = tuple(stops)
         self._special = [list(ids) for ids in special]
         self._ids: list[int] = []
+        # A tokenizer would make this set anew for every token.
+        self._left_out = frozenset(tokenizer.all_special_ids)
         # Only the tokens from `_first` on are decoded again; those before `_next` have been passed on. The first word
         # of a text loses its space, so a few tokens before are decoded with every new one.
         self._first = self._next = 0
@@ -41,11 +43,12 @@ class AnswerText:
         decoded = self._decoded(self._first)
         if len(decoded) > len(self._before) and not decoded.endswith(PARTIAL):
             self._held += decoded[len(self._before) :]
+            new = self._decoded(self._next)
             # Not at a lone space: sentencepiece drops all spaces at the beginning, also the next word's.
-            if self._decoded(self._next, self._next + 1).strip():
-                self._first = self._next
-            self._next = len(self._ids)
-            self._before = self._decoded(self._first)
+            one = len(self._ids) == self._next + 1
+            if new.strip() and (one or self._decoded(self._next, self._next + 1).strip()):
+                self._first, decoded = self._next, new
+            self._next, self._before = len(self._ids), decoded
         return self._certain()
 
     def rest(self) -> str:
@@ -74,8 +77,8 @@ class AnswerText:
 
     def _decoded(self, first: int, end: int | None = None) -> str:
         # Tokenizers may tidy spaces up, which would change what has been passed on.
-        ids = self._ids[first:end]
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        ids = [token for token in self._ids[first:end] if token not in self._left_out]
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def special_stops(tokenizer: Any, stops: Sequence[str]) -> list[list[int]]:
