@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ def fresh(worker: Any) -> Iterator[Client]:
     from llava_steering_plugin.serving.http.app import build
     from llava_steering_plugin.serving.http.openai.api import ApiSettings
 
-    with listening(build(worker, LIMITS, api=ApiSettings()), free_port()) as client:
+    with listening(build(worker, replace(LIMITS, batch=1), api=ApiSettings()), free_port()) as client:
         yield client
 
 
