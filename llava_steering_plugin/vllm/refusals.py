@@ -42,4 +42,6 @@ def refused(vllm_config: Any) -> list[str]:
         problems.append("--enable-dbo cuts batches in two, and the list of steered tokens is that of a whole batch")
     if vllm_config.speculative_config is not None:
         problems.append("--speculative-config is set, and drafts were not compared with answers that MoReS steers")
+    if vllm_config.device_config.device_type != "cpu" and not vllm_config.model_config.enforce_eager:
+        problems.append("there is no kernel for CUDA graphs yet: start vLLM with --enforce-eager")
     return problems

@@ -80,7 +80,7 @@ def load(request: Any, manager: Any) -> Any:
 
 
 def _as_lora(request: Any, adapter: SlotAdapter, slots: Any) -> Any:
-    from llava_steering_plugin.vllm.layers import STEERING, TOKENS, packed
+    from llava_steering_plugin.vllm.layers import IN_SLOTS, STEERING, TOKENS, packed
 
     table = f"{BESIDE_IT}.{TOKENS}"
     loras = {table: LoRALayerWeights(table, 1, 1, adapter.table, torch.zeros(1, 1))}
@@ -88,9 +88,9 @@ def _as_lora(request: Any, adapter: SlotAdapter, slots: Any) -> Any:
         name, rank = f"{DECODER}.{path}.{STEERING}", len(layer.offset)
         states = packed(layer.shift, layer.offset, layer.selection)
         loras[name] = LoRALayerWeights(name, rank, rank, states, layer.basis.T.contiguous())
-    if missing := [name for name in loras if name not in slots.modules]:
+    if missing := [name for name in loras if not isinstance(slots.modules.get(name), IN_SLOTS)]:
         raise AdapterError(
-            f"the adapter {request.lora_name!r} cannot run in this vLLM: its model has no {missing[0]}. Start vLLM on "
-            "the base that `llava-steering export` wrote."
+            f"the adapter {request.lora_name!r} cannot run in this vLLM: its model has no place for MoReS at "
+            f"{missing[0]}. Start vLLM on the base that `llava-steering export` wrote."
         )
     return LoRAModel(request.lora_int_id, max(lora.rank for lora in loras.values()), loras)

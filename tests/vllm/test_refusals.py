@@ -19,7 +19,8 @@ from llava_steering_plugin.vllm.refusals import TARGETS, asked_for, refused
 def settings(**changed: Any) -> SimpleNamespace:
     """The parts of a VllmConfig that are looked at; names with two underscores are of a part."""
     parts: dict[str, Any] = {
-        "model_config": SimpleNamespace(architectures=["LlavaForConditionalGeneration"]),
+        "model_config": SimpleNamespace(architectures=["LlavaForConditionalGeneration"], enforce_eager=False),
+        "device_config": SimpleNamespace(device_type="cpu"),
         "lora_config": SimpleNamespace(target_modules=None),
         "parallel_config": SimpleNamespace(pipeline_parallel_size=1, enable_dbo=False, ubatch_size=0),
         "speculative_config": None,
@@ -42,6 +43,7 @@ def settings(**changed: Any) -> SimpleNamespace:
         ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         ({"parallel_config__enable_dbo": True}, "--enable-dbo"),
         ({"speculative_config": object()}, "--speculative-config"),
+        ({"device_config__device_type": "cuda"}, "--enforce-eager"),
     ],
 )
 def test_each_setting_that_excludes_mores_is_named(changed: dict[str, Any], said: str) -> None:

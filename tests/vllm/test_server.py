@@ -1,0 +1,120 @@
+"""vLLM's own server over HTTP, with two ranks of tensor parallel: the plugin is loaded in four processes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapter_files import change_tensors
+from vllm_fixtures import Prompt, Shared, differing
+from vllm_server import EXACT, message, served
+
+pytest.importorskip("vllm", reason="needs vLLM: scripts/setup.sh --vllm makes .venv-vllm")
+QUESTIONS = ("What is it?", "What color is it?", "Is it red?")
+
+
+@pytest.fixture(scope="module")
+def client(shared: Shared) -> Iterator[Any]:
+    from openai import OpenAI
+
+    with served(shared, "--tensor-parallel-size", "2") as address:
+        yield OpenAI(base_url=address, api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def expected(shared: Shared) -> dict[str, list[list[int]]]:
+    """Transformers' answers to QUESTIONS about pictures, in prompts that the chat template writes."""
+    prompts = []
+    for number, question in enumerate(QUESTIONS):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = shared.reference.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        prompts.append(Prompt(text, shared.prompts[number].images))
+    found = {name: shared.reference.answers(prompts, folder) for name, folder in shared.adapters.items()}
+    return {"base": shared.reference.answers(prompts)} | found
+
+
+def answer(client: Any, shared: Shared, name: str, number: int) -> list[int]:
+    done = client.chat.completions.create(
+        model=name, messages=[message(QUESTIONS[number], *shared.prompts[number].images)], **EXACT
+    )
+    found: list[int] = done.choices[0].token_ids
+    return found
+
+
+def told(client: Any, route: str, **body: Any) -> Any:
+    return client.post(route, body=body, cast_to=str)
+
+
+def test_adapters_are_models_beside_the_base(client: Any, shared: Shared) -> None:
+    models = {model.id: model for model in client.models.list()}
+    assert models.keys() == {"base", *shared.adapters}
+    assert all(models[name].parent == "base" for name in shared.adapters)
+
+
+def test_concurrent_clients_get_the_answers_of_transformers(
+    client: Any, shared: Shared, expected: dict[str, list[list[int]]]
+) -> None:
+    assert all(
+        2 * differing(found, expected["base"]) >= len(found) for name, found in expected.items() if name != "base"
+    )
+    asked = [(name, number) for number in range(len(QUESTIONS)) for name in expected]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = list(pool.map(lambda pair: answer(client, shared, *pair), asked))
+    assert found == [expected[name][number] for name, number in asked]
+
+
+def test_a_stream_is_the_answer_in_pieces(client: Any, shared: Shared, expected: dict[str, list[list[int]]]) -> None:
+    stream = client.chat.completions.create(
+        model="all-4", messages=[message(QUESTIONS[0], *shared.prompts[0].images)], stream=True, **EXACT
+    )
+    text = "".join(part.choices[0].delta.content or "" for part in stream if part.choices)
+    assert text == shared.reference.processor.tokenizer.decode(expected["all-4"][0])
+
+
+def test_what_is_wrong_is_said_and_others_are_answered(
+    client: Any, shared: Shared, expected: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    from openai import APIStatusError, BadRequestError, NotFoundError
+
+    other = Path(shutil.copytree(shared.adapters["all-1"], tmp_path / "other"))
+    change_tensors(other, lambda tensors: tensors["fingerprint.rows"].mul_(1.5))
+    with pytest.raises(NotFoundError, match="nobody"):
+        answer(client, shared, "nobody", 0)
+    with pytest.raises(APIStatusError, match="embedding rows that identify the base differ"):
+        told(client, "/load_lora_adapter", lora_name="other", lora_path=str(other))
+    with pytest.raises(NotFoundError):
+        answer(client, shared, "other", 0)
+    with pytest.raises(BadRequestError, match="image"):
+        pictures = [picture for prompt in shared.prompts[:3] for picture in prompt.images]
+        client.chat.completions.create(model="all-1", messages=[message("Which?", *pictures)], **EXACT)
+    for name in ("base", "all-1", "f4l5-2"):
+        assert answer(client, shared, name, 1) == expected[name][1]
+
+
+def test_a_retrained_adapter_is_loaded_by_the_same_name(
+    client: Any, shared: Shared, expected: dict[str, list[list[int]]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "pets"
+
+    def train(name: str) -> None:
+        shutil.copytree(shared.adapters[name], folder, dirs_exist_ok=True)
+
+    def answers() -> list[list[int]]:
+        return [answer(client, shared, "pets", number) for number in range(len(QUESTIONS))]
+
+    train("all-1")
+    told(client, "/load_lora_adapter", lora_name="pets", lora_path=str(folder))
+    assert answers() == expected["all-1"]
+    train("all-4")
+    told(client, "/load_lora_adapter", lora_name="pets", lora_path=str(folder), load_inplace=True)
+    assert answers() == expected["all-4"]
+    train("uniform9-3")
+    told(client, "/unload_lora_adapter", lora_name="pets")
+    told(client, "/load_lora_adapter", lora_name="pets", lora_path=str(folder))
+    assert answers() == expected["uniform9-3"]
