@@ -74,7 +74,8 @@ def test_a_stream_is_the_answer_in_pieces(client: Any, shared: Shared, expected:
         model="all-4", messages=[message(QUESTIONS[0], *shared.prompts[0].images)], stream=True, **EXACT
     )
     text = "".join(part.choices[0].delta.content or "" for part in stream if part.choices)
-    assert text == shared.reference.processor.tokenizer.decode(expected["all-4"][0])
+    # Behind a prompt, the first word begins with a space.
+    assert text.strip() == shared.reference.processor.tokenizer.decode(expected["all-4"][0])
 
 
 def test_what_is_wrong_is_said_and_others_are_answered(
