@@ -65,6 +65,8 @@ def test_answers_of_both_protocols_are_counted(fresh: Client, asked: list[Questi
     assert fresh.answer("dogs", asked[0])
     wait_until(lambda: values(fresh, **model)["vllm:e2e_request_latency_seconds_count"] == 2)
     assert values(fresh, **model)["vllm:generation_tokens_total"] > used["completion_tokens"]
+    assert after["llava_steering_batch_rows_sum"] == after["llava_steering_batch_rows_count"] == 1
+    assert after["llava_steering_steps_per_batch_sum"] == used["completion_tokens"]
     reasons = [each.labels["finished_reason"] for each in samples(fresh) if each.name == "vllm:request_success_total"]
     assert reasons and set(reasons) <= {"stop", "length"}
 

@@ -177,12 +177,12 @@ class ChatEndpoint:
         return [
             GenerationRequest(
                 adapter=model.adapter,
-                prompt=prompt.text,
+                prompt=prompt.ids,
                 images=tuple(files),
                 max_new_tokens=min(chat.tokens or room, room),
                 temperature=chat.temperature,
                 top_p=chat.top_p,
-                stop=tuple(filter(None, [prompt.stop, *chat.stop])),
+                stop=tuple(filter(None, [*chat.stop, prompt.stop])),
                 seed=None if chat.seed is None else chat.seed + number,
                 id=name if chat.n == 1 else f"{name}-{number}",
             )

@@ -25,12 +25,10 @@ class Prompt:
 
     Attributes:
         ids: of its text, with LLaVA's placeholder for every image, in the order of the images of the messages.
-        text: the same, with LLaVA's mark for every image.
         stop: what the model says at the end of an answer.
     """
 
     ids: tuple[int, ...]
-    text: str
     stop: str
 
 
@@ -58,11 +56,7 @@ def write(messages: Sequence[Message], template: str, tokenizer: Any, config: An
     said = [marked_as(_said(message, "mmtag" in conversation.version), config) for message in turns]
     by_first = conversation.sep_style in (SeparatorStyle.SINGLE, SeparatorStyle.MPT)
     stop = (conversation.sep if by_first else conversation.sep2) or ""
-    ids = tuple(prompt_ids(said, conversation, tokenizer))
-    for number, message in enumerate(turns):
-        conversation.append_message(conversation.roles[number % 2], _said(message, "mmtag" in conversation.version))
-    conversation.append_message(conversation.roles[1], None)
-    return Prompt(ids, str(conversation.get_prompt()), stop)
+    return Prompt(tuple(prompt_ids(said, conversation, tokenizer)), stop)
 
 
 def _problems(messages: Sequence[Message], turns: Sequence[Message]) -> list[str]:

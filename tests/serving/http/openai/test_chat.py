@@ -74,6 +74,35 @@ def test_a_stream_is_server_sent_events_that_end_with_done(api: Client, asked: l
     assert all("usage" not in json.loads(line.removeprefix("data: ")) for line in lines[:-1])
 
 
+def test_the_reason_is_length_where_the_answer_was_cut(openai_client: Any, asked: list[Question]) -> None:
+    for spelled in ("max_tokens", "max_completion_tokens"):
+        fields = asks(asked[0]) | {"max_tokens": None, spelled: 2}
+        answer = openai_client.chat.completions.create(**fields)
+        assert answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 2
+
+
+def test_stops_are_no_part_of_the_answer_and_each_of_several_ends_it(
+    openai_client: Any, alone: Alone, asked: list[Question]
+) -> None:
+    create = openai_client.chat.completions.create
+    whole = alone("cats", asked[0])
+    for stop in (whole[3:5], [whole[3:5], "never said"], ["never said", whole[3:5], whole[-2:]]):
+        choice = create(**asks(asked[0], stop=stop)).choices[0]
+        assert choice.message.content == whole[: whole.index(whole[3:5])] and choice.finish_reason == "stop"
+        streamed = create(**asks(asked[0], stop=stop), stream=True)
+        assert "".join(each.choices[0].delta.content or "" for each in streamed) == choice.message.content
+
+
+def test_a_seed_gives_the_same_choices_again_and_others_beside_them(openai_client: Any, asked: list[Question]) -> None:
+    def texts(**changes: Any) -> list[str]:
+        fields = asks(asked[0], temperature=1.5, max_tokens=12, **changes)
+        return [choice.message.content for choice in openai_client.chat.completions.create(**fields).choices]
+
+    first = texts(n=3, seed=7)
+    assert texts(n=3, seed=7) == first and len(set(first)) == 3
+    assert texts(n=2, seed=8) == first[1:], "choice number i has seed + i"
+
+
 def test_images_count_as_tokens_and_stand_anywhere_among_the_parts(
     openai_client: Any, alone: Alone, asked: list[Question]
 ) -> None:
