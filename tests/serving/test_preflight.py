@@ -94,7 +94,8 @@ def test_a_base_of_another_language_model_is_shown_with_its_template() -> None:
     """LLaVA's page would prompt a base of any other name as it prompts Vicuna."""
     assert shown_base("pets", {"model_type": "llava_llama"}) == "pets"
     assert shown_base("pets", {"model_type": "llava_qwen2"}) == "qwen2_5:pets"
-    assert shown_base("pets", {"model_type": "llava_gemma"}) == "pets", "its template is its tokenizer's"
+    assert shown_base("pets", {"model_type": "llava_gemma"}) == "gemma:pets"
+    assert shown_base("pets", {"model_type": "llava_mpt"}) == "pets", "no component: LLaVA goes by the name"
     assert shown_name("cats", None, "qwen2_5:pets") == "qwen2_5:pets_cats"
 
 
