@@ -186,27 +186,44 @@ def test_random_numbers_of_a_training_are_not_touched(tiny: TinyLlava) -> None:
 
 @pytest.mark.parametrize(
     ("tower", "connector", "visual"),
-    [("siglip", "avgpool", 4), ("mof", "mof-mlp", 32), ("dinov2", "resampler:queries=7", 7), ("clip", "linear", 16)],
+    [
+        ("siglip", "avgpool", 4),
+        ("siglip", "pixel-shuffle", 4),
+        ("mof", "mof-mlp", 32),
+        ("dinov2", "resampler:queries=7", 7),
+        ("clip", "linear", 16),
+        ("clip", "qformer:queries=5,layers=2,hidden=32,heads=2", 5),
+        ("efficientnet-lite0", "pixel-shuffle:factor=7", 1),
+    ],
 )
 def test_a_plan_counts_tower_connector_and_tokens_from_settings_alone(
     tiny: TinyLlava, towers: TinyTowers, tmp_path: Path, tower: str, connector: str, visual: int
 ) -> None:
+    from llava_steering_plugin.components.base import ImageTokens
     from llava_steering_plugin.components.named import named_connector, named_tower
 
-    name = str(getattr(towers, tower))
+    name = str(getattr(towers, tower, tower))
+    layer = -2 if hasattr(towers, tower) else -1  # EfficientNet has its last layer alone
     flags = train_flags(
         tiny,
         tmp_path / "out",
-        {"model_name_or_path": tiny.llm, "vision_tower": name, "mm_projector_type": connector, "tuning_mode": "mores"},
+        {
+            "model_name_or_path": tiny.llm,
+            "vision_tower": name,
+            "mm_vision_select_layer": layer,
+            "mm_projector_type": connector,
+            "tuning_mode": "mores",
+        },
     )
     made = plan(flags, Wanted())
     assert made.problems == () and made.memory is not None and made.counts is not None
     assert made.memory.assumed["of it visual"] == visual
-    component, described = named_connector(connector), named_tower(name, -2)
-    if component is not None and described is not None:
-        module = component.build(described.shape().tokens, 64)
+    component, described = named_connector(connector), named_tower(name, layer)
+    if component is not None:
+        tokens = described.shape().tokens if described else ImageTokens(16, 64, 4)  # CLIP is no component
+        module = component.build(tokens, 64)
         assert made.counts.other == sum(value.numel() for value in module.parameters())
-    elif tower == "clip":
+    else:  # LLaVA's own linear on CLIP
         assert made.counts.other == 65 * 64
 
 
