@@ -77,8 +77,8 @@ def evaluate(
     from llava_steering_plugin.inference.asking.question_lengths import check_lengths
     from llava_steering_plugin.inference.asking.questions import check_questions, read_questions
     from llava_steering_plugin.inference.asking.timing import time_answers
-    from llava_steering_plugin.inference.base_files import check_adapters_fit, is_llava
-    from llava_steering_plugin.inference.base_model import load_base, no_llava, read_base_config
+    from llava_steering_plugin.inference.base_files import check_adapters_fit, is_llava, no_llava
+    from llava_steering_plugin.inference.base_model import load_base, read_base_config
     from llava_steering_plugin.inference.models import base_of_lora, is_lora, load_adapter_and_base, open_model
     from llava_steering_plugin.inference.sources import load_all, locate_all, read_sources
     from llava_steering_plugin.pool.pool import BASE
@@ -107,7 +107,7 @@ def evaluate(
     with problems.noted():
         config = read_base_config(base, " Give the base that the adapters were trained on.")
         if not is_llava(config):
-            raise no_llava(base)
+            raise no_llava(base, config)
         check_adapters_fit(folders, base, config)
     if config and questions and not problems.errors:
         templates = {name: conv_mode or folder.config.conversation for name, folder in folders.items()}

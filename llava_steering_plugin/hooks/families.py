@@ -10,6 +10,7 @@ A family is chosen by what a model has, never by the name of its class:
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,9 @@ FRAMES = "pixel_values_videos"
 TOWER, INSIDE = "vision_tower", "vision_model"
 # The method by which older versions of transformers put the features in place while `forward` runs.
 MERGE = "_merge_input_ids_with_image_features"
+# What transformers says where features and placeholders are not as many: the kind, and how many placeholders. The other
+# number that it says is in 5.24's Llava that of all values of the features.
+MISMATCH = re.compile(r"(Image|Video) features and \w+ tokens do not match\D+(\d+)")
 
 
 class Family:
@@ -98,6 +102,10 @@ class Family:
 
     def tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenMap | None:
         """Return the token map of a call of `forward`, from its arguments; None if they do not say it."""
+        return None
+
+    def explained(self, error: ValueError) -> TokenMapError | None:
+        """Return what to say of an error that a call has ended with; None if there is nothing to add."""
         return None
 
     def canonical(self, name: str) -> str:
@@ -156,6 +164,17 @@ class Placeholder(Family):
         for mark in self._marks[1:]:
             visual = visual | (ids == mark)
         return of_images(visual, attended, labels)
+
+    def explained(self, error: ValueError) -> TokenMapError | None:
+        if (found := MISMATCH.search(str(error))) is None:
+            return None
+        kind, placeholders = found[1].lower(), found[2]
+        return TokenMapError(
+            f"the prompts hold {placeholders} placeholders for {kind}s, and the {kind}s have another number of "
+            "features. Take the processor of the model's own folder, whose settings (patch_size, "
+            "vision_feature_select_strategy, the number of tiles) are this model's; give as many images as prompts "
+            "name; and cut no prompt (truncation, max_length) where an image is."
+        )
 
     def own_rows(self, rows: int) -> list[int]:
         # Where the placeholders are behind all tokens that the language model had, the rows behind them fill it up.

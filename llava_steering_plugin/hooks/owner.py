@@ -164,7 +164,12 @@ class ModelOwner:
     def _run(self, scope: Scope, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model's own forward in the scope of the call."""
         self._begin(scope, args, kwargs)
-        return self._or_of_base("forward", original)(*args, **kwargs)
+        try:
+            return self._or_of_base("forward", original)(*args, **kwargs)
+        except ValueError as error:
+            if (explained := self.family.explained(error)) is not None:
+                raise explained from error
+            raise
 
     def _begin(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the arguments of a forward say; begin the pass where the model is its decoder stack.

@@ -19,6 +19,8 @@ from llava_steering_plugin.hub import absent, hub_file
 
 CONFIG = "config.json"
 VISION_TOWER = "mm_vision_tower"
+# The model type in transformers' layout that `llava-steering export` takes.
+EXPORTED = "llava"
 # The files of a model's weights in the order in which transformers looks for them; an index names several files.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -26,6 +28,33 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 def is_llava(config: Mapping[str, Any]) -> bool:
     """Return whether a config.json describes a LLaVA, with a vision tower."""
     return VISION_TOWER in config
+
+
+def of_transformers(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json is in the layout of transformers' own classes, with a config for each part."""
+    return not is_llava(config) and isinstance(config.get("text_config"), dict)
+
+
+def no_llava(path: str, config: Mapping[str, Any], advice: str = "") -> ArgumentsError:
+    """Return the error for a model without a vision tower, or in another layout, where a LLaVA is needed.
+
+    Args:
+        config: its config.json.
+        advice: how the base is given, with a leading space.
+    """
+    if not of_transformers(config):
+        return ArgumentsError(
+            f"{path} is no LLaVA: its config.json has no {VISION_TOWER}. Adapters for images need the LLaVA that they "
+            f"were trained on.{advice}"
+        )
+    kind = config.get("model_type")
+    if kind == EXPORTED:
+        what = f"Give the same model in LLaVA's layout; `llava-steering export {path} DST` makes it."
+    else:
+        what = f"A model of type {kind!r} has no such layout: use it from Python (docs/transformers.md)."
+    return ArgumentsError(
+        f"{path} is a model of transformers' own class, and LLaVA's programs need LLaVA's layout. {what}{advice}"
+    )
 
 
 def check_base(path: str, advice: str = "") -> dict[str, Any]:
@@ -44,10 +73,7 @@ def check_base(path: str, advice: str = "") -> dict[str, Any]:
         raise ArgumentsError(f"{path} is an adapter, no base. Give it with --adapters.{advice}")
     config = read_base_files(path, advice)
     if not is_llava(config):
-        raise ArgumentsError(
-            f"{path} is no LLaVA: its config.json has no {VISION_TOWER}. Adapters for images need the LLaVA that they "
-            f"were trained on.{advice}"
-        )
+        raise no_llava(path, config, advice)
     tower = config[VISION_TOWER]
     check_folder(path, "the base")
     if isinstance(tower, str):
@@ -89,8 +115,11 @@ def check_adapters_fit(adapters: Mapping[str, AdapterFolder], base: str, config:
     """Compare what adapters know of their base with the config.json of the base that is given.
 
     Raises:
-        ArgumentsError: some were trained on a model of another size; the message names them all.
+        ArgumentsError: some were trained on a model of another size; the message names them all. Or the base is in the
+            layout of transformers' own classes.
     """
+    if of_transformers(config):
+        raise no_llava(base, config)
     here = (config.get("num_hidden_layers"), config.get("hidden_size"))
     if not all(isinstance(number, int) for number in here):
         return

@@ -15,7 +15,7 @@ from llava_steering_plugin.adapters.stored.folder import StoredAdapter
 from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, UpstreamError
 from llava_steering_plugin.foreign_files import check_folder
-from llava_steering_plugin.inference.base_files import is_llava
+from llava_steering_plugin.inference.base_files import is_llava, no_llava
 from llava_steering_plugin.modes.base import default_dtype
 from llava_steering_plugin.pool.pool import AdapterPool
 from llava_steering_plugin.upstream.model.loading import name_for
@@ -81,11 +81,6 @@ def loading_name(path: str, config: Mapping[str, Any]) -> str:
     return str(get_model_name_from_path(path))
 
 
-def no_llava(path: str) -> ArgumentsError:
-    """Return the error for a plain language model where a LLaVA is needed."""
-    return ArgumentsError(f"{path} is no LLaVA (its config.json has no mm_vision_tower); give the adapters' base.")
-
-
 def load_base(
     path: str,
     *,
@@ -108,7 +103,7 @@ def load_base(
     """
     config = read_base_config(path, " Give the base that the adapters were trained on." if only_llava else "")
     if only_llava and not is_llava(config):
-        raise no_llava(path)
+        raise no_llava(path, config)
     check_folder(path, "the base")
     if isinstance(tower := config.get("mm_vision_tower"), str):
         check_folder(tower, "the vision tower")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from llava_steering_plugin.components.chat_template import chat_template
 from llava_steering_plugin.errors import ArgumentsError, BaseMismatch, CheckpointError, listing
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.joint import flags_of
+
+logger = logging.getLogger(__name__)
 
 
 def record(
@@ -123,8 +125,12 @@ def _chat_template(config: Any) -> str | None:
     image = str(constants.DEFAULT_IMAGE_TOKEN)
     if getattr(config, "mm_use_im_start_end", False):
         image = f"{constants.DEFAULT_IM_START_TOKEN}{image}{constants.DEFAULT_IM_END_TOKEN}"
-    with suppress(ArgumentsError, AttributeError, TypeError):  # forks have other kinds of templates
+    try:
         return chat_template(module.default_conversation, image)
+    except (ArgumentsError, AttributeError, TypeError) as error:  # forks have other kinds of templates
+        logger.warning(
+            "conversation template %s: the adapter brings no chat template for transformers: %s", _conversation(), error
+        )
     return None
 
 

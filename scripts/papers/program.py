@@ -75,8 +75,8 @@ def _checked(
     Raises:
         SteeringError: everything that is wrong with the command line, at once.
     """
-    from llava_steering_plugin.inference.base_files import is_llava
-    from llava_steering_plugin.inference.base_model import no_llava, read_base_config
+    from llava_steering_plugin.inference.base_files import is_llava, no_llava
+    from llava_steering_plugin.inference.base_model import read_base_config
     from llava_steering_plugin.inference.sources import locate_all, read_sources
 
     problems = Problems()
@@ -92,8 +92,8 @@ def _checked(
     with problems.noted():
         check_writable(request.output / REPORT)
     with problems.noted():
-        if not is_llava(read_base_config(request.base)):
-            raise no_llava(request.base)
+        if not is_llava(config := read_base_config(request.base)):
+            raise no_llava(request.base, config)
     with problems.noted():
         shared.choose_device(request.options["device"])
     with problems.noted():

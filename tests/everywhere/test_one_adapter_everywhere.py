@@ -39,31 +39,34 @@ class Column:
 
     Attributes:
         python: the interpreter of its environment.
-        path: what comes first on its PYTHONPATH; None: nothing of LLaVA.
         missing: why it cannot run here; empty if it can.
+        path: what comes first on its PYTHONPATH, if anything.
+        exported: whether it takes the model as transformers' own class does.
     """
 
     python: Path
-    path: Path | None
     missing: str
+    path: tuple[Path, ...] = ()
+    exported: bool = False
 
 
-def _transformers() -> Column:
-    python = Path(f"{os.environ.get('VENV', ROOT / '.venv')}-transformers/bin/python")
-    missing = "" if python.is_file() else f"there is no {python}: scripts/setup.sh --transformers makes it"
-    return Column(python, None, missing)
+def _environment(name: str, option: str, exported: bool = False) -> Column:
+    python = Path(f"{os.environ.get('VENV', ROOT / '.venv')}-{name}/bin/python")
+    missing = "" if python.is_file() else f"there is no {python}: scripts/setup.sh {option} makes it"
+    return Column(python, missing, exported=exported)
 
 
-def _checkout(variable: str) -> Column:
-    named = os.environ.get(variable, "")
-    missing = "" if (Path(named) / "llava").is_dir() and named else f"{variable} names no checkout of it"
-    return Column(Path(sys.executable), Path(named), missing)
+def _main() -> Column:
+    """LLaVA's main branch, which runs in the environment of the installed LLaVA."""
+    named = os.environ.get("LLAVA_MAIN", "")
+    missing = "" if named and (Path(named) / "llava").is_dir() else "LLAVA_MAIN names no checkout of it"
+    return Column(Path(sys.executable), missing, (Path(named),))
 
 
 COLUMNS = {
-    "transformers": _transformers(),
-    "main": _checkout("LLAVA_MAIN"),
-    "next": _checkout("LLAVA_NEXT"),
+    "transformers": _environment("transformers", "--transformers", exported=True),
+    "main": _main(),
+    "next": _environment("next", "--next CHECKOUT"),  # which finds the checkout by itself
 }
 
 
@@ -104,8 +107,8 @@ def column(
     messages = {name: messages_of(dialogue) for name, dialogue in DIALOGUES.items()}
     described = {"ask": made_here[0], "train": trained, "template": template(), "messages": messages}
     job.write_text(json.dumps(described))
-    path = [str(each) for each in (there.path, ROOT, ROOT / "tests/support") if each is not None]
-    model = exported if there.path is None else tiny.llava
+    path = [str(each) for each in (*there.path, ROOT, ROOT / "tests/support")]
+    model = exported if there.exported else tiny.llava
     done = subprocess.run(
         [there.python, ROOT / "tests/support/everywhere.py", model, job, out],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},

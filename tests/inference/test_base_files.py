@@ -12,6 +12,8 @@ from base_folders import LLAVA, adapter_folder, base_folder
 from llava_steering_plugin.adapters.stored.locate import locate
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, UpstreamError
 from llava_steering_plugin.inference.base_files import check_adapters_fit, check_base
+from llava_steering_plugin.inference.base_model import load_base
+from llava_steering_plugin.inference.models import check_model
 
 
 def test_the_files_of_a_llava_pass_also_in_several_parts(tmp_path: Path) -> None:
@@ -72,6 +74,31 @@ def test_models_that_are_no_base_for_adapters_are_refused(tmp_path: Path) -> Non
         check_base(str(base_folder(tmp_path / "blind", mm_vision_tower="/no/such/tower")))
     with pytest.raises(ArgumentsError, match=r"pets is an adapter, no base\. Give it with --adapters"):
         check_base(str(adapter_folder(tmp_path / "pets")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("llava", "`llava-steering export {} DST` makes it"),
+        ("qwen2_5_vl", "'qwen2_5_vl' has no such layout: use it fr"),
+    ],
+)
+def test_a_base_in_the_layout_of_transformers_is_refused_with_what_to_do(kind: str, said: str, tmp_path: Path) -> None:
+    folder = base_folder(tmp_path / "hf")
+    config = {"model_type": kind, "text_config": {"hidden_size": 64, "num_hidden_layers": 4}, "vision_config": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    adapters = {"pets": locate(adapter_folder(tmp_path / "pets"))}
+    for check in (
+        lambda: check_base(str(folder)),  # serve
+        lambda: check_adapters_fit(adapters, str(folder), config),  # chat, eval, diagnose
+        lambda: check_model(str(folder), None, bases=True),
+        lambda: check_model(str(tmp_path / "pets"), str(folder), bases=False),
+        lambda: load_base(str(folder), device="cpu", only_llava=True),
+    ):
+        with pytest.raises(ArgumentsError) as refused:
+            check()
+        assert "hf is a model of transformers' own class" in str(refused.value)
+        assert said.format(folder) in str(refused.value)
 
 
 def test_an_adapter_of_a_base_of_another_size_is_refused_with_both_sizes(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_the_name_by_which_a_base_is_loaded_follows_its_config_and_not_its_folde
 
 @pytest.mark.usefixtures("patched_llava")
 def test_a_plain_language_model_is_loaded_unless_only_a_llava_will_do(tiny: TinyLlava) -> None:
-    with pytest.raises(ArgumentsError, match=r"is no LLaVA \(its config\.json has no mm_vision_tower\)"):
+    with pytest.raises(ArgumentsError, match=r"is no LLaVA: its config\.json has no mm_vision_tower"):
         load_base(str(tiny.llm), device="cpu", only_llava=True)
     loaded = load_base(str(tiny.llm), device="cpu")
     assert loaded.processor is None and loaded.pool.names() == ["__base__"]

@@ -61,7 +61,12 @@ class Home:
     def _llava(self, folder: Path) -> Any:
         from steered import load_llava
 
-        return load_llava(folder)
+        from llava_steering_plugin.upstream.install import install
+        from llava_steering_plugin.upstream.model.towers import own_towers
+
+        install()
+        with own_towers():  # LLaVA-NeXT would draw a random one
+            return load_llava(folder)
 
     def _own_class(self, folder: Path) -> Any:
         from transformers import LlavaForConditionalGeneration

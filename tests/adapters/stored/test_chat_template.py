@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,6 +86,24 @@ def test_prompts_that_are_no_chat_have_none(model: Any, tiny: TinyLlava, convers
     assert "chat_template" not in json.loads(header_of(folder)[HEADER])
     with pytest.raises(AdapterError, match=r"conversation template plain.*export BASE DST --conversation plain"):
         chat_template_of(folder)
+
+
+def test_training_says_that_a_forks_kind_of_template_becomes_no_chat_template(
+    model: Any,
+    tiny: TinyLlava,
+    conversation: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    of_a_fork = SimpleNamespace(turns=("USER", "ASSISTANT"))
+    monkeypatch.setitem(conversation.conv_templates, "fork", of_a_fork)
+    conversation.default_conversation = of_a_fork
+    folder = trained(model, tiny, tmp_path)
+    assert "chat_template" not in json.loads(header_of(folder)[HEADER])
+    said = [each.getMessage() for each in caplog.records if "chat template" in each.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("conversation template fork: the adapter brings no chat template for transformers: ")
 
 
 def test_an_adapter_of_transformers_says_whose_template_is_its_own(model: Any, tiny: TinyLlava, tmp_path: Path) -> None:
