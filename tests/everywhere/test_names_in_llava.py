@@ -109,6 +109,16 @@ def test_projectors_that_do_not_fit_are_refused_in_one_message(model: Any, saved
         assert text in str(caught.value)
 
 
+def test_two_linears_trained_over_what_is_one_in_llava_are_refused_with_what_to_do(
+    model: Any, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_llava_config(saved, projector_hidden_act="linear")
+    monkeypatch.setitem(model.model._modules, "mm_projector", nn.Linear(64, 64))
+    monkeypatch.setattr(model.config, "mm_projector_type", "linear")
+    with pytest.raises(AdapterError, match=r"two linears with nothing between them.*with .*linear_2 frozen"):
+        load_adapter(model, saved)
+
+
 def test_llavas_programs_say_how_to_get_the_base_of_an_adapter_of_transformers(
     tiny: TinyLlava, model: Any, saved: Path, tmp_path: Path
 ) -> None:

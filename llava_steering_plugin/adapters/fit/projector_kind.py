@@ -27,12 +27,20 @@ def projector_problems(model: PreTrainedModel, stored: StoredAdapter) -> list[st
     Args:
         stored: with the names that its tensors of the base have in this model.
     """
-    found = family_of(model).projector()
+    family = family_of(model)
+    found = family.projector()
     if found is None or not any(name.startswith(f"{found[0]}.") for name in stored.section(EXTRA)):
         return []
     trained = stored.folder.llava_config or {}
     here: Mapping[str, Any] = vars(model.config)
     there_kind, here_kind = kind(trained), kind(here)
+    if family.splices and here_kind == there_kind == "linear":
+        if not any(name.startswith(f"{found[0]}.2.") for name in stored.section(EXTRA)):
+            return []
+        return [
+            "its projector was trained as two linears with nothing between them, and LLaVA's is one: use the adapter "
+            "with transformers' own class, or train it there with multi_modal_projector.linear_2 frozen"
+        ]
     if None in (there_kind, here_kind) or there_kind == here_kind:
         return []
     return [f"its projector was trained as {_said(trained)}; this model's is {_said(here)}"]
