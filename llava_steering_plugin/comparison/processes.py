@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ class Processes:
     def close(self) -> None:
         """End the supervisor, and with it all programs that still run."""
         assert self._supervisor.stdin is not None and self._supervisor.stdout is not None
-        self._supervisor.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended, and did not read what was asked last
+            self._supervisor.stdin.close()
         try:
             self._supervisor.wait(20)
         except subprocess.TimeoutExpired:  # it is importing, and has started nothing yet

@@ -108,5 +108,7 @@ time.sleep(1000)
 
 def test_a_supervisor_that_was_killed_is_an_error_that_names_its_log(processes: Processes, tmp_path: Path) -> None:
     os.kill(processes._supervisor.pid, signal.SIGKILL)
+    processes._supervisor.wait()
     with pytest.raises(SteeringError, match=r"supervisor\.log"):
-        ended(processes, processes.start(python("", tmp_path / "log")))
+        processes.start(python("", tmp_path / "log"))
+    processes.close()  # the question that nobody read is no second error
