@@ -166,6 +166,7 @@ OTHERS = {
     "upstream/train/samples.py",  # the data of this very training
     "serving/upstream_program.py",
     "serving/http",  # bodies of requests, limited there
+    "serving/generation",  # images of requests, whose bytes are in memory
     "serving/page.py",
     "cli",  # answers that are written
     "foreign_files.py",

@@ -13,7 +13,7 @@ from llava_steering_plugin.adapters.fit.compatibility import fits
 from llava_steering_plugin.adapters.fit.fingerprint import alike
 from llava_steering_plugin.adapters.stored.folder import FINGERPRINT, StoredAdapter
 from llava_steering_plugin.errors import AdapterError, BaseMismatch, listing
-from llava_steering_plugin.foreign_files import INDEX_BYTES, read_json
+from llava_steering_plugin.foreign_files import INDEX_BYTES, pinned, read_json
 
 # As `llava-steering export` and transformers before 5 write them, and as transformers 5 does.
 EMBEDDINGS = ("language_model.model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
@@ -83,7 +83,7 @@ class ServedBase:
             file = folder / held.get(name, SINGLE)
             if not file.is_file():
                 continue
-            with safe_open(file, framework="pt") as tensors:
+            with pinned(file) as pinned_file, safe_open(pinned_file, framework="pt") as tensors:
                 if name in tensors.keys():
                     embedding = tensors.get_slice(name)
                     if max(ids) >= embedding.get_shape()[0]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from steered import load_llava
+from tiny_llava import TinyLlava
 
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.inference.images import image_arguments, read_image
@@ -34,12 +35,16 @@ def test_what_is_no_image_is_refused_with_its_name(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("patched_llava")
 @pytest.mark.parametrize("ratio", ["pad", "square"])
-def test_pixels_are_in_half_precision_whatever_the_tower_is_in_and_sizes_are_those_of_the_pictures(ratio: str) -> None:
+@pytest.mark.parametrize("precision", [torch.float16, torch.float32])
+def test_pixels_are_in_the_projectors_precision_and_sizes_are_those_of_the_pictures(
+    precision: torch.dtype, ratio: str, tiny: TinyLlava
+) -> None:
     from transformers import CLIPImageProcessor
 
     processor = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    model = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(image_aspect_ratio=ratio))
+    model = load_llava(tiny.llava, image_aspect_ratio=ratio).to(precision)
+    model.get_vision_tower().float()  # its own precision does not count
     pictures = [Image.new("RGB", (80, 48), "red"), Image.new("RGB", (40, 40), "blue")]
     given = image_arguments(pictures, processor, model)
-    assert given["images"].shape == (2, 3, 56, 56) and given["images"].dtype == torch.float16
+    assert given["images"].shape == (2, 3, 56, 56) and given["images"].dtype == precision
     assert given["image_sizes"] == [(80, 48), (40, 40)]

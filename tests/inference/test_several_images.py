@@ -69,7 +69,8 @@ def alone(tiny: TinyLlava, patched_llava: Path) -> Alone:
         if names:
             pictures = [Image.open(tiny.images / name).convert("RGB") for name in names]
             pixels = process_images(pictures, processor, model.config)
-            seen["images"] = [each.half() for each in pixels]
+            precision = next(model.get_model().mm_projector.parameters()).dtype
+            seen["images"] = [each.to(precision) for each in pixels]
             if model.config.image_aspect_ratio != "anyres":
                 seen["images"] = torch.stack(seen["images"])
             seen["image_sizes"] = [picture.size for picture in pictures]
@@ -128,13 +129,16 @@ def test_each_of_several_images_has_tiles_of_its_own(
         "".join(json.dumps(line | {"question_id": number}) + "\n" for number, (line, _, _) in enumerate(ASKED))
     )
     words = ["eval", model, "--question-file", file, "--image-folder", tiny.images, "--answers-file", answers]
-    result = CliRunner().invoke(
-        app, [*map(str, words), "--device", "cpu", "--max-new-tokens", str(SHORT), "--conv-mode", "llava_v1"]
-    )
-    assert result.exit_code == 0, result.output
+    words += ["--device", "cpu", "--max-new-tokens", SHORT, "--conv-mode", "llava_v1"]
     expected = [alone(model, text, images) for _, text, images in ASKED]
-    assert [json.loads(line)["text"] for line in answers.read_text().splitlines()] == expected
     assert len(set(expected)) > 3
+    # In half precision a row of a batch may round otherwise than alone, and a tie is decided by that: one of six may.
+    for batch_size, fewest in ((1, len(ASKED)), (len(ASKED), len(ASKED) - 1)):
+        answers.unlink(missing_ok=True)
+        result = CliRunner().invoke(app, [*map(str, words), "--batch-size", str(batch_size)])
+        assert result.exit_code == 0, result.output
+        said = [json.loads(line)["text"] for line in answers.read_text().splitlines()]
+        assert sum(map(str.__eq__, said, expected)) >= fewest, (said, expected)
 
 
 def test_every_mistake_of_a_file_is_named_with_its_line(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ weights for missing, and draws them at random. Whether a tower stays empty, LLaV
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +16,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from llava_steering_plugin.foreign_files import INDEX_BYTES, pinned, read_json
 
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS, _PICKLED = "model.safetensors", "pytorch_model.bin"
@@ -61,11 +62,12 @@ def tensor_names(checkpoint: str) -> set[str] | None:
             continue
         try:
             if name in _INDICES:
-                return set(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
-            if name == _WEIGHTS:
-                with safe_open(file, "pt") as tensors:
-                    return set(tensors.keys())
-            return set(torch.load(file, map_location="meta", weights_only=True))
+                return set(read_json(file, INDEX_BYTES)["weight_map"])
+            with pinned(file) as pinned_file:
+                if name == _WEIGHTS:
+                    with safe_open(pinned_file, "pt") as tensors:
+                        return set(tensors.keys())
+                return set(torch.load(pinned_file, map_location="meta", weights_only=True))
         except (OSError, ValueError, LookupError, RuntimeError, UnpicklingError, SafetensorError):
             return None  # whoever loads it says what is wrong
     return None

@@ -174,9 +174,8 @@ def test_the_best_checkpoint_needs_a_checkpoint_for_each_evaluation(
 def test_what_transformers_and_llava_would_say_with_a_traceback_or_not_at_all_is_one_message(
     tiny: TinyLlava, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: dict[str, object], expected: str
 ) -> None:
-    wanted = {"tuning_mode": "mores", "model_name_or_path": tmp_path / "nothing-here", **flags}
     with pytest.raises(SystemExit) as stopped:
-        train_in_process(train_flags(tiny, tmp_path / "run", wanted))
+        train_in_process(train_flags(tiny, tmp_path / "run", {"tuning_mode": "mores", **flags}))
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert "this training cannot start:\n  - " in error and expected in error and "Traceback" not in error
