@@ -64,6 +64,19 @@ def test_no_caption_gets_a_picture_of_an_equal_caption() -> None:
         assert all(captions[other] != caption for other, caption in zip(order, captions, strict=True))
 
 
+def test_a_second_permutation_gives_no_caption_the_picture_that_it_had() -> None:
+    from experiments.small_llava.pictures import permuted
+
+    captions = ["A lion."] * 5 + ["A pig."] * 3 + [f"Thing {number}." for number in range(12)]
+    for seed in range(50):
+        drawn = random.Random(seed)
+        one = permuted(captions, drawn)
+        second = permuted(captions, drawn, one)
+        assert sorted(second) == list(range(len(captions)))
+        assert all(captions[other] != caption for other, caption in zip(second, captions, strict=True))
+        assert all(picture != other for picture, other in zip(one, second, strict=True))
+
+
 def test_captions_that_are_all_equal_are_refused() -> None:
     from experiments.small_llava.pictures import permuted
     from experiments.stages import StageError
@@ -72,7 +85,7 @@ def test_captions_that_are_all_equal_are_refused() -> None:
         permuted(["A pig."] * 4, random.Random(0))
 
 
-def test_both_trainings_have_the_same_texts_and_the_same_pictures_and_the_test_has_others(tmp_path: Path) -> None:
+def test_all_trainings_have_the_same_texts_and_the_same_pictures_and_the_test_has_others(tmp_path: Path) -> None:
     from experiments.small_llava import pictures
     from experiments.stages import Context
 
@@ -81,11 +94,14 @@ def test_both_trainings_have_the_same_texts_and_the_same_pictures_and_the_test_h
     stage = Context(tmp_path / "stage", 1, lambda at, total: None)
     stage.folder.mkdir()
     assert pictures.prepare(stage, tmp_path / "stamps", 7) == {"trained": 80, "held_out": 40}
-    own, shuffled, tested = (
-        pictures.read(stage.folder / f"{name}.json") for name in ("train", "train-shuffled", "held-out")
+    own, first, shuffled, tested = (
+        pictures.read(stage.folder / f"{name}.json") for name in ("train", "train-first", "train-shuffled", "held-out")
     )
-    assert [one.caption for one in own] == [one.caption for one in shuffled]
-    assert {one.image for one in own} == {one.image for one in shuffled}
+    for wrong in (first, shuffled):
+        assert [one.caption for one in own] == [one.caption for one in wrong]
+        assert {one.image for one in own} == {one.image for one in wrong}
+    for pictures_of in zip(own, first, shuffled, strict=True):
+        assert len({one.image for one in pictures_of}) == 3
     assert all(one.image == f"{one.caption.split()[1][:-1]}.png" for one in (*own, *tested))
     assert not {one.image for one in own} & {one.image for one in tested}
 
@@ -145,7 +161,8 @@ def test_three_steps_of_the_whole_on_real_pictures_and_a_second_run_uses_what_is
     subprocess.run(command, check=True, timeout=1500, env=environment)
     results = json.loads((tmp_path / "results.json").read_text())
     assert "Paris" in results["language_model"]["answer"] and results["language_model"]["perplexity"] < 15
-    own, shuffled = (results["losses"][name] for name in ("own", "shuffled"))
+    own, shuffled, first = (results["losses"][name] for name in ("own", "shuffled", "first"))
+    assert len(first) == 1
     # First weights and texts are the same, so the first losses are close: only the pictures tell them apart.
     assert len(own) == len(shuffled) == 3
     assert own != shuffled and own[0] == pytest.approx(shuffled[0], abs=0.5)
@@ -154,4 +171,4 @@ def test_three_steps_of_the_whole_on_real_pictures_and_a_second_run_uses_what_is
     assert results["held_out"]["own"]["own"] != results["held_out"]["own"]["others"]
     assert "| the real pictures |" in (tmp_path / "results.md").read_text()
     again = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True, env=environment)
-    assert again.stdout.count("done before") == len(results["seconds"]) == 6
+    assert again.stdout.count("done before") == len(results["seconds"]) == 7

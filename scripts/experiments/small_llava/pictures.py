@@ -37,7 +37,7 @@ class Captioned:
 
 
 def prepare(stage: Context, stamps: Path | None, seed: int) -> dict[str, Any]:
-    """Write pictures, and the data of both trainings and of the test, into the stage's folder.
+    """Write pictures, and the data of all trainings and of the test, into the stage's folder.
 
     Args:
         stamps: a folder of stamps; None: those that are installed, else those of the package, fetched by apt-get.
@@ -60,6 +60,9 @@ def prepare(stage: Context, stamps: Path | None, seed: int) -> dict[str, Any]:
         others = permuted([one.caption for one in part], drawn)
         _write(stage.folder / f"{name}.json", part, [one.image for one in part])
         _write(stage.folder / f"{name}-shuffled.json", part, [part[other].image for other in others])
+    captions = [one.caption for one in part]
+    first = permuted(captions, drawn, others)
+    _write(stage.folder / "train-first.json", part, [part[other].image for other in first])
     return {"trained": len(found) - HELD_OUT, "held_out": HELD_OUT}
 
 
@@ -74,22 +77,27 @@ def captioned(stamps: Path) -> Iterator[Captioned]:
             yield Captioned(path.as_posix(), caption)
 
 
-def permuted(captions: Sequence[str], drawn: random.Random) -> list[int]:
+def permuted(captions: Sequence[str], drawn: random.Random, taken: Sequence[int] | None = None) -> list[int]:
     """Return a permutation that gives no caption the picture of an equal caption, its own included.
+
+    Args:
+        captions: of all pictures.
+        drawn: draws it.
+        taken: another permutation, which it differs from at every place.
 
     Raises:
         StageError: there is none that trading finds, for too many captions are equal.
     """
+
+    def fits(picture: int, place: int) -> bool:
+        return captions[picture] != captions[place] and (taken is None or taken[place] != picture)
+
     order = list(range(len(captions)))
     drawn.shuffle(order)
     for place, caption in enumerate(captions):
-        if captions[order[place]] == caption:
+        if not fits(order[place], place):
             # Trade with one that suits both.
-            fitting = [
-                other
-                for other, theirs in enumerate(captions)
-                if captions[order[other]] != caption and captions[order[place]] != theirs
-            ]
+            fitting = [other for other in range(len(order)) if fits(order[other], place) and fits(order[place], other)]
             if not fitting:
                 raise StageError(f"too many pictures have the caption {caption!r}: no other pictures are left for them")
             other = drawn.choice(fitting)

@@ -11,7 +11,8 @@ NAMES = {"own": "the real pictures", "shuffled": "shuffled pictures"}
 def markdown(results: Mapping[str, Any]) -> str:
     """Return three tables: the losses of both trainings, those of pictures that were not trained, and what is said."""
     lines = [
-        f"{results['steps']} steps of {results['batch']}, {results['pictures']['trained']} pictures, {results['date']}",
+        f"{results['steps']} steps of {results['batch']} after {results['first_steps']} with wrong pictures, "
+        f"{results['pictures']['trained']} pictures, {results['date']}",
         "",
         "| training loss, mean over | real pictures | shuffled pictures | shuffled - real | real below shuffled |",
         "| --- | ---: | ---: | ---: | ---: |",
