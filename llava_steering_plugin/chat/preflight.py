@@ -66,7 +66,7 @@ def check_chat(
     with problems.noted():
         chosen = choose_device(device)
     with problems.noted():
-        check_bits(load_4bit, load_8bit)
+        check_bits(load_4bit, load_8bit, device)
     if image is not None:
         with problems.noted():
             read_image(os.path.expanduser(image))

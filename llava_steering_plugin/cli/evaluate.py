@@ -68,7 +68,7 @@ def evaluate(
     with problems.noted():
         chosen = options.choose_device(device)
     with problems.noted():
-        options.check_bits(load_4bit, load_8bit)
+        options.check_bits(load_4bit, load_8bit, device)
 
     from llava_steering_plugin.adapters.stored.folder import PEFT_CONFIG
     from llava_steering_plugin.checkout.find import find_llava

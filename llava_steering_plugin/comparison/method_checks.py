@@ -134,8 +134,6 @@ def _lost_tokens(flags: Namespace, base: str) -> list[str]:
 
 def answer_problems(comparison: Comparison) -> list[str]:
     """Return what is wrong with the options of `llava-steering eval`."""
-    import torch
-
     given = comparison.answers
     found = [
         f"{name} is {given[name]!r}; give a whole number from 1 on"
@@ -144,16 +142,10 @@ def answer_problems(comparison: Comparison) -> list[str]:
     ]
     bits = {name: given.get(name, False) for name in ("load_4bit", "load_8bit")}
     found += [f"{name} is {value!r}; give true or false" for name, value in bits.items() if type(value) is not bool]
-    found += said(lambda: check_bits(*map(bool, bits.values())))
     device = str(given.get("device", "auto"))
+    found += said(lambda: check_bits(*(value is True for value in bits.values()), device))
     if device != "cpu":  # for the CPU it hides all GPUs, which the trainings may use
         found += said(lambda: choose_device(device))
-    if device == "cpu" or not torch.cuda.is_available():
-        found += [
-            f"{name} needs a GPU: transformers packs weights on one alone"
-            for name, value in bits.items()
-            if value is True
-        ]
     if "conv_mode" in given:
         found += said(lambda: checked_template(str(given["conv_mode"])))
     return [f"answers: {problem}" for problem in found]

@@ -50,7 +50,7 @@ def check_flags(
     with problems.noted():
         chosen = choose_device(device)
     with problems.noted():
-        check_bits(load_4bit, load_8bit)
+        check_bits(load_4bit, load_8bit, device)
     with problems.noted():
         find_llava()  # its error says what to do if there is none
         install()

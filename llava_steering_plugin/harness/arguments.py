@@ -92,7 +92,7 @@ def check_arguments(given: Mapping[str, Any], *, batch_size: Any = 1, device: st
     texts = {name: str(value) for name, value in given.items() if value is not None}
     bits = {name: _boolean(name, texts.get(name, "false"), problems) for name in ("load_4bit", "load_8bit")}
     with problems.noted():
-        check_bits(**bits)
+        check_bits(**bits, device=texts.get("device") or device or "auto")
     read = ModelArguments(
         texts.get("adapter") or texts.get("base", ""),
         texts.get("base") if "adapter" in texts else None,

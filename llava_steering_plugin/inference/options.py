@@ -20,14 +20,23 @@ MaxResident = Annotated[
 ]
 
 
-def check_bits(load_4bit: bool, load_8bit: bool) -> None:
-    """Check that at most one of the two is given: upstream would quietly take 8 bits.
+def check_bits(load_4bit: bool, load_8bit: bool, device: str) -> None:
+    """Check that at most one of the two is given, for upstream would quietly take 8 bits, and that there is a GPU.
+
+    Args:
+        device: as `--device` names it.
 
     Raises:
-        ArgumentsError: both are.
+        ArgumentsError: both are given, or one without a GPU.
     """
     if load_4bit and load_8bit:
         raise ArgumentsError("--load-4bit and --load-8bit exclude each other. Give one of them.")
+    if load_4bit or load_8bit:
+        import torch
+
+        if device == "cpu" or not torch.cuda.is_available():
+            flag = "--load-4bit" if load_4bit else "--load-8bit"
+            raise ArgumentsError(f"{flag} needs a GPU: transformers packs weights on one alone. Leave it out.")
 
 
 def choose_device(requested: str) -> str:

@@ -128,7 +128,7 @@ def _check_flags(options: ModelOptions, problems: Problems) -> dict[str, Adapter
             if not math.isfinite(number) or number > LONGEST_SECONDS:
                 raise ArgumentsError(f"{flag} {number:g}: give a number up to {LONGEST_SECONDS:,.0f}.")
     with problems.noted():
-        inference_options.check_bits(options.load_4bit, options.load_8bit)
+        inference_options.check_bits(options.load_4bit, options.load_8bit, options.device)
     with problems.noted():
         checked_hosts(options.allowed_host or ())
     if options.admin_token is not None:

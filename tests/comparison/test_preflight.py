@@ -85,7 +85,7 @@ def test_everything_that_would_fail_is_named_before_the_first_training(tiny: Tin
         "--version v3 is no conversation template",
         "answers: batch_size is 0",
         "answers: load_4bit is 'yes'",
-        "answers: load_8bit needs a GPU",
+        "answers: --load-8bit needs a GPU",
         "v33",
         "tasks.shapes.train: ",
         "1 bad samples of 1",

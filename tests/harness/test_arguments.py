@@ -23,16 +23,19 @@ def test_arguments_are_read_as_they_are_written() -> None:
     assert split_arguments("") == {}
 
 
-def test_an_adapter_a_base_and_both_are_taken(tiny: TinyLlava, folders: dict[str, Path], patched_llava: Path) -> None:
+def test_an_adapter_a_base_and_both_are_taken(
+    tiny: TinyLlava, folders: dict[str, Path], patched_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cats, base = str(folders["cats"]), str(tiny.llava)
     alone = checked(f"base={base},device=cpu")
     assert (alone.path, alone.base) == (base, None)
     assert alone.how == {"device": "cpu", "load_4bit": False, "load_8bit": False}
     assert (alone.batch_size, alone.seed, alone.too_long, alone.conversation) == (1, 0, "refuse", None)
+    assert checked(f"base={base}", device="cpu").device == "cpu"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     both = checked(f"adapter={cats},base={base},conversation=v1,too_long=empty,seed=3,load_4bit=True", batch_size="4")
     assert (both.path, both.base, both.conversation, both.too_long) == (cats, base, "v1", "empty")
     assert (both.load_4bit, both.batch_size, both.seed) == (True, 4, 3)
-    assert checked(f"base={base}", device="cpu").device == "cpu"
 
 
 def test_everything_that_is_wrong_comes_in_one_message(patched_llava: Path) -> None:
@@ -60,6 +63,8 @@ def test_no_model_at_all_two_devices_and_two_precisions(patched_llava: Path) -> 
         check_arguments({"device": "cpu", "load_4bit": True, "load_8bit": True}, device="cuda")
     assert "two devices are given: cuda to lmms-eval, and device=cpu" in str(raised.value)
     assert "load_4bit=True and load_8bit=True exclude each other" in str(raised.value)
+    with pytest.raises(SteeringError, match="load_8bit=True needs a GPU"):
+        check_arguments({"base": "x", "load_8bit": True}, device="cpu")
 
 
 def test_what_is_no_argument_is_named() -> None:

@@ -11,7 +11,7 @@ import pytest
 from training_runs import subprocess_environment
 
 from llava_steering_plugin.errors import ArgumentsError
-from llava_steering_plugin.inference.options import choose_device
+from llava_steering_plugin.inference.options import check_bits, choose_device
 
 PROGRAMS = """
 import sys
@@ -71,6 +71,20 @@ def test_a_gpu_stays_visible_and_one_that_is_not_there_is_refused(monkeypatch: p
         choose_device("meta")
     with pytest.raises(ArgumentsError, match="--device xla: torch knows no such device here"):
         choose_device("xla")
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(False, "auto"), (False, "cuda"), (True, "cpu")])
+def test_packed_weights_are_refused_without_a_gpu_before_anything_is_loaded(
+    gpus: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus)
+    check_bits(False, False, device)
+    with pytest.raises(ArgumentsError, match="--load-4bit needs a GPU"):
+        check_bits(True, False, device)
+    with pytest.raises(ArgumentsError, match="--load-8bit needs a GPU"):
+        check_bits(False, True, device)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_bits(False, True, "auto")
 
 
 def test_every_program_chooses_its_device_before_it_imports_what_may_start_cuda(patched_llava: Path) -> None:
