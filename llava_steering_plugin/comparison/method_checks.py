@@ -143,7 +143,7 @@ def answer_problems(comparison: Comparison) -> list[str]:
     bits = {name: given.get(name, False) for name in ("load_4bit", "load_8bit")}
     found += [f"{name} is {value!r}; give true or false" for name, value in bits.items() if type(value) is not bool]
     device = str(given.get("device", "auto"))
-    found += said(lambda: check_bits(*(value is True for value in bits.values()), device))
+    found += said(lambda: check_bits(bits["load_4bit"] is True, bits["load_8bit"] is True, device))
     if device != "cpu":  # for the CPU it hides all GPUs, which the trainings may use
         found += said(lambda: choose_device(device))
     if "conv_mode" in given:

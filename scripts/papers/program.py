@@ -97,7 +97,7 @@ def _checked(
     with problems.noted():
         shared.choose_device(request.options["device"])
     with problems.noted():
-        shared.check_bits(*bits)
+        shared.check_bits(*bits, request.options["device"])
     sources = read_sources(adapters, problems)
     locate_all(sources, problems)
     published: list[Published] = []
