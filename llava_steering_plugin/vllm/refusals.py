@@ -40,6 +40,8 @@ def refused(vllm_config: Any) -> list[str]:
         )
     if getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0):
         problems.append("--enable-dbo cuts batches in two, and the list of steered tokens is that of a whole batch")
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        problems.append("--prefill-context-parallel-size cuts prompts among devices, and each would need its own list")
     if vllm_config.speculative_config is not None:
         problems.append("--speculative-config is set, and drafts were not compared with answers that MoReS steers")
     if vllm_config.device_config.device_type != "cpu" and not vllm_config.model_config.enforce_eager:

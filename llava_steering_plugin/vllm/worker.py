@@ -53,6 +53,16 @@ def _kept(manager: Any) -> dict[int, tuple[str, SlotAdapter]]:
     return kept
 
 
+def hold(manager: Any, request: Any, adapter: SlotAdapter) -> None:
+    """Keep an adapter that is in no folder; `request` loads it."""
+    _kept(manager)[request.lora_int_id] = request.lora_path, adapter
+
+
+def forget(manager: Any, request: Any) -> None:
+    """Keep an adapter no longer."""
+    _kept(manager).pop(request.lora_int_id, None)
+
+
 def load(request: Any, manager: Any) -> Any:
     """Return an adapter of ours as a LoRA of vLLM's.
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm_fixtures import Shared
 
 from llava_steering_plugin.vllm import plugin
 from llava_steering_plugin.vllm.refusals import TARGETS, asked_for, refused
@@ -42,6 +44,7 @@ def settings(**changed: Any) -> SimpleNamespace:
         ({"lora_config__target_modules": ["steering", "q_proj"]}, "does not name steering_tokens"),
         ({"parallel_config__pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         ({"parallel_config__enable_dbo": True}, "--enable-dbo"),
+        ({"parallel_config__prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
         ({"speculative_config": object()}, "--speculative-config"),
         ({"device_config__device_type": "cuda"}, "--enforce-eager"),
     ],
@@ -50,6 +53,26 @@ def test_each_setting_that_excludes_mores_is_named(changed: dict[str, Any], said
     assert refused(settings()) == []
     (problem,) = refused(settings(**changed))
     assert said in problem
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: scripts/setup.sh --vllm makes .venv-vllm")
+def test_these_are_the_settings_of_the_installed_vllm(shared: Shared) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    given = {"dtype": "float32", "max_model_len": 256, "enable_lora": True, "max_lora_rank": 8}
+    config = EngineArgs(model=str(shared.base), enforce_eager=True, **given).create_engine_config()
+    assert refused(config) == []
+    for name, value in (
+        ("pipeline_parallel_size", 2),
+        ("enable_dbo", True),
+        ("ubatch_size", 2),
+        ("prefill_context_parallel_size", 2),
+    ):
+        parallel = config.parallel_config
+        before = getattr(parallel, name)
+        setattr(parallel, name, value)
+        assert len(refused(config)) == 1, name
+        setattr(parallel, name, before)
 
 
 def test_an_engine_is_for_mores_where_its_targets_say_so() -> None:

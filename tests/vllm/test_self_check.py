@@ -1,0 +1,65 @@
+"""An engine checks at its start that images are steered and texts are not; it does not start where that is not so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from vllm_fixtures import ROOT, Engine, Shared
+
+pytest.importorskip("vllm", reason="needs vLLM: scripts/setup.sh --vllm makes .venv-vllm")
+
+
+def core_of(engine: Engine) -> Any:
+    return engine.llm.llm_engine.engine_core.engine_core
+
+
+def test_a_good_engine_passes_and_is_left_as_it_was(engine: Engine, shared: Shared) -> None:
+    from llava_steering_plugin.vllm.self_check import NUMBER, check
+
+    assert check(core_of(engine))
+    assert NUMBER not in core_of(engine).list_loras()
+    for name in (None, "all-4"):
+        assert engine.answers(shared.prompts[:2], [shared.request(name)] * 2) == shared.expected[name][:2]
+
+
+def test_a_lost_mask_is_found(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava_steering_plugin.vllm.layers import TokensInSlots
+    from llava_steering_plugin.vllm.self_check import SelfCheckFailed, check
+
+    monkeypatch.setattr(TokensInSlots, "find", lambda self, digits, is_image: self.base_layer.slots.fill_(-1))
+    with pytest.raises(SelfCheckFailed, match=r"does nothing in this engine.*docs/vllm\.md.*LLAVA_STEERING_VLLM_CHECK"):
+        check(core_of(engine))
+
+
+def test_a_check_that_cannot_be_made_is_said(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava_steering_plugin.vllm import self_check
+
+    monkeypatch.setattr(self_check, "prompts", lambda config: (_ for _ in ()).throw(AttributeError("gone")))
+    with pytest.raises(self_check.SelfCheckFailed, match=r"could not be checked \(AttributeError: gone\)"):
+        self_check.check(core_of(engine))
+
+
+BROKEN = """
+from vllm import LLM
+from llava_steering_plugin.vllm import layers
+layers.TokensInSlots.find = lambda self, digits, is_image: self.base_layer.slots.fill_(-1)
+LLM({base!r}, dtype="float32", enable_lora=True, max_lora_rank=8, max_model_len=256, max_num_seqs=4,
+    lora_target_modules=["steering", "steering_tokens"], enforce_eager=True)
+print("started")
+"""
+
+
+def test_an_engine_that_fails_does_not_start(shared: Shared) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN.format(base=str(shared.base))],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0 and "started" not in done.stdout
+    assert "MoReS does nothing in this engine" in done.stderr.splitlines()[-1]
