@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_steering_plugin.components import vllm_template
 from llava_steering_plugin.components.chat_template import chat_template
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, Problems, UpstreamError
 from llava_steering_plugin.export.configs import TOWER_FOLDER
@@ -148,6 +149,7 @@ def _written(
         vocabulary = with_image_token(source.folder, staged, template)
         plan = plan_for_transformers(source, vocabulary, template, conversation)
         (staged / "chat_template.jinja").write_text(template, encoding="utf-8")
+        (staged / vllm_template.FILE).write_text(vllm_template.with_bos(template), encoding="utf-8")
     else:
         record = read_record(source.folder)
         tokens = without_image_token(source.folder, staged, record)
