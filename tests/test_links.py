@@ -241,7 +241,8 @@ OF_LAUNCHERS = set(
 OF_LMMS_EVAL = set("model model_args tasks include_path batch_size gen_kwargs log_samples output_path".split())
 OF_VLLM = set(
     "enable_lora lora_target_modules max_lora_rank max_loras max_cpu_loras lora_modules pipeline_parallel_size "
-    "tensor_parallel_size enable_dbo speculative_config enforce_eager".split()
+    "prefill_context_parallel_size tensor_parallel_size data_parallel_size data_parallel_address enable_dbo "
+    "speculative_config enforce_eager".split()
 )
 FLAG = re.compile(r"(?<![\w-])--([A-Za-z]\w*(?:-\w+)*)")
 

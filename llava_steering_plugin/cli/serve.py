@@ -6,16 +6,25 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from llava_steering_plugin.serving.options import ServeOptions, command
+from llava_steering_plugin.errors import ArgumentsError
+from llava_steering_plugin.serving.options import Engine, ServeOptions, command
 
 
 def run(options: ServeOptions) -> None:
     """Serve many adapters on one base: LLaVA's controller and web page with our worker, on this machine."""
     from rich.console import Console
 
+    if options.engine is Engine.VLLM:
+        from llava_steering_plugin.serving import vllm_program
+
+        vllm_program.serve(options, Console(highlight=False, emoji=False, soft_wrap=True))
+        return
     from llava_steering_plugin.inference.sources import read_sources
     from llava_steering_plugin.serving import launcher
     from llava_steering_plugin.serving.preflight import check_server
+
+    if options.vllm_flags is not None:
+        raise ArgumentsError("--vllm-flags is for --engine vllm.")
 
     options = replace(options, base=absolute_path(options.base))
     ports = check_server(options)

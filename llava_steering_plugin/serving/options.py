@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -24,6 +25,14 @@ MEGABYTE = 1 << 20
 
 # Addresses that stand for all of this machine's, and the ones at which they can be reached from it.
 EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+class Engine(str, Enum):
+    """The programs that answer for `llava-steering serve`."""
+
+    WORKER = "worker"
+    VLLM = "vllm"
+
 
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Default: a free port.")]
 
@@ -195,6 +204,13 @@ class ServeOptions(ModelOptions):
     api_host: Annotated[
         str, typer.Option(help="Address of the worker with its API; 0.0.0.0 accepts connections from other machines.")
     ] = "127.0.0.1"
+    engine: Annotated[
+        Engine,
+        typer.Option(help="Who answers: our worker with LLaVA's page, or vLLM's own server, on an exported base."),
+    ] = Engine.WORKER
+    vllm_flags: Annotated[
+        str | None, typer.Option(metavar="FLAGS", help="Further flags of vLLM's server, in one word.")
+    ] = None
 
     def worker(self, *, port: int, controller: str) -> WorkerOptions:
         """Return the options of the worker that this server starts."""

@@ -16,6 +16,7 @@ from typer.main import get_command
 
 from llava_steering_plugin.cli import app
 from llava_steering_plugin.serving import worker
+from llava_steering_plugin.serving.options import Engine
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -56,6 +57,8 @@ OPTIONS = {
         "--controller-port": None,
         "--worker-port": None,
         "--api-host": "127.0.0.1",
+        "--engine": Engine.WORKER,
+        "--vllm-flags": None,
     },
     "worker": SERVED
     | {

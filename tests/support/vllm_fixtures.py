@@ -42,8 +42,8 @@ def llavas_python() -> Path:
     return Path(os.environ.get("VENV", ROOT / ".venv")).absolute() / "bin/python"
 
 
-def export_tiny(folder: Path) -> tuple[Path, Path]:
-    """Makes the tiny LLaVA and exports it; returns the folders of the export and of its images."""
+def export_tiny(folder: Path) -> tuple[Path, Path, Path]:
+    """Makes the tiny LLaVA and exports it; returns the folders of the export, of the LLaVA and of its images."""
     parts, target = folder / "llava", folder / "exported"
     model = parts / "llava-v1.5-tiny"
     _with_llava(str(ROOT / "tests/support/tiny_llava.py"), str(parts))
@@ -51,14 +51,43 @@ def export_tiny(folder: Path) -> tuple[Path, Path]:
     # Attention of vLLM's for the CPU has no heads of 16 numbers.
     (model / "config.json").write_text(json.dumps(config | {"num_attention_heads": 2, "num_key_value_heads": 2}))
     _with_llava("-m", "llava_steering_plugin", "export", str(model), str(target), "--conversation", "vicuna_v1")
-    return target, parts / "images"
+    return target, model, parts / "images"
 
 
-def _with_llava(*words: str) -> None:
+def llavas_tokens(model: Path, prompts: Sequence[tuple[str, int, str | None]]) -> list[list[int]]:
+    """The tokens of LLaVA's own prompts, -200 for an image.
+
+    Args:
+        model: in LLaVA's layout.
+        prompts: a question, the number of images in front of it, and a text in the place of the template's own system
+            message, or None.
+    """
+    found: list[list[int]] = json.loads(_with_llava("-c", _TOKENS, str(model), json.dumps(prompts)).splitlines()[-1])
+    return found
+
+
+_TOKENS = """
+import json, sys
+from llava.conversation import conv_templates
+from llava.mm_utils import tokenizer_image_token
+from transformers import AutoTokenizer
+tokenizer, found = AutoTokenizer.from_pretrained(sys.argv[1], use_fast=False), []
+for question, images, system in json.loads(sys.argv[2]):
+    written = conv_templates["vicuna_v1"].copy()
+    written.system = written.system if system is None else system
+    written.append_message(written.roles[0], "<image>\\n" * images + question)
+    written.append_message(written.roles[1], None)
+    found.append(tokenizer_image_token(written.get_prompt(), tokenizer))
+print(json.dumps(found))
+"""
+
+
+def _with_llava(*words: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [str(llavas_python()), *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @dataclass(frozen=True)
@@ -184,11 +213,13 @@ class Shared:
 
     Attributes:
         base: the exported LLaVA.
+        llava: the same in LLaVA's layout.
         adapters: folders by name.
         expected: transformers' answers to `prompts`, by the adapter's name; None: the base's.
     """
 
     base: Path
+    llava: Path
     reference: Reference
     prompts: list[Prompt]
     adapters: Mapping[str, Path]

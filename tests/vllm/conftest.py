@@ -25,7 +25,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
     if not llavas_python().is_file():
         pytest.skip(f"needs LLaVA to export a model, and there is no {llavas_python()}: scripts/setup.sh makes it")
     folder = tmp_path_factory.mktemp("vllm")
-    base, images = export_tiny(folder)
+    base, llava, images = export_tiny(folder)
     reference = Reference(base)
     adapters = {
         name: reference.save(mode, size, number, folder / name)
@@ -33,7 +33,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
     }
     prompts = prompts_of(images)
     expected = {name: reference.answers(prompts, adapters.get(name or "")) for name in (None, *adapters)}
-    return Shared(base, reference, prompts, adapters, expected)
+    return Shared(base, llava, reference, prompts, adapters, expected)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,12 @@
-"""vLLM's own server over HTTP, with two ranks of tensor parallel: the plugin is loaded in four processes."""
+"""vLLM's own server over HTTP, as `serve --engine vllm` starts it, with two ranks of tensor parallel.
+
+Covers `serving/vllm_program.py`, `serving/http/vllm_gate.py`; the plugin is loaded in four processes.
+"""
 
 from __future__ import annotations
 
 import shutil
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,8 +14,8 @@ from typing import Any
 
 import pytest
 from adapter_files import change_tensors
-from vllm_fixtures import Prompt, Shared, differing
-from vllm_server import EXACT, message, served
+from vllm_fixtures import Prompt, Shared, differing, llavas_tokens
+from vllm_server import EXACT, KEY, TOKEN, message, served
 
 pytest.importorskip("vllm", reason="needs vLLM: scripts/setup.sh --vllm makes .venv-vllm")
 QUESTIONS = ("What is it?", "What color is it?", "Is it red?")
@@ -22,7 +26,7 @@ def client(shared: Shared) -> Iterator[Any]:
     from openai import OpenAI
 
     with served(shared, "--tensor-parallel-size", "2") as address:
-        yield OpenAI(base_url=address, api_key="none", max_retries=0)
+        yield OpenAI(base_url=address, api_key=KEY, max_retries=0)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def answer(client: Any, shared: Shared, name: str, number: int) -> list[int]:
 
 
 def told(client: Any, route: str, **body: Any) -> Any:
-    return client.post(route, body=body, cast_to=str)
+    return client.with_options(api_key=TOKEN).post(route, body=body, cast_to=str)
 
 
 def test_adapters_are_models_beside_the_base(client: Any, shared: Shared) -> None:
@@ -67,6 +71,19 @@ def test_concurrent_clients_get_the_answers_of_transformers(
     with ThreadPoolExecutor(len(asked)) as pool:
         found = list(pool.map(lambda pair: answer(client, shared, *pair), asked))
     assert found == [expected[name][number] for name, number in asked]
+
+
+def test_prompts_have_the_tokens_of_llavas_own_template(client: Any, shared: Shared) -> None:
+    asked = [("What is it?", 1, None), ("What is red?", 0, None), ("Which?", 2, None), ("Is it?", 1, "Say one word.")]
+    config = shared.reference.model.config
+    image = [config.image_token_index] * config.image_seq_length
+    for (question, count, system), tokens in zip(asked, llavas_tokens(shared.llava, asked), strict=True):
+        said = message(question, *shared.prompts[4].images[:count])
+        said["content"].reverse()  # LLaVA has images first, wherever they are among the parts
+        spoken = [{"role": "system", "content": system}] * (system is not None) + [said]
+        done = client.chat.completions.create(model="all-1", messages=spoken, **EXACT)
+        expected = [each for token in tokens for each in ([token] if token >= 0 else image)]
+        assert done.prompt_token_ids == expected, question
 
 
 def test_a_stream_is_the_answer_in_pieces(client: Any, shared: Shared, expected: dict[str, list[list[int]]]) -> None:
@@ -96,6 +113,24 @@ def test_what_is_wrong_is_said_and_others_are_answered(
         client.chat.completions.create(model="all-1", messages=[message("Which?", *pictures)], **EXACT)
     for name in ("base", "all-1", "f4l5-2"):
         assert answer(client, shared, name, 1) == expected[name][1]
+
+
+def test_keys_are_asked_for_and_other_sites_kept_out(client: Any, shared: Shared, tmp_path: Path) -> None:
+    from openai import AuthenticationError, NotFoundError, PermissionDeniedError
+
+    stranger = client.with_options(api_key="another-key-than-it-should-be")
+    with pytest.raises(AuthenticationError, match="key of the API"):
+        stranger.models.list()
+    folder = str(shared.adapters["all-1"])
+    with pytest.raises(AuthenticationError, match="admin token"):
+        client.post("/load_lora_adapter", body={"lora_name": "pets", "lora_path": folder}, cast_to=str)
+    with pytest.raises(PermissionDeniedError, match="another site"):
+        client.with_options(default_headers={"Origin": "https://evil.example"}).models.list()
+    with pytest.raises(NotFoundError):
+        answer(client, shared, "pets", 0)
+    address = str(client.base_url).removesuffix("/v1/")
+    with urllib.request.urlopen(f"{address}/health") as response:
+        assert response.status == 200
 
 
 def test_a_retrained_adapter_is_loaded_by_the_same_name(
