@@ -82,6 +82,36 @@ def check_data(
     video_folder: Annotated[
         str | None, typer.Option("--video_folder", "--video-folder", metavar="DIR", help="Look here for the videos.")
     ] = None,
+    image_grid_pinpoints: Annotated[
+        str | None,
+        typer.Option(
+            "--image_grid_pinpoints",
+            "--image-grid-pinpoints",
+            help="LLaVA-NeXT: the sizes of pictures in tiles, as in the training.",
+        ),
+    ] = None,
+    mm_patch_merge_type: Annotated[
+        str,
+        typer.Option(
+            "--mm_patch_merge_type",
+            "--mm-patch-merge-type",
+            help="LLaVA-NeXT: how tiles are joined.",
+        ),
+    ] = "flat",
+    mm_spatial_pool_mode: Annotated[
+        str,
+        typer.Option("--mm_spatial_pool_mode", "--mm-spatial-pool-mode", help="LLaVA-NeXT: how frames are pooled."),
+    ] = "bilinear",
+    mm_newline_position: Annotated[
+        str,
+        typer.Option("--mm_newline_position", "--mm-newline-position", help="LLaVA-NeXT: where lines of a video end."),
+    ] = "grid",
+    frames_upbound: Annotated[
+        int, typer.Option("--frames_upbound", "--frames-upbound", min=0, help="LLaVA-NeXT: the most frames of a video.")
+    ] = 0,
+    force_sample: Annotated[
+        bool, typer.Option("--force_sample", "--force-sample", help="LLaVA-NeXT: take that many of every video.")
+    ] = False,
     processes: Annotated[
         int | None, typer.Option(min=1, help="How many work at the same time; default: one per processor, up to 8.")
     ] = None,
@@ -102,12 +132,26 @@ def check_data(
         problems.append(f"--image-folder: there is no folder {image_folder}")
     if problems:
         raise ArgumentsError(". ".join(problems) + ".")
-    counter = _counter(base, version, model_max_length, vision_tower, connector, language_model)
+    several = several_images or video_folder is not None
+    pictures: dict[str, Any] | None = None
+    if several:
+        pictures = {
+            "image_aspect_ratio": image_aspect_ratio,
+            "image_grid_pinpoints": image_grid_pinpoints,
+            "mm_patch_merge_type": mm_patch_merge_type,
+            "mm_spatial_pool_mode": mm_spatial_pool_mode,
+            "mm_newline_position": mm_newline_position,
+            "frames_upbound": frames_upbound,
+            "force_sample": force_sample,
+            "image_folder": image_folder,
+            "video_folder": video_folder,
+        }
+    counter = _counter(base, version, model_max_length, vision_tower, connector, language_model, pictures)
     checks = SampleChecks(
         image_folder,
         padded=image_aspect_ratio == "pad",
         style=style_of(version),
-        several=several_images or video_folder is not None,
+        several=several,
         video_folder=video_folder,
     )
     with ExitStack() as stack:
@@ -132,6 +176,7 @@ def _counter(
     vision_tower: str | None,
     connector: str | None,
     language_model: str | None,
+    pictures: dict[str, Any] | None,
 ) -> TokenCounter | None:
     if base is None:
         return None
@@ -140,7 +185,7 @@ def _counter(
         from llava_steering_plugin.upstream.text.tokens import TokenCounter
 
         find_llava()  # its error says what to do if there is none
-        return TokenCounter(base, version, longest, vision_tower, connector=connector, language_model=language_model)
+        return TokenCounter(base, version, longest, vision_tower, language_model, connector, pictures)
 
 
 class _Progress:

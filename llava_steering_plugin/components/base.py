@@ -161,18 +161,25 @@ class LanguageModel(Component):
     Attributes:
         model_type: of the plain language models, in their config.json.
         llava_type: of the LLaVAs that are made of them; "llava_" and the model type by default.
+        other_llava_types: that forks of LLaVA give the same LLaVAs.
         version: the name of the conversation template that suits them, for `--version`.
         since: the first version of transformers that has this model type.
     """
 
     model_type: ClassVar[str]
     llava_type: ClassVar[str] = ""
+    other_llava_types: ClassVar[tuple[str, ...]] = ()
     version: ClassVar[str] = "tokenizer"
     since: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         cls.llava_type = cls.llava_type or f"llava_{cls.model_type}"
+
+    @classmethod
+    def llava_types(cls) -> tuple[str, ...]:
+        """Return all types that these LLaVAs have, here and in forks."""
+        return cls.llava_type, *cls.other_llava_types
 
     @classmethod
     def formats(cls) -> dict[str, ChatFormat]:

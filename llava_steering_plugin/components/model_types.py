@@ -19,7 +19,7 @@ def language_models() -> Iterator[type[LanguageModel]]:
 
 def of_llava_type(model_type: str) -> type[LanguageModel] | None:
     """Return what LLaVAs of that type are made of; None if no component makes them."""
-    return next((each for each in language_models() if each.llava_type == model_type), None)
+    return next((each for each in language_models() if model_type in each.llava_types()), None)
 
 
 def of_model_type(model_type: str) -> type[LanguageModel] | None:

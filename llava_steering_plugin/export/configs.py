@@ -10,16 +10,18 @@ from typing import Any
 from torch import nn
 
 from llava_steering_plugin.errors import ArgumentsError
-from llava_steering_plugin.export.layouts import ONE_LINEAR, TWO_LINEARS
-from llava_steering_plugin.export.tensor_names import TOWER
+from llava_steering_plugin.export.layouts import GRID, ONE_LINEAR, TILES, TWO_LINEARS, cuts_into_tiles, transposed
+from llava_steering_plugin.export.tensor_names import NEWLINE, NEWLINE_IN_LLAVA, TOWER
 
 _FEATURES = {"patch": "default", "cls_patch": "full"}
+# transformers' default, [height, width].
+_USUAL_GRID = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 # Below a LLaVA that is made: its config names the place.
 TOWER_FOLDER = "vision_tower"
 
 
 def for_transformers(config: Mapping[str, Any], tower: Path, rows: int, image_token: int, pad: int) -> dict[str, Any]:
-    """Return the config of a LlavaForConditionalGeneration.
+    """Return the config of a LlavaForConditionalGeneration, or of a LlavaNext's for pictures in tiles.
 
     Args:
         config: LLaVA's.
@@ -42,9 +44,15 @@ def for_transformers(config: Mapping[str, Any], tower: Path, rows: int, image_to
     if feature not in _FEATURES:
         raise ArgumentsError(f"the config has mm_vision_select_feature {feature!r}; LLaVA has {', '.join(_FEATURES)}.")
     patches = (vision.image_size // vision.patch_size) ** 2
+    own: dict[str, Any] = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+    if cuts_into_tiles(config):
+        own = {
+            "architectures": ["LlavaNextForConditionalGeneration"],
+            "model_type": "llava_next",
+            GRID: transposed(config[GRID]),
+        }
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        **own,
         "text_config": plain(text, "LlamaForCausalLM"),
         "vision_config": plain(vision, "CLIPVisionModel"),
         "image_token_index": image_token,
@@ -101,11 +109,14 @@ def for_llava(
         "mm_vision_tower": str(tower),
         "vocab_size": rows,
     }
+    if cuts_into_tiles(config):
+        fixed |= {**TILES, GRID: transposed(config.get(GRID) or _USUAL_GRID)}
+        fixed = {key: value for key, value in fixed.items() if key != GRID or GRID not in recorded}
     return (dict(recorded) or text | defaults) | fixed
 
 
 def tensors_of_transformers(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of a LlavaForConditionalGeneration, by their older names.
+    """Return the shapes of the tensors of a Llava or LlavaNext of transformers, by their older names.
 
     The names are put together from the parts, which have the same in all versions of transformers.
     """
@@ -120,6 +131,7 @@ def tensors_of_transformers(config: Mapping[str, Any]) -> dict[str, tuple[int, .
         "multi_modal_projector.linear_2.weight": (width, width),
         "multi_modal_projector.linear_2.bias": (width,),
     }
+    projector |= {NEWLINE: (width,)} if cuts_into_tiles(config) else {}
     of_text = {f"language_model.{name}": shape for name, shape in text.items()}
     return of_text | {f"vision_tower.{name}": shape for name, shape in vision.items()} | projector
 
@@ -140,6 +152,7 @@ def tensors_of_llava(config: Mapping[str, Any], vision: Any) -> tuple[dict[str, 
     projector: dict[str, tuple[int, ...]] = {f"{first}weight": (width, seen), f"{first}bias": (width,)}
     if kind == TWO_LINEARS:
         projector |= {f"{beginning}2.weight": (width, width), f"{beginning}2.bias": (width,)}
+    projector |= {NEWLINE_IN_LLAVA: (width,)} if cuts_into_tiles(config) else {}
     return text | projector, _clip(vision)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,19 @@ from typing import Any
 from llava_steering_plugin.components import vllm_template
 from llava_steering_plugin.components.chat_template import chat_template
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, Problems, UpstreamError
-from llava_steering_plugin.export.configs import TOWER_FOLDER
+from llava_steering_plugin.export.comparing import compare_logits, compare_prompts, mark_of, template_of
 from llava_steering_plugin.export.layouts import Layout, Source, recognise
-from llava_steering_plugin.export.plans import Plan, plan_for_llava, plan_for_transformers, read_record, write_files
+from llava_steering_plugin.export.plans import (
+    Plan,
+    plan_for_llava,
+    plan_for_transformers,
+    processor,
+    read_record,
+    write_files,
+)
 from llava_steering_plugin.export.streaming import SHARD_BYTES, Progress, compare_pieces, write_pieces
-from llava_steering_plugin.export.vocabulary import IMAGE, llavas_tokenizer, with_image_token, without_image_token
-from llava_steering_plugin.foreign_files import read_json
-from llava_steering_plugin.upstream.text.conversations import checked_template, marked_as, template_by_name
+from llava_steering_plugin.export.vocabulary import llavas_tokenizer, with_image_token, without_image_token
+from llava_steering_plugin.upstream.text.conversations import checked_template, template_by_name
 from llava_steering_plugin.whole_files import flush, remove_partials
 
 _SPARE = 64 * 2**20  # for tokenizers, configs and the index
@@ -95,8 +100,8 @@ def export(
         remove_partials(path.parent, [path.name])
         staged.mkdir()
         plan, checks = _written(source, path, staged, named, progress, shard)
-        notes = [*plan.notes, *_compare_prompts(source, staged, named, checks)]
-        _compare_logits(source, staged, named, plan, picture, memory, checks, notes)
+        notes = [*plan.notes, *compare_prompts(source, staged, named, checks)]
+        compare_logits(source, staged, named, plan, picture, memory, checks, notes)
         for file in staged.rglob("*"):
             flush(file)
         os.replace(staged, path)
@@ -125,18 +130,12 @@ def _checked_template(named: str | None, model: str, source: Source | None) -> s
         named = recorded if isinstance(recorded, str) else None
     try:
         name = checked_template(named or template_by_name(model))
-        chat_template(_conversation(name))
+        chat_template(template_of(name))
     except ImportError as error:
         raise UpstreamError(
             f"LLaVA cannot be imported ({error}). Export where it is installed; the result needs transformers alone."
         ) from error
     return name
-
-
-def _conversation(name: str) -> Any:
-    from llava.conversation import conv_templates
-
-    return conv_templates[name]
 
 
 def _written(
@@ -145,8 +144,8 @@ def _written(
     """Write everything into `staged`, and compare the tensors."""
     if source.layout is Layout.LLAVA:
         llavas_tokenizer(source.folder)
-        template = chat_template(_conversation(conversation), _mark(source))
-        vocabulary = with_image_token(source.folder, staged, template)
+        template = chat_template(template_of(conversation), mark_of(source))
+        vocabulary = with_image_token(source.folder, staged, template, processor(source))
         plan = plan_for_transformers(source, vocabulary, template, conversation)
         (staged / "chat_template.jinja").write_text(template, encoding="utf-8")
         (staged / vllm_template.FILE).write_text(vllm_template.with_bos(template), encoding="utf-8")
@@ -171,110 +170,3 @@ def _check_disk(folder: Path, size: int) -> None:
         raise ArgumentsError(
             f"the model takes {size + _SPARE:,} bytes, and the disk of {folder} has {free:,} free. Choose another disk."
         )
-
-
-def _mark(source: Source) -> str:
-    """Return how the prompts of a LLaVA mark an image."""
-
-    class Settings:
-        mm_use_im_start_end = source.config.get("mm_use_im_start_end", False)
-
-    return marked_as(IMAGE, Settings)
-
-
-def _compare_prompts(source: Source, staged: Path, conversation: str, checks: list[str]) -> list[str]:
-    """Compare the tokens of prompts in both layouts; return what differs.
-
-    Raises:
-        AdapterError: those of one question about an image differ after an export to transformers.
-    """
-    from transformers import AutoTokenizer
-
-    from llava_steering_plugin.export.verification import DIALOGUES, first_other_token, messages_of, prompt_of
-
-    forward = source.layout is Layout.LLAVA
-    llava, other = (source.folder, staged) if forward else (staged, source.folder)
-    slow, fast = llavas_tokenizer(llava), AutoTokenizer.from_pretrained(other)
-    notes = []
-    for name, dialogue in DIALOGUES.items():
-        prompt = prompt_of(_conversation(conversation), dialogue, _mark(source) if forward else IMAGE)
-        # transformers' model may bring another template than LLaVA's: the tokens alone are compared there.
-        rendered = prompt
-        if forward:
-            rendered = fast.apply_chat_template(messages_of(dialogue), tokenize=False, add_generation_prompt=True)
-        image_token = fast.convert_tokens_to_ids(IMAGE)
-        difference = first_other_token(prompt, slow, rendered, fast, image_token)
-        if difference is None:
-            checks.append(f"the prompt of {name} ({conversation}) has the tokens of LLaVA's, one by one")
-        elif forward and name == "one turn":
-            raise AdapterError(f"the chat template does not write LLaVA's prompt of {conversation}: {difference}")
-        else:
-            notes.append(f"the prompt of {name} differs from LLaVA's: {difference}")
-    return notes
-
-
-def _compare_logits(
-    source: Source,
-    staged: Path,
-    conversation: str,
-    plan: Plan,
-    picture: Any,
-    memory: int | None,
-    checks: list[str],
-    notes: list[str],
-) -> None:
-    if picture is None:
-        notes.append("no logits were compared, as asked")
-        return
-    import psutil
-
-    values = sum(_count(each.shape) for pieces in plan.pieces.values() for each in pieces)
-    free = psutil.virtual_memory().available if memory is None else memory
-    if (needed := int(4 * values * 1.2)) > free:
-        notes.append(
-            f"no logits were compared: a model in float32 takes {needed:,} bytes of memory, and {free:,} are free. "
-            "The tensors were"
-        )
-        return
-    from llava_steering_plugin.export.verification import (
-        QUESTION,
-        compare_answers,
-        llavas_answer,
-        prompt_of,
-        transformers_answer,
-    )
-
-    image, name = picture
-    forward = source.layout is Layout.LLAVA
-    llava, other = (source.folder, staged) if forward else (staged, source.folder)
-    tower = source.tower if source.tower is not None else staged / TOWER_FOLDER
-    prompt = prompt_of(_conversation(conversation), (QUESTION,), _mark(source) if forward else IMAGE)
-    first = llavas_answer(llava, tower, image, prompt, llavas_tokenizer(llava))
-    config = read_json(llava / "config.json")
-    squared = _squared(image, other, config.get("image_aspect_ratio") == "pad")
-    difference = compare_answers(first, transformers_answer(other, squared, prompt))
-    checks.append(
-        f"logits of {first.logits.shape[0]} tokens about {name}, in float32: they differ by at most {difference:.1e} "
-        "of the largest one"
-    )
-
-
-def _squared(image: Any, folder: Path, pads: bool) -> Any:
-    """Return the picture as a model that does not pad by itself is to get it."""
-    if not pads:
-        return image
-    from PIL import Image
-    from transformers import CLIPImageProcessor
-
-    mean = CLIPImageProcessor.from_pretrained(folder).image_mean
-    side = max(image.size)
-    square = Image.new(image.mode, (side, side), tuple(int(part * 255) for part in mean))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
-def _count(shape: Sequence[int]) -> int:
-    product = 1
-    for each in shape:
-        product *= each
-    return product

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ LLAMA_TYPES = ("llava_llama", "llava")
 # Of LLaVA's own projectors; what transformers' Llava holds is two linears with an activation between.
 ONE_LINEAR = ("linear", "mlp1x_gelu")
 TWO_LINEARS = "mlp2x_gelu"
+# LLaVA-1.6: pictures in tiles, which transformers' LlavaNext has. Nothing else of LLaVA's does the same there.
+TILES: Mapping[str, str] = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+GRID = "image_grid_pinpoints"
+OWN_TYPES = ("llava", "llava_next")  # transformers'
 CLIP_TYPES = ("clip", "clip_vision_model")
 WANTED = ("*.json", "*.safetensors", "*.bin", "tokenizer.model")
 
@@ -49,6 +54,28 @@ class Source:
     config: dict[str, Any]
     tower: Path | None
 
+    @property
+    def tiles(self) -> bool:
+        """Return whether it cuts pictures into tiles."""
+        return cuts_into_tiles(self.config)
+
+
+def cuts_into_tiles(config: Mapping[str, Any]) -> bool:
+    """Return whether a model of this config, in either layout, is a LLaVA-1.6."""
+    if config["model_type"] in OWN_TYPES and "text_config" in config:
+        return bool(config["model_type"] == "llava_next")
+    return all(config.get(key) == value for key, value in TILES.items())
+
+
+def transposed(grid: Any) -> list[list[int]]:
+    """Return the sizes of pictures in tiles as the other layout has them: [width, height] in LLaVA's.
+
+    Raises:
+        ValueError, SyntaxError, TypeError: `grid` is no list of sizes, and no text of one.
+    """
+    sizes = ast.literal_eval(grid) if isinstance(grid, str) else grid
+    return [[int(second), int(first)] for first, second in sizes]
+
 
 def recognise(name: str) -> Source:
     """Find the model of that name, a folder or a model on the hub, which is downloaded.
@@ -62,14 +89,14 @@ def recognise(name: str) -> Source:
     if (reason := unmerged_lora(name)) is not None:
         raise ArgumentsError(reason)
     config = read_base_files(name)
-    if config["model_type"] == "llava" and isinstance(config.get("text_config"), dict):
+    if config["model_type"] in OWN_TYPES and isinstance(config.get("text_config"), dict):
         layout, problems = Layout.TRANSFORMERS, transformers_problems(config)
     elif is_llava(config):
         layout, problems = Layout.LLAVA, llava_problems(config)
     else:
         raise ArgumentsError(
             f"{name} is no LLaVA: its config.json has model type {config['model_type']!r}, and neither LLaVA's "
-            "mm_vision_tower nor the text_config and vision_config of transformers' Llava."
+            "mm_vision_tower nor the text_config and vision_config of transformers' Llava or LlavaNext."
         )
     tower = None
     if layout is Layout.LLAVA and isinstance(config["mm_vision_tower"], str) and not _component(config):
@@ -91,7 +118,7 @@ def _component(config: Mapping[str, Any]) -> bool:
 
 
 def llava_problems(config: Mapping[str, Any]) -> list[str]:
-    """Return what of a LLaVA transformers' LlavaForConditionalGeneration cannot hold."""
+    """Return what of a LLaVA transformers' Llava and LlavaNext cannot hold."""
     problems = []
     if config["model_type"] not in LLAMA_TYPES:
         problems.append(
@@ -109,16 +136,30 @@ def llava_problems(config: Mapping[str, Any]) -> list[str]:
             f"{TWO_LINEARS})"
         )
     aspect, merge = config.get("image_aspect_ratio"), config.get("mm_patch_merge_type", "flat")
-    if (isinstance(aspect, str) and aspect.startswith("anyres")) or merge != "flat":
+    if cuts_into_tiles(config):
+        problems += _tile_problems(config)
+    elif (isinstance(aspect, str) and aspect.startswith("anyres")) or merge != "flat":
         problems.append(
-            f"it cuts images into tiles (image_aspect_ratio {aspect!r}, mm_patch_merge_type {merge!r}), which "
-            "transformers' LlavaNext does: that class came with transformers 4.39, and export does not write it"
+            f"it lays images out with image_aspect_ratio {aspect!r} and mm_patch_merge_type {merge!r}; of that, "
+            f"transformers' LlavaNext has {' with '.join(TILES.values())} alone"
         )
     return problems
 
 
+def _tile_problems(config: Mapping[str, Any]) -> list[str]:
+    found = []
+    try:
+        if not transposed(config.get(GRID)):
+            raise ValueError("it is empty")
+    except (ValueError, SyntaxError, TypeError):
+        found.append(f"its {GRID} is {config.get(GRID)!r}; it needs a list of sizes [width, height]")
+    if config.get("mm_vision_select_feature", "patch") != "patch":
+        found.append("it cuts images into tiles with mm_vision_select_feature 'cls_patch', which LLaVA itself refuses")
+    return found
+
+
 def transformers_problems(config: Mapping[str, Any]) -> list[str]:
-    """Return what of a LlavaForConditionalGeneration LLaVA's own code cannot hold."""
+    """Return what of transformers' Llava or LlavaNext LLaVA's own code cannot hold."""
     problems = []
     # transformers leaves out what equals a default: Llama and CLIP.
     text, vision = config["text_config"], config.get("vision_config") or {}
@@ -132,6 +173,8 @@ def transformers_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append("it takes several layers of its vision tower, and LLaVA one")
     if config.get("multimodal_projector_bias", True) is not True:
         problems.append("its projector has no biases, and LLaVA's has")
+    if config["model_type"] == "llava_next" and config.get("vision_feature_select_strategy", "default") != "default":
+        problems.append("it cuts images into tiles and keeps the class token of each, which LLaVA cannot")
     if "quantization_config" in config:
         problems.append("it is quantised: export the model before its quantisation")
     return problems

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llava_steering_plugin.convert.torch_files import Weights
 from llava_steering_plugin.errors import ArgumentsError, listing, shortened
 from llava_steering_plugin.export import configs, tensor_names
 from llava_steering_plugin.export.configs import TOWER_FOLDER
-from llava_steering_plugin.export.layouts import Source
+from llava_steering_plugin.export.layouts import GRID, Source
+from llava_steering_plugin.export.single_linear import check_identity, identity, renamed
 from llava_steering_plugin.export.streaming import Piece, check_shapes, piece
 from llava_steering_plugin.export.vocabulary import SPECIAL_TOKENS, TOKENIZER_CONFIG, Vocabulary, more_rows
 from llava_steering_plugin.foreign_files import read_json
@@ -58,7 +58,7 @@ def weights_of(folder: Path) -> Weights:
 
 
 def plan_for_transformers(source: Source, vocabulary: Vocabulary, template: str, conversation: str) -> Plan:
-    """Return what of a LLaVA becomes which file of a LlavaForConditionalGeneration.
+    """Return what of a LLaVA becomes which file of transformers' Llava, or LlavaNext for pictures in tiles.
 
     Args:
         source: the LLaVA.
@@ -91,7 +91,7 @@ def plan_for_transformers(source: Source, vocabulary: Vocabulary, template: str,
             if own_tower:
                 target = tensor_names.to_transformers(name.removeprefix(tensor_names.TOWER_IN_LLAVA))
                 pieces.append(piece(str(target), weights, name))
-        elif (new := tensor_names.to_transformers(name)) is None:
+        elif (new := tensor_names.to_transformers(name, tiles=source.tiles)) is None:
             strange.append(f"{name} has no place in transformers' Llava")
         elif new in (tensor_names.EMBEDDING, tensor_names.HEAD):
             if new == tensor_names.HEAD and config["tie_word_embeddings"]:
@@ -110,10 +110,13 @@ def plan_for_transformers(source: Source, vocabulary: Vocabulary, template: str,
             if name.startswith(tensor_names.TOWER) and not tensor_names.is_computed(name)
         ]
     if config["projector_hidden_act"] == "linear":
-        pieces += _identity(config["text_config"]["hidden_size"], weights)
+        pieces += identity(config["text_config"]["hidden_size"], weights)
     check_shapes(pieces, configs.tensors_of_transformers(config), source.name)
     padded = source.config.get("image_aspect_ratio") == "pad"
-    described = CLIPImageProcessor.from_pretrained(source.tower).to_dict() | {"processor_class": "LlavaProcessor"}
+    described = CLIPImageProcessor.from_pretrained(source.tower).to_dict() | {"processor_class": processor(source)}
+    if source.tiles:
+        # do_pad is there of the number of tiles, in a batch.
+        described |= {"do_pad": True, "image_processor_type": "LlavaNextImageProcessor", GRID: config[GRID]}
     if padded:
         described |= {"do_pad": True, "image_processor_type": "LlavaImageProcessor"}
     files = {
@@ -125,7 +128,7 @@ def plan_for_transformers(source: Source, vocabulary: Vocabulary, template: str,
             "image_token": "<image>",
             "num_additional_image_tokens": 1,  # CLIP's class token
             "patch_size": config["vision_config"]["patch_size"],
-            "processor_class": "LlavaProcessor",
+            "processor_class": processor(source),
             "vision_feature_select_strategy": config["vision_feature_select_strategy"],
         },
         "chat_template.json": {"chat_template": template},
@@ -147,7 +150,7 @@ def plan_for_transformers(source: Source, vocabulary: Vocabulary, template: str,
 
 
 def plan_for_llava(source: Source, target: Path, tokens: int, record: Mapping[str, Any]) -> Plan:
-    """Return what of a LlavaForConditionalGeneration becomes which file of a LLaVA.
+    """Return what of transformers' Llava or LlavaNext becomes which file of a LLaVA.
 
     Args:
         target: where the new folder will be.
@@ -171,7 +174,7 @@ def plan_for_llava(source: Source, target: Path, tokens: int, record: Mapping[st
         new = tensor_names.to_llava(name, one_linear=one_linear)
         if new is None:
             if one_linear and ".linear_2." in name:
-                _check_identity(name, weights[name])
+                check_identity(name, weights[name])
             else:
                 strange.append(f"{name} has no place in LLaVA")
         elif new.startswith(tensor_names.TOWER):
@@ -190,29 +193,34 @@ def plan_for_llava(source: Source, target: Path, tokens: int, record: Mapping[st
     place = target / TOWER_FOLDER
     config = configs.for_llava(source.config, place, kept, recorded, one_linear=one_linear)
     if one_linear and config["mm_projector_type"] == "mlp1x_gelu":
-        pieces[""] = [_renamed(each) for each in pieces[""]]
+        pieces[""] = [renamed(each) for each in pieces[""]]
     if config.get("tie_word_embeddings"):
         pieces[""] = [each for each in pieces[""] if each.target != "lm_head.weight"]
     vision = LlavaConfig.from_dict(dict(source.config)).vision_config
     of_llava, of_tower = configs.tensors_of_llava(config, vision)
     check_shapes(pieces[""], of_llava, source.name)
     check_shapes(pieces[TOWER_FOLDER], of_tower, f"the vision tower of {source.name}")
-    processor = CLIPImageProcessor.from_pretrained(source.folder).to_dict()
-    pads = bool(processor.pop("do_pad", False))
-    for key in ("processor_class", "image_processor_type"):
-        processor.pop(key, None)
+    described = CLIPImageProcessor.from_pretrained(source.folder).to_dict()
+    pads = bool(described.pop("do_pad", False))
+    for key in ("processor_class", "image_processor_type", GRID):
+        described.pop(key, None)
     notes = [f"the config names the vision tower by its path, {place}: edit mm_vision_tower if you move the folder"]
     if "llava" not in target.name.lower():
         notes.append(f"LLaVA's loader goes by names: give the folder one with 'llava' in it, unlike {target.name!r}")
-    if not recorded and not pads:
+    if not recorded and not pads and not source.tiles:
         notes.append("image_aspect_ratio is set to 'pad', as LLaVA-1.5 was trained; this model's processor crops")
     files = {
         CONFIG: config,
         GENERATION: settings(source.folder, GENERATION),
         f"{TOWER_FOLDER}/{CONFIG}": configs.plain(vision, "CLIPVisionModel"),
-        f"{TOWER_FOLDER}/{PROCESSOR}": processor | {"image_processor_type": "CLIPImageProcessor"},
+        f"{TOWER_FOLDER}/{PROCESSOR}": described | {"image_processor_type": "CLIPImageProcessor"},
     }
     return Plan(pieces, files, notes)
+
+
+def processor(source: Source) -> str:
+    """Return the name of transformers' processor for a model."""
+    return "LlavaNextProcessor" if source.tiles else "LlavaProcessor"
 
 
 def read_record(folder: Path) -> dict[str, dict[str, Any]]:
@@ -250,50 +258,8 @@ def settings(folder: Path, file: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _identity(width: int, weights: Weights) -> list[Piece]:
-    """Return a second linear that changes nothing, behind the only one of a LLaVA."""
-    name = next(name for name in weights if name.startswith("model.mm_projector."))
-    dtype = weights[name].dtype
-    made = {"weight": torch.eye(width, dtype=dtype), "bias": torch.zeros(width, dtype=dtype)}
-    return [
-        Piece(
-            f"{tensor_names.PROJECTOR}.linear_2.{key}",
-            None,
-            "",
-            _made(value),
-            tuple(value.shape),
-            value.numel() * value.element_size(),
-        )
-        for key, value in made.items()
-    ]
-
-
-def _made(value: Tensor) -> Callable[[Tensor], Tensor]:
-    def change(_: Tensor) -> Tensor:
-        return value
-
-    return change
-
-
-def _check_identity(name: str, tensor: Tensor) -> None:
-    same = torch.zeros_like(tensor) if tensor.ndim == 1 else torch.eye(*tensor.shape, dtype=tensor.dtype)
-    if tensor.shape != same.shape or not torch.equal(tensor, same):
-        raise ArgumentsError(
-            f"{name} was trained: with nothing between them, the two linears of this projector are no MLP and no "
-            "single linear of LLaVA's."
-        )
-
-
 def _first(rows: int) -> Callable[[Tensor], Tensor]:
     def change(matrix: Tensor) -> Tensor:
         return matrix[:rows]
 
     return change
-
-
-def _renamed(each: Piece) -> Piece:
-    """Return a piece of the only linear by its name in an mlp1x_gelu."""
-    found = each.target.removeprefix("model.mm_projector.")
-    if found == each.target:
-        return each
-    return Piece(f"model.mm_projector.0.{found}", each.source, each.name, each.change, each.shape, each.size)

@@ -14,6 +14,8 @@ HEAD = "language_model.lm_head.weight"
 # In a LLaVA whose vision tower was trained (unfreeze_mm_vision_tower); else LLaVA reads the tower's own folder.
 TOWER_IN_LLAVA = "model.vision_tower.vision_tower."
 TOWER = "vision_model."
+# Ends the lines of an image in tiles; in both layouts a part of the model itself.
+NEWLINE, NEWLINE_IN_LLAVA = "image_newline", "model.image_newline"
 # Computed from the config. Older versions of transformers wrote them.
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 _LINEARS = {"": "linear_1.", "0.": "linear_1.", "2.": "linear_2."}
@@ -24,12 +26,15 @@ def is_computed(name: str) -> bool:
     return _COMPUTED.search(name) is not None
 
 
-def to_transformers(name: str) -> str | None:
+def to_transformers(name: str, *, tiles: bool = False) -> str | None:
     """Return transformers' name of a tensor of LLaVA's; None if it has none.
 
     Args:
         name: of the language model or the projector in a LLaVA, or beginning with "vision_model." in its tower.
+        tiles: the model is a LlavaNext.
     """
+    if tiles and name == NEWLINE_IN_LLAVA:
+        return NEWLINE
     if name.startswith(TOWER):
         return f"vision_tower.{name}"
     if found := re.fullmatch(r"model\.mm_projector\.(|0\.|2\.)(weight|bias)", name):
@@ -56,6 +61,8 @@ def to_llava(name: str, *, one_linear: bool) -> str | None:
         return f"model.mm_projector.{0 if found[1] == '1' else 2}.{found[2]}"
     if found := re.fullmatch(r"(?:language_model\.model|model\.language_model)\.(.+)", name):
         return f"model.{found[1]}"
+    if re.fullmatch(rf"(?:model\.)?{NEWLINE}", name):
+        return NEWLINE_IN_LLAVA
     if re.fullmatch(r"(?:language_model\.)?lm_head\.weight", name):
         return "lm_head.weight"
     return None

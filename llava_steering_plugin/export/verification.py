@@ -34,7 +34,7 @@ class Answered:
     """Holds what a model made of a picture and a question.
 
     Attributes:
-        pixels: of the picture as its tower gets it, float32 [1, 3, side, side].
+        pixels: of the picture as its tower gets it, float32 [1, 3, side, side], or [1, tiles, 3, side, side].
         logits: float32 [tokens, vocabulary].
     """
 
@@ -60,8 +60,22 @@ def picture(path: Path | None) -> tuple[Image.Image, str]:
     return read_image(path), path.name
 
 
-def llavas_answer(folder: Path, tower: Path, image: Image.Image, prompt: str, tokenizer: Any) -> Answered:
-    """Return what the LLaVA in `folder` makes of a picture and a prompt, in float32.
+def lacks_tiles() -> str:
+    """Return why this transformers has no class for pictures in tiles; "" if it has one."""
+    import transformers
+
+    if hasattr(transformers, "LlavaNextForConditionalGeneration"):
+        return ""
+    return (
+        f"transformers {transformers.__version__}, with which LLaVA runs here, has no LlavaNext. Export where LLaVA "
+        "runs with 4.39 or newer to compare logits"
+    )
+
+
+def llavas_answer(
+    folder: Path, tower: Path, images: Sequence[Image.Image], prompt: str, tokenizer: Any
+) -> list[Answered]:
+    """Return what the LLaVA in `folder` makes of a prompt and each of some pictures, in float32.
 
     Args:
         tower: folder of its vision tower, wherever its config says that it will be.
@@ -75,32 +89,48 @@ def llavas_answer(folder: Path, tower: Path, image: Image.Image, prompt: str, to
     if not seeing.is_loaded:
         seeing.load_model()
     seeing.float()
-    pixels = process_images([image], seeing.image_processor, config)
     ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")[None]
-    with torch.inference_mode():
-        logits = model(input_ids=ids, images=pixels.float(), use_cache=False).logits[0]
+    found = []
+    for image in images:
+        pixels = process_images([image], seeing.image_processor, config)
+        with torch.inference_mode():
+            logits = model(input_ids=ids, images=pixels.float(), image_sizes=[image.size], use_cache=False).logits[0]
+        found.append(Answered(pixels, logits))
     del model, seeing
     gc.collect()
-    return Answered(pixels, logits)
+    return found
 
 
-def transformers_answer(folder: Path, image: Image.Image, prompt: str) -> Answered:
-    """Return what the LlavaForConditionalGeneration in `folder` makes of a picture and a prompt, in float32.
+def transformers_answer(
+    folder: Path, images: Sequence[Image.Image], prompt: str, *, tiles: bool = False
+) -> list[Answered]:
+    """Return what transformers' Llava or LlavaNext in `folder` makes of a prompt and each of some pictures, in float32.
 
-    The processor is put together of its parts: the one of transformers 4.37 does not read what newer ones need.
+    Llava's processor is put together of its parts: the one of transformers 4.37 does not read what newer ones need.
+
+    Args:
+        tiles: it is a LlavaNext.
     """
-    from transformers import AutoTokenizer, CLIPImageProcessor, LlavaForConditionalGeneration, LlavaProcessor
+    import transformers
+    from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 
-    processor = LlavaProcessor(CLIPImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
-    model = LlavaForConditionalGeneration.from_pretrained(
+    if tiles:
+        processor = AutoProcessor.from_pretrained(folder)
+    else:
+        processor = LlavaProcessor(CLIPImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+    kind = getattr(transformers, f"Llava{'Next' if tiles else ''}ForConditionalGeneration")
+    model = kind.from_pretrained(
         folder, torch_dtype=torch.float32, low_cpu_mem_usage=True, attn_implementation="eager"
     ).eval()
-    inputs = processor(text=prompt, images=image, return_tensors="pt")
-    with torch.inference_mode():
-        logits = model(**inputs, use_cache=False).logits[0]
+    found = []
+    for image in images:
+        inputs = processor(text=prompt, images=image, return_tensors="pt")
+        with torch.inference_mode():
+            logits = model(**inputs, use_cache=False).logits[0]
+        found.append(Answered(inputs["pixel_values"], logits))
     del model
     gc.collect()
-    return Answered(inputs["pixel_values"], logits)
+    return found
 
 
 def compare_answers(llavas: Answered, other: Answered) -> float:

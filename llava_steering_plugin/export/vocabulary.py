@@ -68,11 +68,14 @@ def llavas_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def with_image_token(folder: Path, target: Path, template: str) -> Vocabulary:
+def with_image_token(folder: Path, target: Path, template: str, processor: str = "LlavaProcessor") -> Vocabulary:
     """Write the tokenizer in `folder` with a token for images and a chat template into `target`.
 
     Both kinds are written, the one in Python and the fast one. They begin every piece of text behind a special token
     with a space, as LLaVA does behind an image.
+
+    Args:
+        processor: transformers' class that takes it.
     """
     from transformers import AddedToken, LlamaTokenizer, LlamaTokenizerFast
 
@@ -85,7 +88,7 @@ def with_image_token(folder: Path, target: Path, template: str) -> Vocabulary:
     slow.save_pretrained(target)
     LlamaTokenizerFast.from_pretrained(target, from_slow=True).save_pretrained(target)
     described = read_json(target / _CONFIG) | {"tokenizer_class": "LlamaTokenizer", "legacy": True}
-    described["processor_class"] = "LlavaProcessor"
+    described["processor_class"] = processor
     _write(target / _CONFIG, described)
     return Vocabulary(slow.convert_tokens_to_ids(IMAGE), slow.pad_token_id, len(slow))
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llava_steering_plugin.errors import DataError
 from llava_steering_plugin.planning.data_file import samples_in
 from llava_steering_plugin.planning.data_report import DataReport, Finding
+from llava_steering_plugin.training.data.pictured import has_pictures
 from llava_steering_plugin.training.data.sample_checks import Defect, SampleChecks
 from llava_steering_plugin.training.data.source import failure
 
@@ -43,22 +44,25 @@ class Checker:
         """Return what is wrong with a sample, and how long it is."""
         found = self.checks.of(sample, whole=True) if self.looks_at_pictures else self.checks.structure(sample)
         is_object = isinstance(sample, Mapping)
-        identity, pictured = (sample.get("id"), "image" in sample) if is_object else (None, False)
+        identity = sample.get("id") if is_object else None
+        pictured = is_object and has_pictures(sample, several=self.checks.several)
         if found or self.counter is None:
             return Finding(identity, pictured, tuple(found))
         try:
             tokens, learned = self._length(sample)
         except DataError as error:
             return Finding(identity, pictured, (Defect("other", str(error)),))
+        if tokens is None:
+            return Finding(identity, pictured, ())
         return Finding(identity, pictured, (), tokens, learned)
 
-    def _length(self, sample: Mapping[str, Any]) -> tuple[int, int]:
+    def _length(self, sample: Mapping[str, Any]) -> tuple[int | None, int]:
         assert self.counter is not None
         try:
             length = self.counter.count(sample)
         except Exception as error:  # tokenizers raise all kinds of errors
             raise DataError(failure(error)) from error
-        return length.tokens, length.learned
+        return (None, 0) if length is None else (length.tokens, length.learned)
 
 
 def check_data(

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from llava_steering_plugin.components.base import ImageTokens
+from llava_steering_plugin.components.picture_layouts import PictureLayout
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.planning.gpus import Gpu, named_gpu
 from llava_steering_plugin.planning.meta_step import Arithmetic, BatchShape, TrainingSetup, assemble, peak_of_step
@@ -53,7 +54,12 @@ class Wanted:
 
 
 def memory_report(
-    setup: TrainingSetup, flags: Namespace, wanted: Wanted, width: int, image: ImageTokens | None
+    setup: TrainingSetup,
+    flags: Namespace,
+    wanted: Wanted,
+    width: int,
+    image: ImageTokens | None,
+    layout: PictureLayout | None = None,
 ) -> MemoryReport:
     """Return the memory of a training under the sharding of its flags, and under the others.
 
@@ -62,11 +68,12 @@ def memory_report(
         flags: all flags of LLaVA's training.
         width: of the model.
         image: what it gets for an image; None if unknown.
+        layout: how LLaVA-NeXT lays pictures out; None for LLaVA, or where that is unknown.
 
     Raises:
         SteeringError: the step cannot be run on the meta device.
     """
-    batch, notes = _batch_shape(image, flags, wanted)
+    batch, notes = _batch_shape(image, flags, wanted, layout)
     optimizer = str(getattr(flags.optim, "value", flags.optim))
     if optimizer not in STATES:
         notes.append(f"the states of --optim {optimizer} are not known here; AdamW's are counted")
@@ -97,9 +104,12 @@ def memory_report(
     return MemoryReport(assumed, memories, chosen.name, wanted.card(), tuple(notes))
 
 
-def _batch_shape(image: ImageTokens | None, flags: Namespace, wanted: Wanted) -> tuple[BatchShape, list[str]]:
+def _batch_shape(
+    image: ImageTokens | None, flags: Namespace, wanted: Wanted, layout: PictureLayout | None
+) -> tuple[BatchShape, list[str]]:
     """Return the batch that the flags describe, and notes on what is assumed."""
     notes = []
+    tiles = 1
     sequence = wanted.sequence or flags.model_max_length
     if image is None:
         visual = USUAL_VISUAL_TOKENS
@@ -109,7 +119,14 @@ def _batch_shape(image: ImageTokens | None, flags: Namespace, wanted: Wanted) ->
         )
     else:
         visual = image.count
-    if "anyres" in str(getattr(flags, "image_aspect_ratio", "")):
+    if layout is not None:
+        visual, tiles, what = _largest_sample(layout, flags)
+        notes.append(f"the largest sample is assumed to have {what}: {visual:,} visual tokens")
+        if visual >= sequence:
+            notes.append(
+                f"a row of {sequence:,} positions is cut off within these, with the question and the answer behind them"
+            )
+    elif "anyres" in str(getattr(flags, "image_aspect_ratio", "")):
         notes.append("one tile an image is counted; anyres sends several through the vision tower")
     batch = BatchShape(
         samples=flags.per_device_train_batch_size,
@@ -118,8 +135,20 @@ def _batch_shape(image: ImageTokens | None, flags: Namespace, wanted: Wanted) ->
         checkpointing=flags.gradient_checkpointing,
         accumulates=flags.gradient_accumulation_steps > 1,
         trains_projector=not flags.freeze_mm_mlp_adapter,
+        tiles=tiles,
     )
     return batch, notes
+
+
+def _largest_sample(layout: PictureLayout, flags: Namespace) -> tuple[int, int, str]:
+    """Return the most visual tokens of a sample, how many pictures go through the tower for them, and what it holds."""
+    visual, tiles = layout.largest()
+    what = f"one picture in {tiles} tiles, the whole one among them" if tiles > 1 else "one picture"
+    if getattr(flags, "video_folder", None) and layout.frames and not layout.video_problems():
+        tokens = layout.video(layout.frames)
+        if tokens > visual:
+            return tokens, layout.frames, f"a video of {layout.frames} frames"
+    return visual, tiles, what
 
 
 def _half(flags: Namespace) -> torch.dtype | None:

@@ -83,6 +83,7 @@ class BatchShape:
         checkpointing: layers are computed again in the backward pass.
         accumulates: gradients of earlier batches are there already.
         trains_projector: the projector gets gradients.
+        tiles: pictures of a sample that go through the vision tower: its tiles, or the frames of its video.
     """
 
     samples: int
@@ -91,6 +92,7 @@ class BatchShape:
     checkpointing: bool
     accumulates: bool
     trains_projector: bool
+    tiles: int = 1
 
 
 @dataclass
@@ -196,7 +198,7 @@ def peaks(meta: MetaModel, arithmetic: Arithmetic, batch: BatchShape) -> dict[st
             for parameter in meta.trained():
                 parameter.grad = torch.empty_like(parameter)
         live.phase = "forward"
-        pixels = None if meta.tower is None else meta.tower.pixels(batch.samples)
+        pixels = None if meta.tower is None else meta.tower.pixels(batch.samples * batch.tiles)
         embeds = _spliced(meta, batch, start)
         labels = torch.empty(batch.samples, batch.sequence, dtype=torch.long, device=META)
         loss = model(inputs_embeds=embeds, labels=labels).loss
@@ -213,7 +215,7 @@ def _peak_of_vision(tower: MetaTower | None, batch: BatchShape) -> int:
         return 0
     live = LiveBytes([*tower.parameters(), *tower.buffers()])
     with live, torch.no_grad():
-        tower(tower.pixels(batch.samples))
+        tower(tower.pixels(batch.samples * batch.tiles))
     return max(live.peaks.values())
 
 
@@ -226,8 +228,11 @@ def _spliced(meta: MetaModel, batch: BatchShape, start: int) -> Tensor:
         given = (batch.visual, weight.shape[-1])
         if meta.features is not None:
             given = meta.features.count, meta.features.width
-        # A row that is too short for an image has it cut off, as LLaVA does.
-        images = meta.projector(weight.new_empty(batch.samples, *given)).to(text.dtype)[:, : batch.visual]
+        images = meta.projector(weight.new_empty(batch.samples * batch.tiles, *given)).to(text.dtype)
+        # A row that is too short for an image has it cut off, as LLaVA does; lines of tiles get a token more.
+        images = images.reshape(batch.samples, -1, images.shape[-1])[:, : batch.visual]
+        ends = images.new_empty(batch.samples, batch.visual - images.shape[1], images.shape[-1])
+        images = torch.cat([images, ends], 1) if batch.tiles > 1 else images
     else:
         images = text.new_empty(batch.samples, batch.visual, text.shape[-1])
     rows = [torch.cat([before[:start], image, before[start:]]) for before, image in zip(text, images, strict=True)]

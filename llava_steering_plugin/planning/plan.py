@@ -21,7 +21,7 @@ from llava_steering_plugin.modes import registry
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.planning.from_flags import Wanted, deepspeed_problems, memory_report
 from llava_steering_plugin.planning.meta_step import TrainingSetup
-from llava_steering_plugin.planning.vision import find_vision
+from llava_steering_plugin.planning.vision import find_vision, next_layout
 from llava_steering_plugin.training.settings.flags import extended, mode_is_on, read_request
 from llava_steering_plugin.upstream.install import install
 from llava_steering_plugin.upstream.model.component_checks import component_problems
@@ -152,8 +152,10 @@ def plan(words: Sequence[str], wanted: Wanted | None = None) -> Plan:
             if wanted is not None and not problems and not_importable is None:
                 features = None if vision.shape is None else vision.shape.tokens
                 parts = (vision.tower, vision.projector, vision.newline, features)
+                layout, unknown = next_layout(flags, vision)
+                notes += unknown
                 memory = memory_report(
-                    TrainingSetup(base.described, name, mode, *parts), flags, wanted, width, vision.tokens
+                    TrainingSetup(base.described, name, mode, *parts), flags, wanted, width, vision.tokens, layout
                 )
                 notes += memory.notes
     settings = {} if mode is None else mode.settings()

@@ -22,8 +22,10 @@ from llava_steering_plugin.components.image_tokens import (
     tower_name,
 )
 from llava_steering_plugin.components.named import named_connector, named_tower
-from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.components.picture_layouts import PictureLayout, layout_of
+from llava_steering_plugin.errors import ArgumentsError, SteeringError
 from llava_steering_plugin.upstream.model.projector import build_projector
+from llava_steering_plugin.upstream.train.forks import is_next
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,26 @@ def find_vision(flags: Namespace, described: Mapping[str, Any], hidden_size: int
     if not isinstance(tower, Tower) and not isinstance(tower.get("vision_config", tower).get("hidden_size"), int):
         return _unknown(f"the config.json of {where} names no hidden_size", found)
     return _with_projector(source, shape.tokens.width, hidden_size, found)
+
+
+def next_layout(flags: Namespace, vision: Vision) -> tuple[PictureLayout | None, list[str]]:
+    """Return how a training in LLaVA-NeXT lays pictures out; None for LLaVA. The list says what is not known of it.
+
+    Args:
+        flags: of the training; LLaVA-NeXT goes by them, also where the base's config.json has other settings.
+    """
+    if not is_next(flags) or vision.tokens is None or vision.shape is None:
+        return None, []
+    try:
+        layout = layout_of(vars(flags), vision.tokens, vision.shape.image_size)
+    except ArgumentsError as error:
+        return None, [f"one tile a picture is counted: {error}"]
+    if problems := layout.problems():
+        return None, [f"one tile a picture is counted: {problem}" for problem in problems]
+    videos = layout.video_problems() if getattr(flags, "video_folder", None) else []
+    if getattr(flags, "video_folder", None) and not layout.frames:
+        videos.append("without --frames_upbound it depends on their length how many frames are taken")
+    return layout, [f"videos are not counted: {problem}" for problem in videos]
 
 
 def _tower(source: Mapping[str, Any]) -> Tower | Mapping[str, Any]:

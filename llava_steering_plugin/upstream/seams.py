@@ -197,7 +197,7 @@ SEAMS = (
             "get_anyres_image_grid_shape": "tells how many tiles an image becomes",
         },
     ),
-    *_seams("llava.mm_utils", ANSWERING, {"process_images": "prepares images for the vision tower"}),
+    *_seams("llava.mm_utils", (LOAD, *ANSWERING), {"process_images": "prepares images for the vision tower"}),
     *_seams("llava.utils", (CHAT,), {"disable_torch_init": "saves time when a model is loaded"}),
     *_seams("llava.utils", (SERVE,), {"handler": "is where LLaVA's worker writes its log"}),
     *_seams(

@@ -8,66 +8,26 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from everywhere import CASES, MODES, Home, run
+from columns import ADAPTERS, COLUMNS, EFFECT, ROOT, TOLERANCE, of_this_home, template
+from everywhere import CASES, Home, Sight, run
 from safetensors.torch import load_file, save_file
 from tiny_llava import TinyLlava
 from torch import Tensor
 
-from llava_steering_plugin.components.chat_template import chat_template
 from llava_steering_plugin.export.exporting import export
-from llava_steering_plugin.export.verification import DIALOGUES, messages_of, prompt_of
+from llava_steering_plugin.export.verification import DIALOGUES, messages_of, picture, prompt_of
 
-TOLERANCE = 1e-5  # of the largest logit, in float32
-EFFECT = 100  # times that is what an adapter changes at least
-ROOT = Path(__file__).parents[2]
+# Pillow 13 shrinks pictures that are more than twice as high as wide otherwise than Pillow 10: of 255, in CLIP's scale.
+LEVELS, DEVIATION = 2, 0.26130258
 RECORDED = ROOT / "tests/golden/everywhere"
-ADAPTERS = [f"{mode}{rest}" for mode in MODES for rest in ("", " with projector")]
-WITH_IMAGES = [case for case in CASES if case != "text"]
-
-
-@dataclass(frozen=True)
-class Column:
-    """Another home of the same model.
-
-    Attributes:
-        python: the interpreter of its environment.
-        missing: why it cannot run here; empty if it can.
-        path: what comes first on its PYTHONPATH, if anything.
-        exported: whether it takes the model as transformers' own class does.
-    """
-
-    python: Path
-    missing: str
-    path: tuple[Path, ...] = ()
-    exported: bool = False
-
-
-def _environment(name: str, option: str, exported: bool = False) -> Column:
-    python = Path(f"{os.environ.get('VENV', ROOT / '.venv')}-{name}/bin/python")
-    missing = "" if python.is_file() else f"there is no {python}: scripts/setup.sh {option} makes it"
-    return Column(python, missing, exported=exported)
-
-
-def _main() -> Column:
-    """LLaVA's main branch, which runs in the environment of the installed LLaVA."""
-    named = os.environ.get("LLAVA_MAIN", "")
-    missing = "" if named and (Path(named) / "llava").is_dir() else "LLAVA_MAIN names no checkout of it"
-    return Column(Path(sys.executable), missing, (Path(named),))
-
-
-COLUMNS = {
-    "transformers": _environment("transformers", "--transformers", exported=True),
-    "main": _main(),
-    "next": _environment("next", "--next CHECKOUT"),  # which finds the checkout by itself
-}
+CUTS = ("pad", "square")  # LLaVA's names: padded to a square, and cropped to one
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +36,31 @@ def exported(tiny: TinyLlava, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def home(tiny: TinyLlava) -> Home:
+def sight(tiny: TinyLlava, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Sight:
+    """A small square picture, and parts of a photograph: wide, high, and very high."""
+    import easy_vqa
+    from llava.conversation import conv_templates
+
+    folder = tmp_path_factory.mktemp("pictures")
+    photograph, _ = picture(None)
+    width, height = photograph.size
+    files = {"a drawing": easy_vqa.get_test_image_paths()[0]}
+    for name, size in (("wide", (1, 1 / 3)), ("high", (0.7, 1)), ("narrow", (0.4, 1))):
+        photograph.crop((0, 0, int(width * size[0]), int(height * size[1]))).save(folder / f"{name}.png")
+        files[name] = str(folder / f"{name}.png")
+    cropping = Path(shutil.copytree(tiny.llava, folder / "llava-v1.5-square"))
+    described = json.loads((cropping / "config.json").read_text()) | {"image_aspect_ratio": "square"}
+    (cropping / "config.json").write_text(json.dumps(described))
+    processors = {"pad": exported, "square": export(str(cropping), folder / "hf", logits=False).folder}
+    dialogue = DIALOGUES["one turn"]
+    prompt = prompt_of(conv_templates["vicuna_v1"], dialogue, "<image>")
+    return Sight(files, {cut: str(processors[cut]) for cut in CUTS}, prompt, messages_of(dialogue), template())
+
+
+@pytest.fixture(scope="module")
+def home(tiny: TinyLlava, sight: Sight) -> Home:
     """The LLaVA that is installed."""
-    return Home(tiny.llava)
+    return Home(tiny.llava, sight)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +76,7 @@ def column(
     request: pytest.FixtureRequest,
     tiny: TinyLlava,
     exported: Path,
+    sight: Sight,
     made_here: tuple[Mapping[str, str], Mapping[str, Tensor]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Mapping[str, str], Mapping[str, Tensor]]:
@@ -103,46 +86,40 @@ def column(
         pytest.skip(there.missing)
     folder = tmp_path_factory.mktemp(request.param)
     trained = {name: str(folder / name.replace(" ", "-")) for name in ADAPTERS}
-    job, out = folder / "job.json", folder / "answers.safetensors"
     messages = {name: messages_of(dialogue) for name, dialogue in DIALOGUES.items()}
     described = {"ask": made_here[0], "train": trained, "template": template(), "messages": messages}
-    job.write_text(json.dumps(described))
-    path = [str(each) for each in (*there.path, ROOT, ROOT / "tests/support")]
-    model = exported if there.exported else tiny.llava
-    done = subprocess.run(
-        [there.python, ROOT / "tests/support/everywhere.py", model, job, out],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
-    return trained, load_file(out)
-
-
-def template() -> str:
-    from llava.conversation import conv_templates
-
-    return chat_template(conv_templates["vicuna_v1"])
+    described["sight"] = asdict(sight)
+    return trained, there.run(exported if there.exported else tiny.llava, described, folder)
 
 
 def compare(one: Mapping[str, Tensor], other: Mapping[str, Tensor], name: str) -> None:
-    """Compare two answers of one adapter, in every case; those of the first have its effect beside them."""
-    for case in CASES:
+    """Compare two answers of one adapter, in every case; those of the first have its effect beside them.
+
+    A case whose picture a home has shrunk otherwise is compared by `differing_pictures` alone.
+    """
+    cases = [key.split("|")[1] for key in one if key.startswith(f"{name}|") and key.endswith("|logits")]
+    other_pixels = differing_pictures(one, other)
+    assert len(cases) == len(CASES) + 4 * len(CUTS)
+    for case in set(cases) - other_pixels:
         logits, again = (each[f"{name}|{case}|logits"] for each in (one, other))
         assert logits.shape == again.shape
         largest = float(logits.abs().max())
         assert float((logits - again).abs().max()) <= TOLERANCE * largest, (name, case)
         assert torch.equal(one[f"{name}|{case}|tokens"], other[f"{name}|{case}|tokens"]), (name, case)
-        if case in WITH_IMAGES:
+        if case != "text":
             plain = one[f"none|{case}|logits"]
             assert float((logits - plain).abs().max()) >= EFFECT * TOLERANCE * largest, (name, case)
 
 
-def of_this_home(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the answers with the adapters that a home has trained, and without any."""
-    trained = {key.removeprefix("here: "): value for key, value in found.items() if key.startswith("here: ")}
-    return trained | {key: value for key, value in found.items() if key.startswith("none|")}
+def differing_pictures(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[str]:
+    """Return the cases whose pixels are not the same to the bit; only those of narrow pictures may be so, by little."""
+    found = set()
+    for key in one:
+        if key.startswith("pixels|") and not torch.equal(one[key], other[key]):
+            levels = float((one[key] - other[key]).abs().max()) * 255 * DEVIATION
+            assert key == "pixels|narrow, square" and levels < LEVELS + 0.1, (key, levels)
+            found.add(key.partition("|")[2])
+    return found
 
 
 @pytest.mark.slow
@@ -160,8 +137,18 @@ def test_an_adapter_of_llava_answers_the_same_there(
 def test_an_adapter_trained_there_answers_the_same_in_llava(
     name: str, home: Home, column: tuple[Mapping[str, str], Mapping[str, Tensor]]
 ) -> None:
-    here = home.answers("none") | home.ask(name, Path(column[0][name]))
+    here = home.answers("none") | home.pixels() | home.ask(name, Path(column[0][name]))
     compare(of_this_home(column[1]), here, name)
+
+
+@pytest.mark.slow
+def test_a_picture_is_the_same_to_the_bit_behind_every_homes_own_processing(
+    made_here: tuple[Mapping[str, str], Mapping[str, Tensor]],
+    column: tuple[Mapping[str, str], Mapping[str, Tensor]],
+) -> None:
+    assert differing_pictures(made_here[1], column[1]) <= {"narrow, square"}
+    for name in ("wide", "high", "narrow"):  # these tell padding from cropping
+        assert not torch.equal(*(made_here[1][f"pixels|{name}, {cut}"] for cut in CUTS))
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """`llava-steering export`, from LLaVA's layout to transformers' and back.
 
-Covers `export/exporting.py`, `export/plans.py`, `export/configs.py`, `export/tensor_names.py`, `export/vocabulary.py`,
-`export/verification.py` and `cli/export.py`.
+Covers `export/exporting.py`, `export/comparing.py`, `export/plans.py`, `export/single_linear.py`, `export/configs.py`,
+`export/tensor_names.py`, `export/vocabulary.py`, `export/verification.py` and `cli/export.py`.
 """
 
 from __future__ import annotations
@@ -198,9 +198,8 @@ def test_nothing_is_left_of_an_export_that_is_found_to_differ(
 ) -> None:
     original = verification.transformers_answer
 
-    def wrong(*args: Any) -> Answered:
-        found = original(*args)
-        return Answered(found.pixels, found.logits * 1.001)
+    def wrong(*args: Any, **options: Any) -> list[Answered]:
+        return [Answered(found.pixels, found.logits * 1.001) for found in original(*args, **options)]
 
     monkeypatch.setattr(verification, "transformers_answer", wrong)
     with pytest.raises(AdapterError, match="logits of both models differ by"):

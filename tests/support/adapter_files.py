@@ -28,9 +28,10 @@ def set_header(folder: Path, **entries: str | None) -> None:
     save_file(tensors, folder / WEIGHTS, header)
 
 
-def change_llava_config(folder: Path, **settings: Any) -> None:
+def change_llava_config(folder: Path, **settings: Any) -> Path:
     """Set entries of the LLaVA config that the adapter was trained with."""
     set_header(folder, **{LLAVA_HEADER: json.dumps(json.loads(header_of(folder)[LLAVA_HEADER]) | settings)})
+    return folder
 
 
 def as_version_0_1(folder: Path) -> Path:

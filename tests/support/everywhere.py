@@ -6,8 +6,9 @@ Run as a program in the environment of each, so that adapters can be compared be
 
 JOB says which adapters are put on the model and asked (`ask`, a folder by name), and which are trained (`train`, a
 folder by name): every adapter's logits and greedy tokens in every case are in OUT, as `<adapter>|<case>|logits` and
-`|tokens`, and the model's own as those of the adapter "none". The logits of adapters that are the same everywhere are
-there, too, and of transformers the tokens of prompts (`template`, `messages` by name).
+`|tokens`, and the model's own as those of the adapter "none". Pictures (`sight`) are cases, too: each goes through the
+home's own processing of images, and what comes out is there as `pixels|<case>`. The logits of adapters that are the
+same everywhere are there, too, and of transformers the tokens of prompts (`template`, `messages` by name).
 
 `RECORD_EVERYWHERE=OUT pytest tests/everywhere` keeps the logits for machines without that environment.
 """
@@ -17,7 +18,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -50,28 +53,64 @@ def pictures(count: int) -> Tensor:
     return torch.randn(PICTURES, 3, SIDE, SIDE, generator=generator)[:count]
 
 
-class Home:
-    """A model in float32, called on prompts with -200 for an image."""
+@dataclass(frozen=True)
+class Sight:
+    """Pictures about which a home is asked, and how it takes them.
 
-    def __init__(self, folder: Path):
-        self.image_token = json.loads((folder / "config.json").read_text()).get("image_token_index")
+    Attributes:
+        pictures: a file by name.
+        processors: for each of LLaVA's image_aspect_ratio, the folder of transformers' processor.
+        prompt: as LLaVA writes it, with <image> for the picture.
+        messages: the same for a chat template, `template`.
+    """
+
+    pictures: Mapping[str, str]
+    processors: Mapping[str, str]
+    prompt: str
+    messages: Sequence[Mapping[str, Any]]
+    template: str
+
+
+class Home:
+    """A model in float32, called on prompts with -200 for an image, and about pictures.
+
+    One that cuts pictures into tiles is called about pictures alone.
+    """
+
+    def __init__(self, folder: Path, sight: Sight | None = None):
+        self.folder = folder
+        self.settings = json.loads((folder / "config.json").read_text())
+        self.image_token = self.settings.get("image_token_index")
         self.model = (self._llava if self.image_token is None else self._own_class)(folder).float().eval()
         self.model.requires_grad_(False)
+        grid = self.settings.get("image_grid_pinpoints")
+        self.calls = {case: self.call(prompt) for case, prompt in CASES.items() if grid is None}
+        if sight is not None:
+            look = self._llavas_look if self.image_token is None else self._processors_look
+            for cut in sight.processors:
+                for name, file in sight.pictures.items():
+                    self.calls[f"{name}, {cut}"] = look(sight, cut, file)
 
     def _llava(self, folder: Path) -> Any:
-        from steered import load_llava
-
+        from llava_steering_plugin.components.model_types import of_llava_type
         from llava_steering_plugin.upstream.install import install
+        from llava_steering_plugin.upstream.model.language_models import own_class, register
         from llava_steering_plugin.upstream.model.towers import own_towers
 
         install()
+        model_type = self.settings["model_type"]
+        component = of_llava_type(model_type)
+        kind = own_class(model_type) or register(component, model_type)
         with own_towers():  # LLaVA-NeXT would draw a random one
-            return load_llava(folder)
+            model = kind.from_pretrained(folder, torch_dtype=torch.float32)
+        model.get_vision_tower().load_model()
+        return model
 
     def _own_class(self, folder: Path) -> Any:
-        from transformers import LlavaForConditionalGeneration
+        import transformers
 
-        return LlavaForConditionalGeneration.from_pretrained(folder, torch_dtype=torch.float32)
+        kind = getattr(transformers, self.settings["architectures"][0])
+        return kind.from_pretrained(folder, torch_dtype=torch.float32)
 
     def call(self, prompt: Sequence[int]) -> dict[str, Any]:
         """Return the arguments of a call for one prompt."""
@@ -83,12 +122,41 @@ class Home:
         found = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         return found if images is None else found | {"pixel_values": images}
 
+    def _llavas_look(self, sight: Sight, cut: str, file: str) -> dict[str, Any]:
+        from llava.mm_utils import process_images, tokenizer_image_token
+        from PIL import Image
+        from transformers import AutoTokenizer
+
+        processor = self.model.get_vision_tower().image_processor
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, use_fast=False)
+        image = Image.open(file).convert("RGB")
+        grid = self.settings.get("image_grid_pinpoints")
+        cutting = SimpleNamespace(image_aspect_ratio=cut, image_grid_pinpoints=grid)
+        pixels = torch.as_tensor(process_images([image], processor, cutting)[0])[None]
+        ids = tokenizer_image_token(sight.prompt, tokenizer, return_tensors="pt")[None]
+        return {"input_ids": ids, "images": pixels} | ({} if grid is None else {"image_sizes": [image.size]})
+
+    def _processors_look(self, sight: Sight, cut: str, file: str) -> dict[str, Any]:
+        from PIL import Image
+        from transformers import AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(sight.processors[cut])
+        text = processor.apply_chat_template(
+            sight.messages, chat_template=sight.template, tokenize=False, add_generation_prompt=True
+        )
+        return dict(processor(text=text, images=Image.open(file).convert("RGB"), return_tensors="pt"))
+
+    def pixels(self) -> dict[str, Tensor]:
+        """Return what the vision tower gets of each picture, as `pixels|<case>`."""
+        seen = {case: call for case, call in self.calls.items() if case not in CASES}
+        return {f"pixels|{case}": call.get("images", call.get("pixel_values")) for case, call in seen.items()}
+
     @torch.no_grad()
     def answers(self, name: str) -> dict[str, Tensor]:
         """Return the logits of every position and `NEW` greedy tokens, in every case."""
         found = {}
-        for case, prompt in CASES.items():
-            call = self.call(prompt)
+        for case, given in self.calls.items():
+            call = dict(given)
             found[f"{name}|{case}|logits"] = self.model(**call).logits[0, :, :ROWS].float().contiguous()
             first = () if self.image_token is not None else (call.pop("input_ids"),)
             made = self.model.generate(*first, **call, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW)
@@ -111,8 +179,8 @@ class Home:
         before = [parameter.detach().clone() for parameter in trained]
         optimiser = torch.optim.Adam(trained, lr=0.03)
         for _ in range(4):
-            for case in ("one image", "several images"):
-                call = self.call(CASES[case])
+            for case in list(self.calls)[:2]:  # about images
+                call = dict(self.calls[case])
                 call["labels"] = torch.where(torch.arange(call["input_ids"].shape[1]) > 4, call["input_ids"], -100)
                 call["labels"][(call["labels"] == IMAGE) | (call["labels"] == self.image_token)] = -100
                 self.model(**call).loss.backward()
@@ -168,7 +236,7 @@ class Home:
 
 def run(home: Home, ask: Mapping[str, str], train: Mapping[str, str]) -> dict[str, Tensor]:
     """Ask and train all adapters of a job; return all answers."""
-    found = home.answers("none")
+    found = home.answers("none") | home.pixels()
     for name, folder in ask.items():
         found |= home.ask(name, Path(folder))
     for name, folder in train.items():
@@ -181,9 +249,11 @@ def main() -> None:
 
     model, job, out = map(Path, sys.argv[1:])
     described = json.loads(job.read_text())
-    home = Home(model)
-    found = run(home, described["ask"], described["train"]) | home.fixed()
-    if home.image_token is not None:
+    home = Home(model, Sight(**described["sight"]) if described.get("sight") else None)
+    found = run(home, described["ask"], described["train"]) | (
+        home.fixed() if home.calls.keys() >= CASES.keys() else {}
+    )
+    if home.image_token is not None and "messages" in described:
         found |= home.prompts(model, described["template"], described["messages"])
     save_file(found, out)
 

@@ -13,12 +13,17 @@ class Qwen2(LanguageModel):
     summary = "Qwen2 and Qwen2.5"
     model_type = "qwen2"
     llava_type = "llava_qwen2"
+    other_llava_types = ("llava_qwen",)  # LLaVA-NeXT's
     version = "qwen2_5"
 
     @classmethod
     def formats(cls) -> dict[str, ChatFormat]:
-        """Return the two system prompts of the instruction models' own templates."""
+        """Return the two system prompts of the instruction models' own templates.
+
+        The first also has the name under which LLaVA-NeXT's scripts train with it.
+        """
         return {
             "qwen2": chatml("You are a helpful assistant."),
             "qwen2_5": chatml("You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+            "qwen_1_5": chatml("You are a helpful assistant."),
         }

@@ -36,6 +36,16 @@ def types_of_llava() -> set[str]:
     return {"llava", *parents, *(each.model_type for each in own)}
 
 
+def type_in_llava(model_type: str) -> str:
+    """Return what the LLaVA that is installed calls a model type for which it has a class under another name.
+
+    LLaVA-NeXT has llava_qwen for what a component calls llava_qwen2. Any other type is returned as it is.
+    """
+    component = of_llava_type(model_type)
+    names = () if component is None else (model_type, *component.llava_types())
+    return next((name for name in names if name in types_of_llava()), model_type)
+
+
 def own_class(model_type: str) -> Any:
     """Return LLaVA's own class for a base of that type, plain or a LLaVA; None if it has none.
 
@@ -45,7 +55,7 @@ def own_class(model_type: str) -> Any:
 
     import_module("llava.model")
     own = [each for each in CONFIG_MAPPING._extra_content.values() if each.__module__.startswith("llava.")]
-    wanted = "llava_llama" if model_type == "llava" else model_type
+    wanted = "llava_llama" if model_type == "llava" else type_in_llava(model_type)
     for parents in (False, True):
         for config in own:
             types = [each.model_type for each in config.__mro__ if getattr(each, "model_type", "")]
@@ -69,12 +79,12 @@ def chosen(described: Mapping[str, Any], base: str, named: str | None = None) ->
     model_type = str(described["model_type"])
     if named is not None:
         component = LANGUAGE_MODELS.get(named)
-        if model_type not in (component.model_type, component.llava_type):
+        if model_type not in (component.model_type, *component.llava_types()):
             raise ArgumentsError(
                 f"--{FLAG} {named} is for bases of type {component.model_type!r} or {component.llava_type!r}; the "
                 f"config.json of {base} says {model_type!r}.{_suggestion(model_type)}"
             )
-    elif model_type in types_of_llava():
+    elif type_in_llava(model_type) in types_of_llava():
         return None
     else:
         found = of_llava_type(model_type) or of_model_type(model_type)
@@ -94,7 +104,7 @@ def _suggestion(model_type: str) -> str:
 def unknown_type(model_type: str, base: str) -> str | None:
     """Return what to say of a base that neither LLaVA nor a component can make a LLaVA of; None if one can."""
     known = types_of_llava() | {each.model_type for each in language_models()}
-    known |= {each.llava_type for each in language_models()}
+    known |= {name for each in language_models() for name in each.llava_types()}
     if model_type in known:
         return None
     return (
@@ -110,7 +120,7 @@ def loaded_as(model_type: str) -> type[LanguageModel] | None:
     Raises:
         UpstreamError: neither LLaVA nor a component has a LLaVA's type; or it needs another transformers.
     """
-    if model_type in types_of_llava() or not model_type.startswith("llava"):
+    if type_in_llava(model_type) in types_of_llava() or not model_type.startswith("llava"):
         return None
     component = of_llava_type(model_type)
     if component is None:
@@ -124,9 +134,14 @@ def loaded_as(model_type: str) -> type[LanguageModel] | None:
     return component
 
 
-def register(component: type[LanguageModel]) -> Any:
-    """Return the LLaVA class of a component; transformers' AutoConfig and AutoModel know it from then on."""
-    return llava_class(component.causal_class(), component.llava_type)
+def register(component: type[LanguageModel], model_type: str | None = None) -> Any:
+    """Return the LLaVA class of a component; transformers' AutoConfig and AutoModel know it from then on.
+
+    Args:
+        model_type: of the checkpoint; None, or the plain language model's: what the component calls its LLaVAs.
+    """
+    known = component.llava_types()
+    return llava_class(component.causal_class(), model_type if model_type in known else component.llava_type)
 
 
 @contextmanager
@@ -164,23 +179,28 @@ def load_by_type(
         # On a separate base LLaVA only builds Llamas, also where it has a class for checkpoints that are whole.
         separate = call.arguments.get("model_base") is not None
         component = (of_llava_type(model_type) if separate else None) or loaded_as(model_type)
+        if component is None and (own := type_in_llava(model_type)) != model_type:
+            call.arguments["model_name"] = own.replace("_", "-")
     if component is not None:
         # LLaVA goes by parts of names; this one has none but what the files are.
         lora = os.path.isfile(os.path.join(call.arguments["model_path"], "adapter_config.json"))
         call.arguments["model_name"] = "llava-lora" if lora else "llava"
-    with in_loading(module, component):
+    with in_loading(module, component, model_type):
         loaded = original(*call.args, **call.kwargs)
     offer_if_any(loaded[0], str(call.arguments["model_path"]))
     return loaded
 
 
 @contextmanager
-def in_loading(module: ModuleType, component: type[LanguageModel] | None) -> Iterator[None]:
+def in_loading(
+    module: ModuleType, component: type[LanguageModel] | None, model_type: str | None = None
+) -> Iterator[None]:
     """Have `llava.model.builder` load the component's LLaVA, with its tokenizer, for as long as the block runs.
 
     Args:
         module: `llava.model.builder`.
         component: None leaves it as it is.
+        model_type: of the checkpoint.
     """
     with _ONE_AT_A_TIME:
         if component is None:
@@ -188,7 +208,7 @@ def in_loading(module: ModuleType, component: type[LanguageModel] | None) -> Ite
             return
         require(module, "LlavaLlamaForCausalLM")
         tokenizers = Tokenizers(require(module, "AutoTokenizer"), component.name)
-        with replaced(module, LlavaLlamaForCausalLM=register(component), AutoTokenizer=tokenizers):
+        with replaced(module, LlavaLlamaForCausalLM=register(component, model_type), AutoTokenizer=tokenizers):
             yield
 
 

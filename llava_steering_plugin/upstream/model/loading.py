@@ -22,6 +22,7 @@ from llava_steering_plugin.errors import BaseMismatch, SteeringError
 from llava_steering_plugin.foreign_files import check_folder
 from llava_steering_plugin.modes.base import default_dtype
 from llava_steering_plugin.upstream.model.component_checks import check_installed
+from llava_steering_plugin.upstream.model.image_layouts import unknown_layout
 from llava_steering_plugin.upstream.model.language_models import load_by_type
 from llava_steering_plugin.upstream.model.loader_calls import place_like_llava, takes_whole_checkpoints_alone
 from llava_steering_plugin.upstream.model.staging import leave_projector_unpacked, stage_projector, stage_whole
@@ -106,6 +107,8 @@ def _load(module: ModuleType, original: Callable[..., Any], call: inspect.BoundA
         )
     trained = trained_settings(stored)
     check_installed(described if "mm_vision_tower" in described else trained)
+    if reason := unknown_layout(trained):
+        raise BaseMismatch(f"the adapter in {folder} was trained on other pictures than it would get here: {reason}.")
     check_folder(base, "the base")
     tower = (described if "mm_vision_tower" in described else trained).get("mm_vision_tower")
     if isinstance(tower, str):

@@ -37,7 +37,7 @@ def of_any_tokenizer(
         sources = copy.deepcopy(given["sources"]) if request is not None and mode_is_on(request.flags) else None
         made = original(*args, **kwargs)
         if sources is not None:
-            _clear_first_prompts(made, sources, lambda turns: original(**{**given, "sources": [turns]}))
+            clear_first_prompts(made, sources, lambda turns: original(**{**given, "sources": [turns]}))
         return made
     encoded = [
         encode(source, template, given["tokenizer"], has_image=given.get("has_image", False))
@@ -65,7 +65,7 @@ def prompt_ids(said: Sequence[str], template: Any, tokenizer: Any) -> list[int]:
     return _ids(conversation.get_prompt(), tokenizer, True)
 
 
-def _clear_first_prompts(made: Any, sources: Sequence[Sequence[Turn]], prepare: Callable[[list[Turn]], Any]) -> None:
+def clear_first_prompts(made: Any, sources: Sequence[Sequence[Turn]], prepare: Callable[[list[Turn]], Any]) -> None:
     """Learn nothing before the first answer, so that it shows where the prompt ends.
 
     LLaVA-NeXT's templates for Qwen and Llama 3 also have the marks of speakers learned, from the first token of a text
