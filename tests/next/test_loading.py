@@ -6,7 +6,6 @@ Covers `upstream/model/towers.py`, `upstream/model/staging.py`, `upstream/model/
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -152,20 +151,6 @@ def test_a_tower_that_the_checkpoint_holds_is_the_one_that_sees(whole: Path, mad
     expected = CLIPVisionModel.from_pretrained(made.tiny.tower).state_dict()
     for name, value in expected.items():
         torch.testing.assert_close(tower[name].float(), 1.5 * value, rtol=1e-2, atol=1e-3)
-
-
-def test_a_base_that_llava_calls_llava_qwen2_is_its_llava_qwen(
-    whole: Path, adapters: dict[str, Path], tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(whole, tmp_path / "llava-v1.5-named-otherwise"))
-    described = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(described | {"model_type": "llava_qwen2"}))
-    own = load_base(str(whole), device="cpu", only_llava=True)
-    base = load_base(str(folder), device="cpu", only_llava=True)
-    assert type(base.pool.model) is type(own.pool.model)
-    base.pool.load("pets", str(adapters["qwen"]))
-    values = zip(base.pool.model.state_dict().values(), own.pool.model.state_dict().values(), strict=False)
-    assert all(torch.equal(one, other) for one, other in values)
 
 
 def test_llava_steering_eval_answers_on_it(
