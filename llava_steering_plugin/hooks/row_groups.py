@@ -41,12 +41,14 @@ class Group:
         this_pass: describes the pass for these rows alone.
         rows: int64 [rows of the group], their numbers in the batch; None if they are all rows of the pass.
         of: the numbers of rows and positions of the whole pass.
+        span: the same rows, where they follow each other: they need not be copied then.
     """
 
     modules: Mapping[str, nn.Module]
     this_pass: ForwardPass
     rows: Tensor | None
     of: tuple[int, int]
+    span: slice | None = None
     _latest: list[Any] = field(default_factory=list, repr=False, compare=False)
 
     def updated(self, module: nn.Module, output: Tensor, inputs: Any, further: Mapping[str, Any] = _NONE) -> Tensor:
@@ -64,16 +66,23 @@ class Group:
         if self.rows is None:
             result: Tensor = module(output, inputs, self.this_pass, **further)
             return result
+        if self.span is not None and not output.requires_grad:
+            mine = self._by_rows(output)[self.span]
+            read = self._rows_of(inputs, self.span) if getattr(module, "reads_inputs", True) else None
+            part: Tensor = module(mine, read, self.this_pass, **further)
+            if part.data_ptr() != mine.data_ptr():
+                mine.copy_(part)
+            return output
         rows = self.this_pass.once(("rows", output.device), lambda: _on(self.rows, output.device))
         read = self._rows_of(inputs, rows) if getattr(module, "reads_inputs", True) else None
-        part: Tensor = module(self._by_rows(output)[rows], read, self.this_pass, **further)
+        part = module(self._by_rows(output)[rows], read, self.this_pass, **further)
         # In place, as the host's output has no other reader yet and a copy would cost more than the update. Autograd,
         # however, may need the output unchanged.
         whole = output.clone() if output.requires_grad else output
         self._by_rows(whole).index_copy_(0, rows, part)
         return whole
 
-    def _rows_of(self, inputs: Any, rows: Tensor) -> Tensor | None:
+    def _rows_of(self, inputs: Any, rows: Tensor | slice) -> Tensor | None:
         """Return the group's rows of a host's input; of one tensor the same ones, for hosts that are called on it."""
         if not isinstance(inputs, Tensor):
             return None
@@ -111,6 +120,7 @@ class Rows:
         self._at_decode = tuple(adapter for adapter in self.active if adapter.at_decode)
         self._kept: dict[Adapter, dict[Hashable, Any]] = {adapter: {} for adapter in self.active}
         self._numbers: dict[tuple[int, torch.device], dict[Adapter, Tensor | None]] = {}
+        self._spans = {adapter: self._span(adapter) for adapter in self.active}
 
     def groups(self, this_pass: ForwardPass) -> tuple[Group, ...]:
         """Return the rows of a pass by adapter, without the adapters that have nothing to do in it.
@@ -125,12 +135,27 @@ class Rows:
         numbers = self._numbers_of(rows, this_pass.visual.device)
         return tuple(self._group(this_pass, adapter, numbers[adapter], (rows, positions)) for adapter in working)
 
+    def keep(self, part: Rows) -> None:
+        """Take over what the prefill of `part`, all rows of some adapters, has left for decode steps."""
+        for adapter in part.active:
+            self._kept[adapter] = part._kept[adapter]
+
     def _group(self, this_pass: ForwardPass, adapter: Adapter, rows: Tensor | None, of: tuple[int, int]) -> Group:
         masks = (this_pass.visual, this_pass.text, this_pass.prompt)
+        span = None
         if rows is not None:
-            masks = (this_pass.visual[rows], this_pass.text[rows], this_pass.prompt[rows])
+            if (mine := self._spans[adapter]) is not None:
+                times = of[0] // len(self.adapters)
+                span = slice(mine.start * times, mine.stop * times)
+            place = rows if span is None else span
+            masks = (this_pass.visual[place], this_pass.text[place], this_pass.prompt[place])
         part = ForwardPass(*masks, this_pass.decode, self._kept[adapter], loss_gradient=this_pass.loss_gradient)
-        return Group(adapter.at_decode if this_pass.decode else adapter.modules, part, rows, of)
+        return Group(adapter.at_decode if this_pass.decode else adapter.modules, part, rows, of, span)
+
+    def _span(self, adapter: Adapter) -> slice | None:
+        """Return the rows of an adapter if they follow each other."""
+        mine = [row for row, other in enumerate(self.adapters) if other is adapter]
+        return slice(mine[0], mine[-1] + 1) if mine[-1] - mine[0] + 1 == len(mine) else None
 
     def _numbers_of(self, rows: int, device: torch.device) -> dict[Adapter, Tensor | None]:
         """Return every adapter's row numbers in a pass of `rows` rows, in which the call's rows may be repeated.

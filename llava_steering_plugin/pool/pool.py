@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,7 +30,7 @@ from llava_steering_plugin.hooks.owner import ModelOwner, owner_of
 from llava_steering_plugin.hooks.parameter_names import PROJECTOR
 from llava_steering_plugin.hooks.scope import Scope, current
 from llava_steering_plugin.modes.base import ForwardPass
-from llava_steering_plugin.pool import row_names
+from llava_steering_plugin.pool import row_by_row, row_names
 from llava_steering_plugin.pool.adapter import AdapterDetails, PooledAdapter
 from llava_steering_plugin.pool.image_features import ImageFeatures, refuse_ready_made
 from llava_steering_plugin.pool.newlines import marking, with_newlines
@@ -117,8 +118,7 @@ class AdapterPool(ModelOwner):
             except BaseException:  # the device is full
                 self._retire(adapter)
                 raise
-            before = self._adapters.get(name)
-            self._adapters[name] = adapter
+            before, self._adapters[name] = self._adapters.get(name), adapter
             if before is not None:
                 self._retire(before)
 
@@ -154,8 +154,7 @@ class AdapterPool(ModelOwner):
     def modules(self, name: str) -> dict[str, Any]:
         """Return an adapter's modules by the path of their host below the decoder stack; of the base there are none."""
         with self._lock:
-            adapter = self._find(name)
-            return dict(adapter.modules) if adapter is not None else {}
+            return dict(adapter.modules) if (adapter := self._find(name)) is not None else {}
 
     def remove(self) -> None:
         """Give the model back as it was, to the bit.
@@ -256,14 +255,16 @@ class AdapterPool(ModelOwner):
             scope.rows.note_ids(args, kwargs)
         super()._begin(scope, args, kwargs)
 
+    def _run(self, scope: Scope, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return row_by_row.run(scope, args, kwargs, partial(super()._run, scope, original, args))
+
     def _with_image_parts(self) -> ServedRows | None:
         """Return the rows of the present call, if an adapter of theirs has image parts of its own."""
         scope = current()
         if scope is None or scope.owner is not self or id(self) in scope.disabled:
             return None
-        rows = scope.rows
-        own = isinstance(rows, ServedRows) and (rows.brings_projectors or rows.brings_newlines)
-        return rows if own and isinstance(rows, ServedRows) else None
+        rows = scope.rows if isinstance(scope.rows, ServedRows) else None
+        return rows if rows is not None and (rows.brings_projectors or rows.brings_newlines) else None
 
     def _rows_of(self, scope: Scope) -> int | None:
         return scope.rows.count if isinstance(scope.rows, ServedRows) else None

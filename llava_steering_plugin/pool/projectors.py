@@ -57,6 +57,20 @@ class ServedRows(Rows):
         own = dict.fromkeys(self.pooled[row if self.count else 0] for row in rows)
         return ", ".join("the base" if each is None else f"the adapter {each.name!r}" for each in own)
 
+    def parts(self) -> list[list[int]]:
+        """Return the numbers of the rows, one row for itself; those of an adapter that works at decode steps together.
+
+        Every row has to have its adapter named.
+        """
+        found: dict[object, list[int]] = {}
+        for number, adapter in enumerate(self.pooled):
+            found.setdefault(adapter if adapter is not None and adapter.at_decode else number, []).append(number)
+        return list(found.values())
+
+    def only(self, numbers: Sequence[int]) -> ServedRows:
+        """Return some of the rows, for a prefill of their own; `keep` gives back what it has left."""
+        return ServedRows([self.pooled[number] for number in numbers])
+
     @property
     def brings_projectors(self) -> bool:
         """True if any row's adapter has a projector of its own."""

@@ -19,6 +19,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.hooks.finite_rows import not_finite
+from llava_steering_plugin.pool.row_by_row import reading_row_by_row
 from llava_steering_plugin.serving.generation.prompts import Prompts
 from llava_steering_plugin.serving.generation.row import Row
 from llava_steering_plugin.serving.generation.sampling import choose_tokens
@@ -37,26 +38,51 @@ class TokensByRow(LogitsProcessor):
     def __init__(self, rows: Sequence[Row], ends: Sequence[int], begun: Callable[[], None]):
         self.rows, self.ends, self.begun = rows, ends, begun
         self.steps = 0
+        self._first: dict[int, int] = {}
+
+    def first(self, numbers: Sequence[int], scores: Tensor) -> None:
+        """Choose the first tokens of some rows, whose prompts were read before those of the others.
+
+        Args:
+            scores: float [rows, vocabulary], of these rows.
+        """
+        self._first |= zip(numbers, self._chosen([self.rows[number] for number in numbers], scores), strict=True)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not self.steps:
             self.begun()
+        if not self.steps and self._first:
+            tokens = [self._first[number] for number in range(len(self.rows))]
+        else:
+            tokens = self._chosen(self.rows, scores)
         self.steps += 1
+        forced = torch.full_like(scores, -1e4)  # finite in float16, too
+        return forced.scatter_(1, torch.tensor(tokens, device=scores.device).unsqueeze(1), 0)
+
+    def _chosen(self, rows: Sequence[Row], scores: Tensor) -> list[int]:
+        """Choose the next tokens of rows, and hand them to the rows; return those to go on with."""
         broken = not_finite(scores)
-        samplers = [None if row.ended or row.answer.cancelled else row.sampler for row in self.rows]
+        # A row that has taken this token already, before its batch failed, goes on from there.
+        before = [row.last if row.tokens > self.steps else None for row in rows]
+        samplers = [
+            None if row.ended or row.answer.cancelled or token is not None else row.sampler
+            for row, token in zip(rows, before, strict=True)
+        ]
         chosen = choose_tokens(samplers, scores, broken)
         # The only wait for the device in a step.
+        tokens: list[int]
         tokens, without = torch.stack((chosen, broken.long())).tolist()
-        for number, row in enumerate(self.rows):
+        for number, (row, token) in enumerate(zip(rows, before, strict=True)):
             row.end_if_cancelled()
-            if not row.ended and without[number]:
+            if token is not None:
+                tokens[number] = token
+            elif not row.ended and without[number]:
                 row.end_without_numbers()
             elif not row.ended:
                 row.take(tokens[number], self.ends)
             if row.ended:
                 tokens[number] = self.ends[0] if self.ends else 0
-        forced = torch.full_like(scores, -1e4)  # finite in float16, too
-        return forced.scatter_(1, torch.tensor(tokens, device=scores.device).unsqueeze(1), 0)
+        return tokens
 
 
 class AllEnded(StoppingCriteria):
@@ -82,14 +108,14 @@ class Watcher(Protocol):
 def answer_rows(prompts: Prompts, rows: Sequence[Row], watcher: Watcher) -> None:
     """Answer rows that may share a batch; all of them have ended when it returns.
 
-    Where a batch fails before its first token, its rows are tried again one by one, and only the one that is to blame
-    fails: it may be a prompt whose tokens cannot be told apart, or memory that is too small for all of them.
+    Where a batch fails before a row has its second token, its rows are tried again one by one, and only the one that is
+    to blame fails: it may be a prompt whose tokens cannot be told apart, or memory that is too small for all of them.
     """
     error = _generated(prompts, rows, watcher)
     if error is None:
         return
-    if len(rows) > 1 and not any(row.tokens for row in rows):
-        logger.warning("%d answers failed before their first token; each is tried again alone", len(rows))
+    if len(rows) > 1 and all(row.tokens < 2 for row in rows):
+        logger.warning("%d answers failed before their second token; each is tried again alone", len(rows))
         for row in rows:
             if not row.ended:
                 answer_rows(prompts, [row], watcher)
@@ -112,7 +138,7 @@ def _generated(prompts: Prompts, rows: Sequence[Row], watcher: Watcher) -> Excep
     settings.max_new_tokens = max(row.most for row in rows)
     ids, attention = _padded(rows, model.device)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), reading_row_by_row(choose.first):
             model.generate(
                 ids,
                 attention_mask=attention,

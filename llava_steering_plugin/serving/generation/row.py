@@ -31,7 +31,8 @@ class Row:
         length: positions of the prompt in the decoder.
         most: tokens after which the answer ends.
         alone: it would be another answer in a batch with others.
-        tokens: generated so far.
+        tokens: how many have been generated so far.
+        last: the newest of them.
     """
 
     answer: Answer
@@ -45,6 +46,7 @@ class Row:
     sampler: Sampler
     text: AnswerText
     tokens: int = 0
+    last: int | None = None
 
     @property
     def ended(self) -> bool:
@@ -58,6 +60,7 @@ class Row:
             ends: the tokens that end any answer.
         """
         self.tokens += 1
+        self.last = token
         if token in ends:
             self._complete("stop", self.text.rest())
             return

@@ -1,6 +1,7 @@
 """Rows of a batch answer as alone: `serving/generation/row.py`, `serving/generation/sampling.py`.
 
 What a request becomes: `serving/generation/prompts.py`, `serving/generation/images.py`.
+How prompts are read: `pool/row_by_row.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from serving_fixtures import NAMES, Question, made, read
 
 from llava_steering_plugin.pool.pool import BASE
 from llava_steering_plugin.serving.generation.request import NO_ANSWER, End, Event, Problem
+from llava_steering_plugin.serving.generation.row import Row
 
 pytest_plugins = ["serving_fixtures"]
 
@@ -126,8 +128,8 @@ def test_an_error_in_the_middle_ends_all_rows_of_its_batch_with_a_message_and_th
     passes: list[int] = []
 
     def fail(_: Any, args: Any, scores: Any) -> None:
-        passes.append(len(scores))
-        if len(passes) == 5:
+        passes.extend([len(scores)] if len(scores) == 3 else [])  # prompts may be read one by one
+        if len(passes) == 4:
             raise RuntimeError("out of memory")
 
     requests = [question.asked(name) for name, question in zip(("cats", "dogs", BASE), asked, strict=False)]
@@ -150,12 +152,38 @@ def test_a_batch_that_is_too_large_for_the_memory_is_answered_row_by_row(worker:
             raise RuntimeError("out of memory")
 
     requests = [question.asked("cats") for question in asked[:3]]
+    requests.append(asked[3].asked("dogs", temperature=0.9, seed=5))
     alone = [made(worker, request)[0] for request in requests]
     handle = worker.model.lm_head.register_forward_hook(fail)
     try:
-        assert made(worker, *requests, batch=3) == alone
+        assert made(worker, *requests, batch=4) == alone
     finally:
         handle.remove()
+
+
+def test_a_row_has_its_first_token_before_the_prompts_of_the_next_ones_are_read(
+    worker: Any, asked: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[object] = []
+    take = Row.take
+
+    def noted(row: Row, token: int, ends: Any) -> None:
+        order.append(row.adapter)
+        take(row, token, ends)
+
+    monkeypatch.setattr(Row, "take", noted)
+    names = ["cats", "mixlora-x", BASE, "mixlora-x", "birds"]
+    requests = [
+        replace(asked[number], tokens=2, prompt=asked[number].prompt.replace("A chat", "A " * number + "chat")).asked(
+            name
+        )
+        for number, name in enumerate(names)
+    ]
+    handle = worker.model.lm_head.register_forward_hook(lambda _, args, scores: order.append(len(scores)))
+    made(worker, *requests, batch=5)
+    handle.remove()
+    # The two of one MixLoRA are read together: what it has chosen for them is for its decode steps.
+    assert order == [1, "cats", 2, "mixlora-x", "mixlora-x", 1, BASE, 1, "birds", 5, *names]
 
 
 def test_rows_of_adapters_that_read_padding_are_answered_alone_and_the_others_together(
