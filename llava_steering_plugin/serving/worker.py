@@ -57,6 +57,7 @@ def run(options: WorkerOptions) -> None:
     from llava_steering_plugin.serving.http.admin import Admin
     from llava_steering_plugin.serving.http.app import build, give_up_stalled
     from llava_steering_plugin.serving.http.connections import Connection
+    from llava_steering_plugin.serving.http.server import Server
 
     give_up_stalled(listener, limits.stall_seconds)  # connections made from here on inherit it
     if not is_loopback(options.host):
@@ -113,10 +114,9 @@ def run(options: WorkerOptions) -> None:
         http=Connection,
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=5,
         limit_concurrency=limits.connections,
     )
-    uvicorn.Server(config).run([listener])
+    Server(config, application.state.admission.slots).run([listener])
 
 
 app.command()(command(run, WorkerOptions))

@@ -10,6 +10,7 @@ from typing import Literal
 BUSY = "The worker is too busy. Please try again in a moment."
 NO_ANSWER = "The worker could not finish this answer; its log says why. Please try again."
 NOT_FINITE = "This model has no answer: its numbers became infinite. Please choose another model from the list."
+STOPPING = "The worker is being stopped. Please try again in a moment."
 GONE = "This model is no longer served. Reload the page for the list."
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
@@ -59,6 +60,7 @@ class Problem(Enum):
     GONE = "the adapter was removed while the request waited"
     NOT_FINITE = "the logits became NaN or infinite"
     FAILED = "the generation failed; the log says why"
+    STOPPED = "the worker was told to end"
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from llava_steering_plugin.serving.generation.answer import Answer, Observer
-from llava_steering_plugin.serving.generation.request import BUSY, NO_ANSWER, End, GenerationRequest, Problem
+from llava_steering_plugin.serving.generation.request import BUSY, NO_ANSWER, STOPPING, End, GenerationRequest, Problem
 
 logger = logging.getLogger(__name__)
+
+_STOPPED = End("error", problem=Problem.STOPPED, message=STOPPING)
 
 
 class Turn:
@@ -93,6 +95,7 @@ class Slots:
         self._changed = changed
         self._turns: list[Turn] = []
         self._starting: Turn | None = None
+        self._stopped = False
         # Threads that stay: a new one for every batch would leave memory behind.
         self._threads = ThreadPoolExecutor(count, "generating")
 
@@ -113,6 +116,9 @@ class Slots:
         answer.observer = self.observer
         if self.observer is not None:
             self.observer.asked(answer)
+        if self._stopped:
+            answer.put(_STOPPED)
+            return answer
         self.waiting.append(answer)
         # Not at once: requests that come together share a batch.
         asyncio.get_running_loop().call_soon(self.fill)
@@ -171,6 +177,13 @@ class Slots:
         self.let_start(turn)
         self._changed()
         self.fill()
+
+    def stop(self) -> None:
+        """End all answers, and those that are asked for from now on: the process is about to end."""
+        self._stopped = True
+        waiting, self.waiting = self.waiting, []
+        for answer in (*self.running, *waiting):
+            answer.put(_STOPPED)
 
     def _forget(self, answer: Answer) -> None:
         """Take an answer that waits out of the queue: nobody wants it any more."""

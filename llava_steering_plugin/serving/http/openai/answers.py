@@ -19,6 +19,7 @@ ERRORS = {
     Problem.GONE: (404, "This model is no longer served; GET /v1/models lists those that are.", "model_not_found"),
     Problem.NOT_FINITE: (500, "This model has no answer: its numbers became infinite.", "not_finite"),
     Problem.FAILED: (500, "", "generation_failed"),
+    Problem.STOPPED: (503, "", "server_stopping"),
 }
 
 
