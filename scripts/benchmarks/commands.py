@@ -82,8 +82,9 @@ def serving(
     the spread.
 
     With --clients, two workers in float32 answer 1, 4 and 16 clients at once in turns, with batches and without.
-    Passes if 16 clients get at least 3 times as many tokens a second, and one client at least 95 %, and if 4 and 16
-    do not wait longer for their first token (5 %).
+    Passes if 16 clients get at least 3 times as many tokens a second, one client as many, and if 4 and 16 do not wait
+    longer for their first token; a difference within the control's noise counts as none. This takes up to a quarter of
+    an hour on two quiet cores.
     """
     if clients:
         from .serving_requests import run as run_requests

@@ -9,28 +9,36 @@ import pytest
 from quick_runs import quick_run
 
 
-def result(gain: float, alone: float, later: float) -> list[dict[str, Any]]:
-    from benchmarks.serving_requests import EQUAL, UNEQUAL
-
+def result(gain: float, alone: float, later: float, noise: float = 0.0) -> dict[str, Any]:
     ratios = {1: (alone, 9.0), 4: (1.0, later), 16: (gain, later)}
-    clients = {count: {"gain": [of], "later": [to]} for count, (of, to) in ratios.items()}
-    poor = {count: {"gain": [0.1], "later": [9.0]} for count in ratios}  # of unequal answers: not judged
-    return [
-        {"shape": "small", "lengths": EQUAL, "clients": clients},
-        {"shape": "small", "lengths": UNEQUAL, "clients": poor},
-    ]
+    control = {name: [1 - noise, 1 + noise / 2] for name in ("gain", "later")}
+    clients = {
+        count: {"gain": [of], "later": [to], "control": control if count < 16 else None}
+        for count, (of, to) in ratios.items()
+    }
+    return {"shape": "small", "clients": clients}
 
 
 @pytest.mark.parametrize(
-    ("gain", "alone", "later", "failed"),
-    [(3.1, 0.96, 1.04, 0), (2.9, 0.96, 1.04, 1), (3.1, 0.9, 1.04, 1), (3.1, 0.96, 1.2, 2)],
+    ("measured", "failed"),
+    [
+        ((3.1, 1.01, 0.9), 0),
+        ((2.9, 1.01, 0.9), 1),
+        ((3.1, 0.9, 0.9), 1),
+        ((3.1, 1.01, 1.2), 2),
+        ((3.1, 0.9, 0.9, 0.2), 0),  # within the control's noise
+        ((2.9, 0.7, 1.3, 0.2), 4),  # beyond it, and there is none of 16 clients
+    ],
 )
 def test_sixteen_clients_have_to_gain_one_may_not_lose_and_nobody_may_wait_longer(
-    gain: float, alone: float, later: float, failed: int
+    measured: tuple[float, ...], failed: int
 ) -> None:
-    from benchmarks.serving_requests import verdicts
+    from benchmarks.serving_targets import table_of_targets, targets
 
-    assert sum(not verdict.passed for verdict in verdicts(result(gain, alone, later))) == failed
+    judged = targets([result(*measured)])
+    assert sum(not target.met for target in judged) == failed
+    assert sum(target.verdict == "NOT MET" for target in judged) == failed
+    assert table_of_targets(judged).row_count == 4
 
 
 @pytest.mark.slow
