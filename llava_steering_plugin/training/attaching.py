@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,23 +21,25 @@ from llava_steering_plugin.training.settings.remarks import warn_of_settings
 # The training that this context runs: LLaVA's train() passes only a part of the flags on to its trainer.
 REQUEST: ContextVar[TrainingRequest | None] = ContextVar("llava_steering_training_request", default=None)
 _NAMED = 5
+# `accelerate launch` sets it where its config or its options ask for FSDP; a trainer's arguments do not show that.
+_FSDP_ASKED = "ACCELERATE_USE_FSDP"
+_YES = ("1", "true", "yes", "y", "t", "on")
 
 
-def refuse_unsupported(arguments: Any, *, fsdp: bool = False) -> None:
+def refuse_unsupported(arguments: Any) -> None:
     """Refuse what shows only when the arguments are complete.
 
-    Args:
-        arguments: of the training.
-        fsdp: the trainer uses FSDP, whatever its arguments say: launchers may ask for it, too.
-
     Raises:
-        ArgumentsError: several GPUs in one process, or FSDP.
+        ArgumentsError: several GPUs in one process, or FSDP, which the arguments or accelerate's config ask for. On the
+            CPU accelerate would leave the latter out in silence; it is refused there, too.
     """
     problems = []
     if arguments.n_gpu > 1:
         problems.append(DATA_PARALLEL.format(arguments.n_gpu))
-    if arguments.fsdp or fsdp:
+    if arguments.fsdp:
         problems.append(NO_FSDP)
+    elif os.environ.get(_FSDP_ASKED, "").lower() in _YES:
+        problems.append(f"accelerate's config asks for FSDP ({_FSDP_ASKED}). {NO_FSDP}")
     if problems:
         raise ArgumentsError(listing(CANNOT_START, problems))
 

@@ -94,8 +94,6 @@ class SteeringTrainerMixin:
             super().__init__(*positional, **kwargs)
         if arguments is None:  # the trainer has made its own
             self._prepare(self.args)
-        if getattr(self, "is_fsdp_enabled", False):
-            refuse_unsupported(self.args, fsdp=True)
         self._introduce()
         self._preemption = Preemption()
         self._steps = steps.StepEnd(self._attachment.mode.statistics(self._attachment.modules))

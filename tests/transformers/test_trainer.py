@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from chat_bases import BASES, Collator, samples
+from steering_trainer import trainer_of
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
 from llava_steering_plugin import SteeringTrainerMixin, attach, attachment_of, from_pretrained, get_model
@@ -27,44 +28,11 @@ pytest.importorskip("easy_vqa", reason="easy-vqa is missing: scripts/setup.sh --
 MODES: list[Mode] = [MoReS(rank=2, dropout=0.2), MixLoRA(factors=8, rank=2, balance=0.3)]
 
 
-class SteeringTrainer(SteeringTrainerMixin, Trainer):
-    """As a user writes it."""
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     BASES["Llava"](folder)
     return folder
-
-
-def trainer_of(base: Path, output: Path, mode: Mode | None, model: Any = None, **flags: Any) -> Any:
-    if model is None:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(base)
-        torch.manual_seed(1)
-        get_model(model, mode or MoReS(rank=2))
-    processor = AutoProcessor.from_pretrained(base)
-    ours = {key: flags.pop(key) for key in list(flags) if key.startswith("steering") or key == "eval_dataset"}
-    arguments = TrainingArguments(
-        str(output),
-        **{
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-2,
-            "save_steps": 3,
-            "logging_steps": 1,
-            "max_steps": 6,
-            "report_to": [],
-            "use_cpu": True,
-            "remove_unused_columns": False,
-            "disable_tqdm": True,
-        }
-        | flags,
-    )
-    data: Any = samples(8)
-    return SteeringTrainer(
-        model=model, args=arguments, train_dataset=data, data_collator=Collator(processor),
-        processing_class=processor, **ours,
-    )  # fmt: skip
 
 
 def adapter_in(folder: Path) -> dict[str, torch.Tensor]:

@@ -16,7 +16,10 @@ DATA_PARALLEL = (
     "{0} GPUs in one process (nn.DataParallel) lose the token map. Start one process per GPU: "
     "torchrun --nproc_per_node {0} ... or deepspeed ..., or show the process one GPU only (CUDA_VISIBLE_DEVICES=0)"
 )
-NO_FSDP = "FSDP flattens adapter parameters together with frozen ones; use DeepSpeed ZeRO or plain DDP"
+NO_FSDP = (
+    "FSDP flattens adapter parameters together with frozen ones (version 1), or leaves every process a part of them, "
+    "which no adapter is gathered from (version 2); use DeepSpeed ZeRO or plain DDP"
+)
 _REASONS = {
     "lora_enable": "LoRA is a tuning mode of its own; remove one of the two",
     "tune_mm_mlp_adapter": "it trains the projector alone (stage 1); run that first, without a mode. For an adapter of "
