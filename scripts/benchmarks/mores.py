@@ -12,7 +12,6 @@ fails. With one thread (the default) processor time is measured, so that other p
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,33 +21,19 @@ from rich.console import Console
 
 from llava_steering_plugin.modes.mores import MoReS
 
-from .mores_variants import CONTROL, FROZEN, expected, flops_of, size, squares_of, variants
+from .mores_variants import expected, flops_of, size, squares_of, variants
+from .shared.beside_frozen import FROZEN, LIMIT, Effort, conclude, timed, too_slow
 from .shared.frozen_llama import Case
 from .shared.machine import open_console, prepare
-from .shared.timing import (
-    REFERENCE,
-    Samples,
-    excesses,
-    fair_clock,
-    figures,
-    ratio_table,
-    summarise,
-    until_decided,
-    with_reference,
-)
-from .shared.verdicts import write_json
-
-LIMIT = 0.03
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Cases and settings, rounds of each pass, and the wall-clock seconds after which no rounds are added."""
+    """Cases and settings, and how long each pass is timed."""
 
     cases: tuple[Case, ...]
     settings: tuple[MoReS, ...]
-    rounds: int
-    seconds: float
+    effort: Effort
 
 
 SETTINGS = tuple(MoReS(rank=rank, tokens=tokens) for tokens in ("1%", "all") for rank in (1, 4))
@@ -58,8 +43,7 @@ FULL = Workload(
         Case(4096, 11008, 32, layers=1, batch=1, visual=144, text=32),
     ),
     SETTINGS,
-    rounds=6,
-    seconds=240,
+    Effort(rounds=6, seconds=240),
 )
 QUICK = Workload(
     (
@@ -67,38 +51,19 @@ QUICK = Workload(
         Case(4096, 11008, 32, layers=1, batch=1, visual=24, text=8),
     ),
     (SETTINGS[0], SETTINGS[-1]),
-    rounds=4,
-    seconds=6,
+    Effort(rounds=4, seconds=6),
 )
-
-
-def timed(calls: dict[str, Callable[[], None]], work: Workload) -> dict[str, list[float]]:
-    """Run rounds until every adapter is decided, or the time is up."""
-
-    def judged(samples: Samples) -> dict[str, list[float]]:
-        beside = with_reference(samples, FROZEN, CONTROL)
-        return {name: excesses(beside, name) for name in calls if name not in (FROZEN, CONTROL)}
-
-    return until_decided(calls, judged, limit=LIMIT, rounds=work.rounds, seconds=work.seconds, clock=fair_clock())
 
 
 def measured(case: Case, work: Workload, dtype: torch.dtype, console: Console) -> dict[str, Any]:
     """Time and count one case; return its part of the JSON."""
     console.rule(str(case), align="left")
     made = variants(case, work.settings, dtype)
-    passes: dict[str, dict[str, Any]] = {}
+    judged = [name for name, variant in made.items() if variant.mode is not None]
+    passes = {}
     for title, call in (("forward", "forward"), ("forward + backward", "forward_backward"), ("decode step", "decode")):
-        raw = timed({name: getattr(variant, call) for name, variant in made.items()}, work)
-        samples = with_reference(raw, FROZEN, CONTROL)
-        timings, against_frozen = (summarise(samples, baseline=name) for name in (REFERENCE, FROZEN))
-        console.print(ratio_table(f"{title}, {len(samples[FROZEN])} rounds", timings))
-        passes[title] = {
-            name: {
-                **figures(samples, timing),
-                "over the control alone": against_frozen[name].ratio - against_frozen[CONTROL].ratio,
-            }
-            for name, timing in timings.items()
-        }
+        calls = {name: getattr(variant, call) for name, variant in made.items()}
+        passes[title] = timed(title, calls, judged, work.effort, console)
     flops, squares = flops_of(made[FROZEN]), squares_of(made[FROZEN])
     sizes = {}
     for name, variant in made.items():
@@ -113,11 +78,7 @@ def failures(results: list[dict[str, Any]], quick: bool) -> list[str]:
     found = []
     for result in results:
         width = result["case"]["width"]
-        for title, of in result["times"].items():
-            for name in result["sizes"]:
-                excess, (lowest, _) = of[name]["excess"], of[name]["interval"]
-                if (lowest if quick else excess) > LIMIT:
-                    found.append(f"width {width}, {title}, {name}: {excess:.1%} over the frozen model")
+        found += too_slow(f"width {width}", result["times"], result["sizes"], quick)
         found += [
             f"width {width}, {name}: FLOPs, parameters or buffers are {counts['counted']}, not {counts['formula']}"
             for name, counts in result["sizes"].items()
@@ -133,11 +94,4 @@ def run(quick: bool, json_file: Path | None, threads: int, dtype: str) -> int:
     about = {**prepare(threads, dtype, quick), "limit": LIMIT}
     console.print(about)
     results = [measured(case, work, getattr(torch, dtype), console) for case in work.cases]
-    found = failures(results, quick)
-    for failure in found:
-        console.print(failure)
-    judged = "nothing is certainly more than" if quick else "everything is at most"
-    console.print("FAILED" if found else f"passed: {judged} {LIMIT:.0%} over the frozen model, and counts are exact")
-    if json_file is not None:
-        write_json(json_file, {"machine": about, "results": results, "failures": found, "passed": not found})
-    return 1 if found else 0
+    return conclude(console, about, results, failures(results, quick), json_file, also=", and counts are exact")

@@ -17,9 +17,8 @@ from llava_steering_plugin import Attachment, attach, token_map
 from llava_steering_plugin.hooks.scope import entered, opened
 from llava_steering_plugin.modes.mores import MoReS
 
+from .shared.beside_frozen import CONTROL, FROZEN
 from .shared.frozen_llama import VOCABULARY, Case, clone, frozen_llama, random_embeds, visual_mask
-
-FROZEN, CONTROL = "frozen", "control (frozen again)"
 
 
 class Variant:

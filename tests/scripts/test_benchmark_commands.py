@@ -13,6 +13,7 @@ from quick_runs import SCRIPTS
 TIMED = {"--quick", "--json", "--threads", "--dtype"}
 OPTIONS = {
     "mores": TIMED,
+    "transformers": TIMED,
     "mixlora": TIMED | {"--seconds"},
     "serving": TIMED | {"--clients"},
     "diagnose": TIMED,
@@ -58,3 +59,11 @@ def test_an_unknown_command_is_an_error_of_usage() -> None:
     done = subprocess.run([sys.executable, str(SCRIPTS / "benchmarks"), "nothing"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "No such command 'nothing'" in done.stderr
+
+
+def test_the_benchmark_of_transformers_own_llava_says_which_environment_it_needs() -> None:
+    words = [sys.executable, str(SCRIPTS / "benchmarks"), "transformers", "--quick"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "5 or newer is needed" in done.stdout and "scripts/setup.sh --transformers" in done.stdout
+    assert "Traceback" not in done.stderr

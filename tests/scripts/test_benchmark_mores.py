@@ -12,7 +12,8 @@ from quick_runs import quick_run
 def test_flops_parameters_and_buffers_are_what_the_formulas_say_for_every_rank_and_selection(batch: int) -> None:
     import torch
 
-    from benchmarks.mores_variants import FROZEN, expected, flops_of, size, squares_of, variants
+    from benchmarks.mores_variants import expected, flops_of, size, squares_of, variants
+    from benchmarks.shared.beside_frozen import FROZEN
     from benchmarks.shared.frozen_llama import Case
     from llava_steering_plugin.modes.mores import MoReS
 

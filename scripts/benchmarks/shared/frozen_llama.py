@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+Model = TypeVar("Model", bound=nn.Module)
 VOCABULARY = 512  # small, so that the head does not hide the cost of the layers
 
 
@@ -52,7 +53,7 @@ def frozen_llama(case: Case, dtype: torch.dtype, **settings: Any) -> LlamaForCau
     return LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
 
 
-def clone(model: LlamaForCausalLM) -> LlamaForCausalLM:
+def clone(model: Model) -> Model:
     """Return another model over the same weights in memory, for another adapter."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
