@@ -118,10 +118,13 @@ set_up_apart() {
     "$venv/bin/python" -m pip --disable-pip-version-check --python "$own/bin/python" install --no-compile --no-deps "$@" \
       >"$own/.setup.log" 2>&1
   }
-  grep -v '^#' "$pins" >"$own/.setup.packages"
+  grep -v -e '^#' -e '^deepspeed==' "$pins" >"$own/.setup.packages"
   into_it -r "$own/.setup.packages" ||
     into_it --extra-index-url https://download.pytorch.org/whl/cpu -r "$own/.setup.packages" ||
     { tail -n 20 "$own/.setup.log" >&2; die "failed: $1"; }
+  if grep -q '^deepspeed==' "$pins"; then
+    into_it --no-build-isolation "$(grep '^deepspeed==' "$pins")" || { tail -n 20 "$own/.setup.log" >&2; die "failed: deepspeed"; }
+  fi
   into_it --no-build-isolation -e . || { tail -n 20 "$own/.setup.log" >&2; die "failed: this project"; }
   printf '%s' "$made" >"$own/.setup.stamp"
   step "$1 is ready in $((SECONDS - started)) s: $own"

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -156,14 +156,24 @@ def fix_preparation(accelerator: Any) -> None:
         engines: Iterable[Any] = results if isinstance(results, tuple) else (results,)
         for engine in engines:
             if hasattr(engine, "load_checkpoint"):
-                engine.save_checkpoint = functools.partial(engine.save_checkpoint, exclude_frozen_parameters=True)
-                engine.load_checkpoint = functools.partial(engine.load_checkpoint, load_module_strict=False)
+                engine.save_checkpoint = _always(engine.save_checkpoint, exclude_frozen_parameters=True)
+                engine.load_checkpoint = _always(engine.load_checkpoint, load_module_strict=False)
                 # accelerate 0.21 asks for it while gradients are accumulated. DeepSpeed counts batches itself, and 0.19
                 # refuses to be asked where it shards gradients.
                 engine.no_sync = nullcontext
         return results
 
     accelerator.prepare = prepared
+
+
+def _always(method: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    """Return a method with these arguments, whatever its caller says: transformers 5 says them, too."""
+
+    @functools.wraps(method)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **{**kwargs, **settings})
+
+    return called
 
 
 @contextmanager

@@ -193,7 +193,10 @@ class SteeringTrainerMixin:
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
         if self._attachment is not None and self.is_deepspeed_enabled:
-            config = self.args.hf_deepspeed_config
+            # Where accelerate's config asks for DeepSpeed, the arguments know nothing of it.
+            config = getattr(self.args, "hf_deepspeed_config", None) or (
+                self.accelerator.state.deepspeed_plugin.hf_ds_config
+            )
             deepspeed.remove_abandoned_locks()
             deepspeed.fix_zero_3(
                 config.config, config.dtype(), self._attachment.model, self._attachment.shape.hidden_size
