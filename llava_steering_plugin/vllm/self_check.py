@@ -90,9 +90,10 @@ def check(engine: Any) -> bool:
         if not all(engine.model_executor.collective_rpc(prepare)):
             return False
         picture, text = prompts(config)
+        # One text before any steering and one behind a steered picture, whose mask would show if anything were left.
+        read = answer(engine, text, None)
         seen, steered = (answer(engine, picture, request) for request in (None, _REQUEST))
-        # The text behind the steered picture: what is left of that one's mask would show here.
-        read_steered, read = (answer(engine, text, request) for request in (_REQUEST, None))
+        read_steered = answer(engine, text, _REQUEST)
         engine.model_executor.remove_lora(NUMBER)
         engine.model_executor.collective_rpc(release)
     except Exception as error:

@@ -35,6 +35,22 @@ def test_a_lost_mask_is_found(engine: Engine, monkeypatch: pytest.MonkeyPatch) -
         check(core_of(engine))
 
 
+def test_a_mask_that_is_left_from_an_older_batch_is_found(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llava_steering_plugin.vllm.layers import TokensInSlots
+    from llava_steering_plugin.vllm.self_check import SelfCheckFailed, check
+
+    assert check(core_of(engine))  # behind which nothing is left
+    find = TokensInSlots.find
+
+    def only_for_images(self: Any, digits: Any, is_image: Any) -> None:
+        if digits is not None:
+            find(self, digits, is_image)
+
+    monkeypatch.setattr(TokensInSlots, "find", only_for_images)
+    with pytest.raises(SelfCheckFailed, match="changes texts"):
+        check(core_of(engine))
+
+
 def test_a_check_that_cannot_be_made_is_said(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     from llava_steering_plugin.vllm import self_check
 
