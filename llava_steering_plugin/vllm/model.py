@@ -12,11 +12,13 @@ from vllm.model_executor.models.llava import LlavaForConditionalGeneration
 
 from llava_steering_plugin.vllm.layers import IN_SLOTS, STEERING, TOKENS, SteeringPlace, SteeringTokens, TokensInSlots
 from llava_steering_plugin.vllm.refusals import asked_for, refused
+from llava_steering_plugin.vllm.rows_without_lora import leave_rows_without_lora
 from llava_steering_plugin.vllm.token_table import with_places, without_places
 
 # The manager tries these classes in their order on each linear.
 if not set(IN_SLOTS) <= set(vllm.lora.utils._all_lora_classes):
     vllm.lora.utils._all_lora_classes = (*IN_SLOTS, *vllm.lora.utils._all_lora_classes)
+leave_rows_without_lora()
 
 
 class SteeredDecoderLayer(LlamaDecoderLayer):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from steered import strengthen
 from tiny_llava import SYSTEM
 from torch import Tensor
@@ -152,6 +153,31 @@ class Reference:
         answer = self.model.generate(**inputs, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW)
         found: list[int] = answer[0, inputs["input_ids"].shape[1] :].tolist()
         return found
+
+    def save_peft(self, prompts: list[Prompt], folder: Path) -> list[list[int]]:
+        """Save a LoRA of PEFT's for linears of every layer, and return what it answers: its weights are merged."""
+        rank, alpha = 4, 8
+        generator = torch.Generator().manual_seed(0)
+        names = [f"layers.{number}.self_attn.q_proj" for number in range(4)]
+        weights = [self.model.model.language_model.get_submodule(name).weight for name in names]
+        factors, before = {}, [weight.detach().clone() for weight in weights]
+        with torch.no_grad():
+            for name, weight in zip(names, weights, strict=True):
+                a, b = (
+                    torch.randn(shape, generator=generator) * 0.3
+                    for shape in ((rank, weight.shape[1]), (weight.shape[0], rank))
+                )
+                stored = f"base_model.model.language_model.model.{name}"
+                factors |= {f"{stored}.lora_A.weight": a, f"{stored}.lora_B.weight": b}
+                weight += alpha / rank * (b @ a)
+            answers = self.answers(prompts)
+            for weight, old in zip(weights, before, strict=True):
+                weight.copy_(old)
+        folder.mkdir(exist_ok=True)
+        save_file(factors, folder / "adapter_model.safetensors")
+        described = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj"], "bias": "none"}
+        (folder / "adapter_config.json").write_text(json.dumps(described))
+        return answers
 
     def inputs(self, prompt: Prompt) -> dict[str, Tensor]:
         images = list(prompt.images) or None

@@ -5,12 +5,7 @@ Covers `vllm/model.py`, `vllm/layers.py`, `vllm/worker.py`, `vllm/plugin.py`.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
-import torch
-from safetensors.torch import save_file
 from vllm_fixtures import Engine, Prompt, Shared, differing
 
 pytest.importorskip("vllm", reason="needs vLLM: scripts/setup.sh --vllm makes .venv-vllm")
@@ -71,39 +66,6 @@ def test_text_alone_is_not_steered(engine: Engine, shared: Shared) -> None:
     names = [None, *shared.adapters]
     found = engine.answers([prompt] * len(names), [shared.request(name) for name in names])
     assert found == shared.reference.answers([prompt]) * len(names)
-
-
-def test_a_lora_of_pefts_answers_beside_our_adapters(engine: Engine, shared: Shared, tmp_path: Path) -> None:
-    from vllm.lora.request import LoRARequest
-
-    rank, alpha = 4, 8
-    factors = {}
-    generator = torch.Generator().manual_seed(0)
-    model = shared.reference.model
-    linears = {f"layers.{number}.self_attn.q_proj" for number in range(4)}
-    changed = {path: model.model.language_model.get_submodule(path).weight for path in linears}
-    for path, weight in changed.items():
-        for letter, shape in (("A", (rank, weight.shape[1])), ("B", (weight.shape[0], rank))):
-            name = f"base_model.model.language_model.model.{path}.lora_{letter}.weight"
-            factors[name] = torch.randn(shape, generator=generator) * 0.3
-    save_file(factors, tmp_path / "adapter_model.safetensors")
-    described = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": ["q_proj"], "bias": "none"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(described))
-    before = {path: weight.detach().clone() for path, weight in changed.items()}
-    with torch.no_grad():
-        for path, weight in changed.items():
-            a, b = (factors[f"base_model.model.language_model.model.{path}.lora_{letter}.weight"] for letter in "AB")
-            weight += alpha / rank * (b @ a)
-        expected = shared.reference.answers(shared.prompts)
-        for path, weight in changed.items():
-            weight.copy_(before[path])
-    assert 2 * differing(expected, shared.expected[None]) >= len(expected)
-
-    lora = LoRARequest("lora", 90, str(tmp_path))
-    prompts = [prompt for prompt in shared.prompts for _ in range(3)]
-    found = engine.answers(prompts, [lora, shared.request("all-4"), None] * len(shared.prompts))
-    assert found[::3] == expected
-    assert found[1::3] == shared.expected["all-4"] and found[2::3] == shared.expected[None]
 
 
 def test_the_entry_point_may_be_called_again(engine: Engine, shared: Shared) -> None:
