@@ -13,11 +13,16 @@ import torch
 from torch import Tensor, nn
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from llava_steering_plugin.vllm.refusals import TARGETS
-from llava_steering_plugin.vllm.steering_op import steer
 from llava_steering_plugin.vllm.token_table import SELECTIONS, TERMS, selected
+
+if current_platform.is_cuda():
+    from llava_steering_plugin.vllm.steering_kernel import steer
+else:
+    from llava_steering_plugin.vllm.steering_op import steer
 
 STEERING, TOKENS = TARGETS
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import os
 
+from llava_steering_plugin.vllm.refusals import ANYWAY, ARCHITECTURE
+
 # The versions of vLLM whose seams were tried (tests/vllm).
 TRIED = ("0.32.0",)
-ANYWAY = "LLAVA_STEERING_UNTRIED_VLLM"
 
 
 def not_tried(version: str) -> str | None:
@@ -36,7 +37,6 @@ def register() -> None:
         return
     from vllm import ModelRegistry
 
-    from llava_steering_plugin.vllm.refusals import ARCHITECTURE
     from llava_steering_plugin.vllm.requests import check_requests
     from llava_steering_plugin.vllm.self_check import check_at_start
     from llava_steering_plugin.vllm.worker import read_our_adapters

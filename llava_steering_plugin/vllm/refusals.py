@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 ARCHITECTURE = "LlavaForConditionalGeneration"
 # The names of the linears for --lora-target-modules (layers.py).
 TARGETS = ("steering", "steering_tokens")
+# The environment variable that allows what was not tried, if it is 1.
+ANYWAY = "LLAVA_STEERING_UNTRIED_VLLM"
 
 
 def asked_for(vllm_config: Any) -> bool:
@@ -44,6 +47,10 @@ def refused(vllm_config: Any) -> list[str]:
         problems.append("--prefill-context-parallel-size cuts prompts among devices, and each would need its own list")
     if vllm_config.speculative_config is not None:
         problems.append("--speculative-config is set, and drafts were not compared with answers that MoReS steers")
-    if vllm_config.device_config.device_type != "cpu" and not vllm_config.model_config.enforce_eager:
-        problems.append("there is no kernel for CUDA graphs yet: start vLLM with --enforce-eager")
+    graphs = vllm_config.device_config.device_type != "cpu" and not vllm_config.model_config.enforce_eager
+    if graphs and os.environ.get(ANYWAY) != "1":
+        problems.append(
+            "MoReS was not tried in CUDA graphs: start vLLM with --enforce-eager, or set "
+            f"{ANYWAY}=1 and compare answers with transformers' first"
+        )
     return problems

@@ -34,7 +34,7 @@ def steer(
     """
     count = hidden.shape[0]
     here, bits = slots[:count], chosen[:count]
-    if int(here.max()) < 0:
+    if not bool((here >= 0).any()):
         return
     for slot, (bit, rank) in enumerate(zip(wanted.tolist(), ranks.tolist(), strict=True)):
         rows = ((here == slot) & ((bits & bit) != 0)).nonzero().flatten()

@@ -15,7 +15,7 @@ import pytest
 from vllm_fixtures import Shared
 
 from llava_steering_plugin.vllm import plugin
-from llava_steering_plugin.vllm.refusals import TARGETS, asked_for, refused
+from llava_steering_plugin.vllm.refusals import ANYWAY, TARGETS, asked_for, refused
 
 
 def settings(**changed: Any) -> SimpleNamespace:
@@ -49,7 +49,10 @@ def settings(**changed: Any) -> SimpleNamespace:
         ({"device_config__device_type": "cuda"}, "--enforce-eager"),
     ],
 )
-def test_each_setting_that_excludes_mores_is_named(changed: dict[str, Any], said: str) -> None:
+def test_each_setting_that_excludes_mores_is_named(
+    changed: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(ANYWAY, raising=False)
     assert refused(settings()) == []
     (problem,) = refused(settings(**changed))
     assert said in problem
@@ -75,6 +78,11 @@ def test_these_are_the_settings_of_the_installed_vllm(shared: Shared) -> None:
         setattr(parallel, name, before)
 
 
+def test_cuda_graphs_can_be_tried_at_ones_own_risk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ANYWAY, "1")
+    assert refused(settings(device_config__device_type="cuda")) == []
+
+
 def test_an_engine_is_for_mores_where_its_targets_say_so() -> None:
     assert not asked_for(settings())
     assert not asked_for(settings(lora_config__target_modules=["q_proj"]))
@@ -87,12 +95,12 @@ def test_a_version_that_was_not_tried_is_left_alone(
     other = ModuleType("vllm")  # without ModelRegistry: whoever asks for it fails
     other.__version__ = "9.8.7+cpu"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", other)
-    monkeypatch.delenv(plugin.ANYWAY, raising=False)
+    monkeypatch.delenv(ANYWAY, raising=False)
     logger = logging.getLogger("vllm.llava_steering")  # vLLM's, if it is there, hands nothing on
     monkeypatch.setattr(logger, "handlers", [caplog.handler])
     caplog.set_level(logging.WARNING, logger.name)
     plugin.register()
-    assert "this is vLLM 9.8.7" in caplog.text and plugin.ANYWAY in caplog.text
-    monkeypatch.setenv(plugin.ANYWAY, "1")
+    assert "this is vLLM 9.8.7" in caplog.text and ANYWAY in caplog.text
+    monkeypatch.setenv(ANYWAY, "1")
     with pytest.raises(ImportError, match="ModelRegistry"):
         plugin.register()
