@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -87,7 +89,7 @@ def variants(case: Case, settings: tuple[MoReS, ...], dtype: torch.dtype) -> dic
     model, batch = frozen_llava(case, dtype), batch_of(case, dtype)
     made = {FROZEN: Variant(model, batch)}
     puts: dict[str, Callable[[Any], Any]] = {
-        f"MoReS rank {mode.rank}, {mode.tokens} of the tokens": lambda copy, mode=mode: get_model(copy, mode)
+        f"MoReS rank {mode.rank}, {mode.tokens} of the tokens": partial(get_model, mode=mode)
         for mode in settings
     }
     for number, (name, put) in enumerate((puts | {LORA: _with_lora}).items()):
@@ -140,7 +142,7 @@ def batch_of(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _side(case: Case) -> int:
     """Return the width of a square image that becomes the case's number of visual tokens."""
-    return PATCH * round(case.visual**0.5)
+    return PATCH * math.isqrt(case.visual)
 
 
 def _with_gradient(embedding: nn.Module, args: Any, output: Tensor) -> None:
