@@ -89,8 +89,7 @@ def variants(case: Case, settings: tuple[MoReS, ...], dtype: torch.dtype) -> dic
     model, batch = frozen_llava(case, dtype), batch_of(case, dtype)
     made = {FROZEN: Variant(model, batch)}
     puts: dict[str, Callable[[Any], Any]] = {
-        f"MoReS rank {mode.rank}, {mode.tokens} of the tokens": partial(get_model, mode=mode)
-        for mode in settings
+        f"MoReS rank {mode.rank}, {mode.tokens} of the tokens": partial(get_model, mode=mode) for mode in settings
     }
     for number, (name, put) in enumerate((puts | {LORA: _with_lora}).items()):
         if number == len(settings) // 2:
