@@ -166,6 +166,8 @@ def test_three_steps_of_the_whole_on_real_pictures_and_a_second_run_uses_what_is
     # First weights and texts are the same, so the first losses are close: only the pictures tell them apart.
     assert len(own) == len(shuffled) == 3
     assert own != shuffled and own[0] == pytest.approx(shuffled[0], abs=0.5)
+    assert results["paired_held_out"]["own"] == results["held_out"]["own"]["own"]
+    assert results["paired_held_out"]["others"] == results["held_out"]["shuffled"]["own"]
     for found in results["held_out"].values():
         assert found["of"] == len(found["rows"]) == 40
     assert results["held_out"]["own"]["own"] != results["held_out"]["own"]["others"]

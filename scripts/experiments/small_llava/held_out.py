@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import GenerationMixin
 
 from experiments.small_llava.pictures import Captioned
 
@@ -45,8 +46,12 @@ class Model:
     @torch.inference_mode()
     def said(self, image: str) -> str:
         """Return what the model writes behind an image, up to the end of the line; the likeliest token each time."""
-        written = self.model.generate(
-            self._ids("<image>"), images=self._pixels(image), do_sample=False, max_new_tokens=NEW_TOKENS
+        # LLaVA takes a prompt of one token, which an image alone is here, for a decode step, and leaves the image out.
+        written = GenerationMixin.generate(
+            self.model,
+            inputs_embeds=self.model.encode_images(self._pixels(image)),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
         )
         text: str = self.tokenizer.decode(written[0], skip_special_tokens=True)
         return text.strip().partition("\n")[0]

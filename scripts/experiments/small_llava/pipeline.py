@@ -74,8 +74,10 @@ def run(runner: Runner, steps: int, stamps: Path | None) -> dict[str, Any]:
         "paired": {
             "first epoch": _of_steps(losses, 0, max(1, data.values["trained"] // BATCH)),
             "all steps": _of_steps(losses, 0, steps),
+            "second half": _of_steps(losses, steps // 2, steps),
             "last tenth": _of_steps(losses, steps - max(1, steps // 10), steps),
         },
+        "paired_held_out": paired(*([row["loss"] for row in asked[name].values["rows"]] for name in DATA)),
         "held_out": {name: done.values for name, done in asked.items()},
         "seconds": {done.folder.name: done.seconds for done in (data, base, first, *trained.values(), *asked.values())},
         "date": date.today().isoformat(),

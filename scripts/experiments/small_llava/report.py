@@ -14,10 +14,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{results['steps']} steps of {results['batch']} after {results['first_steps']} with wrong pictures, "
         f"{results['pictures']['trained']} pictures, {results['date']}",
         "",
-        "| training loss, mean over | real pictures | shuffled pictures | shuffled - real | real below shuffled |",
+        "| loss, mean over | trained with real pictures | with shuffled ones | shuffled - real | real below shuffled |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     lines += [f"| {name} ({found['steps']}) | {_cells(found)} steps |" for name, found in results["paired"].items()]
+    lines.append(f"| captions with pictures that were not trained | {_cells(results['paired_held_out'])} captions |")
     lines += [
         "",
         f"| trained with | loss of {results['pictures']['held_out']} captions with pictures that were not trained "
