@@ -170,6 +170,7 @@ def test_three_steps_of_the_whole_on_real_pictures_and_a_second_run_uses_what_is
     assert results["paired_held_out"]["others"] == results["held_out"]["shuffled"]["own"]
     for found in results["held_out"].values():
         assert found["of"] == len(found["rows"]) == 40
+        assert len({row["said"] for row in found["rows"]}) > 1, "it writes of what it sees"
     assert results["held_out"]["own"]["own"] != results["held_out"]["own"]["others"]
     assert "| the real pictures |" in (tmp_path / "results.md").read_text()
     again = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True, env=environment)

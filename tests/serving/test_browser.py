@@ -6,16 +6,20 @@ the folder that LLAVA_STEERING_ARTEFACTS names.
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import requests
 from asking import Asker, Question
 from ports import free_port
 from tiny_llava import TinyLlava
@@ -56,10 +60,10 @@ def questions(tiny: TinyLlava) -> list[Question]:
 
 
 @pytest.fixture(scope="module")
-def address(
+def addresses(
     tiny: TinyLlava, shelf: Path, patched_llava: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """Where the page is."""
+) -> Iterator[tuple[str, str]]:
+    """Where the page is, and the API of its worker."""
     folder = tmp_path_factory.mktemp("serve")
     words = ["serve", str(tiny.llava), "--adapters", *(str(shelf / name) for name in ADAPTERS), "--device", "cpu"]
     output = folder / "output"
@@ -73,14 +77,21 @@ def address(
         )
     try:
         end = time.monotonic() + PATIENCE
-        while (up := re.search(r"all is up: (http\S+)", output.read_text())) is None:
+        wanted = r"(?s)all is up: (http\S+).*as OpenAI's clients ask: (http\S+)"
+        while (up := re.search(wanted, output.read_text())) is None:
             if process.poll() is not None or time.monotonic() > end:
                 pytest.fail(f"serve is not up:\n{output.read_text()[-5000:]}", pytrace=False)
             time.sleep(0.2)
-        yield up[1]
+        yield up[1], up[2]
     finally:
         process.terminate()  # and it ends the other three
         process.wait(timeout=60)
+
+
+@pytest.fixture
+def address(addresses: tuple[str, str]) -> str:
+    """Where the page is."""
+    return addresses[0]
 
 
 class Tab:
@@ -179,6 +190,52 @@ def test_two_tabs_with_different_adapters_get_their_own_answers_at_the_same_time
     assert answers == {
         name: _words(ask(shelf / name, question, max_new_tokens=NEW_TOKENS)) for name, question in asked.items()
     }
+
+
+def test_a_user_of_the_page_and_clients_of_the_api_get_their_own_answers_from_one_worker_at_the_same_time(
+    browser: Browser,
+    addresses: tuple[str, str],
+    ask: Asker,
+    questions: list[Question],
+    shelf: Path,
+    tiny: TinyLlava,
+) -> None:
+    page, api = addresses
+    question, image = questions[0], tiny.images / str(questions[0].image)
+    tab = Tab(browser, page)
+    tab.choose("cats")
+    whole = threading.Event()
+    begun = threading.Barrier(len(ADAPTERS), timeout=PATIENCE)
+
+    def client(name: str) -> set[str]:
+        """The answers that one client gets, one after the other until the page has its own."""
+        said = {_asked_of_api(api, name, question, image)}
+        begun.wait()
+        while not whole.is_set():
+            said.add(_asked_of_api(api, name, question, image))
+        return said
+
+    names = ADAPTERS[1:]
+    with ThreadPoolExecutor(len(names)) as clients:
+        asking = [clients.submit(client, name) for name in names]
+        try:
+            begun.wait()
+            tab.send(question.text, image)
+            answer = tab.answer()
+        finally:
+            whole.set()
+    assert answer == _words(ask(shelf / "cats", question, max_new_tokens=NEW_TOKENS))
+    for name, said in zip(names, asking, strict=True):
+        assert said.result() == {_words(ask(shelf / name, question, conversation="v1"))}
+
+
+def _asked_of_api(api: str, model: str, question: Question, image: Path) -> str:
+    picture = f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}"
+    parts = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": question.text}]
+    body = {"model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": 16, "temperature": 0}
+    answered = requests.post(f"{api}/chat/completions", json=body, timeout=PATIENCE)
+    assert answered.ok, answered.text
+    return _words(answered.json()["choices"][0]["message"]["content"])
 
 
 def _words(text: str) -> str:

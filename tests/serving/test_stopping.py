@@ -1,17 +1,26 @@
-"""A worker that is told to end while answers stream: `serving/http/server.py`."""
+"""SIGTERM while answers stream, to the worker and to `llava-steering serve`: `serving/http/server.py`."""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 from ports import free_port
 from serving_fixtures import PATIENCE, TEXT_PROMPT, Question, wait_until
+from tiny_llava import TinyLlava
+from training_runs import subprocess_environment
 
 from llava_steering_plugin.serving.generation.request import STOPPING
 
@@ -101,3 +110,41 @@ def _whole_answer(address: str, model: str) -> str:
     body = {"model": model, "messages": [{"role": "user", "content": "What?"}], "max_tokens": LONG}
     response = requests.post(f"{address}/v1/chat/completions", json=body, timeout=PATIENCE)
     return f"{response.status_code} {response.json().get('error', {}).get('code')}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["worker", "serve"])
+def test_a_process_that_gets_sigterm_gives_each_stream_an_end_and_ends_itself_without_a_traceback(
+    command: str, tiny: TinyLlava, shelf: Path, patched_llava: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    adapters = ["--adapters", str(shelf / "cats"), str(shelf / "dogs"), "--device", "cpu"]
+    words = {
+        "worker": ["llava_steering_plugin.serving.worker", "--model-path", str(tiny.llava), "--no-register"],
+        "serve": ["llava_steering_plugin", "serve", str(tiny.llava), "--port", str(free_port())],
+    }[command]
+    words += ["--port" if command == "worker" else "--worker-port", str(port), *adapters]
+    said = tmp_path / "said"
+    with said.open("wb") as file, ExitStack() as ending:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *words],
+            cwd=tmp_path,
+            env=subprocess_environment(patched_llava, {"COLUMNS": "200"}),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+        ending.callback(process.wait)
+        ending.callback(process.kill)
+        up = {"worker": r"serving .*cats", "serve": r"all is up: http"}[command]
+        wait_until(lambda: process.poll() is not None or re.search(up, said.read_text()) is not None, 480)
+        assert process.poll() is None, said.read_text()[-5000:]
+        address = f"http://127.0.0.1:{port}"
+        streams = [Stream(address, model, openai) for model in ("cats", "dogs") for openai in (False, True)]
+        process.send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        for stream in streams:
+            assert stream.ended() in ("whole", ENDS[stream.openai])
+        status = process.wait(ENDING)
+        assert time.monotonic() - told < ENDING
+    assert status in {"worker": (0, -signal.SIGTERM), "serve": (0,)}[command], said.read_text()[-5000:]
+    assert "Traceback" not in said.read_text(), said.read_text()[-5000:]
