@@ -31,12 +31,16 @@ def check_bits(load_4bit: bool, load_8bit: bool, device: str) -> None:
     """
     if load_4bit and load_8bit:
         raise ArgumentsError("--load-4bit and --load-8bit exclude each other. Give one of them.")
-    if load_4bit or load_8bit:
-        import torch
+    if (load_4bit or load_8bit) and not can_pack(device):
+        flag = "--load-4bit" if load_4bit else "--load-8bit"
+        raise ArgumentsError(f"{flag} needs a GPU: transformers packs weights on one alone. Leave it out.")
 
-        if device == "cpu" or not torch.cuda.is_available():
-            flag = "--load-4bit" if load_4bit else "--load-8bit"
-            raise ArgumentsError(f"{flag} needs a GPU: transformers packs weights on one alone. Leave it out.")
+
+def can_pack(device: str) -> bool:
+    """Whether LLaVA's transformers packs weights into 4 or 8 bits for the device that `--device` names."""
+    import torch
+
+    return device != "cpu" and torch.cuda.is_available()
 
 
 def choose_device(requested: str) -> str:

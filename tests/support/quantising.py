@@ -20,6 +20,8 @@ def quantising_on_cpu() -> Iterator[None]:
     import torch
     from transformers import PreTrainedModel, modeling_utils
 
+    from llava_steering_plugin.inference import options
+
     original = PreTrainedModel.from_pretrained.__func__
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -34,6 +36,7 @@ def quantising_on_cpu() -> Iterator[None]:
     with (
         # It asks for a GPU too, and later for the size of the model.
         mock.patch.object(modeling_utils, "is_bitsandbytes_available", lambda: True),
+        mock.patch.object(options, "can_pack", lambda device: True),
         mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(from_pretrained)),
         # On processors with these instructions an evaluation repacks the weights for good, and training after it gets
         # no gradient from them.
