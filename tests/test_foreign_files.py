@@ -164,6 +164,7 @@ OTHERS = {
     "launch.py",
     "upstream/source.py",
     "upstream/train/samples.py",  # the data of this very training
+    "upstream/text/picture_tokens.py",  # its pictures
     "serving/upstream_program.py",
     "serving/http",  # bodies of requests, limited there
     "serving/generation",  # images of requests, whose bytes are in memory

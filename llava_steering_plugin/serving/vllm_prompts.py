@@ -9,8 +9,8 @@ from typing import Any
 
 from llava_steering_plugin.adapters.stored.folder import AdapterFolder
 from llava_steering_plugin.components.vllm_template import with_bos
-from llava_steering_plugin.errors import AdapterError, listing
-from llava_steering_plugin.foreign_files import read_json
+from llava_steering_plugin.errors import AdapterError, UpstreamError, listing
+from llava_steering_plugin.foreign_files import read_json, read_text
 from llava_steering_plugin.hub import hub_file
 
 # What `llava-steering export` writes, and where others keep it.
@@ -29,6 +29,7 @@ def template_for(base: str, folders: Mapping[str, AdapterFolder]) -> str | None:
 
     Raises:
         AdapterError: they were trained with several templates; or with one that cannot be told.
+        UpstreamError: the base's template cannot be read.
     """
     own = _own_template(base)
     recorded = _conversation(base)
@@ -69,9 +70,16 @@ def _one_name(conversation: str | None) -> str | None:
 
 
 def _own_template(base: str) -> str | None:
-    """Return the chat template in the files of a base; None: there is none."""
+    """Return the chat template in the files of a base; None: there is none.
+
+    Raises:
+        UpstreamError: there is one that cannot be read.
+    """
     if (file := _file(base, TEMPLATE)) is not None:
-        return file.read_text(encoding="utf-8")
+        try:
+            return read_text(file)
+        except (OSError, ValueError) as error:
+            raise UpstreamError(f"{file} cannot be read: {error}. Export the base again.") from error
     for name in IN_JSON:
         if isinstance(template := _json(base, name).get("chat_template"), str):
             return template

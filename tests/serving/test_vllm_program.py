@@ -197,3 +197,8 @@ def test_prompts_have_the_template_that_the_adapters_were_trained_with(base: Pat
     assert "different conversation templates" in refusal(base, adapters=[str(same), str(other)])
     strange = adapter(tmp_path / "strange", MoReS(), "llava_llama_2")
     assert "strange: llava_llama_2" in refusal(base, adapters=[str(strange)])
+
+
+def test_a_template_that_cannot_be_read_is_named(base: Path, installed: None) -> None:
+    (base / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    assert f"{base / 'chat_template.jinja'} cannot be read: " in refusal(base)
