@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,19 +10,12 @@ import pytest
 NEEDED = 5
 
 
-INSTALLED = version("transformers")
-IS_NEW = int(INSTALLED.partition(".")[0]) >= NEEDED
-if IS_NEW:
-    # On processors without AVX-512 the last bits of MKL's products depend on where in memory the operands lie, and
-    # trainings are compared to the bit here.
-    os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if IS_NEW:
+    installed = version("transformers")
+    if int(installed.partition(".")[0]) >= NEEDED:
         return
     reason = (
-        f"needs transformers {NEEDED}, here is {INSTALLED}: scripts/setup.sh --transformers makes .venv-transformers"
+        f"needs transformers {NEEDED}, here is {installed}: scripts/setup.sh --transformers makes .venv-transformers"
     )
     for item in items:
         if Path(__file__).parent in item.path.parents:
