@@ -37,7 +37,7 @@ def check_bits(load_4bit: bool, load_8bit: bool, device: str) -> None:
 
 
 def can_pack(device: str) -> bool:
-    """Whether LLaVA's transformers packs weights into 4 or 8 bits for the device that `--device` names."""
+    """Tell whether LLaVA's transformers packs weights into 4 or 8 bits for the device that `--device` names."""
     import torch
 
     return device != "cpu" and torch.cuda.is_available()
