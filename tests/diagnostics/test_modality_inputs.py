@@ -78,7 +78,9 @@ def test_batches_of_unequal_questions_give_what_each_gives_alone(
         found.append(kept(output))
     for alone, together in zip(*found, strict=True):
         if tokens != "1" and alone["answer"] != together["answer"]:
-            continue  # a tie in half precision; the first token's shares do not depend on what it is
+            # Half precision on a processor without AVX-512. The first token's shares do not depend on what it is.
+            assert torch.backends.cpu.get_cpu_capability() != "AVX512"
+            continue
         assert alone["counts"] == together["counts"]
         assert alone["counts"]["image"] == VISUAL_TOKENS * (2 if alone["question_id"] == 1 else 1)
         for kind, shares in alone["shares"].items():  # the model computes in half precision
