@@ -113,36 +113,26 @@ def _is_open(path: Path) -> bool:
     return False
 
 
-def fix_zero_3(config: dict[str, Any], dtype: torch.dtype, model: nn.Module, hidden_size: int) -> None:
-    """Fix what keeps current DeepSpeed from running ZeRO-3 with transformers 4.37.
+def fix_zero_3(config: dict[str, Any], hidden_size: int) -> None:
+    """Fix a setting that keeps current DeepSpeed from running ZeRO-3 with transformers 4.37.
 
     Args:
         config: of DeepSpeed, as transformers has read it; `deepspeed.initialize` will get it.
-        dtype: the engine computes in it.
-        model: the model with the adapter, before `deepspeed.initialize`.
         hidden_size: width of the model.
     """
     settings = config.get("zero_optimization") or {}
-    if settings.get("stage") != 3:
-        return
-    if settings.get("stage3_prefetch_bucket_size") == "auto":
+    if settings.get("stage") == 3 and settings.get("stage3_prefetch_bucket_size") == "auto":
         # transformers would fill in 0.9 times the square as a float, which DeepSpeed >= 0.16 refuses.
         settings["stage3_prefetch_bucket_size"] = int(0.9 * hidden_size * hidden_size)
-    for parameter in model.parameters():
-        if is_partitioned(parameter):
-            # LLaVA casts the vision tower when its parameters are sharded already, so that the first image is rounded
-            # to a dtype that the weights never take.
-            parameter.data = parameter.data.to(parameter.ds_tensor.dtype)  # type: ignore[attr-defined]
-        elif parameter.is_floating_point():
-            # What `from_pretrained` made is sharded and cast already. DeepSpeed 0.19 would shard projector and adapter
-            # in their own dtype, and then refuse to mix it with the model's.
-            parameter.data = parameter.data.to(dtype)
 
 
-def fix_preparation(accelerator: Any) -> None:
+def fix_preparation(accelerator: Any, dtype: torch.dtype | None = None) -> None:
     """Make the engine that `accelerator` prepares write checkpoints without frozen weights, and load them.
 
     A quantised model keeps its device and its dtypes.
+
+    Args:
+        dtype: the engine computes in it, and ZeRO-3 cuts all parameters in it; None: another stage.
     """
     prepare = accelerator.prepare
 
@@ -152,6 +142,8 @@ def fix_preparation(accelerator: Any) -> None:
             for part in args:
                 if getattr(part, "is_quantized", False):
                     stack.enter_context(_left_in_place(part))
+                if dtype is not None and isinstance(part, nn.Module):
+                    _cast(part, dtype)
             results: Any = prepare(*args, **kwargs)
         engines: Iterable[Any] = results if isinstance(results, tuple) else (results,)
         for engine in engines:
@@ -164,6 +156,19 @@ def fix_preparation(accelerator: Any) -> None:
         return results
 
     accelerator.prepare = prepared
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give all parameters the dtype of what ZeRO-3 has cut already: DeepSpeed refuses to mix them."""
+    for parameter in model.parameters():
+        if is_partitioned(parameter):
+            # LLaVA casts the vision tower when its parameters are sharded already, so that the first image is rounded
+            # to a dtype that the weights never take.
+            parameter.data = parameter.data.to(parameter.ds_tensor.dtype)  # type: ignore[attr-defined]
+        elif parameter.is_floating_point():
+            # What `from_pretrained` made is sharded and cast already. DeepSpeed 0.19 would shard projector and adapter
+            # in their own dtype.
+            parameter.data = parameter.data.to(dtype)
 
 
 def _always(method: Callable[..., Any], **settings: Any) -> Callable[..., Any]:

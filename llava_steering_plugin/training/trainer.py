@@ -198,10 +198,9 @@ class SteeringTrainerMixin:
                 self.accelerator.state.deepspeed_plugin.hf_ds_config
             )
             deepspeed.remove_abandoned_locks()
-            deepspeed.fix_zero_3(
-                config.config, config.dtype(), self._attachment.model, self._attachment.shape.hidden_size
-            )
-            deepspeed.fix_preparation(self.accelerator)
+            deepspeed.fix_zero_3(config.config, self._attachment.shape.hidden_size)
+            # Not before: until the trainer stands, what it does to the dtypes of trained parameters is undone.
+            deepspeed.fix_preparation(self.accelerator, config.dtype() if config.is_zero3() else None)
 
     def create_optimizer(self, *args: Any) -> Any:
         optimizer = super().create_optimizer(*args)  # type: ignore[misc]
