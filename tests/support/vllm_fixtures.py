@@ -122,10 +122,10 @@ def prompts_of(folder: Path) -> list[Prompt]:
 class Reference:
     """The base in transformers' own class, with and without adapters that our own hooks put on it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
         from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-        self.model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
         self.processor: Any = AutoProcessor.from_pretrained(folder)
 
     def save(self, mode: MoReS, size: float, seed: int, folder: Path) -> Path:
@@ -152,6 +152,21 @@ class Reference:
         inputs = self.inputs(prompt)
         answer = self.model.generate(**inputs, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW)
         found: list[int] = answer[0, inputs["input_ids"].shape[1] :].tolist()
+        return found
+
+    @torch.inference_mode()
+    def likelihoods(self, prompt: Prompt, answer: Sequence[int], adapter: Path | None = None) -> Tensor:
+        """The log probabilities of all tokens at every step of a given answer: float32 [tokens, vocabulary]."""
+        inputs = self.inputs(prompt)
+        ids = torch.cat([inputs["input_ids"], torch.tensor([list(answer[:-1])])], 1)
+        if adapter is not None:
+            load_adapter(self.model, adapter)
+        try:
+            logits = self.model(input_ids=ids, pixel_values=inputs["pixel_values"], use_cache=False).logits
+        finally:
+            if adapter is not None:
+                remove_adapter(self.model)
+        found: Tensor = logits[0, -len(answer) :].float().log_softmax(-1)
         return found
 
     def save_peft(self, prompts: list[Prompt], folder: Path) -> list[list[int]]:
@@ -227,6 +242,22 @@ class Engine:
         inputs = [prompt.for_vllm for prompt in prompts]
         done = self.llm.generate(inputs, sampling, lora_request=list(adapters), use_tqdm=False)
         return [list(each.outputs[0].token_ids) for each in done]
+
+    def likely(self, prompts: Sequence[Prompt], adapters: Sequence[Any]) -> list[tuple[list[int], list[Any]]]:
+        """The same with what is known of each step: the log probabilities of its likeliest tokens, by their number."""
+        from vllm import SamplingParams
+
+        # Not those of prompts: for them, where the head has slots for LoRAs, vLLM 0.32 for the CPU computes wrong
+        # shapes.
+        sampling = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=20)
+        inputs = [prompt.for_vllm for prompt in prompts]
+        done = self.llm.generate(inputs, sampling, lora_request=list(adapters), use_tqdm=False)
+        found = []
+        for each in done:
+            (answer,) = each.outputs
+            steps = [{token: of.logprob for token, of in step.items()} for step in answer.logprobs]
+            found.append((list(answer.token_ids), steps))
+        return found
 
     def counted(self, name: str) -> int:
         """A counter of vLLM's metrics."""
