@@ -24,7 +24,26 @@ FRAMES, FORCE, FASTER = "frames_upbound", "force_sample", "add_faster_video"
 # Frames of a folder that LLaVA-NeXT reads without --force_sample.
 OF_A_FOLDER = 10
 _STRIDE = 2  # by which its splice pools frames, whatever mm_spatial_pool_stride says
+ANYRES = "anyres"
+_MAX = "anyres_max"  # with the most tiles whose tokens are kept behind it: anyres_max_9
 _KNOWN_MERGES = ("flat", "spatial", "spatial_nobase", "spatial_unpad", "spatial_unpad_nobase", "spatial_maxpool2x2")
+
+
+def is_anyres(aspect: object) -> bool:
+    """Return whether an image_aspect_ratio cuts pictures into tiles, by the rule of LLaVA-NeXT's `process_images`.
+
+    LLaVA itself knows "anyres" alone, and crops pictures where another is written: see `upstream/model/image_layouts`.
+    """
+    return aspect == ANYRES or _MAX in str(aspect)
+
+
+def most_tiles(aspect: object) -> int | None:
+    """Return to the tokens of how many tiles LLaVA-NeXT's splice shrinks a picture; None: to none.
+
+    Only `spatial_unpad` shrinks them.
+    """
+    found = re.match(rf"{_MAX}_(\d+)", str(aspect))
+    return int(found[1]) if found else None
 
 
 @dataclass(frozen=True)
@@ -55,12 +74,12 @@ class PictureLayout:
     @property
     def tiles(self) -> bool:
         """Return whether pictures are cut into tiles."""
-        return self.aspect.startswith("anyres")
+        return is_anyres(self.aspect)
 
     def problems(self) -> list[str]:
         """Return which of these settings are not known here, so that nothing can be counted."""
         found = []
-        if self.aspect not in ("square", "pad", "anyres") and not re.fullmatch(r"anyres_max_\d+", self.aspect):
+        if self.aspect not in ("square", "pad", ANYRES) and not re.fullmatch(rf"{_MAX}_\d+", self.aspect):
             found.append(f"--{ASPECT} {self.aspect} is not known")
         if self.merge not in _KNOWN_MERGES:
             found.append(f"--{MERGE} {self.merge} is not known")
@@ -107,8 +126,8 @@ class PictureLayout:
         if "unpad" not in self.merge:
             return whole + high * wide
         high, wide = _without_padding(high, wide, width, height)
-        if limit := re.fullmatch(r"anyres_max_(\d+)", self.aspect):
-            times = math.sqrt(high * wide / (int(limit[1]) * side**2))
+        if limit := most_tiles(self.aspect):
+            times = math.sqrt(high * wide / (limit * side**2))
             if times > 1.1:
                 high, wide = int(high // times), int(wide // times)
         return whole + high * (wide + 1)

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from llava_steering_plugin.components.picture_layouts import GRID
 from llava_steering_plugin.errors import ArgumentsError
-from llava_steering_plugin.export.layouts import GRID, ONE_LINEAR, TILES, TWO_LINEARS, cuts_into_tiles, transposed
+from llava_steering_plugin.export.layouts import ONE_LINEAR, TILES, TWO_LINEARS, cuts_into_tiles, transposed
 from llava_steering_plugin.export.tensor_names import NEWLINE, NEWLINE_IN_LLAVA, TOWER
 
 _FEATURES = {"patch": "default", "cls_patch": "full"}

@@ -12,6 +12,7 @@ from typing import Any
 
 from llava_steering_plugin.adapters.fit.unmerged import unmerged_lora
 from llava_steering_plugin.adapters.stored.locate import find
+from llava_steering_plugin.components.picture_layouts import ANYRES, ASPECT, GRID, MERGE, is_anyres
 from llava_steering_plugin.components.registry import TOWERS, split
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.hub import absent, hub_folder
@@ -23,8 +24,7 @@ LLAMA_TYPES = ("llava_llama", "llava")
 ONE_LINEAR = ("linear", "mlp1x_gelu")
 TWO_LINEARS = "mlp2x_gelu"
 # LLaVA-1.6: pictures in tiles, which transformers' LlavaNext has. Nothing else of LLaVA's does the same there.
-TILES: Mapping[str, str] = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
-GRID = "image_grid_pinpoints"
+TILES: Mapping[str, str] = {ASPECT: ANYRES, MERGE: "spatial_unpad"}
 OWN_TYPES = ("llava", "llava_next")  # transformers'
 CLIP_TYPES = ("clip", "clip_vision_model")
 WANTED = ("*.json", "*.safetensors", "*.bin", "tokenizer.model")
@@ -135,12 +135,12 @@ def llava_problems(config: Mapping[str, Any]) -> list[str]:
             f"its projector is {projector!r}; transformers' Llava has one or two linears ({', '.join(ONE_LINEAR)}, "
             f"{TWO_LINEARS})"
         )
-    aspect, merge = config.get("image_aspect_ratio"), config.get("mm_patch_merge_type", "flat")
+    aspect, merge = config.get(ASPECT), config.get(MERGE, "flat")
     if cuts_into_tiles(config):
         problems += _tile_problems(config)
-    elif (isinstance(aspect, str) and aspect.startswith("anyres")) or merge != "flat":
+    elif is_anyres(aspect) or merge != "flat":
         problems.append(
-            f"it lays images out with image_aspect_ratio {aspect!r} and mm_patch_merge_type {merge!r}; of that, "
+            f"it lays images out with {ASPECT} {aspect!r} and {MERGE} {merge!r}; of that, "
             f"transformers' LlavaNext has {' with '.join(TILES.values())} alone"
         )
     return problems

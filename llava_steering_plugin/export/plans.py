@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+from llava_steering_plugin.components.picture_layouts import GRID
 from llava_steering_plugin.convert.torch_files import Weights
 from llava_steering_plugin.errors import ArgumentsError, listing, shortened
 from llava_steering_plugin.export import configs, tensor_names
 from llava_steering_plugin.export.configs import TOWER_FOLDER
-from llava_steering_plugin.export.layouts import GRID, Source
+from llava_steering_plugin.export.layouts import Source
 from llava_steering_plugin.export.single_linear import check_identity, identity, renamed
 from llava_steering_plugin.export.streaming import Piece, check_shapes, piece
 from llava_steering_plugin.export.vocabulary import SPECIAL_TOKENS, TOKENIZER_CONFIG, Vocabulary, more_rows

@@ -18,6 +18,7 @@ from llava_steering_plugin.foreign_files import check_folder
 from llava_steering_plugin.inference.base_files import is_llava, no_llava
 from llava_steering_plugin.modes.base import default_dtype
 from llava_steering_plugin.pool.pool import AdapterPool
+from llava_steering_plugin.upstream.model.image_layouts import unknown_layout
 from llava_steering_plugin.upstream.model.loading import name_for
 from llava_steering_plugin.upstream.model.towers import own_towers
 
@@ -99,7 +100,7 @@ def load_base(
     Raises:
         ArgumentsError: `only_llava`, and the model has no vision tower.
         UpstreamError: there is no model at `path`.
-        SteeringError: it cannot be loaded.
+        SteeringError: it cannot be loaded, or this LLaVA does not cut pictures as its config.json says.
     """
     config = read_base_config(path, " Give the base that the adapters were trained on." if only_llava else "")
     if only_llava and not is_llava(config):
@@ -107,6 +108,8 @@ def load_base(
     check_folder(path, "the base")
     if isinstance(tower := config.get("mm_vision_tower"), str):
         check_folder(tower, "the vision tower")
+    if reason := unknown_layout(config):
+        raise SteeringError(f"{path} would get other pictures here than in its training: {reason}.")
     how = {"device": device, "load_4bit": load_4bit, "load_8bit": load_8bit}
     tokenizer, model, processor = load_with_upstream(path, None, loading_name(path, config), how)
     return LoadedBase(AdapterPool(model, tokenizer, max_resident=max_resident), tokenizer, processor)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llava_steering_plugin.components.base import TowerShape
 from llava_steering_plugin.components.image_tokens import CONNECTOR, connected, shape_of
+from llava_steering_plugin.components.picture_layouts import ASPECT, MERGE, is_anyres
 
 # Kinds of rope_scaling for which max_position_embeddings is the length before it is scaled.
 SCALED_AFTERWARDS = ("linear", "dynamic")
@@ -81,7 +82,7 @@ class PromptTokens:
 
     def of_image(self, size: tuple[int, int]) -> int:
         """Return how many tokens an image of that size becomes."""
-        if getattr(self._config, "image_aspect_ratio", None) == "anyres":
+        if is_anyres(getattr(self._config, ASPECT, None)):
             return self._of_size(size)
         return self._of_tile
 
@@ -113,8 +114,11 @@ def _spliced(config: Any, shape: TowerShape, features: Tensor, size: tuple[int, 
     from llava.constants import IMAGE_TOKEN_INDEX
     from llava.model.llava_arch import LlavaMetaForCausalLM
 
-    size_of_tile = SimpleNamespace(image_size=shape.image_size)
-    vision = SimpleNamespace(num_patches_per_side=shape.tokens.side, config=size_of_tile)
+    edge = shape.image_size
+    # LLaVA asks the config, LLaVA-NeXT the tower itself.
+    vision = SimpleNamespace(
+        num_patches_per_side=shape.tokens.side, image_size=edge, config=SimpleNamespace(image_size=edge)
+    )
 
     class Counting(LlavaMetaForCausalLM):
         """Has what the splice asks of a model."""
@@ -131,9 +135,10 @@ def _spliced(config: Any, shape: TowerShape, features: Tensor, size: tuple[int, 
     counting = Counting()
     counting.device = torch.device("cpu")
     counting.config = SimpleNamespace(
-        mm_patch_merge_type=getattr(config, "mm_patch_merge_type", "flat"), image_aspect_ratio="anyres"
+        mm_patch_merge_type=getattr(config, MERGE, "flat"),
+        image_aspect_ratio=getattr(config, ASPECT),
+        image_grid_pinpoints=config.image_grid_pinpoints,
     )
-    counting.config.image_grid_pinpoints = config.image_grid_pinpoints
     counting.model = SimpleNamespace(image_newline=torch.zeros(1), embed_tokens=lambda ids: torch.zeros(len(ids), 1))
     ids = torch.tensor([[IMAGE_TOKEN_INDEX, 0]])
     images = [torch.zeros(len(features), 1, 1, 1)]

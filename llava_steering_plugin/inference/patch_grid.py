@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llava_steering_plugin.components.image_tokens import CONNECTOR, of_model
+from llava_steering_plugin.components.picture_layouts import ASPECT, MERGE, is_anyres
 from llava_steering_plugin.errors import SteeringError
 
 # Left, top, right and bottom, in pixels of the image.
@@ -65,7 +66,13 @@ def patch_grid(size: tuple[int, int], tokens: int, tiles: int, model: Any, proce
             f"the image becomes {tokens} tokens in {tiles} tile(s), which are no square of patches, so they cannot be "
             "shown on the image."
         )
-    return PatchGrid(side, side, _box(size, model.config, processor), with_class, tokens)
+    aspect, merge = getattr(model.config, ASPECT, None), str(getattr(model.config, MERGE, None) or "flat")
+    if tiles > 1 and (not is_anyres(aspect) or "nobase" in merge):
+        raise SteeringError(
+            f"an image is cut into tiles by {ASPECT} {aspect!r} and joined by {MERGE} {merge!r}: none of them shows "
+            "the whole image, or it is not known where it lies, so they cannot be shown on the image."
+        )
+    return PatchGrid(side, side, _box(size, aspect, processor), with_class, tokens)
 
 
 def window_numbers(grid: PatchGrid, window: int, size: tuple[int, int], pixels: Tensor, model: Any) -> Tensor:
@@ -113,17 +120,17 @@ def over_patches(grid: PatchGrid, window: int, values: Tensor) -> Tensor:
     return values[down[:, None] * across + along[None]]
 
 
-def _box(size: tuple[int, int], config: Any, processor: Any) -> Box:
+def _box(size: tuple[int, int], ratio: object, processor: Any) -> Box:
     """Return what part of an image the tile shows: the image as it is, padded to a square, or squeezed into one."""
     width, height = size
-    ratio = getattr(config, "image_aspect_ratio", None)
     if ratio == "pad":
         side = max(size)
         left, top, right, bottom = _of_processor((side, side), processor)
         x, y = (side - width) // 2, (side - height) // 2
         return left - x, top - y, right - x, bottom - y
-    if ratio == "anyres":
-        side = processor.size["shortest_edge"]
+    if is_anyres(ratio):
+        wanted = processor.size
+        side = wanted["shortest_edge"] if isinstance(wanted, dict) else min(wanted)  # LLaVA-NeXT's SigLIP has a tuple
         box = _of_processor((side, side), processor)
         return box[0] * width / side, box[1] * height / side, box[2] * width / side, box[3] * height / side
     return _of_processor(size, processor)

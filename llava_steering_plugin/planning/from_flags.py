@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from llava_steering_plugin.components.base import ImageTokens
-from llava_steering_plugin.components.picture_layouts import PictureLayout
+from llava_steering_plugin.components.picture_layouts import ASPECT, PictureLayout, is_anyres
 from llava_steering_plugin.errors import ArgumentsError
 from llava_steering_plugin.planning.gpus import Gpu, named_gpu
 from llava_steering_plugin.planning.meta_step import Arithmetic, BatchShape, TrainingSetup, assemble, peak_of_step
@@ -126,7 +126,7 @@ def _batch_shape(
             notes.append(
                 f"a row of {sequence:,} positions is cut off within these, with the question and the answer behind them"
             )
-    elif "anyres" in str(getattr(flags, "image_aspect_ratio", "")):
+    elif is_anyres(getattr(flags, ASPECT, None)):
         notes.append("one tile an image is counted; anyres sends several through the vision tower")
     batch = BatchShape(
         samples=flags.per_device_train_batch_size,

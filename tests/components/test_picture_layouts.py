@@ -5,11 +5,17 @@ That they are what its own code makes: tests/next/test_lengths.py.
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 
 from llava_steering_plugin.components.base import ImageTokens
-from llava_steering_plugin.components.picture_layouts import PictureLayout, grid_of, layout_of
+from llava_steering_plugin.components.picture_layouts import PictureLayout, grid_of, is_anyres, layout_of
 from llava_steering_plugin.errors import ArgumentsError
+
+PACKAGE = Path(__file__).parents[2] / "llava_steering_plugin"
 
 CLIP = ImageTokens(576, 1024, 24)
 SIGLIP = ImageTokens(729, 1152, 27)
@@ -60,3 +66,23 @@ def test_what_is_not_known_is_said() -> None:
 def test_a_grid_that_is_none_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ArgumentsError, match=r"give a list of sizes in pixels, none below a tile's 336"):
         grid_of(text, 336)
+
+
+def test_every_name_that_llava_next_cuts_into_tiles_by_is_known_and_no_other() -> None:
+    for aspect in ("anyres", "anyres_max_9", "anyres_max_4", "anyres_max"):
+        assert is_anyres(aspect)
+    for aspect in (None, "square", "pad", "highres", "crop_split", "anyres_9", ""):
+        assert not is_anyres(aspect)
+
+
+def test_one_file_says_which_names_these_are() -> None:
+    """Whoever compares with "anyres" alone forgets LLaVA-NeXT's anyres_max_9."""
+    found = {
+        file.relative_to(PACKAGE).as_posix()
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.fullmatch(r"anyres(_max)?(_.*)?", node.value)
+    }
+    assert found == {"components/picture_layouts.py"}

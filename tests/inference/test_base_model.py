@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,20 @@ def test_a_plain_language_model_is_loaded_unless_only_a_llava_will_do(tiny: Tiny
         load_base(str(tiny.llm), device="cpu", only_llava=True)
     loaded = load_base(str(tiny.llm), device="cpu")
     assert loaded.processor is None and loaded.pool.names() == ["__base__"]
+
+
+def test_a_base_whose_pictures_this_llava_would_crop_instead_is_refused_before_it_is_loaded(
+    tiny: TinyLlava, patched_llava: Path, tmp_path: Path
+) -> None:
+    if "anyres_max" in (patched_llava / "llava/mm_utils.py").read_text():
+        pytest.skip("LLaVA-NeXT cuts them")
+    (tmp_path / "base").mkdir()
+    described = json.loads((tiny.llava / "config.json").read_text()) | {"image_aspect_ratio": "anyres_max_9"}
+    (tmp_path / "base/config.json").write_text(json.dumps(described))  # without weights: nothing could be loaded
+    with pytest.raises(
+        SteeringError, match=r"other pictures here .*'anyres_max_9', .* does not know .*LLaVA-NeXT does"
+    ):
+        load_base(str(tmp_path / "base"), device="cpu")
 
 
 @pytest.mark.parametrize("error", [OSError("no file"), KeyError("a_key"), RuntimeError("CUDA out of memory")])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import next_llava
 import pytest
 from next_llava import NextLlava
 from tiny_llava import TinyLlava
-from training_runs import train_in_process
+from training_runs import train_in_process, upstream_globals_restored
 
 # Of each base: the flags that make its training the one of LLaVA-NeXT's scripts.
 TRAININGS: dict[str, dict[str, object]] = {
@@ -48,3 +51,18 @@ def adapters(made: NextLlava, patched_llava: Path, tmp_path_factory: pytest.Temp
         given = {"max_steps": 4, "learning_rate": 1e-2, "gradient_checkpointing": base != "qwen"}
         train_in_process(next_llava.flags(made, getattr(made, base), found[base], {**frames, **given, **overrides}))
     return found
+
+
+@pytest.fixture(scope="module")
+def model(made: NextLlava, patched_llava: Path) -> Iterator[Any]:
+    """Its LLaVA over a Qwen, with a token for the ends of lines."""
+    with upstream_globals_restored():
+        from llava.model.language_model.llava_qwen import LlavaQwenForCausalLM
+
+        seeing = json.loads((made.tiny.llava / "config.json").read_text())
+        own = {key: value for key, value in seeing.items() if key.startswith("mm_")}
+        config = LlavaQwenForCausalLM.config_class.from_pretrained(made.qwen)
+        config.update({**own, "mm_patch_merge_type": "spatial_unpad", "attn_implementation": "eager"})
+        model = LlavaQwenForCausalLM(config).eval()
+        model.get_vision_tower().load_model()
+        yield model

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,6 @@ import next_llava
 import pytest
 import torch
 from next_llava import FRAMES, NextLlava
-from training_runs import upstream_globals_restored
 
 from llava_steering_plugin.components.picture_layouts import grid_of
 from llava_steering_plugin.hooks.token_map import IGNORED
@@ -41,21 +39,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "no ends": {**next_llava.ANYRES, "mm_newline_position": "no_token", "mm_spatial_pool_mode": "max"},
 }
 DEFAULTS = {"mm_newline_position": "grid", "mm_spatial_pool_mode": "bilinear", "image_grid_pinpoints": None}
-
-
-@pytest.fixture(scope="module")
-def model(made: NextLlava, patched_llava: Path) -> Iterator[Any]:
-    """Its LLaVA over a Qwen, with a token for the ends of lines."""
-    with upstream_globals_restored():
-        from llava.model.language_model.llava_qwen import LlavaQwenForCausalLM
-
-        seeing = json.loads((made.tiny.llava / "config.json").read_text())
-        own = {key: value for key, value in seeing.items() if key.startswith("mm_")}
-        config = LlavaQwenForCausalLM.config_class.from_pretrained(made.qwen)
-        config.update({**own, "mm_patch_merge_type": "spatial_unpad", "attn_implementation": "eager"})
-        model = LlavaQwenForCausalLM(config).eval()
-        model.get_vision_tower().load_model()
-        yield model
 
 
 def counted(made: NextLlava, settings: dict[str, Any], longest: int = 4096) -> TokenCounter:

@@ -10,6 +10,7 @@ from typing import Any
 
 from llava_steering_plugin.adapters.fit.base_model import read_config
 from llava_steering_plugin.components.image_tokens import tower_shape
+from llava_steering_plugin.components.picture_layouts import ASPECT, is_anyres
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing
 from llava_steering_plugin.inference.asking.prompts import CONVERSATION, write_prompt
 from llava_steering_plugin.inference.asking.questions import Question
@@ -98,7 +99,7 @@ def _lengths(
 
 def _size(file: Path, config: Any) -> tuple[int, int]:
     """Return width and height of an image where its tokens depend on them."""
-    if getattr(config, "image_aspect_ratio", None) == "anyres":
+    if is_anyres(getattr(config, ASPECT, None)):
         with suppress(ArgumentsError):  # a damaged one is named when it is read, with its question
             return image_size(file)
     return 1, 1

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from llava_steering_plugin.components.picture_layouts import ASPECT, is_anyres
 from llava_steering_plugin.upstream.seams import require
 
-ASPECT = "image_aspect_ratio"
 # Cropped by every LLaVA; what pads and what cuts into tiles stands in `process_images` by its name.
 _CROPPED = (None, "square")
 
@@ -33,5 +33,5 @@ def unknown_layout(settings: Mapping[str, Any]) -> str:
     names = {str(aspect), re.sub(r"_\d+$", "", str(aspect))}
     if any(f'"{name}"' in known or f"'{name}'" in known for name in names):
         return ""
-    other = "; LLaVA-NeXT does" if str(aspect).startswith(("anyres_max", "highres", "crop_split")) else ""
+    other = "; LLaVA-NeXT does" if is_anyres(aspect) or aspect in ("highres", "crop_split") else ""
     return f"{ASPECT} is {aspect!r}, and the LLaVA that is installed here does not know how to cut pictures so{other}"
