@@ -6,6 +6,7 @@ Covers `upstream/model/towers.py`, `upstream/model/staging.py`, `upstream/model/
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,23 @@ import pytest
 import torch
 from next_llava import NextLlava
 from PIL import Image
+from steered import strengthen
 from torch import Tensor
 
-from llava_steering_plugin import AdapterPool, disable_adapter, remove_adapter
+from llava_steering_plugin import AdapterPool, attach, disable_adapter, remove_adapter, save_adapter
 from llava_steering_plugin.errors import TokenMapError
 from llava_steering_plugin.inference.base_model import load_base
 from llava_steering_plugin.inference.images import image_arguments
+from llava_steering_plugin.modes.mores import MoReS
 
 QUESTION = "<image>\nWhat color is the circle?"
 
 
-def load(path: Path) -> tuple[Any, Any, Any]:
+def load(path: Path, base: Path | None = None) -> tuple[Any, Any, Any]:
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model
 
-    found = load_pretrained_model(str(path), None, get_model_name_from_path(str(path)), device="cpu")
+    found = load_pretrained_model(str(path), base and str(base), get_model_name_from_path(str(path)), device="cpu")
     return found[0], found[1].float().eval(), found[2]
 
 
@@ -151,6 +154,34 @@ def test_a_tower_that_the_checkpoint_holds_is_the_one_that_sees(whole: Path, mad
     expected = CLIPVisionModel.from_pretrained(made.tiny.tower).state_dict()
     for name, value in expected.items():
         torch.testing.assert_close(tower[name].float(), 1.5 * value, rtol=1e-2, atol=1e-3)
+
+
+def test_a_base_of_the_type_that_such_a_model_has_in_llava_is_loaded_as_its_own_and_takes_its_adapters(
+    whole: Path, made: NextLlava, tmp_path: Path
+) -> None:
+    """What LLaVA-NeXT calls llava_qwen is llava_qwen2 in LLaVA, by a component; its folder need not say Qwen."""
+    named, other = (Path(shutil.copytree(whole, tmp_path / name)) for name in ("llava-qwen", "tuned"))
+    described = json.loads((whole / "config.json").read_text())
+    assert described["model_type"] == "llava_qwen"
+    described |= {"model_type": "llava_qwen2", "architectures": ["LlavaQwen2ForCausalLM"]}
+    (other / "config.json").write_text(json.dumps(described))
+    (_, first, processor), (tokenizer, second, _) = load(named), load(other)
+    assert type(second) is type(first) and type(second).__name__ == "LlavaQwenForCausalLM"
+    weights, again = first.state_dict(), second.state_dict()
+    assert weights.keys() == again.keys() and all(torch.equal(again[name], value) for name, value in weights.items())
+    given = asked(made, tokenizer, second, processor, ["00.png"], QUESTION)
+    plain = logits(second, **given)
+    assert torch.equal(plain, logits(first, **given))
+
+    strengthen(attach(second, MoReS(rank=2, tokens="all")))
+    steered = logits(second, **given)
+    assert (steered - plain).abs().max() > 0.01 * plain.abs().max()
+    save_adapter(second, tmp_path / "adapter")
+    for base in (None, named):  # its own, and the same one by LLaVA-NeXT's name
+        model = load(tmp_path / "adapter", base)[1]
+        torch.testing.assert_close(logits(model, **given), steered, rtol=0, atol=1e-5 * float(steered.abs().max()))
+    pool: AdapterPool = load_base(str(other), device="cpu", only_llava=True).pool
+    pool.load("a", str(tmp_path / "adapter"))
 
 
 def test_llava_steering_eval_answers_on_it(
