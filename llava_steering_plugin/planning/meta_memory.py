@@ -80,11 +80,33 @@ def as_on_a_gpu(autocast: torch.dtype | None, packed: Iterable[nn.Linear] = ()) 
         packed: linears whose weights are quantised, and unpacked for each use.
     """
     with ExitStack() as stack:
+        stack.enter_context(_autocast_of_meta())
         if autocast is not None:
             # The meta device has none; this records whether autocast is on. Modes switch it off around their own maths.
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
         stack.enter_context(_Functions(autocast, packed))
         yield
+
+
+@contextmanager
+def _autocast_of_meta() -> Iterator[None]:
+    """Take `torch.autocast("meta")`, by which some models of transformers switch it off, for the one of the CPU.
+
+    torch has none for the meta device, and raises; that of the CPU is the one that is recorded.
+    """
+    original = torch.autocast
+
+    class OfMeta(original):  # type: ignore[misc, valid-type]
+        """Autocast that knows the meta device."""
+
+        def __init__(self, device_type: str, *args: Any, **kwargs: Any):
+            super().__init__("cpu" if device_type == META.type else device_type, *args, **kwargs)
+
+    torch.autocast = OfMeta  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        torch.autocast = original  # type: ignore[misc]
 
 
 class _Functions(TorchFunctionMode):

@@ -26,6 +26,7 @@ from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
 from llava_steering_plugin.planning.from_flags import Wanted
 from llava_steering_plugin.planning.gpus import named_gpu
+from llava_steering_plugin.planning.meta_memory import META, as_on_a_gpu
 from llava_steering_plugin.planning.meta_step import (
     Arithmetic,
     BatchShape,
@@ -154,6 +155,19 @@ def test_a_step_keeps_what_it_must_and_recomputing_saves_most_of_it() -> None:
     assert needed[True] > 3 * logits * 47 / 48 + 9 * hidden
     # Without recomputing a layer keeps at least the three wide tensors of its MLP and queries, keys and values.
     assert needed[False] > 3 * logits * 47 / 48 + 9 * tokens * 4 * (3 * 128 + 3 * 64)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_model_may_switch_autocast_off_on_its_own_device(autocast: torch.dtype | None) -> None:
+    """As Llama does since transformers 4.38, and with it LLaVA-NeXT: torch has no autocast on the meta device."""
+    original, linear = torch.autocast, torch.nn.Linear(4, 4, device=META)
+    hidden = torch.empty(2, 4, device=META)
+    with as_on_a_gpu(autocast):
+        assert linear(hidden).dtype == (autocast or torch.float32)
+        with torch.autocast(device_type="meta", enabled=False):
+            assert linear(hidden).dtype == torch.float32
+        assert linear(hidden).dtype == (autocast or torch.float32)
+    assert torch.autocast is original
 
 
 def test_layers_that_differ_are_all_rehearsed() -> None:
