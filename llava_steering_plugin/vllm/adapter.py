@@ -1,4 +1,7 @@
-"""Reads a MoReS adapter as what vLLM's slots take: for each layer M, b, R and a selection of tokens."""
+"""Reads a MoReS adapter as what vLLM's slots take: for each layer M, b, R and a selection of tokens.
+
+And the linears of a projector that is its own.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llava_steering_plugin.adapters.fit.compatibility import mode_of
 from llava_steering_plugin.adapters.stored.folder import ADAPTER, EXTRA, WEIGHTS, AdapterFolder, StoredAdapter
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, listing
 from llava_steering_plugin.foreign_files import WEIGHT_BYTES, opened
+from llava_steering_plugin.hooks.parameter_names import ONE_LINEAR, PARTS, PROJECTOR_PATH, of_one_linear
 from llava_steering_plugin.modes.mores import MoReS
 from llava_steering_plugin.modes.mores_choice import chosen_by_layer
 from llava_steering_plugin.modes.mores_frames import orthonormal
 from llava_steering_plugin.modes.mores_selection import TokenSelection, parse_choices
 from llava_steering_plugin.vllm.token_table import table_of
 
-_MARK = re.compile(r"(?P<path>.+)#llava_steering=(?P<digest>[0-9a-f]{32})", re.DOTALL)
+_MARK = re.compile(r"(?P<path>.+)#llava_steering=(?P<digest>[0-9a-f]{32})(?P<own>\+projector)?", re.DOTALL)
+# Of a projector of LLaVA's, by their names in an adapter's file; the first of them may be all of it.
+LINEARS = tuple(f"{PROJECTOR_PATH}.{number}" for number in PARTS.values())
 
 
 @dataclass(frozen=True)
@@ -48,10 +55,19 @@ class SlotAdapter:
     Attributes:
         layers: by their path below the decoder, such as `layers.3`; layers that it does not steer are not there.
         table: of its selections, as `token_table.table_of` writes them.
+        projector: its first and its second linear, each [out, in + 1] in any dtype, with the bias behind the weight;
+            None where that is the base's.
     """
 
     layers: Mapping[str, SlotLayer]
     table: Tensor
+    projector: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    @property
+    def size(self) -> int:
+        """Bytes that its tensors take."""
+        steering = [part for each in self.layers.values() for part in (each.shift, each.offset, each.basis)]
+        return sum(part.nbytes for part in (*steering, *self.projector) if part is not None)
 
 
 def digest_of(folder: str | os.PathLike[str]) -> str:
@@ -71,15 +87,29 @@ def digest_of(folder: str | os.PathLike[str]) -> str:
     return found.hexdigest()[:32]
 
 
-def marked(folder: str | os.PathLike[str], digest: str) -> str:
-    """Return the path of an adapter with the hash of its contents: vLLM's prefix cache tells adapters by their path."""
-    return f"{folder}#llava_steering={digest}"
+def marked(folder: str | os.PathLike[str], digest: str, *, own_projector: bool = False) -> str:
+    """Return the path of an adapter with the hash of its contents: vLLM's prefix cache tells adapters by their path.
+
+    Args:
+        own_projector: it has one, which the mark says too.
+    """
+    return f"{folder}#llava_steering={digest}{'+projector' if own_projector else ''}"
 
 
 def unmarked(path: str) -> tuple[str, str | None]:
     """Return the folder and the hash in a path; None where it has none."""
     found = _MARK.fullmatch(path)
     return (found["path"], found["digest"]) if found else (path, None)
+
+
+def name_of_features(path: str) -> str | None:
+    """Return what tells the image features of an adapter from those of others: "" where they are the base's.
+
+    Args:
+        path: of any LoRA; None comes back for those that are not ours.
+    """
+    found = _MARK.fullmatch(path)
+    return None if found is None else found["digest"] if found["own"] else ""
 
 
 def read_marked(folder: str | os.PathLike[str], digest: str | None = None) -> tuple[StoredAdapter, str]:
@@ -119,8 +149,8 @@ def unsupported(stored: StoredAdapter) -> list[str]:
         problems.append(f"it steers {mode.modality}, and vLLM knows the places of image tokens alone; {instead}")
     if stored.config.added_tokens:
         problems.append(f"it adds tokens to the vocabulary ({', '.join(stored.config.added_tokens)}); {instead}")
-    if own := sorted(stored.section(EXTRA)):
-        problems.append(f"it brings parts of the model ({', '.join(own)}); {instead}")
+    if others := linears_and_others(stored)[1]:
+        problems.append(f"it brings parts of the model ({', '.join(others)}); {instead}")
     if not problems:
         try:
             for_slot(stored)
@@ -153,7 +183,25 @@ def for_slot(stored: StoredAdapter) -> SlotAdapter:
             orthonormal(raw).basis,
             numbers[chosen.get(path, options[0].spec)],
         )
-    return SlotAdapter(layers, table_of([TokenSelection.parse(spec) for spec in used]))
+    table = table_of([TokenSelection.parse(spec) for spec in used])
+    return SlotAdapter(layers, table, _projector(stored))
+
+
+def linears_and_others(stored: StoredAdapter) -> tuple[list[str], list[str]]:
+    """Return which of LINEARS an adapter brings whole, and the names of all else of the model that it brings."""
+    names = {of_one_linear(name) for name in stored.section(EXTRA)}
+    whole = [path for path in LINEARS if {f"{path}.{leaf}" for leaf in ONE_LINEAR} <= names]
+    return whole, sorted(names - {f"{path}.{leaf}" for path in whole for leaf in ONE_LINEAR})
+
+
+def _projector(stored: StoredAdapter) -> tuple[Tensor | None, Tensor | None]:
+    extras = {of_one_linear(name): value for name, value in stored.section(EXTRA).items()}
+    whole, _ = linears_and_others(stored)
+    first, second = (
+        torch.cat([extras[f"{path}.weight"], extras[f"{path}.bias"][:, None]], 1) if path in whole else None
+        for path in LINEARS
+    )
+    return first, second
 
 
 def refuse_all(problems: list[str], name: str, folder: Any) -> None:

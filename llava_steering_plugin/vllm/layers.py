@@ -45,7 +45,7 @@ def _nothing(
 direct_register_custom_op("llava_steer", steer, mutates_args=["hidden", "residual"], fake_impl=_nothing)
 
 
-class _Weightless(LinearBase):
+class Weightless(LinearBase):
     """A linear that holds nothing, so that there is something for the LoRA manager to swap.
 
     Args:
@@ -60,7 +60,7 @@ class _Weightless(LinearBase):
         self.device = device
 
 
-class SteeringTokens(_Weightless):
+class SteeringTokens(Weightless):
     """Stands beside the decoder.
 
     Attributes:
@@ -77,7 +77,7 @@ class SteeringTokens(_Weightless):
         """Do nothing: `TokensInSlots` is not called in a pass either."""
 
 
-class SteeringPlace(_Weightless):
+class SteeringPlace(Weightless):
     """Stands at the end of a decoder layer, and returns the layer's output as it is."""
 
     def __init__(self, tokens: SteeringTokens, width: int, device: torch.device):
@@ -200,6 +200,3 @@ class TokensInSlots(BaseLayerWithLoRA):
     @classmethod
     def can_replace_layer(cls, source_layer: nn.Module, *args: Any, **kwargs: Any) -> bool:
         return isinstance(source_layer, SteeringTokens)
-
-
-IN_SLOTS = (SteeringInSlots, TokensInSlots)

@@ -8,13 +8,23 @@ import torch
 import vllm.lora.utils
 from torch import Tensor, nn
 from vllm.model_executor.models.llama import LlamaDecoderLayer
-from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+from vllm.model_executor.models.llava import LlavaForConditionalGeneration, LlavaMultiModalProjector
+from vllm.model_executor.models.vision import get_num_selected_vision_tokens, get_vision_encoder_info
 
-from llava_steering_plugin.vllm.layers import IN_SLOTS, STEERING, TOKENS, SteeringPlace, SteeringTokens, TokensInSlots
+from llava_steering_plugin.vllm.layers import (
+    STEERING,
+    TOKENS,
+    SteeringInSlots,
+    SteeringPlace,
+    SteeringTokens,
+    TokensInSlots,
+)
+from llava_steering_plugin.vllm.projector import ProjectorInSlots, ProjectorPlace, SteeredProjector
 from llava_steering_plugin.vllm.refusals import asked_for, refused
 from llava_steering_plugin.vllm.rows_without_lora import leave_rows_without_lora
 from llava_steering_plugin.vllm.token_table import with_places, without_places
 
+IN_SLOTS = (SteeringInSlots, TokensInSlots, ProjectorInSlots)
 # The manager tries these classes in their order on each linear.
 if not set(IN_SLOTS) <= set(vllm.lora.utils._all_lora_classes):
     vllm.lora.utils._all_lora_classes = (*IN_SLOTS, *vllm.lora.utils._all_lora_classes)
@@ -44,6 +54,10 @@ class SteeredLlava(LlavaForConditionalGeneration):
                 raise ValueError("MoReS adapters cannot run in this engine: " + "; ".join(problems))
             return
         self._make_places(vllm_config.scheduler_config.max_num_batched_tokens)
+        projector = self.multi_modal_projector  # another where the engine takes no images
+        if vllm_config.lora_config.enable_tower_connector_lora and type(projector) is LlavaMultiModalProjector:
+            projector.add_module(STEERING, ProjectorPlace(projector, next(projector.parameters()).device))
+            projector.__class__ = SteeredProjector
 
     def _wrong_layers(self) -> list[str]:
         kinds = {type(layer) for layer in self.language_model.model.layers} - {LlamaDecoderLayer}
@@ -59,6 +73,19 @@ class SteeredLlava(LlavaForConditionalGeneration):
             # vLLM builds the decoder by its name, with no way to say of which layers. Hooks would not be compiled.
             layer.__class__ = SteeredDecoderLayer
         self.steered = True
+
+    def get_mm_lora_token_counts(self, *, num_mm_embeds: int, **kwargs: Any) -> tuple[int, int | None]:
+        """Return how many tokens the tower and the projector compute for some image features.
+
+        vLLM's Llava counts none that the tower computes and does not hand on: LoRAs at the tower's linears would fail.
+        """
+        if not self.steered:
+            found: tuple[int, int | None] = super().get_mm_lora_token_counts(num_mm_embeds=num_mm_embeds, **kwargs)
+            return found
+        side, strategy = self.config.vision_config.image_size, self.config.vision_feature_select_strategy
+        whole = get_vision_encoder_info(self.config).get_num_image_tokens(image_width=side, image_height=side)
+        kept = get_num_selected_vision_tokens(whole, strategy)
+        return -(-num_mm_embeds // kept) * whole, num_mm_embeds
 
     def embed_multimodal(self, **kwargs: object) -> Any:
         found = super().embed_multimodal(**kwargs)

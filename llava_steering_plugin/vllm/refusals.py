@@ -8,6 +8,8 @@ from typing import Any
 ARCHITECTURE = "LlavaForConditionalGeneration"
 # The names of the linears for --lora-target-modules (layers.py).
 TARGETS = ("steering", "steering_tokens")
+# The flag with which slots hold projectors of adapters' own.
+PROJECTORS = "--enable-tower-connector-lora"
 # The environment variable that allows what was not tried, if it is 1.
 ANYWAY = "LLAVA_STEERING_UNTRIED_VLLM"
 

@@ -6,6 +6,7 @@ adapter by its name and path: without the hash, one that was trained again would
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
@@ -20,9 +21,17 @@ from llava_steering_plugin.adapters.stored.folder import StoredAdapter
 from llava_steering_plugin.adapters.stored.locate import find
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.modes.mores import MoReS
-from llava_steering_plugin.vllm.adapter import marked, read_marked, refuse_all, unmarked, unsupported
+from llava_steering_plugin.vllm.adapter import (
+    linears_and_others,
+    marked,
+    name_of_features,
+    read_marked,
+    refuse_all,
+    unmarked,
+    unsupported,
+)
 from llava_steering_plugin.vllm.base import ServedBase
-from llava_steering_plugin.vllm.refusals import refused
+from llava_steering_plugin.vllm.refusals import ANYWAY, PROJECTORS, refused
 
 
 class Admission:
@@ -72,10 +81,31 @@ class Admission:
             self._base = ServedBase(self._vllm_config.model_config)
         folder.read(self._base.check)
         stored, digest = read_marked(folder.path)
+        own_projector = bool(linears_and_others(stored)[0])
         problems = [*unsupported(stored), *self._too_large(stored)]
+        if own_projector:
+            problems += self._without_projectors()
         refuse_all(problems, request.lora_name, folder)
         self._base.check_weights(stored)
-        return marked(folder.path, digest)
+        return marked(folder.path, digest, own_projector=own_projector)
+
+    def _without_projectors(self) -> list[str]:
+        brings, images = "it brings a projector of its own", self._vllm_config.model_config.get_multimodal_config()
+        problems = []
+        if not self._vllm_config.lora_config.enable_tower_connector_lora:
+            problems.append(f"{brings}: start vLLM with {PROJECTORS}")
+        if self._vllm_config.parallel_config.tensor_parallel_size > 1 and os.environ.get(ANYWAY) != "1":
+            problems.append(
+                f"{brings}, and that was not tried with --tensor-parallel-size: start vLLM without, or set {ANYWAY}=1 "
+                "and compare answers with transformers' first"
+            )
+        if images.get_limit_per_prompt("image") < 1:
+            problems.append(f"{brings}, and this vLLM takes no images")
+        if images.enable_mm_embeds:
+            problems.append(
+                f"{brings}, and with --enable-mm-embeds vLLM does not always say whose an image is: start it without"
+            )
+        return problems
 
     def _too_large(self, stored: StoredAdapter) -> list[str]:
         mode, most = mode_of(stored.config), self._vllm_config.lora_config.max_lora_rank
@@ -95,6 +125,7 @@ def check_requests() -> None:
     """Wrap the methods by which requests and adapters come into an engine. Safe to call again."""
     for owner, method, wrapper in (
         (InputProcessor, "process_inputs", _process_inputs),
+        (InputProcessor, "_get_mm_identifier", _name_image),
         (AsyncLLM, "add_lora", _add_lora),
         (LLMEngine, "add_lora", _add_lora),
     ):
@@ -120,6 +151,19 @@ def _forget_images(processor: Any, prompt: Any) -> None:
         for hashes in prompt.get("mm_hashes", {}).values():
             for each in hashes:
                 cache.invalidate(each)
+
+
+def _name_image(before: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Name the features of an image by the contents of an adapter that has a projector of its own.
+
+    vLLM caches features under this name, in which it puts the name of the LoRA. So would those of an adapter that was
+    trained again be the old ones, and images be projected again for every adapter that leaves them as they are.
+    """
+    image, request = args
+    adapter = None if request is None else name_of_features(request.lora_path)
+    if adapter is None:
+        return before(*args, **kwargs)
+    return f"{adapter}:{image}" if adapter else image
 
 
 def _add_lora(before: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

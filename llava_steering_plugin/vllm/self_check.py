@@ -128,8 +128,11 @@ def prepare(worker: Any) -> bool:
         return False
     slots = worker.model_runner.lora_manager._adapter_manager.modules
     ending = f".{TARGETS[0]}"
-    paths = {name.removesuffix(ending): slots[name] for name in slots if name.endswith(ending)}
-    layers = {path.removeprefix(f"{DECODER}."): _strong(place.base_layer.input_size) for path, place in paths.items()}
+    names = [name for name in slots if name.startswith(f"{DECODER}.") and name.endswith(ending)]
+    layers = {
+        name.removeprefix(f"{DECODER}.").removesuffix(ending): _strong(slots[name].base_layer.input_size)
+        for name in names
+    }
     hold(worker.model_runner.lora_manager, _REQUEST, SlotAdapter(layers, table_of([TokenSelection.parse("all")])))
     return True
 

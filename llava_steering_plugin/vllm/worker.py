@@ -13,9 +13,9 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from llava_steering_plugin.errors import AdapterError
 from llava_steering_plugin.vllm.adapter import SlotAdapter, for_slot, read_marked, refuse_all, unmarked, unsupported
 
-DECODER, BESIDE_IT = "language_model.model", "language_model"
-# Adapters of one to four megabytes; vLLM does not say which of them have been unloaded.
-MOST_KEPT = 512
+DECODER, BESIDE_IT, PROJECTOR = "language_model.model", "language_model", "multi_modal_projector"
+# vLLM does not say which adapters have been unloaded. They have one to four megabytes, and 40 to 60 with a projector.
+MOST_KEPT = 4 << 30
 
 
 def read_our_adapters() -> None:
@@ -83,14 +83,23 @@ def load(request: Any, manager: Any) -> Any:
         stored, _ = read_marked(folder, digest)
         refuse_all(unsupported(stored), request.lora_name, folder)
         found = request.lora_path, for_slot(stored)
-        while len(kept) >= MOST_KEPT:
-            del kept[next(iter(kept))]
-    kept[request.lora_int_id] = found
+    keep(kept, request.lora_int_id, found)
     return _as_lora(request, found[1], manager._adapter_manager)
 
 
+def keep(kept: dict[int, tuple[str, SlotAdapter]], number: int, found: tuple[str, SlotAdapter]) -> None:
+    """Put an adapter behind those that are kept, and give up the oldest where all take more than MOST_KEPT bytes."""
+    kept[number] = found
+    sizes = {each: adapter.size for each, (_, adapter) in kept.items()}
+    for oldest in list(kept)[:-1]:
+        if sum(sizes.values()) <= MOST_KEPT:
+            return
+        del kept[oldest], sizes[oldest]
+
+
 def _as_lora(request: Any, adapter: SlotAdapter, slots: Any) -> Any:
-    from llava_steering_plugin.vllm.layers import IN_SLOTS, STEERING, TOKENS, packed
+    from llava_steering_plugin.vllm.layers import STEERING, TOKENS, packed
+    from llava_steering_plugin.vllm.model import IN_SLOTS
 
     table = f"{BESIDE_IT}.{TOKENS}"
     loras = {table: LoRALayerWeights(table, 1, 1, adapter.table, torch.zeros(1, 1))}
@@ -98,6 +107,11 @@ def _as_lora(request: Any, adapter: SlotAdapter, slots: Any) -> Any:
         name, rank = f"{DECODER}.{path}.{STEERING}", len(layer.offset)
         states = packed(layer.shift, layer.offset, layer.selection)
         loras[name] = LoRALayerWeights(name, rank, rank, states, layer.basis.T.contiguous())
+    if any(linear is not None for linear in adapter.projector):
+        name = f"{PROJECTOR}.{STEERING}"
+        # What is kept, without a copy.
+        first, second = (torch.zeros(1, 1) if linear is None else linear for linear in adapter.projector)
+        loras[name] = LoRALayerWeights(name, 1, 1, first, second)
     if missing := [name for name in loras if not isinstance(slots.modules.get(name), IN_SLOTS)]:
         raise AdapterError(
             f"the adapter {request.lora_name!r} cannot run in this vLLM: its model has no place for MoReS at "

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapter_files import set_header
+import torch
+from adapter_files import change_tensors, set_header
 from base_folders import base_folder
 from steered import base_of
 
 from llava_steering_plugin import attach, remove_adapter, save_adapter
-from llava_steering_plugin.adapters.stored.folder import HEADER, AdapterFolder
+from llava_steering_plugin.adapters.stored.folder import EXTRA, HEADER, AdapterFolder
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.mixlora import MixLoRA
@@ -26,6 +27,7 @@ from llava_steering_plugin.serving import vllm_program
 from llava_steering_plugin.serving.options import KEY_VARIABLE, TOKEN_VARIABLE, Engine, ServeOptions
 from llava_steering_plugin.serving.vllm_program import Launch, planned
 from llava_steering_plugin.vllm.plugin import ANYWAY, TRIED
+from llava_steering_plugin.vllm.refusals import PROJECTORS
 
 TEMPLATE = "{% for message in messages %}USER: {{ message['content'] }}{% endfor %}"
 SECRET = "0123456789abcdef"
@@ -118,6 +120,18 @@ def test_a_folder_of_adapters_is_served_beside_those_that_are_named(base: Path, 
     assert made.models == ["my-base-hf", "cars", "pets"] and str(pets) in " ".join(made.words)
     assert after(made.words, "--max-loras") == after(made.words, "--max-cpu-loras") == ["3"]
     assert made.environment[TOKEN_VARIABLE] == "" and made.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "0"
+
+
+@pytest.mark.usefixtures("installed")
+def test_projectors_of_adapters_own_turn_on_their_flag(base: Path, tmp_path: Path) -> None:
+    parts = {"weight": torch.zeros(8, 8), "bias": torch.zeros(8)}
+    linear = {f"{EXTRA}model.mm_projector.2.{leaf}": value for leaf, value in parts.items()}
+    own, plain, half = (adapter(tmp_path / name, MoReS()) for name in ("own", "plain", "half"))
+    change_tensors(own, lambda tensors: tensors.update(linear))
+    change_tensors(half, lambda tensors: tensors.update({f"{EXTRA}model.mm_projector.0.bias": parts["bias"]}))
+    assert PROJECTORS in launch(base, adapters=[str(plain), str(own)]).words
+    assert PROJECTORS not in launch(base, adapters=[str(plain)]).words
+    assert "brings parts of the model (model.mm_projector.0.bias)" in refusal(base, adapters=[str(half)])
 
 
 @pytest.mark.usefixtures("installed")

@@ -273,6 +273,7 @@ class Shared:
         llava: the same in LLaVA's layout.
         adapters: folders by name.
         expected: transformers' answers to `prompts`, by the adapter's name; None: the base's.
+        first_number: of the requests' numbers, by which vLLM knows adapters.
     """
 
     base: Path
@@ -281,13 +282,16 @@ class Shared:
     prompts: list[Prompt]
     adapters: Mapping[str, Path]
     expected: Mapping[str | None, list[list[int]]]
+    first_number: int = 1
 
     def request(self, name: str | None) -> Any:
         """A request for an adapter, each with a number of its own."""
         from vllm.lora.request import LoRARequest
 
-        number = 1 + list(self.adapters).index(name) if name is not None else 0
-        return LoRARequest(name, number, str(self.adapters[name])) if name is not None else None
+        if name is None:
+            return None
+        number = self.first_number + list(self.adapters).index(name)
+        return LoRARequest(name, number, str(self.adapters[name]))
 
 
 def differing(some: list[list[int]], others: list[list[int]]) -> int:

@@ -79,6 +79,7 @@ def test_the_entry_point_may_be_called_again(engine: Engine, shared: Shared) -> 
         (WorkerLoRAManager, "_load_adapter"),
         (LRUCacheWorkerLoRAManager, "add_adapter"),
         (InputProcessor, "process_inputs"),
+        (InputProcessor, "_get_mm_identifier"),
     )
     before = [owner.__dict__[name] for owner, name in seams]
     ours.load()()

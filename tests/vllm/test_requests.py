@@ -18,7 +18,7 @@ from steered import strengthen
 from vllm_fixtures import Engine, Shared, differing
 
 from llava_steering_plugin import attach, remove_adapter, save_adapter
-from llava_steering_plugin.adapters.stored.folder import HEADER, WEIGHTS
+from llava_steering_plugin.adapters.stored.folder import EXTRA, HEADER, WEIGHTS
 from llava_steering_plugin.errors import AdapterError
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.mixlora import MixLoRA
@@ -38,6 +38,13 @@ def saved(shared: Shared, mode: Mode, folder: Path, *extras: str) -> Path:
     finally:
         remove_adapter(model)
     return folder
+
+
+def with_a_projector_of_another_width(shared: Shared, folder: Path) -> Path:
+    linear = "model.multi_modal_projector.linear_2"
+    saved(shared, MoReS(), folder, f"{linear}.weight", f"{linear}.bias")
+    names = [f"{EXTRA}model.mm_projector.2.{leaf}" for leaf in ("weight", "bias")]
+    return change_tensors(folder, lambda tensors: tensors.update({name: tensors[name][:-1].clone() for name in names}))
 
 
 def with_added_token(shared: Shared, folder: Path) -> Path:
@@ -74,6 +81,7 @@ BAD: dict[str, tuple[Callable[[Shared, Path], Path], str]] = {
     "text": (lambda shared, to: saved(shared, MoReS(modality="vis+text"), to), "steers vis.text"),
     "rank": (lambda shared, to: saved(shared, MoReS(rank=16), to), "--max-lora-rank 16"),
     "projector": (lambda shared, to: saved(shared, MoReS(), to, PROJECTOR), "brings parts of the model"),
+    "projector's width": (with_a_projector_of_another_width, r"linear_2.weight is \[63, 64\] where .* \[64, 64\]"),
     "tokens": (with_added_token, "adds tokens to the vocabulary .<new>."),
     "other base": (of_another_base, "the embedding rows that identify the base differ"),
     "larger base": (of_a_larger_base, "32 layers of width 4096"),
