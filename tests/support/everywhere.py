@@ -7,8 +7,9 @@ Run as a program in the environment of each, so that adapters can be compared be
 JOB says which adapters are put on the model and asked (`ask`, a folder by name), and which are trained (`train`, a
 folder by name): every adapter's logits and greedy tokens in every case are in OUT, as `<adapter>|<case>|logits` and
 `|tokens`, and the model's own as those of the adapter "none". Pictures (`sight`) are cases, too: each goes through the
-home's own processing of images, and what comes out is there as `pixels|<case>`. The logits of adapters that are the
-same everywhere are there, too, and of transformers the tokens of prompts (`template`, `messages` by name).
+home's own processing of images, and what comes out is there as `pixels|<case>`. Pictures that are cut into tiles
+already (`tiles`, a file of `write_tiles`) are cases of a LLaVA-1.6. The logits of adapters that are the same everywhere
+are there, too, and of transformers the tokens of prompts (`template`, `messages` by name).
 
 `RECORD_EVERYWHERE=OUT pytest tests/everywhere` keeps the logits for machines without that environment.
 """
@@ -71,13 +72,60 @@ class Sight:
     template: str
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """A picture that is cut into tiles.
+
+    Attributes:
+        pixels: of the tiles, the whole picture first, float32 [tiles, 3, side, side].
+        size: its width and height.
+        tokens: how many tokens it becomes.
+    """
+
+    pixels: Tensor
+    size: tuple[int, int]
+    tokens: int
+
+
+# The same for pictures in tiles, each followed by the number of its picture in the file.
+TILED_CASES: Mapping[str, tuple[list[int], tuple[int, ...]]] = {
+    "a wide picture": (CASES["one image"], (0,)),
+    "a high and a square one": (CASES["several images"], (1, 2)),
+    "text": (CASES["text"], ()),
+}
+
+
+def write_tiles(pictures: Sequence[Tiles], file: Path) -> None:
+    """Write pictures in tiles, so that every home gets the same pixels: versions of Pillow shrink otherwise."""
+    from safetensors.torch import save_file
+
+    tensors = {f"{number}|pixels": each.pixels.contiguous() for number, each in enumerate(pictures)}
+    numbers = {f"{number}|numbers": torch.tensor([*each.size, each.tokens]) for number, each in enumerate(pictures)}
+    save_file(tensors | numbers, file)
+
+
+def read_tiles(file: Path) -> list[Tiles]:
+    """Return the pictures of `write_tiles`."""
+    from safetensors.torch import load_file
+
+    tensors, found = load_file(file), []
+    for number in range(len(tensors) // 2):
+        width, height, tokens = tensors[f"{number}|numbers"].tolist()
+        found.append(Tiles(tensors[f"{number}|pixels"], (width, height), tokens))
+    return found
+
+
 class Home:
     """A model in float32, called on prompts with -200 for an image, and about pictures.
 
     One that cuts pictures into tiles is called about pictures alone.
+
+    Args:
+        sight: pictures in files.
+        tiles: pictures in tiles, for a model that cuts them so.
     """
 
-    def __init__(self, folder: Path, sight: Sight | None = None):
+    def __init__(self, folder: Path, sight: Sight | None = None, tiles: Sequence[Tiles] = ()):
         self.folder = folder
         self.settings = json.loads((folder / "config.json").read_text())
         self.image_token = self.settings.get("image_token_index")
@@ -85,6 +133,8 @@ class Home:
         self.model.requires_grad_(False)
         grid = self.settings.get("image_grid_pinpoints")
         self.calls = {case: self.call(prompt) for case, prompt in CASES.items() if grid is None}
+        for case, (prompt, numbers) in TILED_CASES.items() if tiles else ():
+            self.calls[case] = self.call_on_tiles(prompt, [tiles[number] for number in numbers])
         if sight is not None:
             look = self._llavas_look if self.image_token is None else self._processors_look
             for cut in sight.processors:
@@ -122,6 +172,24 @@ class Home:
         found = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         return found if images is None else found | {"pixel_values": images}
 
+    def call_on_tiles(self, prompt: Sequence[int], pictures: Sequence[Tiles]) -> dict[str, Any]:
+        """Return the arguments of a call for one prompt about pictures in tiles."""
+        if self.image_token is None:
+            seen = {"images": [each.pixels for each in pictures], "image_sizes": [each.size for each in pictures]}
+            return {"input_ids": torch.tensor([prompt])} | (seen if pictures else {"images": None})
+        left, ids = list(pictures), []
+        for token in prompt:
+            ids += [self.image_token] * left.pop(0).tokens if token == IMAGE else [token]
+        found = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        if not pictures:
+            return found
+        most = max(len(each.pixels) for each in pictures)  # as its processor fills up
+        pixels = torch.zeros(len(pictures), most, *pictures[0].pixels.shape[1:])
+        for row, each in zip(pixels, pictures, strict=True):
+            row[: len(each.pixels)] = each.pixels
+        sizes = torch.tensor([[height, width] for width, height in (each.size for each in pictures)])
+        return found | {"pixel_values": pixels, "image_sizes": sizes}
+
     def _llavas_look(self, sight: Sight, cut: str, file: str) -> dict[str, Any]:
         from llava.mm_utils import process_images, tokenizer_image_token
         from PIL import Image
@@ -148,7 +216,7 @@ class Home:
 
     def pixels(self) -> dict[str, Tensor]:
         """Return what the vision tower gets of each picture, as `pixels|<case>`."""
-        seen = {case: call for case, call in self.calls.items() if case not in CASES}
+        seen = {case: call for case, call in self.calls.items() if case not in CASES and case not in TILED_CASES}
         return {f"pixels|{case}": call.get("images", call.get("pixel_values")) for case, call in seen.items()}
 
     @torch.no_grad()
@@ -249,7 +317,8 @@ def main() -> None:
 
     model, job, out = map(Path, sys.argv[1:])
     described = json.loads(job.read_text())
-    home = Home(model, Sight(**described["sight"]) if described.get("sight") else None)
+    tiles = read_tiles(Path(described["tiles"])) if "tiles" in described else []
+    home = Home(model, Sight(**described["sight"]) if described.get("sight") else None, tiles)
     found = run(home, described["ask"], described["train"]) | (
         home.fixed() if home.calls.keys() >= CASES.keys() else {}
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from llava_steering_plugin.adapters.fit.base_model import IMAGE_SETTINGS, VIDEO_SETTINGS
-from llava_steering_plugin.adapters.parts.image_settings import SELECTED
+from llava_steering_plugin.adapters.parts.image_settings import SELECTED, of_transformers
 from llava_steering_plugin.errors import AdapterError, listing
 from llava_steering_plugin.foreign_files import brief
 from llava_steering_plugin.hooks.families import family_of
@@ -39,7 +39,9 @@ def takes_images(model: PreTrainedModel) -> bool:
 
 def image_settings(trained: Mapping[str, Any]) -> dict[str, Any]:
     """Return those entries of a LLaVA's config that say how images and videos are cut, encoded and marked."""
-    found = {key: value for key, value in trained.items() if key.startswith(IMAGE_SETTINGS + VIDEO_SETTINGS)}
+    # LlavaNext's image_grid_pinpoints have heights first: the rest is its processor's matter.
+    beginnings = SELECTED if of_transformers(trained) else IMAGE_SETTINGS + VIDEO_SETTINGS
+    found = {key: value for key, value in trained.items() if key.startswith(beginnings)}
     # No choice of features is a choice of none: the model keeps its own, and can be compared with it.
     return {key: value for key, value in found.items() if value is not None or not key.startswith(SELECTED)}
 
