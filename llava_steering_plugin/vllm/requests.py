@@ -6,7 +6,6 @@ adapter by its name and path: without the hash, one that was trained again would
 
 from __future__ import annotations
 
-import os
 import threading
 from typing import Any
 
@@ -31,7 +30,7 @@ from llava_steering_plugin.vllm.adapter import (
     unsupported,
 )
 from llava_steering_plugin.vllm.base import ServedBase
-from llava_steering_plugin.vllm.refusals import ANYWAY, PROJECTORS, refused
+from llava_steering_plugin.vllm.refusals import PROJECTORS, refused
 
 
 class Admission:
@@ -94,11 +93,6 @@ class Admission:
         problems = []
         if not self._vllm_config.lora_config.enable_tower_connector_lora:
             problems.append(f"{brings}: start vLLM with {PROJECTORS}")
-        if self._vllm_config.parallel_config.tensor_parallel_size > 1 and os.environ.get(ANYWAY) != "1":
-            problems.append(
-                f"{brings}, and that was not tried with --tensor-parallel-size: start vLLM without, or set {ANYWAY}=1 "
-                "and compare answers with transformers' first"
-            )
         if images.get_limit_per_prompt("image") < 1:
             problems.append(f"{brings}, and this vLLM takes no images")
         if images.enable_mm_embeds:

@@ -6,9 +6,11 @@ Tests that need it begin with `pytest.importorskip("vllm")`.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 from vllm_fixtures import ADAPTERS, Engine, Reference, Shared, export_tiny, llavas_python, prompts_of
+from vllm_projectors import save_with_projector
 
 # Read when vLLM is imported. The engine runs in this process: it starts sooner, and one can look into it.
 os.environ.update(
@@ -40,3 +42,18 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 def engine(shared: Shared) -> Engine:
     """An engine whose linears take PEFT's LoRAs too, and whose slots hold projectors."""
     return Engine(shared.base, enable_tower_connector_lora=True)
+
+
+@pytest.fixture(scope="session")
+def own(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """Adapters that steer alike and project in other ways, one that has half of a projector, and one that has none."""
+    folder, reference = tmp_path_factory.mktemp("own"), shared.reference
+    adapters = {
+        "one": save_with_projector(reference, 1, folder / "one"),
+        "other": save_with_projector(reference, 2, folder / "other"),
+        "half": save_with_projector(reference, 3, folder / "half", ["linear_1"]),
+        "none": save_with_projector(reference, 0, folder / "none", []),
+    }
+    expected = {name: reference.answers(shared.prompts, path) for name, path in adapters.items()}
+    assert reference.answers(shared.prompts[:1]) == shared.expected[None][:1]  # the base is as it was
+    return replace(shared, adapters=adapters, expected={None: shared.expected[None], **expected}, first_number=20)

@@ -6,58 +6,16 @@ Covers `vllm/projector.py`.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from steered import strengthen
-from vllm_fixtures import Engine, Reference, Shared, differing
+from vllm_fixtures import Engine, Shared, differing
 
-from llava_steering_plugin import attach, remove_adapter, save_adapter
-from llava_steering_plugin.modes.mores import MoReS
 from llava_steering_plugin.vllm.adapter import SlotAdapter, digest_of
 
 pytest.importorskip("vllm", reason="needs vLLM: scripts/setup.sh --vllm makes .venv-vllm")
-
-
-def saved(reference: Reference, seed: int, folder: Path, linears: Sequence[str] = ("linear_1", "linear_2")) -> Path:
-    """An adapter whose steering is always the same, with linears of the projector that depend on the seed."""
-    model, mode = reference.model, MoReS(rank=2, tokens="f4+l5")
-    names = [f"model.multi_modal_projector.{linear}.{leaf}" for linear in linears for leaf in ("weight", "bias")]
-    before = {name: model.get_parameter(name).detach().clone() for name in names}
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in before.items():
-            change = torch.randn(value.shape, generator=generator)
-            model.get_parameter(name).add_(change * (value.std() if value.dim() > 1 else 0.1))
-    attachment = strengthen(attach(model, mode), 0, 0.5)
-    attachment.extras |= set(names)
-    try:
-        save_adapter(model, folder)
-    finally:
-        remove_adapter(model)
-        with torch.no_grad():
-            for name, value in before.items():
-                model.get_parameter(name).copy_(value)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def own(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    """Adapters that steer alike and project in other ways, one that has half of a projector, and one that has none."""
-    folder, reference = tmp_path_factory.mktemp("own"), shared.reference
-    adapters = {
-        "one": saved(reference, 1, folder / "one"),
-        "other": saved(reference, 2, folder / "other"),
-        "half": saved(reference, 3, folder / "half", ["linear_1"]),
-        "none": saved(reference, 0, folder / "none", []),
-    }
-    expected = {name: reference.answers(shared.prompts, path) for name, path in adapters.items()}
-    assert reference.answers(shared.prompts[:1]) == shared.expected[None][:1]  # the base is as it was
-    return replace(shared, adapters=adapters, expected={None: shared.expected[None], **expected}, first_number=20)
 
 
 def test_every_projector_changes_at_least_half_of_the_answers(own: Shared) -> None:
@@ -135,7 +93,6 @@ def test_features_are_cached_by_the_contents_of_the_adapter(engine: Engine, own:
         ({"enable_tower_connector_lora": False}, "start vLLM with --enable-tower-connector-lora"),
         ({"enable_mm_embeds": True}, "with --enable-mm-embeds vLLM does not always say whose"),
         ({"limit_mm_per_prompt": {"image": 0}}, "takes no images"),
-        ({"tensor_parallel_size": 2}, "not tried with --tensor-parallel-size"),
     ],
 )
 def test_an_engine_that_cannot_project_by_them_refuses_them(changed: dict[str, Any], said: str, own: Shared) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from adapter_files import change_tensors
 from vllm_fixtures import Prompt, Shared, differing, llavas_tokens
+from vllm_projectors import save_with_projector
 from vllm_server import EXACT, KEY, TOKEN, message, served
 
 pytest.importorskip("vllm", reason="needs vLLM: scripts/setup.sh --vllm makes .venv-vllm")
@@ -25,12 +26,18 @@ QUESTIONS = ("What is it?", "What color is it?", "Is it red?")
 def client(shared: Shared) -> Iterator[Any]:
     from openai import OpenAI
 
-    with served(shared, "--tensor-parallel-size", "2") as address:
+    with served(shared, "--tensor-parallel-size", "2", "--enable-tower-connector-lora") as address:
         yield OpenAI(base_url=address, api_key=KEY, max_retries=0)
 
 
 @pytest.fixture(scope="module")
-def expected(shared: Shared) -> dict[str, list[list[int]]]:
+def own_projector(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter with a projector of its own, that the server does not begin with."""
+    return save_with_projector(shared.reference, 1, tmp_path_factory.mktemp("own"))
+
+
+@pytest.fixture(scope="module")
+def expected(shared: Shared, own_projector: Path) -> dict[str, list[list[int]]]:
     """Transformers' answers to QUESTIONS about pictures, in prompts that the chat template writes."""
     prompts = []
     for number, question in enumerate(QUESTIONS):
@@ -39,7 +46,8 @@ def expected(shared: Shared) -> dict[str, list[list[int]]]:
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
         prompts.append(Prompt(text, shared.prompts[number].images))
-    found = {name: shared.reference.answers(prompts, folder) for name, folder in shared.adapters.items()}
+    adapters = {**shared.adapters, "own projector": own_projector}
+    found = {name: shared.reference.answers(prompts, folder) for name, folder in adapters.items()}
     return {"base": shared.reference.answers(prompts)} | found
 
 
@@ -62,11 +70,12 @@ def test_adapters_are_models_beside_the_base(client: Any, shared: Shared) -> Non
 
 
 def test_concurrent_clients_get_the_answers_of_transformers(
-    client: Any, shared: Shared, expected: dict[str, list[list[int]]]
+    client: Any, shared: Shared, expected: dict[str, list[list[int]]], own_projector: Path
 ) -> None:
     assert all(
         2 * differing(found, expected["base"]) >= len(found) for name, found in expected.items() if name != "base"
     )
+    told(client, "/load_lora_adapter", lora_name="own projector", lora_path=str(own_projector))
     asked = [(name, number) for number in range(len(QUESTIONS)) for name in expected]
     with ThreadPoolExecutor(len(asked)) as pool:
         found = list(pool.map(lambda pair: answer(client, shared, *pair), asked))
