@@ -116,11 +116,29 @@ def test_differences_are_paired() -> None:
     assert paired([1.0], [2.0])["standard_error"] is None
 
 
+def test_a_seed_draws_the_same_test_each_time_and_another_seed_another_one(tmp_path: Path) -> None:
+    from experiments.small_llava import pictures
+    from experiments.stages import Context
+
+    for number in range(pictures.FEWEST):
+        stamp(tmp_path / "stamps", f"thing{number}.png", f"Thing {number}.")
+    drawn = []
+    for name, seed in (("first", 7), ("again", 7), ("other", 8)):
+        (tmp_path / name).mkdir()
+        context = Context(tmp_path / name, 1, lambda at, total: None)
+        pictures.prepare(context, tmp_path / "stamps", seed)
+        drawn.append([pictures.read(file) for file in sorted(context.folder.glob("*.json"))])
+    first, again, other = drawn
+    assert len(first) == 5 and first == again
+    assert all(one != another for one, another in zip(first, other, strict=True))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--steps", "0"], "greater than or equal to 1"),
         (["--steps", "many"], "valid integer"),
+        (["--seed", "-1"], "greater than or equal to 0"),
         (["--stamps", "nowhere"], "does not exist"),
         (["--stamps", "."], "0 pictures with English captions; 100 are needed"),
     ],
@@ -156,11 +174,12 @@ def test_three_steps_of_the_whole_on_real_pictures_and_a_second_run_uses_what_is
 ) -> None:
     if not fetched():
         pytest.skip("there are no pictures here, and apt-get knows none")
-    command = [sys.executable, str(PROGRAM), "--steps", "3", "--output", str(tmp_path)]
+    command = [sys.executable, str(PROGRAM), "--steps", "3", "--seed", "8", "--output", str(tmp_path)]
     environment = subprocess_environment(patched_llava)
     subprocess.run(command, check=True, timeout=1500, env=environment)
     results = json.loads((tmp_path / "results.json").read_text())
     assert "Paris" in results["language_model"]["answer"] and results["language_model"]["perplexity"] < 15
+    assert results["seed"] == 8
     own, shuffled, first = (results["losses"][name] for name in ("own", "shuffled", "first"))
     assert len(first) == 1
     # First weights and texts are the same, so the first losses are close: only the pictures tell them apart.

@@ -41,31 +41,35 @@ def main(
             help=f"Folder of stamps; else those of {pictures.PACKAGE}, fetched by apt-get.",
         ),
     ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Draws the pictures that are held out, the wrong ones, and the first connector.")
+    ] = SEED,
 ) -> None:
     """Train a connector between an ImageNet encoder and SmolLM2 on real pictures, beside one on shuffled pictures."""
     with runner_of("small_llava", output, quick=False) as runner:
-        results = run(runner, steps, stamps)
+        results = run(runner, steps, stamps, seed)
     (runner.root / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     (runner.root / "results.md").write_text(report.markdown(results))
     runner.console.print(report.markdown(results), markup=False, highlight=False)
     runner.console.print(f"[bold]{runner.root / 'results.md'}[/bold], and results.json beside it")
 
 
-def run(runner: Runner, steps: int, stamps: Path | None) -> dict[str, Any]:
+def run(runner: Runner, steps: int, stamps: Path | None, seed: int = SEED) -> dict[str, Any]:
     """Run all stages in order; return the content of results.json."""
     started = time.monotonic()
-    taken = {"stamps": str(stamps and stamps.resolve()), "seed": SEED}
-    data = runner.run(Stage("pictures", taken, (), lambda stage: pictures.prepare(stage, stamps, SEED), (pictures,)))
+    taken = {"stamps": str(stamps and stamps.resolve()), "seed": seed}
+    data = runner.run(Stage("pictures", taken, (), lambda stage: pictures.prepare(stage, stamps, seed), (pictures,)))
     base = runner.run(Stage("language-model", {}, (), _language_model, (smollm2,)))
     # A caption costs much less once the connector knows how captions sound, and when it finds that out is chance: that
     # would hide what pictures tell. Both trainings begin after it, with the same connector.
-    first = runner.run(_training("first", _first_steps(steps), base, data, "train-first.json"))
-    trained = {name: runner.run(_training(name, steps, base, data, file, first)) for name, file in DATA.items()}
+    first = runner.run(_training("first", _first_steps(steps), seed, base, data, "train-first.json"))
+    trained = {name: runner.run(_training(name, steps, seed, base, data, file, first)) for name, file in DATA.items()}
     asked = {name: runner.run(_asking(name, done, base, data)) for name, done in trained.items()}
     losses = {name: done.values["losses"] for name, done in trained.items()}
     return {
         "first_steps": _first_steps(steps),
         "steps": steps,
+        "seed": seed,
         "batch": BATCH,
         "learning_rate": RATE,
         "pictures": data.values,
@@ -96,7 +100,7 @@ def _first_steps(steps: int) -> int:
     return max(1, steps // 2)
 
 
-def _training(name: str, steps: int, base: Done, data: Done, file: str, first: Done | None = None) -> Stage:
+def _training(name: str, steps: int, seed: int, base: Done, data: Done, file: str, first: Done | None = None) -> Stage:
     """Return LLaVA's stage 1 on the captions, with the pictures that the file names.
 
     Those that begin with the connector of `first` see the same texts in the same order; only the pictures differ.
@@ -107,6 +111,7 @@ def _training(name: str, steps: int, base: Done, data: Done, file: str, first: D
         "mm_projector_type": CONNECTOR,
         "tune_mm_mlp_adapter": True,
         "max_steps": steps,
+        "seed": seed,
         "per_device_train_batch_size": BATCH,
         "learning_rate": RATE,
         # Not bfloat16, as LLaVA's own stage 1: it halves the time where a processor has it, and where it has not, a

@@ -12,7 +12,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     """Return three tables: the losses of both trainings, those of pictures that were not trained, and what is said."""
     lines = [
         f"{results['steps']} steps of {results['batch']} after {results['first_steps']} with wrong pictures, "
-        f"{results['pictures']['trained']} pictures, {results['date']}",
+        f"{results['pictures']['trained']} pictures, seed {results['seed']}, {results['date']}",
         "",
         "| loss, mean over | trained with real pictures | with shuffled ones | shuffled - real | real below shuffled |",
         "| --- | ---: | ---: | ---: | ---: |",
