@@ -19,7 +19,7 @@ from llava_steering_plugin.hooks.hosts import hang, unhang
 from llava_steering_plugin.hooks.owner import ModelOwner, owner_of
 from llava_steering_plugin.hooks.scope import Scope, current, without
 from llava_steering_plugin.modes import registry
-from llava_steering_plugin.modes.base import Mode, build_modules
+from llava_steering_plugin.modes.base import ForwardPass, Mode, build_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,6 +108,11 @@ class Attachment(ModelOwner):
 
     def _base(self) -> PreTrainedModel | None:
         return self.original.model()
+
+    def _enter_pass(self, scope: Scope, this_pass: ForwardPass) -> None:
+        # A call that changes nothing would still take time, in every layer and for every new token.
+        if not (this_pass.decode and self.mode.idle_at_decode):
+            super()._enter_pass(scope, this_pass)
 
     @contextmanager
     def _opened(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, generating: bool) -> Iterator[Scope]:

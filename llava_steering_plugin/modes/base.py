@@ -144,7 +144,7 @@ class Mode(ABC):
     """
 
     name: ClassVar[str]
-    # True if the modules change nothing at decode steps: where many adapters share a model, they are not called there.
+    # True if the modules change nothing at decode steps: they are not called there.
     idle_at_decode: ClassVar[bool] = False
     # True if the mode builds nothing, so that there is no training without the projector's.
     projector_alone: ClassVar[bool] = False

@@ -9,6 +9,7 @@ torch, to transformers and to the tokenizer.
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import sys
 from collections import Counter
@@ -70,12 +71,15 @@ def calls(action: Callable[[], object], stop: tuple[Call, int] | None = None) ->
             if not left:
                 raise Refused(str(call))
 
+    gc.collect()
+    gc.disable()  # it would call finalisers from any line, and not from the same one the next time
     with torch.enable_grad():  # a context manager of torch's that is refused its end leaves gradients off
         sys.setprofile(watch)
         try:
             action()
         finally:
             sys.setprofile(None)
+            gc.enable()
     return made
 
 
