@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,10 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 META = torch.device("meta")
+# Takes a model's checkpointing function, and returns the one to put in its place.
+Recomputing = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follow every storage on the meta device that is made inside the block.
+    """Follow every storage on one device that is made inside the block.
+
+    On the CPU it measures a real computation as it counts one on the meta device.
 
     Attributes:
         now: bytes alive now.
@@ -34,12 +38,14 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         phase: name of the phase that runs; set it at any time.
     """
 
-    def __init__(self, known: Iterable[Tensor] = ()):
+    def __init__(self, known: Iterable[Tensor] = (), device: torch.device = META):
         """
         Args:
             known: tensors that exist already and are not counted: parameters and buffers.
+            device: whose storages are followed.
         """
         super().__init__()  # type: ignore[no-untyped-call]
+        self.device = device
         self.now, self.phase = 0, "start"
         self.peaks: dict[str, int] = {}
         self._alive: dict[int, Any] = {}
@@ -52,7 +58,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         result = operator(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, Tensor) and value.device == META:
+            if isinstance(value, Tensor) and value.device == self.device:
                 self._see(value)
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.now)
         return result
@@ -72,8 +78,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def as_on_a_gpu(autocast: torch.dtype | None, packed: Iterable[nn.Linear] = ()) -> Iterator[None]:
+def as_on_a_gpu(autocast: torch.dtype | None, packed: Iterable[nn.Linear] = ()) -> Iterator[Recomputing]:
     """Let the meta device compute as a GPU does: with autocast, flash attention and packed linears.
+
+    Yields a function that wraps the model's checkpointing functions, so that this holds as well for layers that a
+    backward pass computes again: torch takes modes off while that runs.
 
     Args:
         autocast: the dtype of products; None: no autocast.
@@ -84,8 +93,7 @@ def as_on_a_gpu(autocast: torch.dtype | None, packed: Iterable[nn.Linear] = ()) 
         if autocast is not None:
             # The meta device has none; this records whether autocast is on. Modes switch it off around their own maths.
             stack.enter_context(torch.autocast("cpu", torch.bfloat16))
-        stack.enter_context(_Functions(autocast, packed))
-        yield
+        yield stack.enter_context(_Functions(autocast, packed)).recomputing
 
 
 @contextmanager
@@ -116,6 +124,19 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self.autocast = autocast
         self.packed = {id(linear.weight) for linear in packed}
+        self._backward = False
+
+    def recomputing(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the checkpointing function, with this mode on for what it computes again."""
+
+        def with_mode(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def again(*inner: Any, **named: Any) -> Any:
+                with self if self._backward else nullcontext():
+                    return run(*inner, **named)
+
+            return checkpoint(again, *args, **kwargs)
+
+        return with_mode
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -130,6 +151,12 @@ class _Functions(TorchFunctionMode):
                 kwargs = {name: self._cast(value) for name, value in kwargs.items()}
         if function is nn.functional.scaled_dot_product_attention:
             return _FlashAttention.apply(*args[:3])  # type: ignore[no-untyped-call]
+        if function in _BACKWARD:
+            self._backward = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._backward = False
         return function(*args, **kwargs)
 
     def _cast(self, value: Any) -> Any:
@@ -154,6 +181,7 @@ _PRODUCTS = {
     Tensor.__matmul__,
     Tensor.bmm,
 }
+_BACKWARD = {Tensor.backward}
 
 
 class _FlashAttention(torch.autograd.Function):

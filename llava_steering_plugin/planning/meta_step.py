@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from llava_steering_plugin.adapters.attachment import Attachment, attach
 from llava_steering_plugin.adapters.fit.base_model import language_model
 from llava_steering_plugin.components.base import ImageTokens, Tower
+from llava_steering_plugin.hooks.checkpointing import change_checkpointing, checkpointing_parts
 from llava_steering_plugin.hooks.decoder import find_decoder
 from llava_steering_plugin.hooks.scope import token_map
 from llava_steering_plugin.modes.base import Mode
@@ -193,7 +194,8 @@ def peaks(meta: MetaModel, arithmetic: Arithmetic, batch: BatchShape) -> dict[st
     watched = next((p for name, p in meta.attachment.trained().items() if name.startswith(f"{middle}.")), None)
     if watched is not None:
         watched.register_hook(below_the_middle)  # type: ignore[no-untyped-call]
-    with live, as_on_a_gpu(arithmetic.autocast, meta.packed), token_map(visual=masks):
+    with live, as_on_a_gpu(arithmetic.autocast, meta.packed) as recomputing, token_map(visual=masks):
+        change_checkpointing(checkpointing_parts(meta.attachment.stack, meta.attachment.shape), recomputing)
         if batch.accumulates:
             for parameter in meta.trained():
                 parameter.grad = torch.empty_like(parameter)

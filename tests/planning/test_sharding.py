@@ -26,7 +26,7 @@ from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
 from llava_steering_plugin.planning.from_flags import Wanted
 from llava_steering_plugin.planning.gpus import named_gpu
-from llava_steering_plugin.planning.meta_memory import META, as_on_a_gpu
+from llava_steering_plugin.planning.meta_memory import META, LiveBytes, as_on_a_gpu
 from llava_steering_plugin.planning.meta_step import (
     Arithmetic,
     BatchShape,
@@ -168,6 +168,18 @@ def test_a_model_may_switch_autocast_off_on_its_own_device(autocast: torch.dtype
             assert linear(hidden).dtype == torch.float32
         assert linear(hidden).dtype == (autocast or torch.float32)
     assert torch.autocast is original
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_no_pass_keeps_a_matrix_of_attention_scores(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the forward nor, under checkpointing, the one that is computed again in the backward."""
+    seen: list[tuple[int, ...]] = []
+    look = LiveBytes._see
+    monkeypatch.setattr(LiveBytes, "_see", lambda self, tensor: (seen.append(tuple(tensor.shape)), look(self, tensor)))
+    setup, batch = TrainingSetup(SMALL, "small", MoReS()), BatchShape(2, 46, 16, checkpointing, False, False)
+    peaks(assemble(setup, FLOAT, batch, 3), FLOAT, batch)
+    assert (2, 46, 64) in seen
+    assert (2, 4, 46, 46) not in seen
 
 
 def test_layers_that_differ_are_all_rehearsed() -> None:
