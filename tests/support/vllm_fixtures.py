@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -210,6 +210,7 @@ class Engine:
     CHUNK = 40  # tokens that one pass takes at most
     BLOCK = 32  # tokens that the prefix cache holds together: the fewest on a CPU
     SLOTS = 3
+    STARTED: ClassVar[list[Any]] = []  # one that ends takes the groups of ranks with it, which others here need
 
     def __init__(self, folder: Path, **settings: Any):
         from vllm import LLM
@@ -226,9 +227,10 @@ class Engine:
             "limit_mm_per_prompt": {"image": 2},
             "block_size": self.BLOCK,
             "enforce_eager": True,
-            "disable_log_stats": False,
+            "disable_log_stats": True,  # the counters of an engine are lost when another one begins to count
         }
         self.llm = LLM(str(folder), **usual | settings)
+        self.STARTED.append(self.llm)
 
     def answers(self, prompts: Sequence[Prompt], adapters: Sequence[Any]) -> list[list[int]]:
         """The tokens that it answers, of all prompts in one batch.

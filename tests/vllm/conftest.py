@@ -41,7 +41,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 @pytest.fixture(scope="session")
 def engine(shared: Shared) -> Engine:
     """An engine whose linears take PEFT's LoRAs too, and whose slots hold projectors."""
-    return Engine(shared.base, enable_tower_connector_lora=True)
+    return Engine(shared.base, enable_tower_connector_lora=True, disable_log_stats=False)
 
 
 @pytest.fixture(scope="session")
