@@ -12,6 +12,7 @@ another name: the difference of its ratio from 1 is the resolution of this machi
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -48,8 +49,12 @@ def interleave(
     warmup: int = 3,
     seconds_each: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
+    order: random.Random | None = None,
 ) -> dict[str, list[float]]:
-    """Call every variant once per round, in a rotating order, and return the seconds of each call.
+    """Call every variant once per round, each round in another order, and return the seconds of each call.
+
+    The orders are random, and the same in every run: a variant that always follows the same one would always find the
+    same caches and the same free memory, which costs some per cent.
 
     Args:
         variants: callables by name; each must restore the state that it found (clear its gradients).
@@ -59,8 +64,9 @@ def interleave(
             microseconds, where the cost of the clock would show.
         clock: `time.process_time` counts only the work of this process, in all its threads. With one thread and
             without a GPU it is the fairer clock on a shared machine.
+        order: draws the orders; None: the first ones.
     """
-    names = list(variants)
+    names, order = list(variants), order or random.Random(0)
     for name in names:
         for _ in range(warmup):
             variants[name]()
@@ -70,9 +76,8 @@ def interleave(
     collecting = gc.isenabled()
     gc.disable()  # a collection would count for the variant that happens to run
     try:
-        for number in range(rounds):
-            for place in range(len(names)):
-                name = names[(number + place) % len(names)]
+        for _ in range(rounds):
+            for name in order.sample(names, len(names)):
                 samples[name].append(_timed(variants[name], repeats[name], clock))
             gc.collect()
     finally:
@@ -129,13 +134,13 @@ def until_decided(
         rounds: number of rounds that are added at a time.
         seconds: wall-clock time after which no rounds are added.
     """
-    start = time.perf_counter()
-    samples = interleave(variants, rounds=rounds, warmup=1, clock=clock)
+    start, order = time.perf_counter(), random.Random(0)
+    samples = interleave(variants, rounds=rounds, warmup=1, clock=clock, order=order)
     while time.perf_counter() - start < seconds:
         intervals = map(interval, judged(samples).values())
         if limit is not None and all(high <= limit or low > limit for low, high in intervals):
             break
-        for name, more in interleave(variants, rounds=rounds, warmup=0, clock=clock).items():
+        for name, more in interleave(variants, rounds=rounds, warmup=0, clock=clock, order=order).items():
             samples[name] += more
     return samples
 
