@@ -3,9 +3,9 @@
 The weights are random; no files are read. All variants run in rounds with the frozen model and with the same again, the
 control, as the benchmark `mores` does it. LoRA is shown, and not judged.
 
-A training step is forward, backward and AdamW. The frozen model has nothing to train, so its step is forward and
-backward: what an adapter's optimizer takes is part of what it costs. A decode step is one forward over the cache of a
-prefill, in the scope that `generate` opens.
+A training step is forward, backward and AdamW, fused as in transformers' Trainer. The frozen model has nothing to train,
+so its step is forward and backward: what an adapter's optimizer takes is part of what it costs. A decode step is one
+forward over the cache of a prefill, in the scope that `generate` opens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llava_steering_plugin.modes.mores import MoReS
 
 from .shared.beside_frozen import LIMIT, Effort, conclude, timed, too_slow
 from .shared.frozen_llama import Case
-from .shared.machine import open_console, prepare
+from .shared.machine import keep_freed_memory, open_console, prepare
 
 NEEDED = 5
 NO_MODEL = 2  # the exit status where transformers is too old
@@ -43,7 +43,7 @@ FULL = Workload(
         # Short: many rounds fit, and the work of each pass that does not grow with the tokens weighs more.
         Case(4096, 11008, 32, layers=1, batch=1, visual=16, text=8),
     ),
-    Effort(rounds=4, seconds=150),
+    Effort(rounds=4, seconds=300),
 )
 QUICK = Workload((Case(512, 1408, 8, layers=1, batch=1, visual=36, text=12),), Effort(rounds=4, seconds=3))
 
@@ -84,6 +84,7 @@ def run(quick: bool, json_file: Path | None, threads: int, dtype: str) -> int:
         )
         return NO_MODEL
     work = QUICK if quick else FULL
+    keep_freed_memory()
     about = {**prepare(threads, dtype, quick), "transformers": installed, "peft": version("peft"), "limit": LIMIT}
     console.print(about)
     results = [measured(case, work.effort, getattr(torch, dtype), console) for case in work.cases]

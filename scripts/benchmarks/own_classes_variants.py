@@ -37,7 +37,7 @@ class Variant:
         with torch.no_grad():
             for parameter in trained:
                 parameter.normal_(0, SCALE)
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None
         attachment = attachment_of(model)
         # The scope that `generate` opens for a prefill and all decode steps after it.
         self._scope = None if attachment is None else opened(attachment, generating=True)
