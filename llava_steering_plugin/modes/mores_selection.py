@@ -94,12 +94,12 @@ class TokenSelection:
         return torch.from_numpy(np.flatnonzero(self._mask(candidates.cpu().numpy(), per_row)))
 
     def _mask(self, candidates: Places, per_row: bool) -> Places:
+        if any(kind == "all" for kind, _ in self.terms):
+            return candidates.copy()
         place, length = _places(candidates, per_row)
         chosen = np.zeros_like(candidates)
         for kind, amount in self.terms:
-            if kind == "all":
-                chosen |= candidates
-            elif kind == "first":
+            if kind == "first":
                 chosen |= place < amount
             elif kind == "last":
                 chosen |= place >= length - amount
