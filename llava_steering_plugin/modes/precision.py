@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -14,14 +15,29 @@ def largest_in(dtype: torch.dtype) -> float:
     return min(torch.finfo(dtype).max, math.sqrt(torch.finfo(torch.float32).max))
 
 
-def no_autocast(device: torch.device) -> torch.autocast:
-    """Switch autocast off for a block: an adapter computes in the dtype it chooses, whatever the backbone runs in."""
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switch autocast off for a block: an adapter computes in the dtype it chooses, whatever the backbone runs in.
+
+    Where it is off already, nothing is done: to switch it takes longer than a decode step of a small linear.
+    """
+    if not autocast_is_on(device.type):
+        return nullcontext()
     try:
         return torch.autocast(device_type=device.type, enabled=False)
     except RuntimeError:
         # A device without an autocast of its own: torch refuses its name. Meta, on which plans are made; MPS before
         # torch 2.5.
         return torch.autocast(device_type="cpu", enabled=False)
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Say whether autocast is on for a type of device; True where torch does not know the type."""
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except TypeError:  # torch < 2.4 has a function for each
+        return bool(torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled())
+    except RuntimeError:
+        return True
 
 
 @contextmanager

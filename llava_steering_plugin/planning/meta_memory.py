@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llava_steering_plugin.modes.precision import autocast_is_on
+
 META = torch.device("meta")
 # Takes a model's checkpointing function, and returns the one to put in its place.
 Recomputing = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -146,7 +148,7 @@ class _Functions(TorchFunctionMode):
             if function is nn.functional.linear and id(args[1]) in self.packed:
                 dtype = self.autocast or args[0].dtype
                 return _PackedLinear.apply(args[0], args[1], dtype)  # type: ignore[no-untyped-call]
-            if self.autocast is not None and _autocast_is_on():
+            if self.autocast is not None and autocast_is_on("cpu"):
                 args = tuple(self._cast(value) for value in args)
                 kwargs = {name: self._cast(value) for name, value in kwargs.items()}
         if function is nn.functional.scaled_dot_product_attention:
@@ -161,13 +163,6 @@ class _Functions(TorchFunctionMode):
 
     def _cast(self, value: Any) -> Any:
         return value.to(self.autocast) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _autocast_is_on() -> bool:
-    try:
-        return torch.is_autocast_enabled("cpu")
-    except TypeError:  # torch < 2.4 has a function for each device
-        return bool(torch.is_autocast_cpu_enabled())
 
 
 _PRODUCTS = {
