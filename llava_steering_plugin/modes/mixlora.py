@@ -27,7 +27,7 @@ from llava_steering_plugin.modes.mixlora_balance import BalanceOverSteps, Tally,
 from llava_steering_plugin.modes.mixlora_factors import updated
 from llava_steering_plugin.modes.mixlora_routing import Choice, Observed, Routing, mean_summary
 from llava_steering_plugin.modes.mixlora_settings import RELEASED, MixLoRASettings
-from llava_steering_plugin.modes.mixlora_shared import Shared, chosen, shared
+from llava_steering_plugin.modes.mixlora_shared import Shared, chosen, shared, step_of
 from llava_steering_plugin.modes.mixlora_targets import find_targets
 from llava_steering_plugin.modes.mixlora_together import Together
 
@@ -115,6 +115,8 @@ class RoutedLinear(nn.Module):
             return shared(_able(linears), hidden, this_pass, dtype)
 
         with no_autocast(output.device):
+            if (step := step_of(self, inputs, this_pass, dtype)) is not None and output.dim() == 3:
+                return updated(output, step.narrow_of(self, inputs, this_pass), step.b[self], self.mode.scale)
             common = self.together.share(self, inputs, dtype, this_pass, share)
             if self not in common.linears:
                 common = share([self])

@@ -49,6 +49,8 @@ def narrowed(hidden: Tensor, a: Tensor, gates: Gates | None = None) -> tuple[Ten
     Returns:
         [rows, positions, in] and [rows, linears * r, positions].
     """
+    if not torch.is_grad_enabled():  # at decode steps, autograd's part would take as long as the products
+        return hidden, torch.bmm(a, hidden.transpose(1, 2))
     scores = (None, None) if gates is None else gates.scores
     same, narrow = _Narrowed.apply(hidden, a, *scores, gates)  # type: ignore[no-untyped-call]
     return same if hidden.requires_grad else hidden, narrow
@@ -164,7 +166,9 @@ def updated(
         hidden, weight: the linear's input and its frozen weight [out, in], if its backward pass is to be done here;
             `output` is detached then.
     """
-    if torch.is_grad_enabled() and output._is_view():
+    if not torch.is_grad_enabled():
+        return output.baddbmm_(narrow.transpose(1, 2), b, alpha=scale)
+    if output._is_view():
         # Autograd forbids writing into a view that another function's forward has made, such as the output of
         # bitsandbytes' 8-bit linears. It looks like an ordinary view, such as that of a linear with a bias: copy both.
         output = output.clone()

@@ -6,7 +6,7 @@ for each side, and the products with all chosen A factors. Each linear for itsel
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -103,7 +103,8 @@ def shared(linears: Sequence[Routed], hidden: Tensor, this_pass: ForwardPass, dt
     mode = linears[0].mode
     if this_pass.decode and mode.pooling == PROMPT:
         prefilled = [linear for linear in linears if linear in this_pass.kept] or linears[:1]
-        return Shared(prefilled, hidden.to(dtype), *_kept_factors(prefilled, this_pass, len(hidden), dtype))
+        step = _kept_step(prefilled, this_pass, len(hidden), dtype)
+        return Shared(prefilled, hidden.to(dtype), step.a, step.b)
     routing = linears[0].instead(hidden, this_pass)
     if routing is None:
         gates, a = chosen(linears, hidden, this_pass)
@@ -210,17 +211,48 @@ def _pooling_weights(mode: MixLoRASettings, hidden: Tensor, this_pass: ForwardPa
     return hidden.new_full(hidden.shape[:2], 1 / hidden.shape[1], dtype=torch.float32)
 
 
-@dataclass
-class Kept:
-    """The choice that a prefill leaves for its decode steps: int64 [rows, r] each; the first step adds the factors.
+@dataclass(eq=False)
+class Step:
+    """Holds what decode steps need of linears that are called on one tensor. It stays the same from step to step.
 
     Attributes:
-        factors: of all linears that share them, by those linears: A [rows, linears * r, in], and B of each.
+        linears: in the order of their calls.
+        a: chosen factors of all of them, [rows, linears * r, in].
+        b: chosen factors of each, without the scale, [rows, r, out] in the same dtype.
     """
+
+    linears: Sequence[Routed]
+    a: Tensor
+    b: dict[Routed, Tensor]
+
+    def narrow_of(self, linear: Routed, inputs: Tensor, this_pass: ForwardPass) -> Tensor:
+        """Return the products of `inputs` [rows, positions, in] with a linear's A, [rows, r, positions]."""
+        latest = this_pass.once(self, _Narrowed)
+        # Inference tensors count no changes.
+        version = None if inputs.is_inference() else inputs._version
+        if latest.inputs is not inputs or latest.version != version:
+            narrow = torch.bmm(self.a, inputs.to(self.a.dtype).transpose(1, 2))
+            parts = torch.split(narrow, linear.mode.rank, 1) if len(self.linears) > 1 else (narrow,)
+            latest.inputs, latest.version = inputs, version
+            latest.parts = dict(zip(self.linears, parts, strict=True))
+        return latest.parts[linear]
+
+
+class _Narrowed:
+    """The latest products of a pass, and what they were made of."""
+
+    inputs: Tensor | None = None
+    version: int | None = None
+    parts: Mapping[Routed, Tensor] = {}
+
+
+@dataclass
+class Kept:
+    """The choice that a prefill leaves for its decode steps: int64 [rows, r] each; the first step adds the factors."""
 
     a: Tensor
     b: Tensor
-    factors: tuple[Sequence[Routed], Tensor, dict[Routed, Tensor]] | None = None
+    step: Step | None = None
 
     def repeated(self, rows: int) -> tuple[Tensor, Tensor]:
         """Return the choice of `rows` rows, each row of the prefill repeated alike (contrastive search does so)."""
@@ -233,9 +265,19 @@ class Kept:
         return self.a.repeat_interleave(times, 0), self.b.repeat_interleave(times, 0)
 
 
-def _kept_factors(
-    linears: Sequence[Routed], this_pass: ForwardPass, rows: int, dtype: torch.dtype
-) -> tuple[Tensor, dict[Routed, Tensor]]:
+def step_of(linear: Routed, inputs: Tensor, this_pass: ForwardPass, dtype: torch.dtype) -> Step | None:
+    """Return what an earlier decode step has left for this one; None where there is nothing, or gradients are wanted.
+
+    There is nothing to share or to choose then, which would take longer than the products.
+    """
+    if not this_pass.decode or inputs.dim() != 3 or linear.training or torch.is_grad_enabled():
+        return None
+    kept: Kept | None = this_pass.kept.get(linear)
+    step = None if kept is None else kept.step
+    return None if step is None or len(step.a) != len(inputs) or step.a.dtype != dtype else step
+
+
+def _kept_step(linears: Sequence[Routed], this_pass: ForwardPass, rows: int, dtype: torch.dtype) -> Step:
     first: Kept | None = this_pass.kept.get(linears[0])
     if first is None:
         raise TokenMapError(
@@ -243,12 +285,15 @@ def _kept_factors(
             "was not kept. Use model.generate(), which keeps it, or an adapter trained with --mixlora_routing "
             "sequence."
         )
-    if first.factors is None or first.factors[0] != linears or len(first.factors[1]) != rows:
+    step = first.step
+    if step is None or step.linears != linears or len(step.a) != rows or step.a.dtype != dtype:
         choices = [this_pass.kept[linear].repeated(rows) for linear in linears]
         a = [F.embedding(of_a, linear.routed_a) for linear, (of_a, _) in zip(linears, choices, strict=True)]
         b = {
             linear: F.embedding(of_b, linear.routed_b).to(dtype)
             for linear, (_, of_b) in zip(linears, choices, strict=True)
         }
-        first.factors = linears, (torch.cat(a, 1) if len(a) > 1 else a[0]).to(dtype), b
-    return first.factors[1:]
+        step = Step(linears, (torch.cat(a, 1) if len(a) > 1 else a[0]).to(dtype), b)
+        for linear in linears:
+            this_pass.kept[linear].step = step
+    return step

@@ -153,6 +153,36 @@ def test_a_decode_step_takes_what_a_prefill_without_some_linears_has_left() -> N
         other(torch.zeros(2, 1, 10), token, step)
 
 
+@pytest.mark.parametrize("inference", [True, False])
+def test_decode_steps_compute_on_the_tensor_that_each_linear_is_called_on(inference: bool) -> None:
+    """Also where linears that shared one in the prefill and in the steps before are called on another, or a changed one."""
+    mode = MixLoRA(**SMALL)
+    linears = [routed(mode).eval() for _ in range(2)]
+    linears[0].together = linears[1].together = Together()
+    with torch.inference_mode(inference), torch.no_grad():
+        prefill, prompt = everything(2, 5), torch.randn(2, 5, 12)
+        for _ in range(2):  # the second one knows that they go together
+            for linear in linears:
+                linear(torch.zeros(2, 5, 10), prompt, prefill)
+        chosen = [prefill.kept[linear] for linear in linears]
+
+        def check(*tokens: Tensor) -> None:
+            step = ForwardPass(*[torch.ones(2, 1, dtype=torch.bool)] * 3, True, prefill.kept)
+            for linear, token, choice in zip(linears, tokens, chosen, strict=True):
+                a, b = linear.routed_a[choice.a], linear.routed_b[choice.b]
+                expected = ((token @ a.mT) @ b) * mode.scale
+                torch.testing.assert_close(linear(torch.zeros(2, 1, 10), token, step), expected)
+
+        one, other = torch.randn(2, 2, 1, 12).unbind()
+        check(one, one)
+        check(other, other)
+        check(one, other)
+        check(other.to(torch.float64).float(), one)  # of new tensors
+        for row in (0, 1):
+            one[row].mul_(2)
+            check(one, one)
+
+
 def test_in_a_pool_the_rows_of_each_adapter_share_too(base: LlamaForCausalLM, tmp_path: Any) -> None:
     with adapted(base) as attachment:
         save_adapter(base, tmp_path / "one")
