@@ -1,22 +1,25 @@
 """Gives waiting answers slots in which they are made, several at a time. All of it runs in the event loop.
 
 Where answers may share a batch, one batch starts after the other: while the model reads the prompts of one, those of
-the next gather. Two that read prompts at the same time would only slow each other down.
+the next gather. Two that read prompts at the same time would only slow each other down. The first one waits for requests
+that are just being read, but not for long: sent together, they would else be one batch of a single row, and another.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from llava_steering_plugin.serving.generation.answer import Answer, Observer
 from llava_steering_plugin.serving.generation.request import BUSY, NO_ANSWER, STOPPING, End, GenerationRequest, Problem
 
 logger = logging.getLogger(__name__)
 
+# Seconds that an answer waits, at most, for others to share its batch. A request is read in a few milliseconds.
+GATHERING = 0.05
 _STOPPED = End("error", problem=Problem.STOPPED, message=STOPPING)
 
 
@@ -94,6 +97,7 @@ class Slots:
         self._make = make
         self._changed = changed
         self._turns: list[Turn] = []
+        self._arriving = 0
         self._starting: Turn | None = None
         self._stopped = False
         # Threads that stay: a new one for every batch would leave memory behind.
@@ -120,9 +124,23 @@ class Slots:
             answer.put(_STOPPED)
             return answer
         self.waiting.append(answer)
-        # Not at once: requests that come together share a batch.
-        asyncio.get_running_loop().call_soon(self.fill)
+        loop = asyncio.get_running_loop()
+        if self._arriving and len(self.waiting) < self.batch:
+            loop.call_later(GATHERING, self.fill)
+        else:  # not at once: requests that come together share a batch
+            loop.call_soon(self.fill)
         return answer
+
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """Have answers that could share a batch wait for what is asked for in the block, or after it."""
+        self._arriving += 1
+        try:
+            yield
+        finally:
+            self._arriving -= 1
+            if not self._arriving and self.waiting:
+                asyncio.get_running_loop().call_soon(self.fill)
 
     def fill(self) -> None:
         """Start answers that wait, as far as slots are free."""

@@ -12,6 +12,7 @@ import logging
 import socket
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -78,21 +79,22 @@ class StreamEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with self.admission.admitted():
-                await self._answer(await self._check(Request(scope, receive)), receive, send)
+            with self.admission.admitted(), ExitStack() as arriving:
+                data = await read_object(Request(scope, receive), self.limits)
+                arriving.enter_context(self.admission.slots.arriving())
+                await self._answer(await self._checked(data), arriving, receive, send)
         except Refused as refused:
             logger.info("refused with %d: %s", refused.status, refused.text)
             await refused.response()(scope, receive, send)
         except ClientDisconnect:
             logger.info("a client left before its request had arrived")
 
-    async def _check(self, received: Request) -> CheckedRequest:
-        data = await read_object(received, self.limits)
+    async def _checked(self, data: dict[str, Any]) -> CheckedRequest:
         return await asyncio.to_thread(
             check_request, data, self.limits, self.worker.catalog.find, self.worker.is_multimodal
         )
 
-    async def _answer(self, request: CheckedRequest, receive: Receive, send: Send) -> None:
+    async def _answer(self, request: CheckedRequest, arriving: ExitStack, receive: Receive, send: Send) -> None:
         started, description = time.monotonic(), str(request)
         leaving = asyncio.ensure_future(_left(receive))
         states = States(request.prompt)
@@ -103,6 +105,7 @@ class StreamEndpoint:
             headers = [(b"content-type", b"application/octet-stream"), (b"cache-control", b"no-store")]
             await self._send(send, {"type": "http.response.start", "status": 200, "headers": headers})
             answer = self.admission.slots.ask(request.asked)
+            arriving.close()
             shown = request.shown
             del request  # a client that reads slowly costs a state of its answer, not its request
             if await self._relay(answer, states, leaving, send):

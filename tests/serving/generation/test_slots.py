@@ -72,6 +72,49 @@ def test_the_next_batch_gathers_until_the_first_tokens_of_the_one_before_are_the
     asyncio.run(run())
 
 
+def test_a_batch_waits_for_requests_that_are_being_read_but_not_when_it_is_full_and_not_for_long() -> None:
+    async def run() -> None:
+        model = Model()
+        slots = Slots(model, 3, batch=3)
+        with slots.arriving():
+            slots.ask(request("a"))
+            with slots.arriving():
+                slots.ask(request("b"))
+            await settled(slots)
+            assert not slots.taken
+        assert await model.started() == ["a", "b"]
+        model.turns[-1][1].begun()
+        with slots.arriving():
+            for name in "cde":
+                slots.ask(request(name))
+            assert await model.started() == ["c", "d", "e"]
+            model.turns[-1][1].begun()
+            slots.ask(request("f"))
+            assert await model.started() == ["f"], "the other one takes too long to arrive"
+        model.go.set()
+        while slots.taken:
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+
+
+def test_a_request_that_is_refused_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llava_steering_plugin.serving.generation.slots.GATHERING", 3600)
+
+    async def run() -> None:
+        model = Model()
+        slots = Slots(model, 1, batch=2)
+        with pytest.raises(ValueError, match="refused"), slots.arriving():
+            slots.ask(request("a"))
+            raise ValueError("refused")
+        assert await model.started() == ["a"]
+        model.go.set()
+        while slots.taken:
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+
+
 def test_answers_that_are_put_back_come_first_and_those_that_nobody_wants_are_ended() -> None:
     async def run() -> None:
         began: list[list[str]] = []
