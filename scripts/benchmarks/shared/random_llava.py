@@ -50,8 +50,12 @@ def save_tokenizer(folder: Path) -> Any:
             sentence_iterator=iter([" ".join(WORDS), "USER: ASSISTANT: A chat between a human and an assistant."] * 50),
             model_writer=file,
             vocab_size=400,
-            byte_fallback=True,
             hard_vocab_limit=False,
+            # As Llama's: another one loses spaces, and LLaVA's prompts would not be those of an exported base.
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
             minloglevel=2,
         )
     tokenizer = LlamaTokenizer(str(folder / "tokenizer.model"))
