@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -103,8 +103,8 @@ class Round:
     processor: float
 
 
-def make_model(shape: Shape, folder: Path) -> None:
-    """Write a random LLaVA in `folder` / base, and its adapters in `folder` / adapters."""
+def make_model(shape: Shape, folder: Path, modes: Mapping[str, Mode] = MODES, strength: float = 0.02) -> None:
+    """Write a random LLaVA in `folder` / llava-v1.5-random, and adapters with noise in `folder` / adapters."""
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
     torch.manual_seed(0)
@@ -115,11 +115,11 @@ def make_model(shape: Shape, folder: Path) -> None:
     model = LlavaLlamaForCausalLM.from_pretrained(base, torch_dtype=torch.float32)
     model.get_vision_tower().load_model()
     model.float()
-    for name, mode in MODES.items():
+    for name, mode in modes.items():
         attachment = attach(model, mode)
         with torch.no_grad():
             for parameter in attachment.parameters().values():
-                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+                parameter.add_(torch.randn_like(parameter), alpha=strength)
         save_adapter(model, folder / "adapters" / name)
         remove(model)
 
@@ -223,7 +223,7 @@ def measured(work: Workload, threads: int, console: Console) -> dict[str, Any]:
         make_model(shape, folder)
         with running(folder, BATCHES[0], threads) as single, running(folder, BATCHES[1], threads) as batched:
             addresses = dict(zip(BATCHES, (single, batched), strict=True))
-            workers = {batch: (address, _process_of(address)) for batch, address in addresses.items()}
+            workers = {batch: (address, process_of(address)) for batch, address in addresses.items()}
             listed = requests.post(f"{single}/worker_get_status", timeout=5).json()["model_names"]
             adapters = listed[1:]  # the base comes first
             for address, process in workers.values():
@@ -254,7 +254,8 @@ def measured(work: Workload, threads: int, console: Console) -> dict[str, Any]:
     }
 
 
-def _process_of(address: str) -> psutil.Process:
+def process_of(address: str) -> psutil.Process:
+    """Return the child that listens at an address."""
     port = int(address.rpartition(":")[2])
     children = psutil.Process().children()
     return next(

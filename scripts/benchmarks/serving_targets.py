@@ -1,4 +1,7 @@
-"""Judge what `serving_requests.py` has measured: which targets are met, and which differences are noise."""
+"""Judge what `serving_requests.py` and `serving_engine.py` have measured.
+
+Which targets are met, and which differences are noise.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ class Target:
         what: is asked.
         limit: of the median of the ratios.
         at_least: the median has to be as large; else as small.
-        ratios: of the worker with batches, over the one without, of each round.
+        ratios: of what is judged, over what it is compared with, of each round.
         noise: the third quartile of the control's differences from 1; 0 where there is no control.
     """
 
@@ -84,23 +87,30 @@ def targets(results: Iterable[dict[str, Any]]) -> list[Target]:
 
 
 def _target(what: str, of: dict[str, Any], name: str, limit: float) -> Target:
-    noise = 0.0
-    if of.get("control"):
-        noise = statistics.quantiles([abs(ratio - 1) for ratio in of["control"][name]], n=4, method="inclusive")[2]
+    noise = noise_of(of["control"][name]) if of.get("control") else 0.0
     return Target(what, limit, name == "gain", of[name], noise)
 
 
-def table_of_targets(judged: Iterable[Target]) -> Table:
-    """Return a table with one row for each target."""
-    columns = ("with batches, of that without", "asked", "median", "range of the rounds", "noise of the control", "")
+def noise_of(control: Iterable[float]) -> float:
+    """Return the third quartile of the differences from 1."""
+    return statistics.quantiles([abs(ratio - 1) for ratio in control], n=4, method="inclusive")[2]
+
+
+def table_of_targets(judged: Iterable[Target], compared: str = "with batches, of that without") -> Table:
+    """Return a table with one row for each target.
+
+    Args:
+        compared: what the ratios are of; the heading of the targets' names.
+    """
+    columns = (compared, "asked", "median", "range of the rounds", "noise of the control", "")
     table = table_of("targets", columns)
     for target in judged:
         table.add_row(
             target.what,
             f"{'>=' if target.at_least else '<='} {target.limit:g}",
-            f"{target.median:.2f}",
-            f"{min(target.ratios):.2f} .. {max(target.ratios):.2f}",
-            f"{target.noise:.2f}" if target.noise else "-",
+            f"{target.median:.3f}",
+            f"{min(target.ratios):.3f} .. {max(target.ratios):.3f}",
+            f"{target.noise:.3f}" if target.noise else "-",
             target.verdict,
         )
     return table

@@ -15,7 +15,7 @@ OPTIONS = {
     "mores": TIMED,
     "transformers": TIMED,
     "mixlora": TIMED | {"--seconds"},
-    "serving": TIMED | {"--clients"},
+    "serving": TIMED | {"--clients", "--engine"},
     "diagnose": TIMED,
     "memory": {"--only", "--json"},
     "soak": {"--minutes", "--clients", "--tolerance", "--json"},
