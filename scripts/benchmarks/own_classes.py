@@ -3,9 +3,9 @@
 The weights are random; no files are read. All variants run in rounds with the frozen model and with the same again, the
 control, as the benchmark `mores` does it. LoRA is shown, and not judged.
 
-A training step is forward, backward and AdamW, fused as in transformers' Trainer. The frozen model has nothing to train,
-so its step is forward and backward: what an adapter's optimizer takes is part of what it costs. A decode step is one
-forward over the cache of a prefill, in the scope that `generate` opens.
+A training step is forward, backward and AdamW, fused as in transformers' Trainer. The frozen model has nothing to
+train, so its step is forward and backward: what an adapter's optimizer takes is part of what it costs. A decode step is
+one forward over the cache of a prefill, in the scope that `generate` opens.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def test_a_decode_step_takes_what_a_prefill_without_some_linears_has_left() -> N
 
 @pytest.mark.parametrize("inference", [True, False])
 def test_decode_steps_compute_on_the_tensor_that_each_linear_is_called_on(inference: bool) -> None:
-    """Also where linears that shared one in the prefill and in the steps before are called on another, or a changed one."""
+    """Also where linears that shared one until then are called on another, or on a changed one."""
     mode = MixLoRA(**SMALL)
     linears = [routed(mode).eval() for _ in range(2)]
     linears[0].together = linears[1].together = Together()

@@ -1,8 +1,8 @@
 """Gives waiting answers slots in which they are made, several at a time. All of it runs in the event loop.
 
 Where answers may share a batch, one batch starts after the other: while the model reads the prompts of one, those of
-the next gather. Two that read prompts at the same time would only slow each other down. The first one waits for requests
-that are just being read, but not for long: sent together, they would else be one batch of a single row, and another.
+the next gather. Two that read prompts at the same time would only slow each other down. The first one waits for
+requests that are being read, but not for long: the first of several that come together would else be answered alone.
 """
 
 from __future__ import annotations
