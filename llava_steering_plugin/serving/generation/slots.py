@@ -97,7 +97,7 @@ class Slots:
         self._make = make
         self._changed = changed
         self._turns: list[Turn] = []
-        self._arriving = 0
+        self._arriving: set[object] = set()
         self._starting: Turn | None = None
         self._stopped = False
         # Threads that stay: a new one for every batch would leave memory behind.
@@ -133,14 +133,23 @@ class Slots:
 
     @contextmanager
     def arriving(self) -> Iterator[None]:
-        """Have answers that could share a batch wait for what is asked for in the block, or after it."""
-        self._arriving += 1
+        """Have answers that could share a batch wait for what is asked for in the block, or after it.
+
+        One that takes long to arrive is waited for no more.
+        """
+        request = object()
+        self._arriving.add(request)
+        late = asyncio.get_running_loop().call_later(GATHERING, self._arrived, request)
         try:
             yield
         finally:
-            self._arriving -= 1
-            if not self._arriving and self.waiting:
-                asyncio.get_running_loop().call_soon(self.fill)
+            late.cancel()
+            self._arrived(request)
+
+    def _arrived(self, request: object) -> None:
+        self._arriving.discard(request)
+        if not self._arriving and self.waiting:
+            asyncio.get_running_loop().call_soon(self.fill)
 
     def fill(self) -> None:
         """Start answers that wait, as far as slots are free."""

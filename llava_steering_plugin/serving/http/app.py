@@ -80,16 +80,16 @@ class StreamEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             with self.admission.admitted(), ExitStack() as arriving:
-                data = await read_object(Request(scope, receive), self.limits)
                 arriving.enter_context(self.admission.slots.arriving())
-                await self._answer(await self._checked(data), arriving, receive, send)
+                await self._answer(await self._check(Request(scope, receive)), arriving, receive, send)
         except Refused as refused:
             logger.info("refused with %d: %s", refused.status, refused.text)
             await refused.response()(scope, receive, send)
         except ClientDisconnect:
             logger.info("a client left before its request had arrived")
 
-    async def _checked(self, data: dict[str, Any]) -> CheckedRequest:
+    async def _check(self, received: Request) -> CheckedRequest:
+        data = await read_object(received, self.limits)
         return await asyncio.to_thread(
             check_request, data, self.limits, self.worker.catalog.find, self.worker.is_multimodal
         )

@@ -93,10 +93,8 @@ class ChatEndpoint:
             self._check(request)
             with ExitStack() as admitted:
                 admitted.enter_context(self._admission.admitted())
-                data = await read_object(request, self._admission.limits)
                 with self._admission.slots.arriving():
-                    chat = await asyncio.to_thread(checked, ChatRequest, data)
-                    completion, streamed = await self._asked(chat, name, admitted)
+                    completion, streamed = await self._asked(await self._read(request), name, admitted)
                 outcome = await self._answer(completion, streamed, (scope, receive, named))
                 if self._log_requests:
                     logger.info("%s: answers %r", name, [choice.text for choice in completion.choices])
@@ -108,6 +106,10 @@ class ChatEndpoint:
             outcome = "a client left before its request had arrived"
         finally:
             logger.info("%s: %s after %.2f s", name, outcome, time.monotonic() - started)
+
+    async def _read(self, request: Request) -> ChatRequest:
+        data = await read_object(request, self._admission.limits)
+        return await asyncio.to_thread(checked, ChatRequest, data)
 
     async def _asked(self, chat: ChatRequest, name: str, admitted: ExitStack) -> tuple[Completion, bool]:
         """Return the answers to a request, which nothing of the request is kept for, and whether to stream them."""
