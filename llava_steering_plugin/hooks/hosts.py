@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from llava_steering_plugin.distributed import is_partitioned
 from llava_steering_plugin.errors import SteeringError, listing, shortened
+from llava_steering_plugin.hooks.row_groups import at_once
 from llava_steering_plugin.hooks.scope import current
 from llava_steering_plugin.modes.base import ForwardPass
 
@@ -216,7 +217,7 @@ def dispatch(path: str) -> Callable[..., Any]:
         hidden, inputs = hidden_of(output), inputs_of(args, kwargs)
         if shown_to_others(host, hook):
             hidden = hidden.clone()
-        for group, module in mine:
+        for group, module in at_once(scope.groups, mine, hidden.dtype):
             hidden = group.updated(module, hidden, inputs, of_host(module, host))
         return replaced(output, hidden)
 

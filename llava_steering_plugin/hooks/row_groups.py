@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -105,6 +106,43 @@ class Group:
                 "batch the same adapter, one batch for each adapter."
             )
         return hidden.view(*self.of, -1)
+
+
+def at_once(
+    groups: Sequence[Group], mine: Sequence[tuple[Group, Any]], dtype: torch.dtype
+) -> Sequence[tuple[Group, Any]]:
+    """Return who updates which rows at a host: one for all rows where modules of several adapters can be one.
+
+    Modules say so with a function `at_once(modules, passes, dtype)`. It is asked at decode steps, and returns what is
+    called as a module for all of their rows, one adapter after the other, or None.
+
+    Args:
+        groups: of the pass.
+        mine: those that have a module for the host, with it.
+        dtype: of the host's output.
+    """
+    first, module = mine[0]
+    make = getattr(module, "at_once", None)
+    if make is None or not 1 < len(mine) == len(groups) or not first.this_pass.decode:
+        return mine
+    if any(type(other) is not type(module) or other._forward_hooks or other._forward_pre_hooks for _, other in mine):
+        return mine
+    update = make([other for _, other in mine], [group.this_pass for group, _ in mine], dtype)
+    return mine if update is None else [(first.this_pass.once("all groups", lambda: _union(groups)), update)]
+
+
+def _union(groups: Sequence[Group]) -> Group:
+    """Return the rows of several groups as one, in their order."""
+    first, spans = groups[0], [group.span for group in groups]
+    visual, text, prompt = (
+        torch.cat([getattr(group.this_pass, name) for group in groups]) for name in ("visual", "text", "prompt")
+    )
+    # What is kept for later steps stays with each adapter.
+    this_pass = ForwardPass(visual, text, prompt, True, {}, loss_gradient=first.this_pass.loss_gradient)
+    rows = torch.cat([group.rows for group in groups if group.rows is not None])
+    follow = all(one and other and one.stop == other.start for one, other in pairwise(spans))
+    span = slice(spans[0].start, spans[-1].stop) if follow and spans[0] and spans[-1] else None
+    return Group({}, this_pass, rows, first.of, span)
 
 
 class Rows:

@@ -27,7 +27,8 @@ from llava_steering_plugin.modes.mixlora_balance import BalanceOverSteps, Tally,
 from llava_steering_plugin.modes.mixlora_factors import updated
 from llava_steering_plugin.modes.mixlora_routing import Choice, Observed, Routing, mean_summary
 from llava_steering_plugin.modes.mixlora_settings import RELEASED, MixLoRASettings
-from llava_steering_plugin.modes.mixlora_shared import Shared, chosen, shared, step_of
+from llava_steering_plugin.modes.mixlora_shared import Shared, chosen, shared
+from llava_steering_plugin.modes.mixlora_steps import step_of, together
 from llava_steering_plugin.modes.mixlora_targets import find_targets
 from llava_steering_plugin.modes.mixlora_together import Together
 
@@ -87,6 +88,9 @@ class RoutedLinear(nn.Module):
         self.observed = (Observed.nothing(), Observed.nothing())
         self.tallies = (Tally(factors), Tally(factors))
 
+    # Rows of several adapters at a decode step.
+    at_once = staticmethod(together)
+
     @property
     def takes_backward(self) -> bool:
         """Say whether the backward pass of a plain linear is to be done here too, which is cheaper than autograd's."""
@@ -115,7 +119,7 @@ class RoutedLinear(nn.Module):
             return shared(_able(linears), hidden, this_pass, dtype)
 
         with no_autocast(output.device):
-            if (step := step_of(self, inputs, this_pass, dtype)) is not None and output.dim() == 3:
+            if inputs.dim() == output.dim() == 3 and (step := step_of(self, rows, this_pass, dtype)) is not None:
                 return updated(output, step.narrow_of(self, inputs, this_pass), step.b[self], self.mode.scale)
             common = self.together.share(self, inputs, dtype, this_pass, share)
             if self not in common.linears:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llava_steering_plugin.errors import TokenMapError
 from llava_steering_plugin.modes.base import ForwardPass
 from llava_steering_plugin.modes.mixlora_balance import PassBalance, Tally
 from llava_steering_plugin.modes.mixlora_factors import Gates, narrowed
@@ -28,6 +27,7 @@ from llava_steering_plugin.modes.mixlora_routing import (
     mean_weights,
 )
 from llava_steering_plugin.modes.mixlora_settings import PROMPT, RELEASED, MixLoRASettings
+from llava_steering_plugin.modes.mixlora_steps import Kept, kept_step
 
 
 class Routed(Hashable, Protocol):
@@ -71,7 +71,7 @@ class Shared:
     linears: Sequence[Routed]
     hidden: Tensor
     a: Tensor
-    b: dict[Routed, Tensor]
+    b: Mapping[Routed, Tensor]
     gates: Gates | None = None
     _narrow: tuple[Tensor, dict[Routed, Tensor]] | None = None
 
@@ -103,7 +103,7 @@ def shared(linears: Sequence[Routed], hidden: Tensor, this_pass: ForwardPass, dt
     mode = linears[0].mode
     if this_pass.decode and mode.pooling == PROMPT:
         prefilled = [linear for linear in linears if linear in this_pass.kept] or linears[:1]
-        step = _kept_step(prefilled, this_pass, len(hidden), dtype)
+        step = kept_step(prefilled, this_pass, len(hidden), dtype)
         return Shared(prefilled, hidden.to(dtype), step.a, step.b)
     routing = linears[0].instead(hidden, this_pass)
     if routing is None:
@@ -209,91 +209,3 @@ def _pooling_weights(mode: MixLoRASettings, hidden: Tensor, this_pass: ForwardPa
     if mode.pooling == PROMPT:
         return this_pass.once(("mixlora", PROMPT, hidden.device), of_prompt)
     return hidden.new_full(hidden.shape[:2], 1 / hidden.shape[1], dtype=torch.float32)
-
-
-@dataclass(eq=False)
-class Step:
-    """Holds what decode steps need of linears that are called on one tensor. It stays the same from step to step.
-
-    Attributes:
-        linears: in the order of their calls.
-        a: chosen factors of all of them, [rows, linears * r, in].
-        b: chosen factors of each, without the scale, [rows, r, out] in the same dtype.
-    """
-
-    linears: Sequence[Routed]
-    a: Tensor
-    b: dict[Routed, Tensor]
-
-    def narrow_of(self, linear: Routed, inputs: Tensor, this_pass: ForwardPass) -> Tensor:
-        """Return the products of `inputs` [rows, positions, in] with a linear's A, [rows, r, positions]."""
-        latest = this_pass.once(self, _Narrowed)
-        # Inference tensors count no changes.
-        version = None if inputs.is_inference() else inputs._version
-        if latest.inputs is not inputs or latest.version != version:
-            narrow = torch.bmm(self.a, inputs.to(self.a.dtype).transpose(1, 2))
-            parts = torch.split(narrow, linear.mode.rank, 1) if len(self.linears) > 1 else (narrow,)
-            latest.inputs, latest.version = inputs, version
-            latest.parts = dict(zip(self.linears, parts, strict=True))
-        return latest.parts[linear]
-
-
-class _Narrowed:
-    """The latest products of a pass, and what they were made of."""
-
-    inputs: Tensor | None = None
-    version: int | None = None
-    parts: Mapping[Routed, Tensor] = {}
-
-
-@dataclass
-class Kept:
-    """The choice that a prefill leaves for its decode steps: int64 [rows, r] each; the first step adds the factors."""
-
-    a: Tensor
-    b: Tensor
-    step: Step | None = None
-
-    def repeated(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Return the choice of `rows` rows, each row of the prefill repeated alike (contrastive search does so)."""
-        times, rest = divmod(rows, len(self.a))
-        if rest:
-            raise TokenMapError(
-                f"a decode step has {rows} rows and its prefill had {len(self.a)}, which is no "
-                "divisor of it, so MixLoRA cannot tell which row continues which prompt."
-            )
-        return self.a.repeat_interleave(times, 0), self.b.repeat_interleave(times, 0)
-
-
-def step_of(linear: Routed, inputs: Tensor, this_pass: ForwardPass, dtype: torch.dtype) -> Step | None:
-    """Return what an earlier decode step has left for this one; None where there is nothing, or gradients are wanted.
-
-    There is nothing to share or to choose then, which would take longer than the products.
-    """
-    if not this_pass.decode or inputs.dim() != 3 or linear.training or torch.is_grad_enabled():
-        return None
-    kept: Kept | None = this_pass.kept.get(linear)
-    step = None if kept is None else kept.step
-    return None if step is None or len(step.a) != len(inputs) or step.a.dtype != dtype else step
-
-
-def _kept_step(linears: Sequence[Routed], this_pass: ForwardPass, rows: int, dtype: torch.dtype) -> Step:
-    first: Kept | None = this_pass.kept.get(linears[0])
-    if first is None:
-        raise TokenMapError(
-            "a decode step came without its prefill: MixLoRA chooses its factors from the prompt, and the choice "
-            "was not kept. Use model.generate(), which keeps it, or an adapter trained with --mixlora_routing "
-            "sequence."
-        )
-    step = first.step
-    if step is None or step.linears != linears or len(step.a) != rows or step.a.dtype != dtype:
-        choices = [this_pass.kept[linear].repeated(rows) for linear in linears]
-        a = [F.embedding(of_a, linear.routed_a) for linear, (of_a, _) in zip(linears, choices, strict=True)]
-        b = {
-            linear: F.embedding(of_b, linear.routed_b).to(dtype)
-            for linear, (_, of_b) in zip(linears, choices, strict=True)
-        }
-        step = Step(linears, (torch.cat(a, 1) if len(a) > 1 else a[0]).to(dtype), b)
-        for linear in linears:
-            this_pass.kept[linear].step = step
-    return step
