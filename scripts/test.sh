@@ -34,53 +34,63 @@ if [ $# != 0 ]; then exec pytest "$@"; fi
 # Every save is flushed to the disk, and the tests save thousands of times: their files lie in memory where there is
 # room for them and programs may be run from there.
 place=()
+scratch= with_vllm=
+summary=$(mktemp)  # a line for each run
+said=$(mktemp)     # by the run that goes on in the background
+trap 'rm -rf "$scratch" "$summary" "$said"; [ -z "$with_vllm" ] || kill "$with_vllm" 2>/dev/null' EXIT
 if [ -w /dev/shm ] && [ "$(df -Pk /dev/shm | awk 'END { print $4 }')" -gt $((4 << 20)) ]; then
   scratch=$(mktemp -d /dev/shm/steering-tests.XXXXXX)
-  trap 'rm -rf "$scratch"' EXIT
   cp "$(type -P true)" "$scratch/" && "$scratch/true" 2>/dev/null && place=(--basetemp "$scratch/pytest")
 fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # the processes share nothing, and have a core each
 status=0
-summary=()
+note() { printf '%s\n' "$*" >>"$summary"; }
+took() { printf '%d min %02d s' $(((SECONDS - $1) / 60)) $(((SECONDS - $1) % 60)); }  # SINCE
 for kind in "${kinds[@]}"; do
   started=$SECONDS
   [ "$kind" = slow ] && select=slow || select="not slow"
   pytest -m "$select" ${place[@]+"${place[@]}"} -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder --durations 30 || status=$?
-  taken=$((SECONDS - started))
-  summary+=("$(printf '%s tests: %d min %02d s' "$kind" $((taken / 60)) $((taken % 60)))")
+  note "$kind tests: $(took "$started")"
 done
-# What needs another transformers than LLaVA's pin, or vLLM, was skipped above; it runs in the environments that have one.
+# What needs another transformers than LLaVA's pin, or vLLM, was skipped above; it runs in the environments that have one,
+# those of vLLM beside the others.
 elsewhere() {  # NAME OPTION PYTHON FOLDER
-  local started=$SECONDS
+  local started=$SECONDS status=0 own=()
   if [ -x "$3" ]; then
-    "$3" -m pytest "$4" ${place[@]+"${place[@]}"} || status=$?
-    summary+=("$(printf 'tests with %s: %d min %02d s' "$1" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)))")
+    if [ "${#place[@]}" != 0 ]; then own=(--basetemp "$scratch/${4##*/}"); fi
+    "$3" -m pytest "$4" ${own[@]+"${own[@]}"} || status=$?
+    note "tests with $1: $(took "$started")"
   else
-    summary+=("tests with $1: skipped, there is no $3: scripts/setup.sh $2 makes it")
+    note "tests with $1: skipped, there is no $3: scripts/setup.sh $2 makes it"
   fi
+  return "$status"
 }
-elsewhere "transformers 5" --transformers "${VENV:-.venv}-transformers/bin/python" tests/transformers
-elsewhere "the newest transformers that LLaVA trains in" --newer-transformers "${VENV:-.venv}-newer/bin/python" tests/newer
-elsewhere vLLM --vllm "${VENV:-.venv}-vllm/bin/python" tests/vllm
+elsewhere vLLM --vllm "${VENV:-.venv}-vllm/bin/python" tests/vllm >"$said" 2>&1 &
+with_vllm=$!
+elsewhere "transformers 5" --transformers "${VENV:-.venv}-transformers/bin/python" tests/transformers || status=$?
+elsewhere "the newest transformers that LLaVA trains in" --newer-transformers "${VENV:-.venv}-newer/bin/python" tests/newer || status=$?
+wait "$with_vllm" || status=$?
+with_vllm=
+cat "$said"
 if [ "${kinds[*]}" = fast ]; then
-  summary+=("tests with LLaVA-NeXT and LLaVA's main branch: skipped with --fast")
+  note "tests with LLaVA-NeXT and LLaVA's main branch: skipped with --fast"
 else
   next="${VENV:-.venv}-next/bin/python"
   if [ -n "${LLAVA_NEXT:-}" ]; then
     started=$SECONDS
     "$next" -m pytest tests/next ${place[@]+"${place[@]}"} || status=$?
-    summary+=("$(printf 'tests with LLaVA-NeXT: %d min %02d s' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)))")
+    note "tests with LLaVA-NeXT: $(took "$started")"
   else
-    summary+=("tests with LLaVA-NeXT: skipped, LLAVA_NEXT names no checkout of it")
+    note "tests with LLaVA-NeXT: skipped, LLAVA_NEXT names no checkout of it"
   fi
   if [ -n "${LLAVA_MAIN:-}" ]; then
     started=$SECONDS
     pytest tests/upstream -m "not slow" --llava-path "$LLAVA_MAIN" ${place[@]+"${place[@]}"} || status=$?
-    summary+=("$(printf "tests with LLaVA's main branch: %d min %02d s" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)))")
+    note "tests with LLaVA's main branch: $(took "$started")"
   else
-    summary+=("tests with LLaVA's main branch: skipped, LLAVA_MAIN names no checkout of it")
+    note "tests with LLaVA's main branch: skipped, LLAVA_MAIN names no checkout of it"
   fi
 fi
-printf '== %s\n' "${summary[@]}"
+sed 's/^/== /' "$summary"
 exit "$status"
