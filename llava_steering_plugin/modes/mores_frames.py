@@ -58,11 +58,12 @@ def orthonormal(raw: Tensor) -> Frame:
     rank = rows.shape[-2]
     factor = torch.linalg.cholesky_ex(rows @ rows.mT).L
     identity = torch.eye(rank, dtype=rows.dtype, device=rows.device).expand(*rows.shape[:-1], rank)
-    solved = torch.linalg.solve_triangular(factor, torch.cat([rows, identity], -1), upper=False).float().to(device)
-    lower = torch.ones(rank, rank, dtype=torch.bool, device=rows.device).tril().to(device)
+    solved = torch.linalg.solve_triangular(factor, torch.cat([rows, identity], -1), upper=False)
     # Row by row, as LAPACK does not leave it: otherwise the gradient of R is a product that takes CPUs five times as
     # long as any other of a layer.
-    return Frame(solved[..., :-rank].contiguous(), solved[..., -rank:], lower)
+    solved = solved.to(torch.float32, memory_format=torch.contiguous_format).to(device)
+    lower = torch.ones(rank, rank, dtype=torch.bool, device=rows.device).tril().to(device)
+    return Frame(solved[..., :-rank], solved[..., -rank:], lower)
 
 
 def is_unchanged(parameter: Tensor, alias: Tensor, version: int) -> bool:
