@@ -31,11 +31,12 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def autocast_is_on(device_type: str) -> bool:
-    """Say whether autocast is on for a type of device; True where torch does not know the type."""
+    """Say whether autocast is on for a type of device; True where torch cannot tell."""
     try:
         return torch.is_autocast_enabled(device_type)
-    except TypeError:  # torch < 2.4 has a function for each
-        return bool(torch.is_autocast_cpu_enabled() if device_type == "cpu" else torch.is_autocast_enabled())
+    except TypeError:  # torch < 2.4 has a function for each type
+        known = {"cpu": torch.is_autocast_cpu_enabled, "cuda": torch.is_autocast_enabled}
+        return bool(known.get(device_type, lambda: True)())
     except RuntimeError:
         return True
 

@@ -22,6 +22,7 @@ from llava_steering_plugin.modes.base import DecoderShape, ForwardPass, Mode, de
 from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mixlora_balance import Tally, shares
 from llava_steering_plugin.modes.mores import MoReS
+from llava_steering_plugin.modes.precision import autocast_is_on
 
 MODES = [MoReS(rank=2, tokens="all", modality="vis+text"), MixLoRA(factors=8, rank=2, balance=0.3)]
 OTHERS = [torch.float16, torch.bfloat16, torch.float64]
@@ -151,3 +152,14 @@ def test_rows_and_frequencies_are_counted_beyond_what_half_precision_holds(other
         assert torch.equal(fingerprint_rows(32_000), rows) and rows[-1] == 31_999
         found = shares([Tally(2)], chosen, counted=False)
     assert torch.equal(found, torch.tensor([[5000 / 5001, 1 / 5001]]))
+
+
+def test_where_an_older_torch_cannot_tell_autocast_counts_as_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_torch_2_1() -> bool:
+        return False
+
+    assert autocast_is_on("meta") and not autocast_is_on("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert autocast_is_on("cpu")
+    monkeypatch.setattr(torch, "is_autocast_enabled", of_torch_2_1)
+    assert [autocast_is_on(name) for name in ("cpu", "cuda", "xpu")] == [False, False, True]
