@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
+from quick_runs import SCRIPTS
 from rich.console import Console
 
 
@@ -56,3 +62,37 @@ def test_every_tuning_of_the_demo_has_a_name_of_its_own_and_the_same_budget() ->
     assert {len(tuning.rates) for tuning in FULL.tunings} == {2}
     assert set(FULL.diagnosed) < {tuning.slug for tuning in FULL.tunings}
     assert [len(tuning.rates) for tuning in QUICK.tunings] == [1]
+
+
+def answers(file: Path, *texts: str) -> None:
+    """Write what upstream's evaluation writes, as far as it is read."""
+    file.write_text(
+        "".join(json.dumps({"question_id": place, "text": text}) + "\n" for place, text in enumerate(texts))
+    )
+
+
+def test_texts_of_both_engines_are_compared_question_by_question_and_model_by_model(tmp_path: Path) -> None:
+    from experiments.demo.engines import different
+    from experiments.stages import StageError
+
+    answers(tmp_path / "base.jsonl", "red", "yes")
+    answers(tmp_path / "mores.jsonl", "teal", "no")
+    assert different({"base": ["red", "yes"], "mores": ["teal", "no"]}, tmp_path) == []
+    assert different({"base": ["red", "yes"], "mores": ["red", "no"]}, tmp_path) == [
+        "question 0 to mores: vLLM says 'red', upstream's evaluation 'teal'"
+    ]
+    with pytest.raises(StageError, match="mores: vLLM has answered 1 of 2 questions"):
+        different({"base": ["red", "yes"], "mores": ["teal"]}, tmp_path)
+
+
+def test_vllm_that_is_not_there_is_missed_before_anything_is_trained(tmp_path: Path) -> None:
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    (tmp_path / "venv" / "pyvenv.cfg").write_text((Path(sys.prefix) / "pyvenv.cfg").read_text())
+    (tmp_path / "venv" / "lib").symlink_to(Path(sys.prefix) / "lib")
+    command = [str(python), str(SCRIPTS / "experiments" / "demo"), "--quick", "--vllm", "--output", str(tmp_path / "o")]
+    done = subprocess.run(command, env=os.environ.copy(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert f"demo: --vllm needs {tmp_path}/venv-vllm/bin/python, which `scripts/setup.sh --vllm` makes" in done.stderr
+    assert not list((tmp_path / "o" / "quick").iterdir())

@@ -9,12 +9,14 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from experiments import camera, commands, comparing, diagnosis, scoring
 from experiments.base import Base, build
 from experiments.comparing import Compared
-from experiments.demo import report
+from experiments.demo import engines, report
 from experiments.demo.settings import FULL, MAIN, QUICK, Settings
 from experiments.program import OUTPUT, OutputOption, QuickOption, described, runner_of
 from experiments.settings import CAMERA, SEED
@@ -26,12 +28,15 @@ PACKAGES = ("llava-steering-plugin", "llava-torch", "torch", "transformers", "to
 ASKED, ASKED_IMAGE = "what color is the shape?", "test/0.png"
 
 Work = Callable[[Context], dict[str, Any]]
+VllmOption = Annotated[
+    bool, typer.Option("--vllm", help="Ask all MoReS adapters by vLLM, too, and compare every text; needs .venv-vllm.")
+]
 
 
-def main(output: OutputOption = OUTPUT, quick: QuickOption = False) -> None:
+def main(output: OutputOption = OUTPUT, quick: QuickOption = False, vllm: VllmOption = False) -> None:
     """Build a small LLaVA on easy-VQA, shift its camera's colours, and teach them with MoReS."""
     with runner_of("demo", output, quick) as runner:
-        results = run(QUICK if quick else FULL, runner)
+        results = run(QUICK if quick else FULL, runner, vllm=vllm)
     found = runner.root / "results.json"
     found.write_text(json.dumps(results, indent=2) + "\n")
     report.plot(results, found.with_suffix(".png"))
@@ -40,15 +45,26 @@ def main(output: OutputOption = OUTPUT, quick: QuickOption = False) -> None:
     console.print(comparing.table_of(results["comparison"]))
     console.print(f"Asked in upstream's chat: {results['chat']['question']!r}. Answer: {results['chat']['answer']!r}")
     console.print(report.attention(results))
+    if vllm:
+        console.print(engines.sentence(**results["engines"]))
     console.print(f"[bold]{found}[/bold] and results.png beside it")
     tables = runner.root / comparing.OUTPUT / "results.md"
     console.print(f"[bold]{tables}[/bold] compares the tunings: differences, costs, learning rates")
     console.print(f"[bold]{runner.root / 'diagnosis' / diagnosis.REPORT}[/bold] shows what the models attend to")
 
 
-def run(settings: Settings, runner: Runner) -> dict[str, Any]:
-    """Run all stages in order; return the content of results.json."""
+def run(settings: Settings, runner: Runner, *, vllm: bool = False) -> dict[str, Any]:
+    """Run all stages in order; return the content of results.json.
+
+    Args:
+        vllm: whether vLLM answers, too.
+
+    Raises:
+        StageError: a stage failed, or vLLM should answer and is not there.
+    """
     started = time.monotonic()
+    if vllm:
+        engines.python()
     base = build(settings.base, runner)
     asked = camera.questions("questions", settings.validation, settings.questions, runner)
     compared = _compare(settings, base, asked, runner)
@@ -81,12 +97,13 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
             (diagnosis,),
         )
     )
+    both = _engines(settings, compared, base, asked, runner) if vllm else []
     names = (("base", "clean"), ("base", "shifted"), (MAIN.name, "shifted"))
     rows = [
         {"model": name, "camera": seen, **evaluation.values}
         for (name, seen), evaluation in zip(names, answered, strict=True)
     ]
-    stages = (*base.stages, asked, *answered, chat, diagnosed)
+    stages = (*base.stages, asked, *answered, chat, diagnosed, *both)
     return {
         "questions": settings.questions,
         "rows": rows,
@@ -94,6 +111,7 @@ def run(settings: Settings, runner: Runner) -> dict[str, Any]:
         "chat": chat.values,
         "attention_to_image": diagnosed.values["image_shares"],
         "tower_accuracy": base.tower.values,
+        **({"engines": {"upstream": both[1].values, "vllm": both[2].values}} if both else {}),
         "seconds": {done.folder.name: done.seconds for done in stages},
         "seed": SEED,
         "camera": list(CAMERA),
@@ -106,6 +124,12 @@ def _compare(settings: Settings, base: Base, asked: Done, runner: Runner) -> Com
     lengths = {"steps": settings.shift_steps, "batch": settings.base.batch}
     comparing.write_file(file, base, camera.data(base, asked), settings.tunings, **lengths, seeds=[SEED])
     return comparing.run(file, settings.tunings, runner)
+
+
+def _engines(settings: Settings, compared: Compared, base: Base, asked: Done, runner: Runner) -> list[Done]:
+    slugs = [each.slug for each in settings.tunings if each.flags["tuning_mode"] == "mores"]
+    adapters = {slug: compared.firsts[slug].adapter for slug in slugs}
+    return engines.compare(base, adapters, [compared.firsts[slug].cell for slug in slugs], asked, runner)
 
 
 def _evaluation(asked: Done, data: Done, seen: str, model: Path) -> Work:
