@@ -93,7 +93,7 @@ def export(
     if logits:
         from llava_steering_plugin.export.verification import picture as found
 
-        picture = found(image)
+        picture = found(image, source)
     staged = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

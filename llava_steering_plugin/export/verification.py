@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from PIL import Image
 from torch import Tensor
 
-from llava_steering_plugin.errors import AdapterError, UpstreamError
+from llava_steering_plugin.components.picture_layouts import ASPECT
+from llava_steering_plugin.errors import AdapterError, ArgumentsError, UpstreamError
+from llava_steering_plugin.export.layouts import Source
 from llava_steering_plugin.inference.images import read_image
 
 # Of the largest logit, in float32.
@@ -42,22 +45,55 @@ class Answered:
     logits: Tensor
 
 
-def picture(path: Path | None) -> tuple[Image.Image, str]:
-    """Return the picture on which models are compared, and what it is.
+def picture(path: Path | None, source: Source) -> tuple[Image.Image, str]:
+    """Return the picture on which models are compared, as the model can take it, and what it is.
 
     Args:
         path: of a file; None: a photograph that gradio brings, which LLaVA needs.
 
     Raises:
-        SteeringError: it cannot be read.
+        SteeringError: it cannot be read, or is of another size than the model takes.
     """
+    own = path is not None
     if path is None:
         found = find_spec("gradio")
         for folder in (found.submodule_search_locations or []) if found else []:
             path = next(iter(sorted(Path(folder).glob("test_data/*.jpg"))), None)
     if path is None:
         raise UpstreamError("gradio's photographs are not there. Give a picture with --image.")
-    return read_image(path), path.name
+    return _fitting(read_image(path), path.name, source, own=own), path.name
+
+
+def _fitting(image: Image.Image, name: str, source: Source, *, own: bool) -> Image.Image:
+    """Return a picture that the vision tower can take: some towers' processors do not scale, and take one size alone.
+
+    Args:
+        own: the picture is the user's, which is left as it is.
+
+    Raises:
+        ArgumentsError: the user's picture is of another size.
+    """
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaConfig
+
+    if source.tiles:  # its processor scales
+        return image
+    folder, config = source.tower or source.folder, dict(source.config)
+    try:
+        vision = LlavaConfig.from_dict(config).vision_config if not source.tower else None
+        side = (vision or CLIPVisionConfig.from_pretrained(folder)).image_size
+        processor = CLIPImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError, TypeError):  # which the plan of the export names
+        return image
+    pads = config.get(ASPECT) == "pad" or getattr(processor, "do_pad", False)
+    given = process_images([image], processor, SimpleNamespace(image_aspect_ratio="pad" if pads else None))
+    if tuple(given.shape[-2:]) == (side, side):
+        return image
+    if own:
+        raise ArgumentsError(
+            f"the vision tower takes pictures of {side} x {side} pixels, and its preprocessor_config.json scales none: "
+            f"{name} has {image.width} x {image.height}. Give a picture of that size with --image, or none."
+        )
+    return image.resize((side, side))
 
 
 def lacks_tiles() -> str:

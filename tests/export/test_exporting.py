@@ -20,7 +20,7 @@ from tiny_llava import TinyLlava
 from typer.testing import CliRunner
 
 from llava_steering_plugin.cli import app
-from llava_steering_plugin.errors import AdapterError
+from llava_steering_plugin.errors import AdapterError, ArgumentsError
 from llava_steering_plugin.export import verification
 from llava_steering_plugin.export.exporting import Export, export
 from llava_steering_plugin.export.verification import Answered, compare_answers, first_other_token
@@ -172,6 +172,40 @@ def test_start_and_end_marks_of_images_are_in_the_chat_template(changed: Callabl
     done = export(str(changed({"mm_use_im_start_end": True}, {})), tmp_path / "hf", logits=False)
     assert "<im_start><image><im_end>" in (done.folder / "chat_template.jinja").read_text()
     assert any("one turn" in check for check in done.checks)
+
+
+@pytest.fixture
+def unscaled(changed: Callable[..., Path], tiny: TinyLlava, tmp_path: Path) -> Path:
+    """A LLaVA whose processor takes pictures of 56 x 56 pixels alone, and scales none."""
+    tower = Path(shutil.copytree(tiny.tower, tmp_path / "tower"))
+    settings = json.loads((tower / "preprocessor_config.json").read_text())
+    settings |= {"do_resize": False, "do_center_crop": False}
+    (tower / "preprocessor_config.json").write_text(json.dumps(settings))
+    return changed({"mm_vision_tower": str(tower)}, {})
+
+
+def test_a_photograph_is_scaled_for_a_tower_that_takes_one_size_alone_in_both_layouts(
+    unscaled: Path, tmp_path: Path
+) -> None:
+    done = export(str(unscaled), tmp_path / "hf")
+    back = export(str(done.folder), tmp_path / "llava-back")
+    for each in (done, back):
+        assert any("in float32: they differ by at most" in check for check in each.checks)
+
+
+def test_a_picture_of_another_size_than_the_tower_takes_is_refused_before_anything_is_written(
+    unscaled: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (80, 40)).save(tmp_path / "wide.png")
+    said = "takes pictures of 56 x 56 pixels, .* scales none: wide.png has 80 x 40. Give a picture of that size"
+    with pytest.raises(ArgumentsError, match=said):
+        export(str(unscaled), tmp_path / "new" / "hf", image=tmp_path / "wide.png")
+    assert not (tmp_path / "new").exists()
+    Image.new("RGB", (56, 56)).save(tmp_path / "fits.png")
+    assert any(
+        "about fits.png" in check
+        for check in export(str(unscaled), tmp_path / "hf", image=tmp_path / "fits.png").checks
+    )
 
 
 def test_logits_that_do_not_fit_into_memory_are_left_out_and_that_is_said(tiny: TinyLlava, tmp_path: Path) -> None:
