@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,11 +26,25 @@ from llava_steering_plugin.vllm.refusals import asked_for, refused
 from llava_steering_plugin.vllm.rows_without_lora import leave_rows_without_lora
 from llava_steering_plugin.vllm.token_table import with_places, without_places
 
+# Between the two linears that a projector of one linear is exported as: the name that transformers knows, and vLLM's.
+NO_ACTIVATION, NO_ACTIVATION_IN_VLLM = "linear", "torch.nn.modules.linear.Identity"
 IN_SLOTS = (SteeringInSlots, TokensInSlots, ProjectorInSlots)
 # The manager tries these classes in their order on each linear.
 if not set(IN_SLOTS) <= set(vllm.lora.utils._all_lora_classes):
     vllm.lora.utils._all_lora_classes = (*IN_SLOTS, *vllm.lora.utils._all_lora_classes)
 leave_rows_without_lora()
+
+
+@contextmanager
+def _activation_named_for_vllm(config: Any) -> Iterator[None]:
+    """Name a projector's missing activation as vLLM does while it is built. transformers reads the config, too."""
+    if (named := config.projector_hidden_act) == NO_ACTIVATION:
+        config.projector_hidden_act = NO_ACTIVATION_IN_VLLM
+    try:
+        yield
+    finally:
+        if named == NO_ACTIVATION:
+            config.projector_hidden_act = named
 
 
 class SteeredDecoderLayer(LlamaDecoderLayer):
@@ -44,7 +60,8 @@ class SteeredLlava(LlavaForConditionalGeneration):
     """Is vLLM's own class where LoRA is off, or where something in the engine's settings excludes MoReS."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        with _activation_named_for_vllm(vllm_config.model_config.hf_config):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.steered = False
         if vllm_config.lora_config is None:
             return

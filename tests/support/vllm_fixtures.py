@@ -1,13 +1,8 @@
-"""The tiny LLaVA as `llava-steering export` writes it, adapters for it, and what transformers answers with them.
-
-The export needs LLaVA, which the environment of vLLM does not have: another interpreter runs it.
-"""
+"""What the tests of vLLM share: prompts, adapters, what transformers answers with them, and vLLM's engine."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +18,6 @@ from torch import Tensor
 from llava_steering_plugin import attach, load_adapter, remove_adapter, save_adapter
 from llava_steering_plugin.modes.mores import MoReS
 
-ROOT = Path(__file__).parents[2]
 NEW = 12  # tokens of every answer
 # By name: the settings, and how far the parameters are from the identity.
 ADAPTERS: dict[str, tuple[MoReS, float]] = {
@@ -36,59 +30,6 @@ ADAPTERS: dict[str, tuple[MoReS, float]] = {
     "every-2": (MoReS(rank=2, tokens="l8", layers="every:2"), 0.8),
     "chosen-2": (MoReS(rank=2, tokens="25%,f4+l5,all"), 0.5),
 }
-
-
-def llavas_python() -> Path:
-    """The interpreter of the environment that has LLaVA."""
-    return Path(os.environ.get("VENV", ROOT / ".venv")).absolute() / "bin/python"
-
-
-def export_tiny(folder: Path) -> tuple[Path, Path, Path]:
-    """Makes the tiny LLaVA and exports it; returns the folders of the export, of the LLaVA and of its images."""
-    parts, target = folder / "llava", folder / "exported"
-    model = parts / "llava-v1.5-tiny"
-    _with_llava(str(ROOT / "tests/support/tiny_llava.py"), str(parts))
-    config = json.loads((model / "config.json").read_text())
-    # Attention of vLLM's for the CPU has no heads of 16 numbers.
-    (model / "config.json").write_text(json.dumps(config | {"num_attention_heads": 2, "num_key_value_heads": 2}))
-    _with_llava("-m", "llava_steering_plugin", "export", str(model), str(target), "--conversation", "vicuna_v1")
-    return target, model, parts / "images"
-
-
-def llavas_tokens(model: Path, prompts: Sequence[tuple[str, int, str | None]]) -> list[list[int]]:
-    """The tokens of LLaVA's own prompts, -200 for an image.
-
-    Args:
-        model: in LLaVA's layout.
-        prompts: a question, the number of images in front of it, and a text in the place of the template's own system
-            message, or None.
-    """
-    found: list[list[int]] = json.loads(_with_llava("-c", _TOKENS, str(model), json.dumps(prompts)).splitlines()[-1])
-    return found
-
-
-_TOKENS = """
-import json, sys
-from llava.conversation import conv_templates
-from llava.mm_utils import tokenizer_image_token
-from transformers import AutoTokenizer
-tokenizer, found = AutoTokenizer.from_pretrained(sys.argv[1], use_fast=False), []
-for question, images, system in json.loads(sys.argv[2]):
-    written = conv_templates["vicuna_v1"].copy()
-    written.system = written.system if system is None else system
-    written.append_message(written.roles[0], "<image>\\n" * images + question)
-    written.append_message(written.roles[1], None)
-    found.append(tokenizer_image_token(written.get_prompt(), tokenizer))
-print(json.dumps(found))
-"""
-
-
-def _with_llava(*words: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [str(llavas_python()), *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import os
 from dataclasses import replace
 
 import pytest
-from vllm_fixtures import ADAPTERS, Engine, Reference, Shared, export_tiny, llavas_python, prompts_of
+from vllm_bases import export_tiny, llavas_python
+from vllm_fixtures import ADAPTERS, Engine, Reference, Shared, prompts_of
 from vllm_projectors import save_with_projector
 
 # Read when vLLM is imported. The engine runs in this process: it starts sooner, and one can look into it.

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from adapter_files import change_tensors
-from vllm_fixtures import Prompt, Shared, differing, llavas_tokens
+from vllm_bases import llavas_tokens
+from vllm_fixtures import Prompt, Shared, differing
 from vllm_projectors import save_with_projector
 from vllm_server import EXACT, KEY, TOKEN, message, served
 

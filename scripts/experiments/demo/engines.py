@@ -61,11 +61,11 @@ def compare(base: Base, adapters: Mapping[str, Path], cells: Sequence[str], aske
 
 def sentence(upstream: Mapping[str, Any], vllm: Mapping[str, Any]) -> str:
     """Return what came out, in one sentence."""
+    count = vllm["equal"]
     return (
-        f"All {vllm['equal']:,} texts are equal. Upstream's evaluation took {upstream['seconds']:.0f} s for them "
-        f"({vllm['equal'] / upstream['seconds']:.0f} a second), and vLLM {vllm['seconds']:.0f} s "
-        f"({vllm['equal'] / vllm['seconds']:.0f} a second), {vllm['answering']:.0f} of them after its start "
-        f"({vllm['equal'] / vllm['answering']:.0f} a second)."
+        f"All {count:,} texts are equal. Upstream's evaluation took {upstream['seconds']:.0f} s "
+        f"({count / upstream['seconds']:.0f} a second), vLLM {vllm['answering']:.1f} s "
+        f"({count / vllm['answering']:.0f} a second), and {vllm['seconds'] - vllm['answering']:.0f} s to start."
     )
 
 
