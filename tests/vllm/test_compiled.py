@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from vllm_fixtures import ROOT, Shared
+from vllm_bases import ROOT
+from vllm_fixtures import Shared
 
 pytest.importorskip("vllm", reason="needs vLLM: scripts/setup.sh --vllm makes .venv-vllm")
 

@@ -8,7 +8,8 @@ import sys
 from typing import Any
 
 import pytest
-from vllm_fixtures import ROOT, Engine, Shared
+from vllm_bases import ROOT
+from vllm_fixtures import Engine, Shared
 
 pytest.importorskip("vllm", reason="needs vLLM: scripts/setup.sh --vllm makes .venv-vllm")
 
