@@ -7,7 +7,7 @@ batch.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -93,12 +93,37 @@ def packed(shift: Tensor, offset: Tensor, number: int) -> Tensor:
     return torch.cat([shift, offset[:, None], torch.full_like(offset, float(number))[:, None]], 1)
 
 
-class SteeringInSlots(BaseLayerWithLoRA):
-    """Steers the output of a decoder layer, with the parameters of as many adapters as there are slots."""
+class InSlots(BaseLayerWithLoRA):
+    """Stands where a weightless linear stood, with what adapters bring in as many slots.
 
-    def __init__(self, base_layer: SteeringPlace):
+    Attributes:
+        replaces: the class of that linear.
+    """
+
+    replaces: ClassVar[type[Weightless]]
+
+    def __init__(self, base_layer: Any):
         super().__init__()
         self.base_layer = base_layer
+
+    # The manager asks for the sizes of a LoRA with which it warms up.
+    @property
+    def lora_a_stacked(self) -> tuple[Tensor, ...]:
+        return (torch.zeros(1, 1, 1, 1),)
+
+    @property
+    def lora_b_stacked(self) -> tuple[Tensor, ...]:
+        return (torch.zeros(1, 1, 1, 1),)
+
+    @classmethod
+    def can_replace_layer(cls, source_layer: nn.Module, *args: Any, **kwargs: Any) -> bool:
+        return isinstance(source_layer, cls.replaces)
+
+
+class SteeringInSlots(InSlots):
+    """Steers the output of a decoder layer, with the parameters of as many adapters as there are slots."""
+
+    replaces = SteeringPlace
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         width, rank, device = self.base_layer.input_size, lora_config.max_lora_rank, self.base_layer.device
@@ -108,7 +133,6 @@ class SteeringInSlots(BaseLayerWithLoRA):
         self.ranks = torch.zeros(max_loras, dtype=torch.int64, device=device)
         self.wanted = torch.zeros_like(self.ranks)
 
-    # The manager asks for the sizes of a LoRA with which it warms up.
     @property
     def lora_a_stacked(self) -> tuple[Tensor, ...]:
         return (self.shift[:, None],)
@@ -147,28 +171,14 @@ class SteeringInSlots(BaseLayerWithLoRA):
         )
         return hidden, residual
 
-    @classmethod
-    def can_replace_layer(cls, source_layer: nn.Module, *args: Any, **kwargs: Any) -> bool:
-        return isinstance(source_layer, SteeringPlace)
 
-
-class TokensInSlots(BaseLayerWithLoRA):
+class TokensInSlots(InSlots):
     """Finds the tokens that each adapter of a batch steers, by its table of selections."""
 
-    def __init__(self, base_layer: SteeringTokens):
-        super().__init__()
-        self.base_layer = base_layer
+    replaces = SteeringTokens
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         self.tables = torch.zeros(max_loras, SELECTIONS, TERMS, 2, dtype=torch.int64, device=self.base_layer.device)
-
-    @property
-    def lora_a_stacked(self) -> tuple[Tensor, ...]:
-        return (torch.zeros(1, 1, 1, 1),)
-
-    @property
-    def lora_b_stacked(self) -> tuple[Tensor, ...]:
-        return (torch.zeros(1, 1, 1, 1),)
 
     def reset_lora(self, index: int) -> None:
         self.tables[index] = 0
@@ -196,7 +206,3 @@ class TokensInSlots(BaseLayerWithLoRA):
         bits = selected(self.tables[slot.clamp(min=0)], digits)
         chosen[where] = bits
         slots[where] = torch.where(bits != 0, slot, -1)
-
-    @classmethod
-    def can_replace_layer(cls, source_layer: nn.Module, *args: Any, **kwargs: Any) -> bool:
-        return isinstance(source_layer, SteeringTokens)

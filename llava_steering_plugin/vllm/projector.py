@@ -9,13 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear
 from vllm.distributed import tensor_model_parallel_all_reduce
-from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.model_executor.models.llava import LlavaMultiModalProjector
 
-from llava_steering_plugin.vllm.layers import STEERING, Weightless
+from llava_steering_plugin.vllm.layers import STEERING, InSlots, Weightless
 
 
 class SteeredProjector(LlavaMultiModalProjector):
@@ -43,15 +42,13 @@ class ProjectorPlace(Weightless):
         return projected
 
 
-class ProjectorInSlots(BaseLayerWithLoRA):
+class ProjectorInSlots(InSlots):
     """Projects images of adapters that have a projector of their own, which is one linear of it or both.
 
     Its parts are cut over the ranks of tensor parallel as the base's are.
     """
 
-    def __init__(self, base_layer: ProjectorPlace):
-        super().__init__()
-        self.base_layer = base_layer
+    replaces = ProjectorPlace
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         first, _, second = self.base_layer.parts
@@ -68,15 +65,6 @@ class ProjectorInSlots(BaseLayerWithLoRA):
         )
         # On the host: a batch without such adapters costs nothing.
         self.own = [(False, False)] * max_loras
-
-    # The manager asks for the sizes of a LoRA with which it warms up.
-    @property
-    def lora_a_stacked(self) -> tuple[Tensor, ...]:
-        return (torch.zeros(1, 1, 1, 1),)
-
-    @property
-    def lora_b_stacked(self) -> tuple[Tensor, ...]:
-        return (torch.zeros(1, 1, 1, 1),)
 
     def reset_lora(self, index: int) -> None:
         self.own[index] = (False, False)
@@ -130,7 +118,3 @@ class ProjectorInSlots(BaseLayerWithLoRA):
             states = tensor_model_parallel_all_reduce(states)
         whole: Tensor = states + self.biases[1][slot]
         return whole
-
-    @classmethod
-    def can_replace_layer(cls, source_layer: nn.Module, *args: Any, **kwargs: Any) -> bool:
-        return isinstance(source_layer, ProjectorPlace)
