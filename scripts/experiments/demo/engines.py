@@ -25,7 +25,7 @@ SHOWN = 5  # differences that an error lists
 Work = Callable[[Context], dict[str, Any]]
 
 
-def python() -> Path:
+def vllms_python() -> Path:
     """Return the interpreter of the environment with vLLM.
 
     Raises:
@@ -111,7 +111,7 @@ def _by_vllm(exported: Done, models: Mapping[str, Path], pictures: Path, questio
         content = {"base": str(exported.folder / "base"), "adapters": adapters, "tokens": commands.NEW_TOKENS}
         asking.write_text(json.dumps({**content, "asked": prompts}))
         begun = time.monotonic()
-        stage.run([str(python()), str(PROGRAM), str(asking), str(answers)])
+        stage.run([str(vllms_python()), str(PROGRAM), str(asking), str(answers)])
         seconds = time.monotonic() - begun
         said = json.loads(answers.read_text())
         texts = {name: said["texts"][place :: len(models)] for place, name in enumerate(models)}

@@ -64,7 +64,7 @@ def run(settings: Settings, runner: Runner, *, vllm: bool = False) -> dict[str, 
     """
     started = time.monotonic()
     if vllm:
-        engines.python()
+        engines.vllms_python()
     base = build(settings.base, runner)
     asked = camera.questions("questions", settings.validation, settings.questions, runner)
     compared = _compare(settings, base, asked, runner)
