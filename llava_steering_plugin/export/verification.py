@@ -85,15 +85,21 @@ def _fitting(image: Image.Image, name: str, source: Source, *, own: bool) -> Ima
     except (OSError, ValueError, TypeError):  # which the plan of the export names
         return image
     pads = config.get(ASPECT) == "pad" or getattr(processor, "do_pad", False)
-    given = process_images([image], processor, SimpleNamespace(image_aspect_ratio="pad" if pads else None))
-    if tuple(given.shape[-2:]) == (side, side):
+    settings = SimpleNamespace(image_aspect_ratio="pad" if pads else None)
+
+    def made(of: Image.Image) -> tuple[int, ...]:
+        return tuple(process_images([of], processor, settings).shape[-2:])
+
+    if made(image) == (side, side):
         return image
-    if own:
-        raise ArgumentsError(
-            f"the vision tower takes pictures of {side} x {side} pixels, and its preprocessor_config.json scales none: "
-            f"{name} has {image.width} x {image.height}. Give a picture of that size with --image, or none."
-        )
-    return image.resize((side, side))
+    if not own and made(scaled := image.resize((side, side))) == (side, side):
+        return scaled
+    height, width = made(image)
+    raise ArgumentsError(
+        f"the vision tower takes pictures of {side} x {side} pixels, and its preprocessor_config.json makes "
+        f"{width} x {height} of {name}. "
+        + ("Give a picture of the tower's size with --image, or none." if own else "LLaVA fails there: mend that file.")
+    )
 
 
 def lacks_tiles() -> str:

@@ -197,7 +197,7 @@ def test_a_picture_of_another_size_than_the_tower_takes_is_refused_before_anythi
     unscaled: Path, tmp_path: Path
 ) -> None:
     Image.new("RGB", (80, 40)).save(tmp_path / "wide.png")
-    said = "takes pictures of 56 x 56 pixels, .* scales none: wide.png has 80 x 40. Give a picture of that size"
+    said = r"takes pictures of 56 x 56 pixels, .* makes 80 x 80 of wide\.png\. Give a picture of the tower.s size"
     with pytest.raises(ArgumentsError, match=said):
         export(str(unscaled), tmp_path / "new" / "hf", image=tmp_path / "wide.png")
     assert not (tmp_path / "new").exists()
@@ -206,6 +206,18 @@ def test_a_picture_of_another_size_than_the_tower_takes_is_refused_before_anythi
         "about fits.png" in check
         for check in export(str(unscaled), tmp_path / "hf", image=tmp_path / "fits.png").checks
     )
+
+
+def test_a_processor_for_another_tower_is_refused_before_anything_is_written(
+    changed: Callable[..., Path], tiny: TinyLlava, tmp_path: Path
+) -> None:
+    tower = Path(shutil.copytree(tiny.tower, tmp_path / "tower"))
+    settings = json.loads((tower / "preprocessor_config.json").read_text())
+    settings |= {"crop_size": {"height": 28, "width": 28}, "size": {"shortest_edge": 28}}
+    (tower / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ArgumentsError, match=r"takes pictures of 56 x 56 pixels, .* makes 28 x 28 of .* mend"):
+        export(str(changed({"mm_vision_tower": str(tower)}, {})), tmp_path / "new" / "hf")
+    assert not (tmp_path / "new").exists()
 
 
 def test_logits_that_do_not_fit_into_memory_are_left_out_and_that_is_said(tiny: TinyLlava, tmp_path: Path) -> None:
