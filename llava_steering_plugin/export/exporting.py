@@ -91,9 +91,10 @@ def export(
     assert source is not None
     picture: Any = None
     if logits:
-        from llava_steering_plugin.export.verification import picture as found
+        from llava_steering_plugin.export import verification
 
-        picture = found(image, source)
+        given, name = verification.picture(image)
+        picture = verification.fitting(given, name, source, own=image is not None), name
     staged = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

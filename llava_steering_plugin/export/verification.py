@@ -45,26 +45,25 @@ class Answered:
     logits: Tensor
 
 
-def picture(path: Path | None, source: Source) -> tuple[Image.Image, str]:
-    """Return the picture on which models are compared, as the model can take it, and what it is.
+def picture(path: Path | None) -> tuple[Image.Image, str]:
+    """Return the picture on which models are compared, and what it is.
 
     Args:
         path: of a file; None: a photograph that gradio brings, which LLaVA needs.
 
     Raises:
-        SteeringError: it cannot be read, or is of another size than the model takes.
+        SteeringError: it cannot be read.
     """
-    own = path is not None
     if path is None:
         found = find_spec("gradio")
         for folder in (found.submodule_search_locations or []) if found else []:
             path = next(iter(sorted(Path(folder).glob("test_data/*.jpg"))), None)
     if path is None:
         raise UpstreamError("gradio's photographs are not there. Give a picture with --image.")
-    return _fitting(read_image(path), path.name, source, own=own), path.name
+    return read_image(path), path.name
 
 
-def _fitting(image: Image.Image, name: str, source: Source, *, own: bool) -> Image.Image:
+def fitting(image: Image.Image, name: str, source: Source, *, own: bool) -> Image.Image:
     """Return a picture that the vision tower can take: some towers' processors do not scale, and take one size alone.
 
     Args:

@@ -43,10 +43,10 @@ def until(happened: Callable[[], bool]) -> None:
 
 
 def numbers_in(log: Path) -> list[int]:
-    """The numbers in the last line of a log, if there is nothing else in it."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    words = lines[-1].split() if lines else []
-    return [int(word) for word in words] if all(word.isdigit() for word in words) else []
+    """The numbers in the first line of a log that has nothing else in it; another program may have written more."""
+    lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+    found = [words for words in lines if words and all(word.isdigit() for word in words)]
+    return [int(word) for word in found[0]] if found else []
 
 
 def python(code: str, log: Path, **env: str) -> Command:

@@ -53,6 +53,8 @@ def test_answers_of_both_protocols_are_counted(fresh: Client, asked: list[Questi
     before = values(fresh, **model)
     assert before["vllm:generation_tokens_total"] == before["vllm:prompt_tokens_total"] == 0
     used = requests.post(f"{fresh.address}/v1/chat/completions", json=asks(asked[0]), timeout=60).json()["usage"]
+    # A batch is counted when all of it is generated; an answer may be read before.
+    wait_until(lambda: values(fresh, **model)["llava_steering_steps_per_batch_count"] == 1)
     after = values(fresh, **model)
     assert after["vllm:prompt_tokens_total"] == used["prompt_tokens"]
     assert after["vllm:generation_tokens_total"] == used["completion_tokens"]
