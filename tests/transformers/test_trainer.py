@@ -97,10 +97,8 @@ def test_diagnostics_are_measured_and_change_nothing(base: Path, tmp_path: Path)
         base, tmp_path / "measured", MODES[1], steering_diagnostics_steps=2, steering_diagnostics_samples=2
     )
     measured.train()
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        assert losses(measured) == losses(plain)
-    else:  # a last bit differed on a processor with AVX2 alone
-        assert losses(measured) == pytest.approx(losses(plain), rel=1e-6)
+    # Not to the bit: those of MKL's products may depend on where operands lie in memory (docs/reliability.md).
+    assert losses(measured) == pytest.approx(losses(plain), rel=1e-6)
     header, *lines = map(json.loads, (tmp_path / "measured" / "diagnostics.jsonl").read_text().splitlines())
     assert header["mode"] == "mixlora" and len(header["samples"]) == 2
     assert [line["step"] for line in lines] == [0, 2, 4, 6]
