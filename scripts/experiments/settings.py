@@ -29,4 +29,4 @@ class BaseSettings:
 
 FULL_BASE = BaseSettings()
 # Long enough to run every part, too short to learn much.
-QUICK_BASE = BaseSettings(tower_epochs=2, projector_steps=10, tuning_steps=40)
+QUICK_BASE = BaseSettings(tower_epochs=1, projector_steps=5, tuning_steps=20)

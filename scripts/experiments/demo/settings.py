@@ -52,7 +52,7 @@ FULL = Settings()
 # Long enough to run every part, too short to learn much: it shows that the parts fit together, not that they are good.
 QUICK = Settings(
     QUICK_BASE,
-    shift_steps=20,
+    shift_steps=10,
     questions=30,
     validation=6,
     tunings=(replace(MAIN, rates=MAIN.rates[-1:]),),

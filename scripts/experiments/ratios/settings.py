@@ -24,4 +24,4 @@ CHOICES = tuple(tuning(",".join(shares)) for shares in (SHARES, SHARES[::-1]))
 
 FULL = Settings((*FIXED, *CHOICES), validation=90)  # there is one learning rate, so validation chooses nothing
 # Long enough to run every part, too short to learn much.
-QUICK = Settings((FIXED[0], CHOICES[0]), QUICK_BASE, steps=20, seeds=(1,), questions=30, validation=6)
+QUICK = Settings((FIXED[0], CHOICES[0]), QUICK_BASE, steps=10, seeds=(1,), questions=30, validation=6)
