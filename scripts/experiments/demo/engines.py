@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from experiments import camera, commands
@@ -51,11 +50,12 @@ def compare(base: Base, adapters: Mapping[str, Path], cells: Sequence[str], aske
     models: dict[str, Path] = {"base": base.model, **adapters}
     pictures, questions = camera.pictures(base), asked.folder / "test.jsonl"
     exported = runner.run(Stage("exported-base", {}, (base.done,), _export(base)))
-    settings = {"cells": list(cells), "threads": THREADS}
-    needs, code = (asked, base.data, exported), (commands, _this())
+    settings: dict[str, Any] = {"cells": list(cells), "threads": THREADS}
+    needs, code = (asked, base.data, exported), (commands, sys.modules[__name__])
     work = _by_upstream(models, pictures, questions)
     upstream = runner.run(Stage("answers-upstream", settings, needs, work, code))
     work = _by_vllm(exported, models, pictures, questions, upstream)
+    settings["program"] = PROGRAM.read_text()
     return [exported, upstream, runner.run(Stage("answers-vllm", settings, (*needs, upstream), work, code))]
 
 
@@ -67,10 +67,6 @@ def sentence(upstream: Mapping[str, Any], vllm: Mapping[str, Any]) -> str:
         f"({count / upstream['seconds']:.0f} a second), vLLM {vllm['answering']:.1f} s "
         f"({count / vllm['answering']:.0f} a second), and {vllm['seconds'] - vllm['answering']:.0f} s to start."
     )
-
-
-def _this() -> ModuleType:
-    return sys.modules[__name__]
 
 
 def _export(base: Base) -> Work:
