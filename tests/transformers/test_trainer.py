@@ -90,19 +90,23 @@ def test_checkpoints_load_with_their_base_and_answer_as_the_trained_model(base: 
     assert longer.train(resume_from_checkpoint=True).global_step == 8
 
 
-def test_diagnostics_are_measured_and_change_nothing(base: Path, tmp_path: Path) -> None:
-    plain = trainer_of(base, tmp_path / "plain", MODES[1])
+@pytest.mark.parametrize("mode", MODES, ids=["mores", "mixlora"])
+def test_diagnostics_are_measured_and_change_nothing(mode: Mode, base: Path, tmp_path: Path) -> None:
+    plain = trainer_of(base, tmp_path / "plain", mode)
     plain.train()
+    drawn = torch.get_rng_state()
     measured = trainer_of(
-        base, tmp_path / "measured", MODES[1], steering_diagnostics_steps=2, steering_diagnostics_samples=2
+        base, tmp_path / "measured", mode, steering_diagnostics_steps=2, steering_diagnostics_samples=2
     )
     measured.train()
+    assert torch.equal(torch.get_rng_state(), drawn)
     # Not to the bit: those of MKL's products may depend on where operands lie in memory (docs/reliability.md).
     assert losses(measured) == pytest.approx(losses(plain), rel=1e-6)
     header, *lines = map(json.loads, (tmp_path / "measured" / "diagnostics.jsonl").read_text().splitlines())
-    assert header["mode"] == "mixlora" and len(header["samples"]) == 2
+    assert header["mode"] == mode.name and len(header["samples"]) == 2
     assert [line["step"] for line in lines] == [0, 2, 4, 6]
-    assert all(line["lmar"]["answers"] == 2 and "routing" in line for line in lines)
+    measure = "routing" if mode.name == "mixlora" else "update_norms"
+    assert all(line["lmar"]["answers"] == 2 and measure in line for line in lines)
 
 
 def test_the_best_checkpoint_is_the_result_and_an_evaluation_leaves_no_trace(base: Path, tmp_path: Path) -> None:
