@@ -46,10 +46,15 @@ def runner_of(name: str, output: Path, quick: bool) -> Iterator[Runner]:
     """Yield a runner for the stages of experiment `name`, in `output` or its sub-folder `quick`.
 
     Raises:
-        SystemExit: the disk is full, LLaVA is not patched, or a stage failed.
+        SystemExit: the folder cannot be made, the disk is full, LLaVA is not patched, or a stage failed.
     """
     root = (output / "quick" if quick else output).resolve()
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(
+            f"{name}: {root} cannot be made ({error.strerror}); give another place with --output"
+        ) from error
     if shutil.disk_usage(root).free < NEEDED_BYTES:
         raise SystemExit(
             f"{name}: {root} has less than {NEEDED_BYTES / 1e6:.0f} MB free; give another place with --output"

@@ -96,3 +96,12 @@ def test_vllm_that_is_not_there_is_missed_before_anything_is_trained(tmp_path: P
     assert done.returncode == 1
     assert f"demo: --vllm needs {tmp_path}/venv-vllm/bin/python, which `scripts/setup.sh --vllm` makes" in done.stderr
     assert not list((tmp_path / "o" / "quick").iterdir())
+
+
+def test_an_output_that_is_no_folder_is_one_message(tmp_path: Path) -> None:
+    from experiments.program import runner_of
+
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"demo: .*file/quick cannot be made .*give another place with --output"):
+        with runner_of("demo", tmp_path / "file", True):
+            pass
