@@ -17,7 +17,7 @@ import pytest
 from forks import Forks
 from launching import LAUNCH, launch
 from ports import free_port
-from ranks import script
+from ranks import script, starved
 from tiny_llava import TinyLlava
 from training_runs import stage_1_overrides, subprocess_environment, train_flags
 
@@ -80,10 +80,11 @@ def test_under_deepspeeds_launcher_the_training_is_the_same(
 
 
 @pytest.mark.slow
-def test_torchrun_trains_on_two_ranks(tiny: TinyLlava, pristine_llava: Path, tmp_path: Path) -> None:
+def test_torchrun_trains_on_two_ranks_and_both_end_well(tiny: TinyLlava, pristine_llava: Path, tmp_path: Path) -> None:
     launcher = [script("torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()), *LAUNCH]
     flags = [*train_flags(tiny, tmp_path / "pets", {"per_device_train_batch_size": 2}), "--tuning_mode", "mores"]
-    done = launch("llava.train.train", *flags, launcher=launcher, llava=pristine_llava, cwd=tmp_path)
+    env = starved(pristine_llava)
+    done = launch("llava.train.train", *flags, launcher=launcher, llava=pristine_llava, cwd=tmp_path, **env)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "pets" / "adapter_model.safetensors").exists()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -59,6 +60,12 @@ def run_on_ranks(
 def torchrun(ranks: int) -> list[str]:
     """torchrun's command on a port that nobody uses."""
     return [script("torchrun"), "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+
+
+def starved(llava: Path) -> dict[str, str]:
+    """The environment of ranks whose exchange waits for its turn; without mending, they abort when Python ends."""
+    path = os.pathsep.join([str(Path(__file__).with_name("starved")), str(llava), os.environ.get("PYTHONPATH", "")])
+    return {"PYTHONPATH": path}
 
 
 def script(name: str) -> str:

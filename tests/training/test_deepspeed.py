@@ -181,6 +181,16 @@ def test_deepspeeds_own_launcher_resumes_a_training_with_offloading(
     assert_equal(runs / "offload", output)
 
 
+@pytest.mark.slow
+def test_ranks_end_well_though_deepspeed_keeps_their_groups(
+    tiny: TinyLlava, patched_llava: Path, tmp_path: Path
+) -> None:
+    mores = {**MORES, "per_device_train_batch_size": 2}
+    training = flags(tiny, tmp_path / "starved", zero(tmp_path, 3), mores)
+    ranks.run_on_ranks([training], patched_llava, tmp_path, env=ranks.starved(patched_llava))
+    assert (tmp_path / "starved" / "adapter_model.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "offload", "expected"),
     [

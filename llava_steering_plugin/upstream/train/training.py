@@ -20,6 +20,7 @@ from llava_steering_plugin.convert.torch_files import tensors_in
 from llava_steering_plugin.errors import ArgumentsError, SteeringError, listing, nearest
 from llava_steering_plugin.training.attaching import REQUEST
 from llava_steering_plugin.training.data.source import early_problem
+from llava_steering_plugin.training.process_group import leave_at_exit
 from llava_steering_plugin.training.saving.resuming import folder_problems
 from llava_steering_plugin.training.settings.conflicts import DATA_PARALLEL, cpu_flag, packing_problems
 from llava_steering_plugin.training.settings.flags import (
@@ -94,22 +95,27 @@ def _checked(module: ModuleType) -> Callable[..., Any]:
             _exit(ArgumentsError(listing(CANNOT_START, problems)), every_rank=False)
         token = REQUEST.set(request)
         try:
-            if not mode_is_on(request.flags):
-                with in_training(module, base.component):
-                    return original(*args, **kwargs)
-            refuse_bad_data(request.flags)
-            with (
-                in_training(module, base.component),
-                forks.with_own_config(module, request.flags, base.described),
-                _command_line(forks.mapped(sys.argv)),
-            ):
-                return original(*args, **kwargs)
+            if mode_is_on(request.flags):
+                refuse_bad_data(request.flags)
+            with in_training(module, base.component), _with_a_mode(module, request.flags, base):
+                trained = original(*args, **kwargs)
         except SteeringError as error:
             _exit(error, every_rank=True)
         finally:
             REQUEST.reset(token)
+        leave_at_exit()
+        return trained
 
     return train
+
+
+@contextlib.contextmanager
+def _with_a_mode(module: ModuleType, flags: Namespace, base: TrainedBase) -> Iterator[None]:
+    if not mode_is_on(flags):
+        yield
+        return
+    with forks.with_own_config(module, flags, base.described), _command_line(forks.mapped(sys.argv)):
+        yield
 
 
 @contextlib.contextmanager

@@ -1,0 +1,26 @@
+"""Let gloo's threads run only when their rank does nothing else, on one processor, as on a busy machine.
+
+Python imports this before any program whose path has this folder; `starved` in ranks.py puts it there.
+"""
+
+import os
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+
+def starve(processor: int) -> None:
+    while True:
+        for thread in Path("/proc/self/task").iterdir():
+            with suppress(OSError):  # the thread has ended
+                os.sched_setaffinity(int(thread.name), {processor})
+                if "gloo_runloop" in (thread / "comm").read_text():
+                    os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
+        time.sleep(0.2)
+
+
+if "RANK" in os.environ:
+    processors = sorted(os.sched_getaffinity(0))
+    chosen = processors[int(os.environ["RANK"]) % len(processors)]
+    threading.Thread(target=starve, args=(chosen,), daemon=True).start()
