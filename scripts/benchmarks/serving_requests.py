@@ -133,7 +133,8 @@ def running(folder: Path, batch: int, threads: int) -> Iterator[str]:
     script = Path(__file__).with_name("serving_worker.py")
     words = [folder / "llava-v1.5-random", folder / "adapters", port, batch]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen([sys.executable, str(script), *map(str, words)], env=environment)
+    command = [sys.executable, str(script), *map(str, words)]
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)  # the worker ends with it
     try:
         address = f"http://127.0.0.1:{port}"
         while not _answers(address):

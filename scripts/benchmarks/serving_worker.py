@@ -2,13 +2,17 @@
 
     python scripts/benchmarks/serving_worker.py BASE ADAPTERS PORT BATCH
 
-`python scripts/benchmarks serving --clients` starts it, once with batches and once without.
+`python scripts/benchmarks serving --clients` starts it, once with batches and once without. It ends with its standard
+input, and so with the benchmark, also with one that is killed.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -30,7 +34,13 @@ def main(base: str, adapters: str, port: int, batch: int) -> None:
     for folder in sorted(Path(adapters).iterdir()):
         worker.catalog.put(folder.name, str(folder))
     config = uvicorn.Config(build(worker, Limits(batch=batch)), "127.0.0.1", port, log_config=None, access_log=False)
+    threading.Thread(target=_end_with_input, daemon=True).start()
     uvicorn.Server(config).run()
+
+
+def _end_with_input() -> None:
+    os.read(sys.stdin.fileno(), 1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

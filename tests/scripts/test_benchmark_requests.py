@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from quick_runs import quick_run
+from quick_runs import SCRIPTS, quick_run
+from tiny_llava import TinyLlava
 
 
 def result(gain: float, alone: float, later: float, noise: float = 0.0) -> dict[str, Any]:
@@ -39,6 +43,29 @@ def test_sixteen_clients_have_to_gain_one_may_not_lose_and_nobody_may_wait_longe
     assert sum(not target.met for target in judged) == failed
     assert sum(target.verdict == "NOT MET" for target in judged) == failed
     assert table_of_targets(judged).row_count == 4
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from benchmarks.serving_requests import running
+
+with running(Path(sys.argv[1]), 1, 1) as address:
+    print(address, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_ends_with_a_benchmark_that_is_killed(tiny: TinyLlava, tmp_path: Path) -> None:
+    (tmp_path / "llava-v1.5-random").symlink_to(tiny.llava)
+    (tmp_path / "adapters").mkdir()
+    benchmark = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path], cwd=SCRIPTS, stdout=subprocess.PIPE, text=True, timeout=300
+    )  # returns when the worker, too, has closed its output
+    port = int(benchmark.stdout.rpartition(":")[2])
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 @pytest.mark.slow
