@@ -115,7 +115,7 @@ def _kinds_of_positions(model: Any, forced: ForcedAnswer, given: Mapping[str, An
             past_key_values=None,
             labels=None,
             images=given.get("images"),
-            image_sizes=given.get("image_sizes"),
+            **{name: given[name] for name in ("image_sizes", "modalities") if name in given},
         )
     if tokens is None:
         raise NotMeasured("empty", "the prompt is empty.")

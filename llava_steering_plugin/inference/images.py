@@ -88,7 +88,12 @@ def image_arguments(pictures: Sequence[Image.Image], processor: Any, model: Any,
     half = {"device": model.device, "dtype": half_unless_full(model)}
     pixels = process_images(pictures, processor, model.config if config is None else config)
     images = [each.to(**half) for each in pixels] if isinstance(pixels, list) else pixels.to(**half)
-    arguments = {"images": images, "image_sizes": [picture.size for picture in pictures]}
-    if "modalities" in signature_of(getattr(model, SPLICE)).parameters:  # of LLaVA-NeXT, which also knows videos
-        arguments["modalities"] = ["image"] * len(pictures)
-    return arguments
+    return {"images": images, "image_sizes": [each.size for each in pictures], **as_pictures(model, len(pictures))}
+
+
+def as_pictures(model: Any, count: int) -> dict[str, list[str]]:
+    """Return the argument that tells LLaVA-NeXT, which knows videos too, that it gets `count` pictures; LLaVA has none.
+
+    LLaVA-NeXT drops rows without an entry, and takes more entries than rows.
+    """
+    return {"modalities": ["image"] * count} if "modalities" in signature_of(getattr(model, SPLICE)).parameters else {}

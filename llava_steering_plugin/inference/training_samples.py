@@ -6,15 +6,16 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llava_steering_plugin.errors import ArgumentsError
-from llava_steering_plugin.hooks.token_map import IGNORED, spliced
+from llava_steering_plugin.hooks.token_map import IGNORED, signature_of, spliced
 from llava_steering_plugin.upstream.text.conversations import checked_template
+
+_OF_TILES = dict.fromkeys(("image_grid_pinpoints", "image_crop_resolution", "image_split_resolution"))
 
 
 class Score(NamedTuple):
@@ -55,18 +56,16 @@ class TrainingSamples:
     """
 
     def __init__(self, model: Any, tokenizer: Any, processor: Any, file: Path, images: Path, conversation: str):
-        from llava.train.train import DataCollatorForSupervisedDataset, LazySupervisedDataset
+        from llava.train.train import DataArguments, DataCollatorForSupervisedDataset, LazySupervisedDataset
 
         self.model, self.conversation = model, checked_template(conversation)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.unk_token  # as upstream's training does
-        described = SimpleNamespace(
-            image_folder=str(images),
-            image_processor=processor,
-            is_multimodal=True,
-            image_aspect_ratio=getattr(model.config, "image_aspect_ratio", "square"),
-            mm_use_im_start_end=getattr(model.config, "mm_use_im_start_end", False),
-        )
+        described = DataArguments(image_folder=str(images), is_multimodal=True)
+        # What a training sets beside its flags. LLaVA-NeXT has more of it, and its config has all of that.
+        for name, default in {"image_aspect_ratio": "square", "mm_use_im_start_end": False, **_OF_TILES}.items():
+            setattr(described, name, getattr(model.config, name, default))
+        described.image_processor = processor
         try:
             self.dataset = LazySupervisedDataset(str(file), tokenizer, described)
         except (OSError, ValueError) as error:
@@ -79,14 +78,14 @@ class TrainingSamples:
         loss: Tensor = self.model(**self.batch(number), use_cache=False).loss
         return loss
 
-    def batch(self, number: int) -> dict[str, Tensor]:
+    def batch(self, number: int) -> dict[str, Any]:
         """Return the arguments of the model's `forward` for the sample of that number, on the model's device."""
         with self._template():
             batch = self._collated([self.dataset[number]])
-        half = {"device": self.model.device, "dtype": self.model.get_vision_tower().dtype}
-        return {
-            name: value.to(**half) if name == "images" else value.to(self.model.device) for name, value in batch.items()
-        }
+        device, tower = self.model.device, self.model.get_vision_tower()
+        if "images" in batch:
+            batch["images"] = _moved(batch["images"], device=device, dtype=tower.dtype)
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
     def scored(self, number: int) -> Callable[[], Score]:
         """Return a function that passes the sample of that number through the model, and scores its answers' tokens.
@@ -96,7 +95,8 @@ class TrainingSamples:
         batch = self.batch(number)
         # The class's own method: an adapter on the model has shadowed the model's, and is not asked here.
         splice = types.MethodType(type(self.model).prepare_inputs_labels_for_multimodal, self.model)
-        given = {name: batch.get(name) for name in ("input_ids", "attention_mask", "labels", "images")}
+        known = signature_of(splice).parameters
+        given = {"images": None, **{name: value for name, value in batch.items() if name in known}}
         with torch.inference_mode():
             (*_, labels), _ = spliced(splice, **given, position_ids=None, past_key_values=None)
 
@@ -117,3 +117,7 @@ class TrainingSamples:
             yield
         finally:
             conversation.default_conversation = before
+
+
+def _moved(images: Tensor | list[Tensor], **to: Any) -> Tensor | list[Tensor]:
+    return [each.to(**to) for each in images] if isinstance(images, list) else images.to(**to)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llava_steering_plugin.diagnostics.positions import ForcedPass
+from llava_steering_plugin.inference.images import as_pictures
 from llava_steering_plugin.measures.modality import Kind, answer_queries
 
 
@@ -46,6 +47,7 @@ class AnswerScore:
             **given,
             images=pixels.to(self.dtype),
             image_sizes=[self.size] * rows,
+            **as_pictures(self.model, rows),
             adapter_names=[self.adapter] * rows,
             use_cache=False,
         )

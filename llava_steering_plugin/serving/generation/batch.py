@@ -19,6 +19,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from llava_steering_plugin.errors import SteeringError
 from llava_steering_plugin.hooks.finite_rows import not_finite
+from llava_steering_plugin.inference.images import as_pictures
 from llava_steering_plugin.pool.row_by_row import reading_row_by_row
 from llava_steering_plugin.serving.generation.prompts import Prompts
 from llava_steering_plugin.serving.generation.row import Row
@@ -146,7 +147,7 @@ def _generated(prompts: Prompts, rows: Sequence[Row], watcher: Watcher) -> Excep
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([choose]),
                 stopping_criteria=StoppingCriteriaList([AllEnded(rows)]),
-                **_images(prompts, rows),
+                **_images(model, prompts, rows),
             )
         watcher.generated(len(rows), choose.steps)
     except SteeringError as error:
@@ -168,7 +169,7 @@ def _padded(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor |
     return ids, present
 
 
-def _images(prompts: Prompts, rows: Sequence[Row]) -> dict[str, Any]:
+def _images(model: Any, prompts: Prompts, rows: Sequence[Row]) -> dict[str, Any]:
     """Return the arguments of `generate` that pass the images: those of the first row, of the second, and on."""
     if not any(row.pixels for row in rows):
         return {}
@@ -177,4 +178,5 @@ def _images(prompts: Prompts, rows: Sequence[Row]) -> dict[str, Any]:
     sizes = [size for row in rows for size in (row.sizes or [(width, height)])]
     # As LLaVA's `process_images` returns them: one tensor of pictures, or a list of pictures of several tiles.
     together = pixels[0].dim() == 3 and len({each.shape for each in pixels}) == 1
-    return {"images": torch.stack(pixels) if together else pixels, "image_sizes": sizes}
+    images = torch.stack(pixels) if together else pixels
+    return {"images": images, "image_sizes": sizes, **as_pictures(model, len(pixels))}
