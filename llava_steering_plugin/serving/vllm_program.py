@@ -19,16 +19,16 @@ from rich.console import Console
 
 from llava_steering_plugin.adapters.stored.folder import AdapterFolder
 from llava_steering_plugin.adapters.stored.locate import find
-from llava_steering_plugin.errors import AdapterError, ArgumentsError, Problems, listing
+from llava_steering_plugin.errors import ArgumentsError, Problems
 from llava_steering_plugin.inference.base_files import EXPORTED, is_llava, of_transformers, read_base_files
-from llava_steering_plugin.inference.sources import label_of, load_all, locate_all, read_sources
+from llava_steering_plugin.inference.sources import label_of, locate_all, read_sources
 from llava_steering_plugin.serving.http.access import checked_hosts
 from llava_steering_plugin.serving.http.vllm_gate import GATE, HOSTS_VARIABLE
 from llava_steering_plugin.serving.option_checks import checked_folder, checked_key, checked_token
 from llava_steering_plugin.serving.options import KEY_VARIABLE, TOKEN_VARIABLE, ServeOptions, reachable
 from llava_steering_plugin.serving.preflight import name_of_base
+from llava_steering_plugin.serving.vllm_adapters import check_adapters
 from llava_steering_plugin.serving.vllm_prompts import template_for
-from llava_steering_plugin.vllm.adapter import linears_and_others, unsupported
 from llava_steering_plugin.vllm.plugin import not_tried
 from llava_steering_plugin.vllm.refusals import ARCHITECTURE, PROJECTORS, TARGETS
 
@@ -104,7 +104,7 @@ def planned(options: ServeOptions) -> Launch:
     folders = _adapters(options, problems)
     name = options.model_name or name_of_base(options.base)
     with problems.noted():
-        if _check_adapters(folders, config, options.base, name):
+        if check_adapters(folders, config, options.base, name):
             more = [PROJECTORS]
     with problems.noted():
         template = template_for(options.base, folders)
@@ -184,39 +184,6 @@ def _adapters(options: ServeOptions, problems: Problems) -> dict[str, AdapterFol
                 if find(str(folder)) is not None:
                     sources.setdefault(label_of(str(folder)), str(folder.absolute()))
     return locate_all(sources, problems)
-
-
-def _check_adapters(folders: Mapping[str, AdapterFolder], config: Mapping[str, Any], base: str, name: str) -> bool:
-    """Check that vLLM can run the adapters, and that they are of this base, as far as its config.json tells.
-
-    Returns:
-        Whether one of them brings a projector of its own.
-
-    Raises:
-        AdapterError: some cannot; the message names them all.
-    """
-    text = config.get("text_config", {})
-    here = (text.get("num_hidden_layers"), text.get("hidden_size"))
-    projectors = []
-
-    def look(label: str, folder: AdapterFolder) -> None:
-        trained_on = folder.config.base
-        there = (trained_on.num_layers, trained_on.hidden_size)
-        stored = folder.read()
-        projectors.extend(linears_and_others(stored)[0])
-        wrong = unsupported(stored)
-        if None not in here and here != there:
-            wrong.append(
-                f"it was trained on {there[0]} layers of width {there[1]} ({trained_on.name_or_path}), and {base} has "
-                f"{here[0]} of width {here[1]}"
-            )
-        if label == name:
-            wrong.append("it has the name of the base: give another one, NAME=PATH or --model-name")
-        if wrong:
-            raise AdapterError(listing(f"the adapter {label!r} ({folder})", wrong))
-
-    load_all(look, folders)
-    return bool(projectors)
 
 
 def _check_access(options: ServeOptions, problems: Problems) -> None:

@@ -17,17 +17,22 @@ import torch
 from torch import Tensor
 
 from llava_steering_plugin.adapters.fit.compatibility import mode_of
+from llava_steering_plugin.adapters.stored.config import AdapterConfig
 from llava_steering_plugin.adapters.stored.folder import ADAPTER, EXTRA, WEIGHTS, AdapterFolder, StoredAdapter
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, listing
 from llava_steering_plugin.foreign_files import WEIGHT_BYTES, opened
 from llava_steering_plugin.hooks.parameter_names import ONE_LINEAR, PARTS, PROJECTOR_PATH, of_one_linear
+from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
 from llava_steering_plugin.modes.mores_choice import chosen_by_layer
 from llava_steering_plugin.modes.mores_frames import orthonormal
 from llava_steering_plugin.modes.mores_selection import TokenSelection, parse_choices
+from llava_steering_plugin.vllm.copies import copy_of
 from llava_steering_plugin.vllm.token_table import table_of
 
-_MARK = re.compile(r"(?P<path>.+)#llava_steering=(?P<digest>[0-9a-f]{32})(?P<own>\+projector)?", re.DOTALL)
+_MARK = re.compile(
+    r"(?P<path>.+)#llava_steering=(?P<digest>[0-9a-f]{32})\.(?P<turn>\d{1,18})(?P<own>\+projector)?", re.DOTALL
+)
 # Of a projector of LLaVA's, by their names in an adapter's file; the first of them may be all of it.
 LINEARS = tuple(f"{PROJECTOR_PATH}.{number}" for number in PARTS.values())
 
@@ -87,19 +92,27 @@ def digest_of(folder: str | os.PathLike[str]) -> str:
     return found.hexdigest()[:32]
 
 
-def marked(folder: str | os.PathLike[str], digest: str, *, own_projector: bool = False) -> str:
+def marked(folder: str | os.PathLike[str], digest: str, turn: int = 0, *, own_projector: bool = False) -> str:
     """Return the path of an adapter with the hash of its contents: vLLM's prefix cache tells adapters by their path.
 
     Args:
+        turn: the number of this loading: of two that vLLM knows by one number, the later one counts.
         own_projector: it has one, which the mark says too.
     """
-    return f"{folder}#llava_steering={digest}{'+projector' if own_projector else ''}"
+    return f"{folder}#llava_steering={digest}.{turn}{'+projector' if own_projector else ''}"
 
 
 def unmarked(path: str) -> tuple[str, str | None]:
     """Return the folder and the hash in a path; None where it has none."""
     found = _MARK.fullmatch(path)
     return (found["path"], found["digest"]) if found else (path, None)
+
+
+def turn_of(path: str) -> int:
+    """Return the number of the loading in a marked path."""
+    found = _MARK.fullmatch(path)
+    assert found is not None
+    return int(found["turn"])
 
 
 def name_of_features(path: str) -> str | None:
@@ -133,24 +146,49 @@ def read_marked(folder: str | os.PathLike[str], digest: str | None = None) -> tu
     return stored, before
 
 
+def read_checked(folder: str | os.PathLike[str], digest: str) -> StoredAdapter:
+    """Read the adapter of that hash whole: from its folder, or from the copy that was made when it was checked.
+
+    Raises:
+        AdapterError: neither holds it.
+    """
+    try:
+        return read_marked(folder, digest)[0]
+    except AdapterError:
+        copied = copy_of(digest)
+        if copied is None or not copied.is_dir():
+            raise
+        return read_marked(copied, digest)[0]
+
+
+def unsupported_by(config: AdapterConfig) -> list[str]:
+    """List what an adapter is that cannot run in vLLM, by its config alone, one clause each."""
+    instead = "serve it with `llava-steering serve`, without --engine"
+    if config.mode == MixLoRA.name:
+        return [
+            "it is a MixLoRA, which chooses its factors by the mean of the whole prompt, and vLLM computes prompts "
+            f"in chunks and takes parts of them from its cache; {instead}"
+        ]
+    if config.mode != MoReS.name:
+        return [f"its mode is {config.mode}, and MoReS alone runs in vLLM; {instead}"]
+    problems = []
+    if (modality := config.settings.get("modality", "vis")) != "vis":
+        problems.append(f"it steers {modality}, and vLLM knows the places of image tokens alone; {instead}")
+    if config.added_tokens:
+        problems.append(f"it adds tokens to the vocabulary ({', '.join(config.added_tokens)}); {instead}")
+    return problems
+
+
 def unsupported(stored: StoredAdapter) -> list[str]:
     """List what an adapter has that cannot run in vLLM, one clause each."""
-    mode = mode_of(stored.config)
-    instead = "serve it with `llava-steering serve`"
-    if not isinstance(mode, MoReS):
-        if stored.config.mode == "mixlora":
-            return [
-                "it is a MixLoRA, which chooses its factors by the mean of the whole prompt, and vLLM computes prompts "
-                f"in chunks and takes parts of them from its cache; {instead}"
-            ]
-        return [f"its mode is {mode.full_name}, and MoReS alone runs in vLLM; {instead}"]
-    problems = []
-    if mode.modality != "vis":
-        problems.append(f"it steers {mode.modality}, and vLLM knows the places of image tokens alone; {instead}")
-    if stored.config.added_tokens:
-        problems.append(f"it adds tokens to the vocabulary ({', '.join(stored.config.added_tokens)}); {instead}")
+    problems = unsupported_by(stored.config)
+    if stored.config.mode != MoReS.name:
+        return problems
     if others := linears_and_others(stored)[1]:
-        problems.append(f"it brings parts of the model ({', '.join(others)}); {instead}")
+        problems.append(
+            f"it brings parts of the model ({', '.join(others)}); serve it with `llava-steering serve`, without "
+            "--engine"
+        )
     if not problems:
         try:
             for_slot(stored)

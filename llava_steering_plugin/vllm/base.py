@@ -12,7 +12,7 @@ from torch import Tensor
 from llava_steering_plugin.adapters.fit.compatibility import fits
 from llava_steering_plugin.adapters.fit.fingerprint import alike
 from llava_steering_plugin.adapters.stored.folder import FINGERPRINT, StoredAdapter
-from llava_steering_plugin.errors import AdapterError, BaseMismatch, listing
+from llava_steering_plugin.errors import AdapterError, BaseMismatch
 from llava_steering_plugin.foreign_files import INDEX_BYTES, pinned, read_json
 
 # As `llava-steering export` and transformers before 5 write them, and as transformers 5 does.
@@ -24,18 +24,24 @@ class ServedBase:
     """Checks adapters against a base without its weights in memory.
 
     Args:
-        model_config: of vLLM.
+        name: a folder in transformers' layout, or a hub id.
+        config: its config, of transformers.
+        revision: of the hub id.
     """
 
-    def __init__(self, model_config: Any):
+    def __init__(self, name: str, config: Any, revision: str | None = None):
         from transformers import LlavaForConditionalGeneration
 
-        self.name = str(model_config.model)
-        self.dtype: torch.dtype = model_config.dtype
-        self._revision = model_config.revision
+        self.name = name
+        self._revision = revision
         with torch.device("meta"):
-            self._model = LlavaForConditionalGeneration(model_config.hf_config)
+            self._model = LlavaForConditionalGeneration(config)
         self._fits = fits(self._model)
+
+    @classmethod
+    def of(cls, model_config: Any) -> ServedBase:
+        """Return the base of vLLM's config of a model."""
+        return cls(str(model_config.model), model_config.hf_config, model_config.revision)
 
     def check(self, outline: StoredAdapter) -> None:
         """Check the sizes of an adapter and of its base, before any tensor is read.
@@ -53,40 +59,53 @@ class ServedBase:
             AdapterError: the base's files cannot be read.
             BaseMismatch: the rows differ.
         """
-        ids, rows = stored.tensors[FINGERPRINT + "ids"], stored.tensors[FINGERPRINT + "rows"]
+        folder = Path(self.name)
         try:
-            here = self._rows(ids.tolist(), rows.shape[1])
+            if not folder.is_dir():
+                from huggingface_hub import snapshot_download
+
+                folder = Path(snapshot_download(self.name, revision=self._revision, local_files_only=True))
+            problem = other_base(stored, folder, self.name)
         except (OSError, ValueError, LookupError) as error:
             raise AdapterError(
                 f"the adapter in {stored.path} cannot be compared with {self.name}: the embedding of the model cannot "
                 f"be read from its safetensors ({error}). Start vLLM on a folder that `llava-steering export` wrote."
             ) from error
-        if not alike(here, rows):
-            raise BaseMismatch(
-                listing(
-                    f"the adapter in {stored.path} does not belong to {self.name}. It was trained on "
-                    f"{stored.config.base.name_or_path}; export that (`llava-steering export`) and serve the result",
-                    ["the embedding rows that identify the base differ: same shape, other weights"],
-                )
-            )
+        if problem is not None:
+            raise BaseMismatch(f"the adapter in {stored.path} does not belong to this base: {problem}.")
 
-    def _rows(self, ids: list[int], width: int) -> Tensor:
-        folder = Path(self.name)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
 
-            folder = Path(snapshot_download(self.name, revision=self._revision, local_files_only=True))
-        held: dict[str, str] = {}
-        if (folder / INDEX).is_file():
-            held = read_json(folder / INDEX, INDEX_BYTES)["weight_map"]
-        for name in EMBEDDINGS:
-            file = folder / held.get(name, SINGLE)
-            if not file.is_file():
-                continue
-            with pinned(file) as pinned_file, safe_open(pinned_file, framework="pt") as tensors:
-                if name in tensors.keys():
-                    embedding = tensors.get_slice(name)
-                    if max(ids) >= embedding.get_shape()[0]:
-                        raise ValueError(f"it has {embedding.get_shape()[0]} rows, and the adapter knows {max(ids)}")
-                    return torch.cat([embedding[number : number + 1, :width] for number in ids])
-        raise ValueError(f"none of {', '.join(EMBEDDINGS)} is in {folder}")
+def other_base(stored: StoredAdapter, folder: Path, name: str) -> str | None:
+    """Say that an adapter belongs to another base than that in a folder in transformers' layout; None: it does not.
+
+    Args:
+        name: of the base, for the text.
+
+    Raises:
+        OSError, ValueError, LookupError: the embedding cannot be read from the folder.
+    """
+    ids, rows = stored.tensors[FINGERPRINT + "ids"], stored.tensors[FINGERPRINT + "rows"]
+    if alike(_rows(folder, ids.tolist(), rows.shape[1]), rows):
+        return None
+    trained_on = stored.config.base.name_or_path
+    return (
+        f"the embedding rows that identify the base differ from those of {name}: same shape, other weights. It was "
+        f"trained on {trained_on}; export that (`llava-steering export`) and serve the result"
+    )
+
+
+def _rows(folder: Path, ids: list[int], width: int) -> Tensor:
+    held: dict[str, str] = {}
+    if (folder / INDEX).is_file():
+        held = read_json(folder / INDEX, INDEX_BYTES)["weight_map"]
+    for name in EMBEDDINGS:
+        file = folder / held.get(name, SINGLE)
+        if not file.is_file():
+            continue
+        with pinned(file) as pinned_file, safe_open(pinned_file, framework="pt") as tensors:
+            if name in tensors.keys():
+                embedding = tensors.get_slice(name)
+                if max(ids) >= embedding.get_shape()[0]:
+                    raise ValueError(f"it has {embedding.get_shape()[0]} rows, and the adapter knows {max(ids)}")
+                return torch.cat([embedding[number : number + 1, :width] for number in ids])
+    raise ValueError(f"none of {', '.join(EMBEDDINGS)} is in {folder}")

@@ -37,12 +37,14 @@ def register() -> None:
         return
     from vllm import ModelRegistry
 
+    from llava_steering_plugin.vllm.copies import name_folder
     from llava_steering_plugin.vllm.requests import check_requests
     from llava_steering_plugin.vllm.self_check import check_at_start
     from llava_steering_plugin.vllm.worker import read_our_adapters
 
     # By name: the class is imported where a model is made, and not before a process is forked.
     ModelRegistry.register_model(ARCHITECTURE, "llava_steering_plugin.vllm.model:SteeredLlava")
+    name_folder()
     read_our_adapters()
     check_requests()
     check_at_start()

@@ -6,7 +6,10 @@ adapter by its name and path: without the hash, one that was trained again would
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
+from pathlib import Path
 from typing import Any
 
 import wrapt
@@ -16,9 +19,9 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from llava_steering_plugin.adapters.fit.compatibility import mode_of
-from llava_steering_plugin.adapters.stored.folder import StoredAdapter
+from llava_steering_plugin.adapters.stored.folder import AdapterFolder, StoredAdapter
 from llava_steering_plugin.adapters.stored.locate import find
-from llava_steering_plugin.errors import SteeringError
+from llava_steering_plugin.errors import AdapterError, SteeringError
 from llava_steering_plugin.modes.mores import MoReS
 from llava_steering_plugin.vllm.adapter import (
     linears_and_others,
@@ -28,9 +31,13 @@ from llava_steering_plugin.vllm.adapter import (
     refuse_all,
     unmarked,
     unsupported,
+    unsupported_by,
 )
 from llava_steering_plugin.vllm.base import ServedBase
+from llava_steering_plugin.vllm.copies import copy
 from llava_steering_plugin.vllm.refusals import PROJECTORS, refused
+
+logger = logging.getLogger("vllm.llava_steering")
 
 
 class Admission:
@@ -44,6 +51,8 @@ class Admission:
         self._vllm_config = vllm_config
         self._base: ServedBase | None = None
         self._marked: dict[tuple[str, int, str], str] = {}
+        self._latest: dict[int, tuple[str, str]] = {}  # by the adapter's number: what was checked last, and its mark
+        self._turn = 0
         self._lock = threading.Lock()
 
     def admit(self, request: Any, *, anew: bool = False) -> Any:
@@ -64,6 +73,7 @@ class Admission:
                 try:
                     self._marked[key] = self._checked(request)
                 except SteeringError as error:
+                    logger.warning("the adapter %r is refused: %s", request.lora_name, error)
                     raise VLLMValidationError(str(error)) from error
             path = self._marked[key]
         if path == request.lora_path:
@@ -74,11 +84,26 @@ class Admission:
     def _checked(self, request: Any) -> str:
         folder = find(request.lora_path)
         if folder is None:
+            if os.path.isabs(request.lora_path) and not os.path.isdir(request.lora_path):
+                raise AdapterError(f"the adapter {request.lora_name!r}: there is no folder {request.lora_path}.")
             return str(request.lora_path)
+        try:
+            return self._checked_folder(request, folder)
+        except SteeringError as error:
+            if repr(request.lora_name) in str(error):
+                raise
+            # vLLM leaves paths out of what it tells clients.
+            raise AdapterError(f"the adapter {request.lora_name!r} cannot run in this vLLM: {error}") from error
+
+    def _checked_folder(self, request: Any, folder: AdapterFolder) -> str:
         refuse_all(refused(self._vllm_config), request.lora_name, folder)
         if self._base is None:
-            self._base = ServedBase(self._vllm_config.model_config)
-        folder.read(self._base.check)
+            self._base = ServedBase.of(self._vllm_config.model_config)
+        try:
+            folder.read(self._base.check)
+        except SteeringError:
+            refuse_all(unsupported_by(folder.config), request.lora_name, folder)  # perhaps it does not fit for that
+            raise
         stored, digest = read_marked(folder.path)
         own_projector = bool(linears_and_others(stored)[0])
         problems = [*unsupported(stored), *self._too_large(stored)]
@@ -86,7 +111,17 @@ class Admission:
             problems += self._without_projectors()
         refuse_all(problems, request.lora_name, folder)
         self._base.check_weights(stored)
-        return marked(folder.path, digest, own_projector=own_projector)
+        copy(folder.path, digest)
+        return self._marked_anew(request.lora_int_id, folder.path, digest, own_projector)
+
+    def _marked_anew(self, number: int, folder: Path, digest: str, own_projector: bool) -> str:
+        checked = f"{folder} {digest}"
+        if (latest := self._latest.get(number)) is not None and latest[0] == checked:
+            return latest[1]
+        self._turn += 1
+        path = marked(folder, digest, self._turn, own_projector=own_projector)
+        self._latest[number] = checked, path
+        return path
 
     def _without_projectors(self) -> list[str]:
         brings, images = "it brings a projector of its own", self._vllm_config.model_config.get_multimodal_config()
@@ -102,7 +137,8 @@ class Admission:
         return problems
 
     def _too_large(self, stored: StoredAdapter) -> list[str]:
-        mode, most = mode_of(stored.config), self._vllm_config.lora_config.max_lora_rank
+        most = self._vllm_config.lora_config.max_lora_rank
+        mode = mode_of(stored.config) if stored.config.mode == MoReS.name else None
         if isinstance(mode, MoReS) and mode.rank > most:
             return [f"its rank is {mode.rank}: start vLLM with --max-lora-rank {mode.rank} or more, not {most}"]
         return []

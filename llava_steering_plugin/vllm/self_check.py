@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from dataclasses import dataclass
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
-from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine import EngineCoreRequest, core
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
@@ -35,6 +37,7 @@ NAME = "llava-steering-self-check"
 NUMBER = 2**31 - 1  # vLLM's server counts its adapters from 1
 _REQUEST = LoRARequest(NAME, NUMBER, marked(NAME, "0" * 32))
 _LIKELIEST = 5  # tokens whose probabilities are compared
+_LAST_CALL = "enable_envs_cache"  # of EngineCore's constructor
 _WORDS = 6  # tokens of a prompt beside its image
 
 logger = logging.getLogger("vllm.llava_steering")
@@ -55,12 +58,41 @@ class Prompt:
 def check_at_start() -> None:
     """Have every engine check itself before it is up. Safe to call again."""
     before = EngineCore.__dict__["__init__"]
-    if not isinstance(before, wrapt.FunctionWrapper):
-        EngineCore.__init__ = wrapt.FunctionWrapper(before, _start)
+    if isinstance(before, wrapt.FunctionWrapper):
+        return
+    EngineCore.__init__ = wrapt.FunctionWrapper(before, _start)
+    # In a process that was spawned for an engine, plugins are loaded by the constructor itself, which is not wrapped.
+    if (engine := _being_made(before.__code__)) is not None:
+        _check_behind(_LAST_CALL, engine)
+
+
+def _being_made(constructor: CodeType) -> Any:
+    """Return the engine whose constructor has called this, however deep; None if none has."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not constructor:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]
+
+
+def _check_behind(name: str, engine: Any) -> None:
+    """Check an engine behind the next call of a function of the module of EngineCore."""
+    before = getattr(core, name)
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        setattr(core, name, before)
+        done = before(*args, **kwargs)
+        _checked(engine)
+        return done
+
+    setattr(core, name, once)
 
 
 def _start(before: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     before(*args, **kwargs)
+    _checked(instance)
+
+
+def _checked(instance: Any) -> None:
     if os.environ.get(SWITCH) == "0":
         logger.warning("whether MoReS works in this engine is not checked, as %s=0 says", SWITCH)
         return

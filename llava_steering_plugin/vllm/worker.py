@@ -11,7 +11,15 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 
 from llava_steering_plugin.errors import AdapterError
-from llava_steering_plugin.vllm.adapter import SlotAdapter, for_slot, read_marked, refuse_all, unmarked, unsupported
+from llava_steering_plugin.vllm.adapter import (
+    SlotAdapter,
+    for_slot,
+    read_checked,
+    refuse_all,
+    turn_of,
+    unmarked,
+    unsupported,
+)
 
 DECODER, BESIDE_IT, PROJECTOR = "language_model.model", "language_model", "multi_modal_projector"
 # vLLM does not say which adapters have been unloaded. They have one to four megabytes, and 40 to 60 with a projector.
@@ -38,29 +46,47 @@ def _load_adapter(before: Any, instance: Any, args: tuple[Any, ...], kwargs: dic
 
 
 def _add_adapter(before: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Take an adapter out of its slot first if the request is for other contents: vLLM knows adapters by number."""
+    """Take an adapter out of its slot first if the request is for other contents: vLLM knows adapters by number.
+
+    A request that began, or came, before an adapter was replaced goes on with the new one.
+    """
     request = args[0] if args else next(iter(kwargs.values()))
-    found = _kept(instance).get(request.lora_int_id)
-    if found is not None and found[0] != request.lora_path:
-        del _kept(instance)[request.lora_int_id]
-        instance._adapter_manager.remove_adapter(request.lora_int_id)
-    return before(*args, **kwargs)
+    if unmarked(request.lora_path)[1] is None:
+        return before(*args, **kwargs)
+    loaded, number = _loaded(instance), request.lora_int_id
+    current = loaded.get(number)
+    if current is not None and current != request.lora_path:
+        if turn_of(current) > turn_of(request.lora_path):
+            request = type(request)(request.lora_name, number, current, request.base_model_name)
+        else:
+            _read(instance, request)  # what cannot be read changes nothing
+            instance._adapter_manager.remove_adapter(number)
+    done = before(request)
+    loaded[number] = request.lora_path
+    return done
 
 
-def _kept(manager: Any) -> dict[int, tuple[str, SlotAdapter]]:
-    """Return the adapters that a worker has read, by their number, with their marked paths; the latest last."""
-    kept: dict[int, tuple[str, SlotAdapter]] = manager.__dict__.setdefault("_llava_steering", {})
+def _loaded(manager: Any) -> dict[int, str]:
+    """Return the marked paths of the adapters that a worker has loaded last, by their number."""
+    loaded: dict[int, str] = manager.__dict__.setdefault("_llava_steering_loaded", {})
+    return loaded
+
+
+def _kept(manager: Any) -> dict[str, SlotAdapter]:
+    """Return the adapters that a worker has read, by the hash of their contents; the latest last."""
+    kept: dict[str, SlotAdapter] = manager.__dict__.setdefault("_llava_steering", {})
     return kept
 
 
 def hold(manager: Any, request: Any, adapter: SlotAdapter) -> None:
     """Keep an adapter that is in no folder; `request` loads it."""
-    _kept(manager)[request.lora_int_id] = request.lora_path, adapter
+    _kept(manager)[_digest(request)] = adapter
 
 
 def forget(manager: Any, request: Any) -> None:
     """Keep an adapter no longer."""
-    _kept(manager).pop(request.lora_int_id, None)
+    _kept(manager).pop(_digest(request), None)
+    _loaded(manager).pop(request.lora_int_id, None)
 
 
 def load(request: Any, manager: Any) -> Any:
@@ -74,23 +100,33 @@ def load(request: Any, manager: Any) -> Any:
         manager: the WorkerLoRAManager.
 
     Raises:
-        AdapterError: the folder does not hold that adapter any more, or it does not fit the model.
+        AdapterError: neither the folder nor a copy holds that adapter, or it does not fit the model.
     """
-    kept = _kept(manager)
-    found = kept.pop(request.lora_int_id, None)
+    return _as_lora(request, _read(manager, request), manager._adapter_manager)
+
+
+def _read(manager: Any, request: Any) -> SlotAdapter:
+    kept, digest = _kept(manager), _digest(request)
+    found = kept.pop(digest, None)
     if found is None:
-        folder, digest = unmarked(request.lora_path)
-        stored, _ = read_marked(folder, digest)
+        folder = unmarked(request.lora_path)[0]
+        stored = read_checked(folder, digest)
         refuse_all(unsupported(stored), request.lora_name, folder)
-        found = request.lora_path, for_slot(stored)
-    keep(kept, request.lora_int_id, found)
-    return _as_lora(request, found[1], manager._adapter_manager)
+        found = for_slot(stored)
+    keep(kept, digest, found)
+    return found
 
 
-def keep(kept: dict[int, tuple[str, SlotAdapter]], number: int, found: tuple[str, SlotAdapter]) -> None:
+def _digest(request: Any) -> str:
+    digest = unmarked(request.lora_path)[1]
+    assert digest is not None
+    return digest
+
+
+def keep(kept: dict[str, SlotAdapter], digest: str, found: SlotAdapter) -> None:
     """Put an adapter behind those that are kept, and give up the oldest where all take more than MOST_KEPT bytes."""
-    kept[number] = found
-    sizes = {each: adapter.size for each, (_, adapter) in kept.items()}
+    kept[digest] = found
+    sizes = {each: adapter.size for each, adapter in kept.items()}
     for oldest in list(kept)[:-1]:
         if sum(sizes.values()) <= MOST_KEPT:
             return

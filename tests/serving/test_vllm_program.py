@@ -1,6 +1,6 @@
 """`serve --engine vllm` says what cannot work before anything starts, and else how vLLM's server is started.
 
-The running server: tests/vllm/test_server.py. Covers `serving/vllm_prompts.py` too.
+The running server: tests/vllm/test_server.py. Covers `serving/vllm_prompts.py` and `serving/vllm_adapters.py` too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pytest
 import torch
 from adapter_files import change_tensors, set_header
 from base_folders import base_folder
+from safetensors.torch import save_file
 from steered import base_of
 
 from llava_steering_plugin import attach, remove_adapter, save_adapter
@@ -216,3 +217,14 @@ def test_prompts_have_the_template_that_the_adapters_were_trained_with(base: Pat
 def test_a_template_that_cannot_be_read_is_named(base: Path, installed: None) -> None:
     (base / "chat_template.jinja").write_bytes(b"\xff\xfe")
     assert f"{base / 'chat_template.jinja'} cannot be read: " in refusal(base)
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_adapter_of_other_weights_is_named_before_anything_starts(base: Path, tmp_path: Path) -> None:
+    good, other = adapter(tmp_path / "good", MoReS(rank=1)), adapter(tmp_path / "other", MoReS(rank=1))
+    change_tensors(other, lambda tensors: tensors["fingerprint.rows"].mul_(1.5))
+    rows = base_of().get_input_embeddings().weight.detach().clone()
+    save_file({"language_model.model.embed_tokens.weight": rows}, base / "model.safetensors")
+    assert launch(base, adapters=[str(good)]).models[1:] == ["good"]
+    said = refusal(base, adapters=[str(good), str(other)])
+    assert "'other'" in said and "same shape, other weights" in said and "'good'" not in said

@@ -115,10 +115,10 @@ def test_memory_that_adapters_are_kept_in_is_bounded(monkeypatch: pytest.MonkeyP
     large, small = (SlotAdapter({}, torch.zeros(0), (linear, second)) for second in (linear, None))
     assert (large.size, small.size) == (800, 400)
     monkeypatch.setattr(worker, "MOST_KEPT", 1000)
-    kept: dict[int, tuple[str, SlotAdapter]] = {}
-    for number, adapter in ((1, small), (2, small), (3, small), (4, large)):
-        worker.keep(kept, number, ("", adapter))
-        assert list(kept) == {1: [1], 2: [1, 2], 3: [2, 3], 4: [4]}[number]
+    kept: dict[str, SlotAdapter] = {}
+    for name, adapter in (("a", small), ("b", small), ("c", small), ("d", large)):
+        worker.keep(kept, name, adapter)
+        assert "".join(kept) == {"a": "a", "b": "ab", "c": "bc", "d": "d"}[name]
     monkeypatch.setattr(worker, "MOST_KEPT", 0)
-    worker.keep(kept, 5, ("", large))
-    assert list(kept) == [5]  # the one that is asked for
+    worker.keep(kept, "e", large)
+    assert list(kept) == ["e"]  # the one that is asked for

@@ -15,7 +15,7 @@ import pytest
 import torch
 from adapter_files import change_settings, change_tensors, header_of, set_header
 from steered import strengthen
-from vllm_fixtures import Engine, Shared, differing
+from vllm_fixtures import NEW, Engine, Shared, differing
 
 from llava_steering_plugin import attach, remove_adapter, save_adapter
 from llava_steering_plugin.adapters.stored.folder import EXTRA, HEADER, WEIGHTS
@@ -163,6 +163,73 @@ def test_a_slot_is_filled_again_though_the_folder_is_gone(engine: Engine, shared
     for name in names:
         assert engine.answers(shared.prompts[:1], [shared.request(name)]) == shared.expected[name][:1]
     assert engine.answers(shared.prompts[1:], [request] * (len(expected) - 1)) == expected[1:]
+
+
+def asked(engine: Engine, shared: Shared, request: Any, name: str) -> None:
+    """Let the engine have a request for the first prompt; `finished` makes the answer."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
+    engine.llm.llm_engine.add_request(name, shared.prompts[0].for_vllm, sampling, lora_request=request)
+
+
+def finished(engine: Engine) -> dict[str, list[int]]:
+    """What all requests are answered that the engine has."""
+    found = {}
+    while engine.llm.llm_engine.has_unfinished_requests():
+        for output in engine.llm.llm_engine.step():
+            if output.finished:
+                found[output.request_id.partition("-")[0]] = list(output.outputs[0].token_ids)
+    return found
+
+
+def test_an_adapter_that_is_replaced_while_its_requests_run_and_wait_harms_nobody(
+    engine: Engine, shared: Shared, tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    folder, old, new = tmp_path / "pets", shared.expected["all-1"][0], shared.expected["all-4"][0]
+    assert old != new
+    shutil.copytree(shared.adapters["all-1"], folder)
+    request = LoRARequest("pets", 90, str(folder))
+    asked(engine, shared, request, "running")
+    while not engine.llm.llm_engine.step():  # until its first token
+        pass
+    asked(engine, shared, request, "waiting")
+    replaced(folder, shared.adapters["all-4"])
+    engine.llm.llm_engine.add_lora(LoRARequest("pets", 90, str(folder), load_inplace=True))
+    answers = finished(engine)
+    assert len(answers["running"]) == len(answers["waiting"]) == len(old)  # with one or the other
+    assert engine.answers(shared.prompts[:1], [request]) == [new]
+    # And back to what it was, which is new again.
+    replaced(folder, shared.adapters["all-1"])
+    engine.llm.llm_engine.add_lora(LoRARequest("pets", 90, str(folder), load_inplace=True))
+    assert engine.answers(shared.prompts[:1], [request]) == [old]
+
+
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+def test_a_folder_that_changes_before_its_turn_comes_answers_as_it_was_checked(
+    change: str, engine: Engine, shared: Shared, tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    folder = tmp_path / "pets"
+    # An adapter that no other test has loaded.
+    copy = Path(shutil.copytree(shared.adapters["all-1"], folder))
+    change_tensors(copy, lambda tensors: [value.mul_(1.5) for name, value in tensors.items() if "steer_shift" in name])
+    expected = shared.reference.answers(shared.prompts[:1], folder)
+    asked(engine, shared, LoRARequest("pets", 92 + (change == "deleted"), str(folder)), "waiting")
+    replaced(folder, shared.adapters["all-4"]) if change == "replaced" else shutil.rmtree(folder)
+    assert finished(engine) == {"waiting": expected[0]}
+
+
+def test_a_folder_that_is_not_there_is_refused_and_the_engine_lives(engine: Engine, shared: Shared) -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.lora.request import LoRARequest
+
+    with pytest.raises(VLLMValidationError, match="'pets': there is no folder /nowhere/pets"):
+        engine.answers(shared.prompts[:1], [LoRARequest("pets", 95, "/nowhere/pets")])
+    assert engine.answers(shared.prompts[:1], [None]) == shared.expected[None][:1]
 
 
 def test_the_mark_in_a_path_is_the_hash_of_its_contents(shared: Shared, tmp_path: Path) -> None:

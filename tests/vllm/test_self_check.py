@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,23 +61,46 @@ def test_a_check_that_cannot_be_made_is_said(engine: Engine, monkeypatch: pytest
         self_check.check(core_of(engine))
 
 
-BROKEN = """
+START = """
 from vllm import LLM
-from llava_steering_plugin.vllm import layers
-layers.TokensInSlots.find = lambda self, digits, is_image: self.base_layer.slots.fill_(-1)
 LLM({base!r}, dtype="float32", enable_lora=True, max_lora_rank=8, max_model_len=256, max_num_seqs=4,
     lora_target_modules=["steering", "steering_tokens"], enforce_eager=True)
-print("started")
+print("it is up")
+"""
+# Of every process that Python starts with this on its path.
+BROKEN = """
+import wrapt
+
+def lose_the_mask(layers):
+    layers.TokensInSlots.find = lambda self, digits, is_image: self.base_layer.slots.fill_(-1)
+
+wrapt.register_post_import_hook(lose_the_mask, "llava_steering_plugin.vllm.layers")
 """
 
 
-def test_an_engine_that_fails_does_not_start(shared: Shared) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BROKEN.format(base=str(shared.base))],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+def started(shared: Shared, spawned: bool, *folders: Path) -> subprocess.CompletedProcess[str]:
+    """Start an engine, in the process that asks for it or in one that is spawned, as vLLM's server has it on a CPU."""
+    path = os.pathsep.join(map(str, [*folders, ROOT]))
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(spawned)), "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    return subprocess.run(
+        [sys.executable, "-c", START.format(base=str(shared.base))],
+        env=os.environ | settings | {"PYTHONPATH": path, "VLLM_LOGGING_LEVEL": "INFO"},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode != 0 and "started" not in done.stdout
-    assert "MoReS does nothing in this engine" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("spawned", [False, True])
+def test_an_engine_that_fails_does_not_start(spawned: bool, shared: Shared, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BROKEN)
+    done = started(shared, spawned, tmp_path)
+    assert done.returncode != 0 and "it is up" not in done.stdout
+    assert "MoReS does nothing in this engine" in done.stdout + done.stderr
+
+
+def test_a_spawned_engine_that_passes_starts(shared: Shared) -> None:
+    done = started(shared, True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and "it is up" in done.stdout
+    assert said.count("MoReS works in this engine: an image is steered, a text is not") == 1
