@@ -212,11 +212,3 @@ def component_templates() -> set[str]:
     from llava_steering_plugin.components.model_types import language_models  # imports torch
 
     return {name for component in language_models() for name in component.formats()}
-
-
-def name_taken(name: str, source: str, shown: str, holder: str) -> str:
-    """Return what to say of an adapter that would be shown under a name that `holder` has."""
-    return (
-        f"the adapter {name!r} ({source}) would be shown as {shown!r}, the name of {holder}. "
-        "Give it another name (rename the folder; on a command line NAME=PATH)."
-    )

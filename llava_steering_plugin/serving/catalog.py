@@ -6,28 +6,18 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from llava_steering_plugin.adapters.fit.compatibility import fits
-from llava_steering_plugin.adapters.stored.folder import StoredAdapter
 from llava_steering_plugin.adapters.stored.locate import AdapterSource, read
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, SteeringError
-from llava_steering_plugin.inference.sources import checked_label, name_taken, shown_name
+from llava_steering_plugin.inference.sources import checked_label
 from llava_steering_plugin.pool.pool import BASE, AdapterPool
+from llava_steering_plugin.serving.names import ServedAdapter, named
 
 logger = logging.getLogger(__name__)
 
 KEPT_REFUSALS = 100
-
-
-@dataclass(frozen=True)
-class ServedAdapter:
-    """An adapter that is served: its name, its name on the page, and where it came from."""
-
-    name: str
-    shown: str
-    source: str
 
 
 class AdapterCatalog:
@@ -73,7 +63,8 @@ class AdapterCatalog:
         with self._change():
             try:
                 stored = read(source, fits(self.pool.model))
-                adapter = self._checked(name, stored)
+                where, template = stored.folder.source, stored.config.conversation
+                adapter = named(name, where, template, self.base, self._adapters.values())
                 self.pool.load(name, stored)
             except SteeringError as error:
                 self.reject(name, str(error))
@@ -148,16 +139,6 @@ class AdapterCatalog:
             return self.pool.details(name)
         except SteeringError:
             return None  # removed in the meantime
-
-    def _checked(self, name: str, stored: StoredAdapter) -> ServedAdapter:
-        source = stored.folder.source
-        shown = shown_name(name, stored.config.conversation, self.base)
-        others = {adapter.shown: adapter.name for adapter in self._adapters.values() if adapter.name != name}
-        taken = others | {self.base: BASE}
-        if shown in taken:
-            holder = "the base" if taken[shown] == BASE else f"the adapter {taken[shown]!r}"
-            raise ArgumentsError(name_taken(name, source, shown, holder))
-        return ServedAdapter(name, shown, source)
 
 
 def printable(text: str) -> str:

@@ -43,6 +43,7 @@ class WatchedFolder(threading.Thread):
         self._seen: dict[str, Signature] = {}
         self._taken: dict[str, Signature] = {}
         self._refused: dict[str, Signature] = {}
+        self._names: set[str] = set()
         self._trouble = ""
         self._stopped = threading.Event()
 
@@ -71,6 +72,11 @@ class WatchedFolder(threading.Thread):
             return False
         self._complain(list(unread.values()))
         changed = False
+        names = set(self._catalog.names()) | {adapter.name for adapter in self._catalog.adapters()}
+        if self._names - names:  # one of them may have been in the way of an adapter that was refused
+            for name in self._refused:
+                self._taken.pop(name, None)
+        self._names = names
         for name in (self._taken.keys() | self._refused.keys()) - found.keys() - unread.keys():
             self._taken.pop(name, None)
             self._refused.pop(name, None)

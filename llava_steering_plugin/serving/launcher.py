@@ -13,7 +13,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from llava_steering_plugin.serving.options import EVERYWHERE, ServeOptions, reachable
+from llava_steering_plugin.serving.options import EVERYWHERE, START_VARIABLE, ServeOptions, reachable
 from llava_steering_plugin.serving.preflight import missing_libraries
 from llava_steering_plugin.serving.processes import Program, Programs
 from llava_steering_plugin.serving.proxies import EVERYTHING, bypassing, call
@@ -62,7 +62,7 @@ def serve(options: ServeOptions, console: Console, ports: Mapping[str, int]) -> 
             # It is up when the controller knows it and it answers. In this order: while it loads its model,
             # connections to it wait, and a Ctrl-C would wait with them.
             lambda: bool(_models(controller)) and _answers("GET", f"{worker}/health"),
-            {**path, **bypassing(os.environ), **worker_options.as_environment()},
+            {**path, **bypassing(os.environ), **worker_options.as_environment(), START_VARIABLE: str(Path.cwd())},
             "cyan",
         ),
         Program(
@@ -96,12 +96,24 @@ def serve(options: ServeOptions, console: Console, ports: Mapping[str, int]) -> 
                 running.say(f"all is up: {page}   (Ctrl-C stops everything)", "bold green")
                 if not missing_libraries():
                     running.say(f"the same models, as OpenAI's clients ask: {worker}/v1")
-                if options.host.strip("[]") in EVERYWHERE and not options.allowed_host:
-                    running.say("to open the page under another name than localhost, give that with --allowed-host")
+                for hint in hints(options):
+                    running.say(hint)
             while not received:
                 running.check()
                 time.sleep(0.3)
             running.say("stopping")
+
+
+def hints(options: ServeOptions) -> list[str]:
+    """Return what to say of names under which page and API are called, and which they do not know."""
+    if options.allowed_host:
+        return []
+    everywhere = [
+        what
+        for what, host in (("open the page", options.host), ("ask the API", options.api_host))
+        if host.strip("[]") in EVERYWHERE
+    ]
+    return [f"to {what} under another name than localhost, give that with --allowed-host" for what in everywhere]
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from llava_steering_plugin.serving.http.limits import Limits
 
 TOKEN_VARIABLE = "LLAVA_STEERING_ADMIN_TOKEN"
 KEY_VARIABLE = "LLAVA_STEERING_API_KEY"
+# `serve` tells its worker where it was started: the worker itself runs in a temporary folder.
+START_VARIABLE = "LLAVA_STEERING_START"
 DEFAULTS = Limits()
 MEGABYTE = 1 << 20
 

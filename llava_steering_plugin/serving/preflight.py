@@ -16,8 +16,9 @@ from llava_steering_plugin.checkout.find import find_llava
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, Problems, SteeringError, listing
 from llava_steering_plugin.inference import options as inference_options
 from llava_steering_plugin.inference.base_files import check_adapters_fit, check_base
-from llava_steering_plugin.inference.sources import locate_all, name_taken, read_sources, shown_base, shown_name
+from llava_steering_plugin.inference.sources import locate_all, read_sources, shown_base
 from llava_steering_plugin.serving.http.access import checked_hosts
+from llava_steering_plugin.serving.names import ServedAdapter, named
 from llava_steering_plugin.serving.option_checks import checked_folder, checked_key, checked_token
 from llava_steering_plugin.serving.options import ModelOptions, ServeOptions, WorkerOptions
 from llava_steering_plugin.serving.ports import find_ports
@@ -147,21 +148,17 @@ def name_of_base(path: str) -> str:
 
 
 def _check_names(folders: Mapping[str, AdapterFolder], base: str) -> None:
-    """Check that each adapter has a name of its own on the page, as the worker's catalog would.
+    """Check that each adapter has names of its own, as the worker's catalog would.
 
     Raises:
         AdapterError: some have none; the message names them all.
     """
     wrong = []
-    holders = {base: "the base"}
+    adapters: list[ServedAdapter] = []
     for name, folder in folders.items():
         try:
-            shown = shown_name(name, folder.config.conversation, base)
+            adapters.append(named(name, folder.source, folder.config.conversation, base, adapters))
         except SteeringError as error:
             wrong.append(str(error))
-            continue
-        if shown in holders:
-            wrong.append(name_taken(name, folder.source, shown, holders[shown]))
-        holders.setdefault(shown, f"the adapter {name!r}")
     if wrong:
         raise AdapterError(listing("some adapters cannot be served", wrong))

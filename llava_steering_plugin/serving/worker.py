@@ -9,8 +9,10 @@ base. Options that upstream's worker also has keep their names.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -18,7 +20,7 @@ import typer
 from llava_steering_plugin.errors import ArgumentsError, Problems, SteeringError
 from llava_steering_plugin.lazy_imports import defer_compilation
 from llava_steering_plugin.serving.idle_memory import keep_few_operations, return_large_blocks
-from llava_steering_plugin.serving.options import WorkerOptions, command
+from llava_steering_plugin.serving.options import START_VARIABLE, WorkerOptions, command
 from llava_steering_plugin.serving.preflight import check_worker, missing_libraries, no_api
 from llava_steering_plugin.serving.proxies import bypass_proxies, is_loopback
 
@@ -95,6 +97,7 @@ def run(options: WorkerOptions) -> None:
             limits,
             folder=options.adapter_dir,
             any_path=options.admin_any_path,
+            start=Path(os.environ.get(START_VARIABLE) or Path.cwd()),
         )
     application = build(
         worker,

@@ -87,6 +87,22 @@ def test_a_folder_whose_name_was_taken_is_served_when_that_adapter_has_gone_and_
     assert watched.look()
 
 
+def test_a_folder_whose_name_on_the_page_was_taken_is_served_when_that_is_free(
+    worker: Any, client: Client, shelf: Path, folder: Path, shown: set[str], alone: Alone, asked: list[Question],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    shutil.copytree(shelf / "dogs", folder / "mixl.ora-x")
+    watched = WatchedFolder(folder, worker.catalog, lambda: None)
+    for _ in range(4):
+        assert not watched.look()
+    assert "the name of the adapter 'mixlora-x'" in worker.catalog.rejected["mixl.ora-x"]
+    worker.catalog.drop("fish")  # nothing to do with it
+    assert not watched.look() and caplog.text.count("is not served") == 1
+    worker.catalog.drop("mixlora-x")
+    assert watched.look() and not worker.catalog.rejected
+    assert client.answer("mixl.ora-x", asked[0]) == alone("dogs", asked[0])
+
+
 def test_a_folder_that_is_a_link_is_followed_whoever_named_its_adapters(
     worker: Any, shelf: Path, folder: Path, shown: set[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -25,6 +27,9 @@ from tiny_language_models import FAMILIES, build
 from tiny_llava import TinyLlava
 from tiny_towers import TinyTowers
 from training_runs import subprocess_environment, train_flags, train_in_process
+
+from llava_steering_plugin.serving.launcher import hints
+from llava_steering_plugin.serving.options import ServeOptions
 
 pytest_plugins = ["serving_fixtures", "component_fixtures"]
 
@@ -81,6 +86,24 @@ def serving(llava: Path, folder: Path, *words: str) -> Iterator[Served]:
                 child.kill()
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, ""),
+        ({"host": "0.0.0.0"}, "open the page"),
+        ({"api_host": "[::]"}, "ask the API"),
+        ({"host": "::", "api_host": "0.0.0.0"}, "open the page, ask the API"),
+        ({"host": "0.0.0.0", "api_host": "0.0.0.0", "allowed_host": ["gpu-3.example"]}, ""),
+    ],
+)
+def test_a_server_that_is_open_to_others_says_what_it_has_to_know_of_its_names(
+    options: dict[str, Any], said: str
+) -> None:
+    found = hints(ServeOptions(base="base", **options))
+    flag = " under another name than localhost, give that with --allowed-host"
+    assert found == [f"to {what}{flag}" for what in said.split(", ") if what]
+
+
 @pytest.mark.slow
 def test_one_command_brings_up_all_three_answers_with_every_adapter_and_stops_cleanly(
     tiny: TinyLlava,
@@ -91,6 +114,7 @@ def test_one_command_brings_up_all_three_answers_with_every_adapter_and_stops_cl
     asked: list[Question],
 ) -> None:
     words = [str(tiny.llava), "--adapters", str(shelf / "cats"), f"mine={shelf / 'dogs'}", "--device", "cpu"]
+    words.append("--admin-any-path")
     with serving(patched_llava, tmp_path, *words, "--adapter-dir", str(shelf), "--port", str(free_port())) as served:
         # "cats" is given twice: by the flag and by the folder. The second takes the place of the first.
         page = served.wait_for(r"all is up: (http\S+)")[1]
@@ -106,6 +130,10 @@ def test_one_command_brings_up_all_three_answers_with_every_adapter_and_stops_cl
         assert worker.answer("mine", asked[0]) == alone("dogs", asked[0])
         assert worker.answer("cats", asked[0]) == alone("cats", asked[0])
         assert worker.admin("GET", token="0123456789abcdef").ok
+        # Relative to where `serve` was started; its worker runs elsewhere.
+        more = {"name": "more", "path": os.path.relpath(shelf / "fish", tmp_path)}
+        loaded = worker.admin("POST", token="0123456789abcdef", json=more)
+        assert loaded.ok, loaded.text
 
         children = served.children()
         assert len(children) >= 3

@@ -49,6 +49,7 @@ def test_each_mistake_is_said_with_flags_that_serve_has(base: str, tmp_path: Pat
     pets = adapter_folder(tmp_path / "pets")
     large = adapter_folder(tmp_path / "large", hidden_size=4096)
     unknown = adapter_folder(tmp_path / "unknown", conversation="an_own_template")
+    mistral = adapter_folder(tmp_path / "mistral", conversation="mistral_instruct")
     plain = base_folder(tmp_path / "plain")
     (plain / "config.json").write_text('{"model_type": "llama"}')
     said = {
@@ -61,6 +62,9 @@ def test_each_mistake_is_said_with_flags_that_serve_has(base: str, tmp_path: Pat
         "cannot pick from a model's name": refusal(base, adapters=[str(unknown)]),
         "shown as 'm.pt', the name of the adapter 'm.pt'": refusal(base, adapters=[f"m.pt={pets}", f"mpt={pets}"]),
         "the name of the base": refusal(base, adapters=[f"a={pets}"], model_name="a"),
+        "called in the API 'llava-mistral-a', the name of the adapter 'a'": refusal(
+            base, adapters=[f"a={mistral}", f"llava-mistral-a={pets}"], model_name="a"
+        ),
         "--adapter-dir /nowhere is no folder": refusal(base, adapter_dir=Path("/nowhere")),
         "torch knows no such device": refusal(base, device="gpu"),
         "finds no GPU|torch finds": refusal(base, device="cuda:99"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from ports import free_port
 from serving_fixtures import Client, Question, listening
 
@@ -38,6 +39,16 @@ def asks(question: Question, **changes: Any) -> dict[str, Any]:
     """The fields of a request that is answered greedily."""
     fields = {"messages": messages_of(question), "max_tokens": question.tokens, "temperature": 0}
     return {"model": "cats"} | fields | changes
+
+
+def post(api: Client, body: Any, **options: Any) -> requests.Response:
+    return requests.post(f"{api.address}/v1/chat/completions", **({"json": body, "timeout": 120} | options))
+
+
+def error_of(response: requests.Response) -> dict[str, Any]:
+    error = response.json()
+    assert error.keys() == {"error"} and error["error"].keys() == {"message", "type", "param", "code"}
+    return dict(error["error"])
 
 
 @pytest.fixture(scope="session")

@@ -232,6 +232,22 @@ def wait_until(holds: Callable[[], bool], seconds: float = 30) -> None:
 
 
 @contextmanager
+def holding(worker: Any) -> Iterator[threading.Event]:
+    """Has a worker make no answer until the event is set, and at the end of the block at the latest."""
+    go = threading.Event()
+
+    def held(*_: Any) -> None:
+        assert go.wait(PATIENCE)
+
+    handle = worker.model.model.register_forward_pre_hook(held)
+    try:
+        yield go
+    finally:
+        go.set()
+        handle.remove()
+
+
+@contextmanager
 def listening(
     app: Any,
     port: int,

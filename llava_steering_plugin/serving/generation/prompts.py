@@ -15,7 +15,7 @@ from llava_steering_plugin.inference.squares import process_images
 from llava_steering_plugin.pool.pool import AdapterPool
 from llava_steering_plugin.serving.generation.answer import Answer
 from llava_steering_plugin.serving.generation.images import decode_image
-from llava_steering_plugin.serving.generation.request import End, GenerationRequest, Problem
+from llava_steering_plugin.serving.generation.request import REPLACED, End, GenerationRequest, Problem
 from llava_steering_plugin.serving.generation.row import Row
 from llava_steering_plugin.serving.generation.sampling import Sampler
 from llava_steering_plugin.serving.generation.text import AnswerText, special_stops
@@ -47,6 +47,9 @@ class Prompts:
             answer.put(End("cancelled"))
             return None
         details = self.pool.details(request.adapter)
+        if not isinstance(request.prompt, str) and details.conversation != request.template:
+            answer.put(End("error", problem=Problem.REPLACED, message=REPLACED))
+            return None
         sizes = [_size(image) for image in request.images]
         ids = self._ids(request)
         tokens = PromptTokens.of_model(self.model)

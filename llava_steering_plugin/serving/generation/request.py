@@ -11,6 +11,7 @@ BUSY = "The worker is too busy. Please try again in a moment."
 NO_ANSWER = "The worker could not finish this answer; its log says why. Please try again."
 NOT_FINITE = "This model has no answer: its numbers became infinite. Please choose another model from the list."
 STOPPING = "The worker is being stopped. Please try again in a moment."
+REPLACED = "This model was replaced by one that is prompted differently, while the request waited. Please try again."
 GONE = "This model is no longer served. Reload the page for the list."
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
@@ -28,6 +29,7 @@ class GenerationRequest:
     Attributes:
         adapter: the model's name in the pool: an adapter's, or `AdapterPool.BASE`.
         prompt: a text with `<image>` for every image; or token ids with LLaVA's IMAGE_TOKEN_INDEX for every image.
+        template: the conversation template that the adapter records, if the prompt is written in it; None for a text.
         images: the bytes of image files, in the order of their marks.
         max_new_tokens: most tokens of the answer; the context may end it before.
         temperature: up to 0.001 the likeliest token is taken, above it tokens are sampled.
@@ -39,6 +41,7 @@ class GenerationRequest:
 
     adapter: str
     prompt: str | tuple[int, ...]
+    template: str | None = None
     images: tuple[bytes, ...] = ()
     max_new_tokens: int = 256
     temperature: float = 1.0
@@ -58,6 +61,7 @@ class Problem(Enum):
 
     TOO_LONG = "the prompt has more tokens than the model takes"
     GONE = "the adapter was removed while the request waited"
+    REPLACED = "it was replaced by one with another conversation template while the request waited"
     NOT_FINITE = "the logits became NaN or infinite"
     FAILED = "the generation failed; the log says why"
     STOPPED = "the worker was told to end"

@@ -192,10 +192,10 @@ class Slots:
 
     def take_back(self, answers: Sequence[Answer]) -> None:
         """Put answers at the front of the queue, but those that nobody wants any more."""
-        self.waiting = [answer for answer in answers if not answer.cancelled] + self.waiting
-        for answer in answers:
-            if answer.cancelled:
-                answer.put(End("cancelled"))
+        ended = [answer for answer in answers if answer.cancelled or self._stopped]
+        self.waiting = [answer for answer in answers if answer not in ended] + self.waiting
+        for answer in ended:
+            answer.put(End("cancelled") if answer.cancelled else _STOPPED)
 
     def free_slot(self, turn: Turn) -> None:
         """Free the slot of a turn."""

@@ -25,7 +25,7 @@ _NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
 EVERYWHERE = ("0.0.0.0", "::")  # listening addresses that are nobody's name
 FORBIDDEN = (
     "This request comes from another site, or calls this server by a name that it does not know. If it is yours, start "
-    "the server with --allowed-host and the name in the browser's address bar."
+    "the server with --allowed-host and the name or address by which it is called."
 )
 
 

@@ -33,8 +33,8 @@ class Admission:
 
     @property
     def most(self) -> int:
-        """The number of answers that may be open: those that are being made, one for each free slot, and waiting."""
-        return len(self.slots.running) + self.slots.free + self.limits.waiting
+        """The number of answers that may be open: those that are being made, a batch for each free slot, others."""
+        return len(self.slots.running) + self.slots.free * self.limits.batch + self.limits.waiting
 
     @contextmanager
     def admitted(self, count: int = 1) -> Iterator[None]:

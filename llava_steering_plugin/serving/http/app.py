@@ -34,6 +34,7 @@ from llava_steering_plugin.serving.http.protocol import (
     REFUSED,
     Refused,
     chunk,
+    left,
     read_object,
     refusal,
 )
@@ -96,7 +97,7 @@ class StreamEndpoint:
 
     async def _answer(self, request: CheckedRequest, arriving: ExitStack, receive: Receive, send: Send) -> None:
         started, description = time.monotonic(), str(request)
-        leaving = asyncio.ensure_future(_left(receive))
+        leaving = asyncio.ensure_future(left(receive))
         states = States(request.prompt)
         outcome = "a client left"
         answer = None
@@ -169,12 +170,6 @@ async def _either(first: asyncio.Future[Any], second: asyncio.Future[Any]) -> No
     """Wait for one of them, but not for so long that a client without news would give up."""
     futures: set[asyncio.Future[Any]] = {first, second}
     await asyncio.wait(futures, timeout=KEEP_ALIVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-
-
-async def _left(receive: Receive) -> None:
-    """Return when the client has disconnected."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def build(

@@ -33,6 +33,11 @@ class Limits:
     stall_seconds: float = 60.0
 
     @property
+    def answers(self) -> int:
+        """The most answers that can be open: all batches are full, and the queue is."""
+        return self.running * self.batch + self.waiting
+
+    @property
     def connections(self) -> int:
         """Open connections above which uvicorn answers 503: those of all requests, and some spare ones for /health."""
-        return self.running * self.batch + self.waiting + SPARE_CONNECTIONS
+        return self.answers + SPARE_CONNECTIONS

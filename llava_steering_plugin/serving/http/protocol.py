@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Receive
 
 from llava_steering_plugin.serving.http.limits import Limits
 
@@ -49,6 +50,12 @@ def refusal(status: int, text: str) -> Response:
 def chunk(text: str, code: int) -> bytes:
     """Return one state of an answer in upstream's protocol: JSON and a zero byte."""
     return json.dumps({"text": text, "error_code": code}).encode() + b"\0"
+
+
+async def left(receive: Receive) -> None:
+    """Return when the client of a request has disconnected, whose body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def read_object(request: Request, limits: Limits) -> dict[str, Any]:

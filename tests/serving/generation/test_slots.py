@@ -9,7 +9,15 @@ from collections.abc import Callable
 import pytest
 
 from llava_steering_plugin.serving.generation.answer import Answer
-from llava_steering_plugin.serving.generation.request import BUSY, NO_ANSWER, End, GenerationRequest, Piece, Problem
+from llava_steering_plugin.serving.generation.request import (
+    BUSY,
+    NO_ANSWER,
+    STOPPING,
+    End,
+    GenerationRequest,
+    Piece,
+    Problem,
+)
 from llava_steering_plugin.serving.generation.slots import Slots, Turn
 
 
@@ -138,6 +146,25 @@ def test_answers_that_are_put_back_come_first_and_those_that_nobody_wants_are_en
         ends = [await answer.next() for answer in answers]
         assert began == [["a", "b", "c"], ["b", "d"]]
         assert ends == [End("stop"), End("stop"), End("cancelled"), End("stop")]
+
+    asyncio.run(run())
+
+
+def test_answers_that_are_put_back_while_the_worker_stops_are_told_so() -> None:
+    async def run() -> None:
+        model = Model()
+        slots = Slots(model, 1, batch=2)
+        answers = [slots.ask(request(name)) for name in "ab"]
+        assert await model.started() == ["a", "b"]
+        model.turns[0][1].put_back(answers[1:])
+        slots.stop()
+        await settled(slots)
+        model.go.set()
+        stopped = End("error", problem=Problem.STOPPED, message=STOPPING)
+        assert [await answer.next() for answer in answers] == [stopped, stopped]
+        while slots.taken:
+            await asyncio.sleep(0)
+        assert len(model.turns) == 1
 
     asyncio.run(run())
 

@@ -50,20 +50,30 @@ def test_an_administrator_adds_replaces_and_removes_adapters_and_the_controllers
 def test_an_answer_on_its_way_keeps_the_adapter_it_began_with(
     admin: Client, worker: Any, shelf: Path, folder: Path, shown: set[str], alone: Alone, asked: list[Question]
 ) -> None:
-    long = Question(asked[0].prompt, asked[0].image, 150)
     shutil.copytree(shelf / "dogs", folder / "dogs")
-    begun = threading.Event()
-    handle = worker.model.model.register_forward_hook(lambda *_: begun.set())
+    begun, go, first = threading.Event(), threading.Event(), []
+
+    def held(*_: Any) -> None:
+        """Hold the first answer after its first token, and no other one."""
+        if not first:
+            first.append(threading.get_ident())
+        elif first[0] == threading.get_ident():
+            begun.set()
+            assert go.wait(120)
+
+    handle = worker.model.model.register_forward_pre_hook(held)
     with ThreadPoolExecutor(1) as user:
-        answer = user.submit(admin.answer, "cats", long)
-        assert begun.wait(60)
-        assert put(admin, "cats", "dogs").ok
-        assert not answer.done(), "it was over before anything changed: nothing is shown"
-        replaced = admin.answer("cats", asked[0])
-        assert admin.admin("DELETE", "/cats").ok
-        assert not answer.done(), "it was over before the adapter was removed"
-        assert answer.result() == alone("cats", long)
-    handle.remove()
+        try:
+            answer = user.submit(admin.answer, "cats", asked[0])
+            assert begun.wait(60)
+            assert put(admin, "cats", "dogs").ok
+            replaced = admin.answer("cats", asked[0])
+            assert admin.admin("DELETE", "/cats").ok
+            assert not answer.done()
+        finally:
+            go.set()
+            handle.remove()
+        assert answer.result() == alone("cats", asked[0])
     assert replaced == alone("dogs", asked[0])
 
 
@@ -120,17 +130,54 @@ def test_with_any_path_a_relative_one_means_the_watched_folder_first_and_others_
     shutil.copytree(shelf / "cats", folder / "here")
     shutil.copytree(shelf / "dogs", tmp_path / "started" / "here")
     shutil.copytree(shelf / "dogs", tmp_path / "started" / "there")
-    monkeypatch.chdir(tmp_path / "started")
+    (tmp_path / "scratch" / "there").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "scratch")  # as `serve` has its worker run
     limits = Limits(running=4)
-    routes = Admin(TOKEN, worker.catalog, lambda: None, limits, folder=folder, any_path=True).routes()
+    start = tmp_path / "started"
+    admin = Admin(TOKEN, worker.catalog, lambda: None, limits, folder=folder, any_path=True, start=start)
+    routes = admin.routes()
     with listening(build(worker, limits, admin=routes), free_port()) as client:
         for path in ("here", "there", tmp_path / "started" / "here"):
             assert put(client, "new", path).ok
             [entry] = [entry for entry in client.admin("GET").json()["adapters"] if entry["name"] == "new"]
             wanted = folder / "here" if path == "here" else tmp_path / "started" / path
             assert Path(entry["source"]).resolve() == wanted.resolve()
+        looked = f"in {folder.resolve()} or {start.resolve()}."
         refused = put(client, "newer", "nobody/nothing")
         assert refused.status_code == 409 and "AdapterError: nobody/nothing" in refused.text
+        assert f"No folder of that name is {looked}" in refused.text
+        refused = put(client, "newer", "nothing")
+        assert refused.status_code == 409 and f"nothing is neither a hub id nor {looked}" in refused.text
+
+
+def test_of_two_who_remove_one_adapter_at_once_one_is_told_that_there_is_none(
+    admin: Client, worker: Any, folder: Path, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(shelf / "cats", folder / "one")
+    assert put(admin, "new", "one").ok
+    held, arrived = threading.Event(), threading.Semaphore(0)
+    change = Admin._change
+
+    async def counted(self: Admin, what: Callable[[], Any]) -> Any:
+        arrived.release()
+        return await change(self, what)
+
+    def slow(*_: str) -> None:
+        held.wait(60)
+        raise AdapterError("it was slow")
+
+    monkeypatch.setattr(Admin, "_change", counted)
+    monkeypatch.setattr(worker.catalog, "put", slow)
+    with ThreadPoolExecutor(3) as administrators:
+        try:
+            slowly = administrators.submit(put, admin, "newer", "one")
+            assert arrived.acquire(timeout=60)
+            answers = [administrators.submit(admin.admin, "DELETE", "/new") for _ in range(2)]
+            assert all(arrived.acquire(timeout=60) for _ in answers)
+        finally:
+            held.set()
+        assert slowly.result().status_code == 409
+        assert sorted(answer.result().status_code for answer in answers) == [200, 404]
 
 
 def test_adapters_that_load_slowly_keep_no_request_from_being_checked(
@@ -141,9 +188,9 @@ def test_adapters_that_load_slowly_keep_no_request_from_being_checked(
     arrived: list[str] = []
     change = Admin._change
 
-    async def counted(self: Admin, what: Callable[..., Any], *args: str) -> Any:
-        arrived.append(args[0])
-        return await change(self, what, *args)
+    async def counted(self: Admin, what: Callable[[], Any]) -> Any:
+        arrived.append("one")
+        return await change(self, what)
 
     def slow(*_: str) -> None:
         held.wait(60)

@@ -23,7 +23,7 @@ import psutil
 import pytest
 import requests
 from ports import free_port
-from serving_fixtures import BASE_NAME, STRICT, Alone, Client, Question, listening, wait_until
+from serving_fixtures import BASE_NAME, STRICT, Alone, Client, Question, holding, listening, wait_until
 
 from llava_steering_plugin.serving.http.app import KEEP_ALIVE, build
 from llava_steering_plugin.serving.http.validation import CheckedRequest, check_request
@@ -54,18 +54,19 @@ def test_a_length_of_thousands_of_digits_is_a_413(strict: Client, length: bytes)
 
 
 def test_more_than_may_wait_are_a_503_at_once_and_the_others_are_answered(
-    strict: Client, worker: Any, alone: Alone, asked: list[Question]
+    worker: Any, alone: Alone, asked: list[Question]
 ) -> None:
-    question = Question(asked[0].prompt, asked[0].image, 60)
-    with ThreadPoolExecutor(24) as users:
-        responses = list(users.map(lambda _: strict.post(question.body("dogs")), range(24)))
-    statuses = [response.status_code for response in responses]
-    assert set(statuses) == {200, 503}
-    assert statuses.count(200) >= 8
-    full = next(response for response in responses if response.status_code == 503)
-    assert full.headers["Retry-After"] and json.loads(full.content[:-1])["error_code"] != 0
-    last = {json.loads(r.content.split(b"\0")[-2])["text"] for r in responses if r.status_code == 200}
-    assert {text.removeprefix(question.prompt).strip() for text in last} == {alone("dogs", question)}
+    app = build(worker, replace(STRICT, running=1, batch=2, waiting=2))
+    with listening(app, free_port()) as client, ThreadPoolExecutor(3) as users, holding(worker) as go:
+        answers = [users.submit(client.answer, "dogs", asked[0])]
+        wait_until(lambda: len(client.slots.running) == 1)
+        answers += [users.submit(client.answer, "dogs", asked[0]) for _ in range(2)]
+        wait_until(lambda: len(client.slots.waiting) == 2)
+        full = client.post(asked[0].body("dogs"))
+        assert full.status_code == 503 and full.headers["Retry-After"]
+        assert json.loads(full.content[:-1])["error_code"] != 0
+        go.set()
+        assert {answer.result() for answer in answers} == {alone("dogs", asked[0])}
 
 
 def test_clients_that_hang_up_at_any_moment_leave_no_slot_taken(strict: Client, asked: list[Question]) -> None:

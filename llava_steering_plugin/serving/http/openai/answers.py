@@ -17,6 +17,7 @@ DONE = "[DONE]"
 ERRORS = {
     Problem.TOO_LONG: (400, "", "context_length_exceeded"),
     Problem.GONE: (404, "This model is no longer served; GET /v1/models lists those that are.", "model_not_found"),
+    Problem.REPLACED: (503, "", "model_replaced"),
     Problem.NOT_FINITE: (500, "This model has no answer: its numbers became infinite.", "not_finite"),
     Problem.FAILED: (500, "", "generation_failed"),
     Problem.STOPPED: (503, "", "server_stopping"),

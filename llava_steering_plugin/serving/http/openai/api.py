@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from llava_steering_plugin.errors import SteeringError
-from llava_steering_plugin.serving.http.admin import Admin
+from llava_steering_plugin.serving.http.admin import Admin, NameTaken
 from llava_steering_plugin.serving.http.admission import Admission
 from llava_steering_plugin.serving.http.keys import has_key
 from llava_steering_plugin.serving.http.openai.chat import ChatEndpoint
@@ -89,14 +89,11 @@ def _adapter_routes(admin: Admin, admission: Admission) -> list[Route]:
         asked = checked(LoadRequest, await read_object(request, admission.limits))
         if "\0" in asked.lora_path:
             raise ApiError(400, "lora_path is no path.", param="lora_path")
-        if admin.serves(asked.lora_name) and not asked.load_inplace:
-            raise ApiError(
-                400,
-                'There is an adapter of that name; "load_inplace": true replaces it.',
-                code="adapter_exists",
-                param="lora_name",
-            )
-        await admin.load(asked.lora_name, asked.lora_path)
+        try:
+            await admin.load(asked.lora_name, asked.lora_path, replace=asked.load_inplace)
+        except NameTaken as taken:
+            said = 'There is an adapter of that name; "load_inplace": true replaces it.'
+            raise ApiError(400, said, code="adapter_exists", param="lora_name") from taken
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
     async def unload(request: Request) -> Response:

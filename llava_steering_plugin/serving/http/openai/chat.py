@@ -8,7 +8,6 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -24,11 +23,12 @@ from llava_steering_plugin.serving.generation.request import GenerationRequest, 
 from llava_steering_plugin.serving.http.admission import Admission
 from llava_steering_plugin.serving.http.openai.answers import Completion
 from llava_steering_plugin.serving.http.openai.errors import ApiError
+from llava_steering_plugin.serving.http.openai.image_files import ImageFiles
 from llava_steering_plugin.serving.http.openai.images import ImageSources
 from llava_steering_plugin.serving.http.openai.models import Model, Models
 from llava_steering_plugin.serving.http.openai.prompts import write
 from llava_steering_plugin.serving.http.openai.schema import ChatRequest, checked
-from llava_steering_plugin.serving.http.protocol import Refused, read_object
+from llava_steering_plugin.serving.http.protocol import Refused, left, read_object
 from llava_steering_plugin.serving.http.validation import MOST_TOKENS, check_image
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PING_SECONDS = 5  # between comments in a stream of which nothing has come yet
-FETCHING = 4  # images at a time, of all requests
 _ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
@@ -72,11 +71,9 @@ class ChatEndpoint:
         self._worker = worker
         self._admission = admission
         self._models = models
-        self._images = images
+        self._images = ImageFiles(images, admission.limits)
         self._check = check
         self._log_requests = log_requests
-        # Threads of their own: a slow host must not occupy those in which requests are checked.
-        self._threads = ThreadPoolExecutor(FETCHING, "fetching")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -94,7 +91,10 @@ class ChatEndpoint:
             with ExitStack() as admitted:
                 admitted.enter_context(self._admission.admitted())
                 with self._admission.slots.arriving():
-                    completion, streamed = await self._asked(await self._read(request), name, admitted)
+                    chat = await self._read(request)
+                    files = await self._files(chat, receive)
+                    completion, streamed = await self._asked(chat, files, name, admitted)
+                    del chat, files  # a client that reads slowly costs its answers, not its request
                 outcome = await self._answer(completion, streamed, (scope, receive, named))
                 if self._log_requests:
                     logger.info("%s: answers %r", name, [choice.text for choice in completion.choices])
@@ -103,7 +103,7 @@ class ChatEndpoint:
             outcome = f"refused with {error.status} ({error.code})"
             await error.response()(scope, receive, named)
         except ClientDisconnect:
-            outcome = "a client left before its request had arrived"
+            outcome = "a client left before its request, or an image of it, had arrived"
         finally:
             logger.info("%s: %s after %.2f s", name, outcome, time.monotonic() - started)
 
@@ -111,10 +111,11 @@ class ChatEndpoint:
         data = await read_object(request, self._admission.limits)
         return await asyncio.to_thread(checked, ChatRequest, data)
 
-    async def _asked(self, chat: ChatRequest, name: str, admitted: ExitStack) -> tuple[Completion, bool]:
+    async def _asked(
+        self, chat: ChatRequest, files: list[bytes], name: str, admitted: ExitStack
+    ) -> tuple[Completion, bool]:
         """Return the answers to a request, which nothing of the request is kept for, and whether to stream them."""
         model = self._models.find(chat.model)
-        files = await self._files(chat)
         requests = await asyncio.to_thread(self._requests, chat, model, files, name)
         if chat.n > 1:
             admitted.enter_context(self._admission.admitted(chat.n - 1))
@@ -125,31 +126,28 @@ class ChatEndpoint:
         answers = [self._admission.slots.ask(request) for request in requests]
         return Completion(name, model.id, answers, include_usage), chat.stream
 
-    async def _files(self, chat: ChatRequest) -> list[bytes]:
+    async def _files(self, chat: ChatRequest, receive: Receive) -> list[bytes]:
         """Return the files of all images, as they are.
 
         Raises:
-            ApiError: there are too many, or some cannot be read.
+            ApiError: there is no such model, too much is asked for, or some images cannot be read.
+            ClientDisconnect: nobody waits for them any more.
         """
-        limits = self._admission.limits
+        self._models.find(chat.model)
+        if chat.n > (most := self._admission.limits.answers):
+            raise ApiError(400, f"n has to be {most} at most: this server makes no more answers at once.", param="n")
         places = [
-            (f"messages[{number}].content", image.url)
+            (f"messages[{number}].{place}", url)
             for number, message in enumerate(chat.messages)
-            for image in message.images
+            for place, url in message.images
         ]
-        if places and not self._worker.is_multimodal:
+        if not places:
+            return []
+        if not self._worker.is_multimodal:
             raise ApiError(400, "This model takes no images.", param="messages")
-        if len(places) > limits.images:
-            raise ApiError(400, f"The request has more than {limits.images} images.", param="messages")
-        loop = asyncio.get_running_loop()
-        reading = [loop.run_in_executor(self._threads, self._images.read, url, place) for place, url in places]
-        try:
-            files = await asyncio.wait_for(asyncio.gather(*reading), limits.receive_seconds)
-        except asyncio.TimeoutError as error:
-            raise ApiError(400, "The images cannot be fetched in time.", code="invalid_image_url") from error
-        if sum(map(len, files)) > limits.body_bytes:
-            raise ApiError(413, f"The images have more than {limits.body_bytes:,} bytes.")
-        return files
+        if len(places) > self._admission.limits.images:
+            raise ApiError(400, f"The request has more than {self._admission.limits.images} images.", param="messages")
+        return await self._images.read(places, receive)
 
     def _requests(self, chat: ChatRequest, model: Model, files: list[bytes], name: str) -> list[GenerationRequest]:
         """Check messages and images, and return what to generate: a request for each choice.
@@ -179,6 +177,7 @@ class ChatEndpoint:
             GenerationRequest(
                 adapter=model.adapter,
                 prompt=prompt.ids,
+                template=model.recorded,
                 images=tuple(files),
                 max_new_tokens=min(chat.tokens or room, room),
                 temperature=chat.temperature,
@@ -198,7 +197,7 @@ class ChatEndpoint:
                 stall = self._admission.limits.stall_seconds
                 await EventStream(completion.stream(), ping=PING_SECONDS, send_timeout=stall)(*channel)
                 return completion.outcome
-            leaving = asyncio.ensure_future(_left(channel[1]))
+            leaving = asyncio.ensure_future(left(channel[1]))
             making = asyncio.ensure_future(completion.whole())
             try:
                 await asyncio.wait({leaving, making}, return_when=asyncio.FIRST_COMPLETED)
@@ -220,9 +219,3 @@ def _stalled(error: BaseException) -> bool:
     """Return whether an error, or a group of them, is that a client has stopped to read."""
     inner = getattr(error, "exceptions", None)
     return all(map(_stalled, inner)) if inner else isinstance(error, SendTimeoutError)
-
-
-async def _left(receive: Receive) -> None:
-    """Return when the client has disconnected."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import http.client
 import ipaddress
+import logging
 import os
 import re
 import socket
@@ -26,10 +27,17 @@ from llava_steering_plugin.foreign_files import read_bytes
 from llava_steering_plugin.serving.http.access import checked_hosts, plain
 from llava_steering_plugin.serving.http.openai.errors import ApiError
 
+logger = logging.getLogger(__name__)
+
 REDIRECTS = 3
 PIECE = 1 << 16
 INVALID = "invalid_image_url"
 _DATA = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
+
+
+# What Python's `is_global` takes for the internet, depending on its version: protocols' own, and documentation's.
+_NOT_PUBLIC = [ipaddress.ip_network(network) for network in ("192.0.0.0/24", "3fff::/20")]
+_UNICAST, _NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
 
 
 def is_public(address: str) -> bool:
@@ -37,11 +45,18 @@ def is_public(address: str) -> bool:
     found = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(found, ipaddress.IPv6Address):
         inner = found.ipv4_mapped or found.sixtofour or (found.teredo[1] if found.teredo else None)
+        if found in _NAT64:
+            inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
-        if found in ipaddress.ip_network("64:ff9b::/96"):  # an IPv4 address behind NAT64
-            return is_public(str(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)))
-    return found.is_global and not found.is_multicast
+        if found not in _UNICAST:  # site-local ones, and other ways to write IPv4's
+            return False
+    return found.is_global and not found.is_multicast and not any(found in network for network in _NOT_PUBLIC)
+
+
+def is_fetched(url: str) -> bool:
+    """Return whether a URL names an image on another machine, which may be slow."""
+    return url[:6].lower() == "https:"
 
 
 class ImageSources:
@@ -129,6 +144,7 @@ class ImageSources:
             except (OSError, http.client.HTTPException, SteeringError) as error:
                 if time.monotonic() >= end:
                     raise _refused(f"the image did not arrive within {self._seconds:g} seconds.") from error
+                logger.info("an image of %s cannot be fetched: %s: %s", host, type(error).__name__, error)
                 raise _refused("the image cannot be fetched from there.") from error
             if onward is None:
                 return content

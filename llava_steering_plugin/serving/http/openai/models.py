@@ -25,11 +25,13 @@ class Model:
         id: its name in the API.
         adapter: its name in the pool.
         template: the name of its conversation template.
+        recorded: the one that the adapter records; None: it records none.
     """
 
     id: str
     adapter: str
     template: str
+    recorded: str | None
 
 
 class Models:
@@ -55,7 +57,8 @@ class Models:
         names |= {adapter.name: adapter.name for adapter in adapters} | {catalog.base: BASE}
         try:
             if (adapter := names.get(name)) is not None:
-                return Model(name, adapter, self._template(adapter))
+                recorded = self._worker.pool.details(adapter).conversation
+                return Model(name, adapter, self._template(adapter, recorded), recorded)
         except SteeringError as error:
             if adapter == BASE or adapter in self._worker.pool.names():
                 raise ApiError(400, f"This model cannot be prompted: {error}", param="model") from error
@@ -69,9 +72,7 @@ class Models:
         base = self._worker.catalog.base
         path = Path(str(self._worker.model.config._name_or_path).rstrip("/"))
         adapters = [
-            # An adapter may have the base's name, if the page shows it under another one.
-            self._entry(adapter.name if adapter.name != base else adapter.shown, Path(adapter.source).name, base)
-            for adapter in self._worker.catalog.adapters()
+            self._entry(adapter.id, Path(adapter.source).name, base) for adapter in self._worker.catalog.adapters()
         ]
         return [self._entry(base, path.name, None), *adapters]
 
@@ -85,9 +86,8 @@ class Models:
             "parent": parent,
         }
 
-    def _template(self, adapter: str) -> str:
+    def _template(self, adapter: str, recorded: str | None) -> str:
         """Return the template of an adapter; of the base, and where none is recorded, that of the page or the type."""
-        recorded = self._worker.pool.details(adapter).conversation
         if recorded is not None:
             return checked_template(recorded, adapter)
         of_type = template_of_base(self._worker.model.config.to_dict())

@@ -74,8 +74,8 @@ SAID = {
     "float_type": "has to be a number",
     "finite_number": "has to be a finite number",
     "bool_type": "has to be true or false",
-    "greater_than_equal": "has to be {ge:g} at least",
-    "less_than_equal": "has to be {le:g} at most",
+    "greater_than_equal": "has to be {ge} at least",
+    "less_than_equal": "has to be {le} at most",
     "too_short": "has to have {min_length} entry at least",
     "too_long": "has to have {max_length} entries at most",
     "string_too_short": "has to have {min_length} character at least",
@@ -152,9 +152,13 @@ class Message(_Fields):
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
     @property
-    def images(self) -> list[ImageUrl]:
-        """The images, in their order."""
-        return [part.image_url for part in self.content if isinstance(part, ImagePart)]
+    def images(self) -> list[tuple[str, str]]:
+        """The place of each image in the message, such as `content[1].image_url`, and its URL, in their order."""
+        return [
+            (f"content[{number}].image_url", part.image_url.url)
+            for number, part in enumerate(self.content)
+            if isinstance(part, ImagePart)
+        ]
 
     @property
     def text(self) -> str:
@@ -180,7 +184,7 @@ class ChatRequest(_Fields):
     stop: list[Annotated[str, Field(min_length=1, max_length=STOP_CHARACTERS), AfterValidator(_whole)]] = Field(
         [], max_length=STOPS
     )
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    seed: int | None = Field(None, ge=-(1 << 63), le=(1 << 63) - 1)
     n: int = Field(1, ge=1, le=CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -250,10 +254,18 @@ def _problem(error: Mapping[str, Any]) -> str:
         shown = f" {given[:SHOWN_CHARACTERS]!r}" if isinstance(given, str) else ""
         return f"{field}{shown} is not supported; there are {error['ctx']['expected']}"
     if kind in SAID:
-        return f"{field} {SAID[kind].format(**error.get('ctx', {}))}"
+        numbers = {name: _plain(value) for name, value in error.get("ctx", {}).items()}
+        return f"{field} {SAID[kind].format(**numbers)}"
     text = str(error["msg"]).removeprefix("Value error, ")
     said = f"{field}: {text[0].lower()}{text[1:]}" if field else text
     return said
+
+
+def _plain(value: Any) -> Any:
+    """Return a number as one writes it: 1,000,000, and 2 for 2.0."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return f"{value:,}" if isinstance(value, int) else value
 
 
 def _field(where: tuple[int | str, ...]) -> str:

@@ -6,7 +6,9 @@ Covers `serving/http/keys.py`, too.
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,38 @@ def test_an_administrator_loads_and_unloads_adapters_as_with_vllm(
     assert {each["id"] for each in ask("GET", "/v1/models", KEY).json()["data"]} >= set(NAMES)
 
 
+def test_of_two_who_load_an_adapter_of_one_name_at_once_one_is_told_that_it_is_there(
+    ask: Ask, worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, arrived = threading.Event(), threading.Semaphore(0)
+    change, load = Admin._change, worker.catalog.put
+
+    async def counted(self: Admin, what: Callable[[], Any]) -> Any:
+        arrived.release()
+        return await change(self, what)
+
+    def slow(name: str, source: str) -> Any:
+        held.wait(60)
+        return load(name, source)
+
+    monkeypatch.setattr(Admin, "_change", counted)
+    monkeypatch.setattr(worker.catalog, "put", slow)
+    body = {"lora_name": "new", "lora_path": "dogs-2"}
+    try:
+        with ThreadPoolExecutor(2) as administrators:
+            try:
+                loads = [
+                    administrators.submit(ask, "POST", "/v1/load_lora_adapter", TOKEN, json=body) for _ in range(2)
+                ]
+                assert all(arrived.acquire(timeout=60) for _ in loads)
+            finally:
+                held.set()
+            loaded, refused = sorted((each.result() for each in loads), key=lambda each: each.status_code)
+        assert loaded.ok and code_of(refused) == (400, "adapter_exists")
+    finally:
+        ask("POST", "/v1/unload_lora_adapter", TOKEN, json={"lora_name": "new"})
+
+
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
@@ -152,8 +186,8 @@ def test_it_is_ready_unless_no_more_may_wait(worker: Any) -> None:
     with listening(app, free_port()) as client:
         url = f"{client.address}/ready"
         assert requests.get(url, timeout=30).json() == {"status": "ready"}
-        app.state.admission.open_requests += LIMITS.running + LIMITS.waiting
+        app.state.admission.open_requests += LIMITS.answers
         full = requests.get(url, timeout=30)
-        app.state.admission.open_requests -= LIMITS.running + LIMITS.waiting
+        app.state.admission.open_requests -= LIMITS.answers
         assert full.status_code == 503 and full.headers["Retry-After"]
         assert requests.get(url, timeout=30).ok

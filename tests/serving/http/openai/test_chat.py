@@ -1,5 +1,7 @@
 """POST /v1/chat/completions, asked by OpenAI's own client: answers, streams, errors, and what a worker refuses.
 
+Requests that wait: test_waiting.py.
+
 Its answers are compared with those of each adapter alone, on a model of its own.
 
 Covers `serving/http/openai/answers.py` and `serving/http/openai/models.py`, too.
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 import requests
-from api_fixtures import LIMITS, asks, data_url, messages_of
+from api_fixtures import LIMITS, asks, data_url, error_of, messages_of, post
 from serving_fixtures import BASE_NAME, NAMES, Alone, Client, Question, wait_until
 
 pytest_plugins = ["serving_fixtures", "api_fixtures"]
@@ -25,16 +27,6 @@ def unharmed(api: Client) -> Any:
     """After a test nothing is generated and nobody waits."""
     yield
     wait_until(lambda: api.health().items() >= {"status": "ok", "running": 0, "open": 0}.items())
-
-
-def post(api: Client, body: Any, **options: Any) -> requests.Response:
-    return requests.post(f"{api.address}/v1/chat/completions", **({"json": body, "timeout": 120} | options))
-
-
-def error_of(response: requests.Response) -> dict[str, Any]:
-    error = response.json()
-    assert error.keys() == {"error"} and error["error"].keys() == {"message", "type", "param", "code"}
-    return dict(error["error"])
 
 
 @pytest.mark.parametrize("name", [*NAMES, BASE_NAME])
@@ -195,7 +187,7 @@ def test_images_and_texts_beyond_the_limits_are_refused(api: Client, asked: list
     for url, said in (
         (data_url(large), "Image 1 has more than 90,000 pixels"),
         ("data:image/png;base64,AAAA", "Image 1 is damaged"),
-        ("data:image/png;base64,A", "not valid base64"),
+        ("data:image/png;base64,A", "messages[1].content[1].image_url is not valid base64"),
         ("https://example.com/a.png", "no image is fetched from there"),
         ("file:///etc/passwd", "files are not read here"),
     ):
@@ -218,22 +210,6 @@ def test_other_addresses_and_methods_have_the_same_errors(api: Client) -> None:
     assert foreign.status_code == 403 and error_of(foreign)["code"] == "forbidden"
     # Without an administrator there is nothing to load adapters with.
     assert requests.post(f"{api.address}/v1/load_lora_adapter", json={}, timeout=30).status_code == 404
-
-
-def test_more_than_may_wait_are_a_503_and_the_others_are_answered(
-    api: Client, alone: Alone, asked: list[Question]
-) -> None:
-    question = Question(asked[0].prompt, asked[0].image, 60)
-    with ThreadPoolExecutor(24) as users:
-        responses = list(users.map(lambda _: post(api, asks(question)), range(24)))
-    full = [response for response in responses if response.status_code == 503]
-    answered = [response for response in responses if response.status_code == 200]
-    assert len(full) + len(answered) == 24 and full and len(answered) >= 12
-    assert full[0].headers["Retry-After"] and error_of(full[0])["code"] == "queue_full"
-    texts = {response.json()["choices"][0]["message"]["content"] for response in answered}
-    assert texts == {alone("cats", question)}
-    # One request for more answers than there is room for is refused as a whole.
-    assert post(api, asks(asked[0], n=8)).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])

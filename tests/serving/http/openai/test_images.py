@@ -203,6 +203,7 @@ def test_a_host_without_a_certificate_of_its_name_is_refused(
     [
         *("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1"),
         *("224.0.0.1", "::1", "::", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1", "64:ff9b::a00:1", "2002:7f00:1::"),
+        *("fec0::1", "192.0.0.192", "64:ff9b:1::7f00:1", "::127.0.0.1", "::ffff:0:127.0.0.1", "5f00::1", "3fff::1"),
     ],
 )
 def test_addresses_of_networks_of_ones_own_are_not_public(address: str) -> None:

@@ -60,7 +60,9 @@ def user(*parts: object) -> list[dict[str, object]]:
         ({"stop": 3}, "stop has to be a text or a list"),
         ({"n": 10**9}, "n has to be 8 at most"),
         ({"n": 0}, "n has to be 1 at least"),
-        ({"seed": 1 << 63}, "seed: input should be less than"),
+        ({"max_tokens": 1_000_001}, "max_tokens has to be 1,000,000 at most"),
+        ({"seed": 1 << 63}, "seed has to be 9,223,372,036,854,775,807 at most"),
+        ({"seed": -(1 << 63) - 1}, "seed has to be -9,223,372,036,854,775,808 at least"),
         ({"stream": 1}, "stream has to be true or false"),
         ({"stream_options": {"include_usage": True}}, 'stream_options needs "stream": true'),
     ],
@@ -107,7 +109,8 @@ def test_messages_are_taken_as_clients_send_them_back() -> None:
     answered = {"role": "assistant", "content": "Red.", "refusal": None, "annotations": [], "tool_calls": None}
     request = taken(messages=[*MESSAGES, answered, *user(IMAGE, {"type": "text", "text": "And here?"})])
     assert [message.text for message in request.messages] == ["What is this?", "Red.", "And here?"]
-    assert [len(message.images) for message in request.messages] == [0, 0, 1]
+    image = ("content[0].image_url", "data:image/png;base64,AAAA")
+    assert [message.images for message in request.messages] == [[], [], [image]]
 
 
 def test_stop_and_lengths_have_two_spellings_each() -> None:
