@@ -73,7 +73,7 @@ class Admission:
                 try:
                     self._marked[key] = self._checked(request)
                 except SteeringError as error:
-                    logger.warning("the adapter %r is refused: %s", request.lora_name, error)
+                    logger.warning("refused: %s", error)  # vLLM leaves paths out of what it tells clients
                     raise VLLMValidationError(str(error)) from error
             path = self._marked[key]
         if path == request.lora_path:
@@ -92,7 +92,6 @@ class Admission:
         except SteeringError as error:
             if repr(request.lora_name) in str(error):
                 raise
-            # vLLM leaves paths out of what it tells clients.
             raise AdapterError(f"the adapter {request.lora_name!r} cannot run in this vLLM: {error}") from error
 
     def _checked_folder(self, request: Any, folder: AdapterFolder) -> str:
