@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import wrapt
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import LoRAAdapterNotFoundError, VLLMValidationError
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -64,6 +64,7 @@ class Admission:
 
         Raises:
             VLLMValidationError: the adapter cannot run in this engine; all problems at once.
+            LoRAAdapterNotFoundError: there is no such folder.
         """
         if request is None or unmarked(request.lora_path)[1] is not None:
             return request
@@ -85,7 +86,8 @@ class Admission:
         folder = find(request.lora_path)
         if folder is None:
             if os.path.isabs(request.lora_path) and not os.path.isdir(request.lora_path):
-                raise AdapterError(f"the adapter {request.lora_name!r}: there is no folder {request.lora_path}.")
+                # What vLLM's own loading says of it, but in the midst of a pass.
+                raise LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
             return str(request.lora_path)
         try:
             return self._checked_folder(request, folder)
@@ -167,7 +169,7 @@ def _process_inputs(before: Any, instance: Any, args: tuple[Any, ...], kwargs: d
     if (request := kwargs.get("lora_request")) is not None:
         try:
             kwargs = kwargs | {"lora_request": admission_of(instance).admit(request, anew=request.load_inplace)}
-        except VLLMValidationError:
+        except (VLLMValidationError, LoRAAdapterNotFoundError):
             _forget_images(instance, args[1] if len(args) > 1 else kwargs["prompt"])
             raise
     return before(*args, **kwargs)
