@@ -5,12 +5,10 @@ And the linears of a projector that is its own.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,21 +16,21 @@ from torch import Tensor
 
 from llava_steering_plugin.adapters.fit.compatibility import mode_of
 from llava_steering_plugin.adapters.stored.config import AdapterConfig
-from llava_steering_plugin.adapters.stored.folder import ADAPTER, EXTRA, WEIGHTS, AdapterFolder, StoredAdapter
+from llava_steering_plugin.adapters.stored.folder import ADAPTER, EXTRA, AdapterFolder, StoredAdapter
 from llava_steering_plugin.errors import AdapterError, ArgumentsError, listing
-from llava_steering_plugin.foreign_files import WEIGHT_BYTES, opened
 from llava_steering_plugin.hooks.parameter_names import ONE_LINEAR, PARTS, PROJECTOR_PATH, of_one_linear
 from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
 from llava_steering_plugin.modes.mores_choice import chosen_by_layer
 from llava_steering_plugin.modes.mores_frames import orthonormal
 from llava_steering_plugin.modes.mores_selection import TokenSelection, parse_choices
-from llava_steering_plugin.vllm.copies import copy_of
+from llava_steering_plugin.vllm.copies import copy_of, digest_of
 from llava_steering_plugin.vllm.token_table import table_of
 
 _MARK = re.compile(
     r"(?P<path>.+)#llava_steering=(?P<digest>[0-9a-f]{32})\.(?P<turn>\d{1,18})(?P<own>\+projector)?", re.DOTALL
 )
+_INSTEAD = "serve it with `llava-steering serve`, without --engine"
 # Of a projector of LLaVA's, by their names in an adapter's file; the first of them may be all of it.
 LINEARS = tuple(f"{PROJECTOR_PATH}.{number}" for number in PARTS.values())
 
@@ -73,23 +71,6 @@ class SlotAdapter:
         """Bytes that its tensors take."""
         steering = [part for each in self.layers.values() for part in (each.shift, each.offset, each.basis)]
         return sum(part.nbytes for part in (*steering, *self.projector) if part is not None)
-
-
-def digest_of(folder: str | os.PathLike[str]) -> str:
-    """Return the hash of an adapter's weights and config, which are one file: 32 hexadecimal digits.
-
-    Raises:
-        AdapterError: the file cannot be read.
-    """
-    weights = Path(folder) / WEIGHTS
-    found = hashlib.sha256()
-    try:
-        with opened(weights, WEIGHT_BYTES) as file:
-            while part := file.read(1 << 20):
-                found.update(part)
-    except OSError as error:
-        raise AdapterError(f"{weights} cannot be read: {error}. Copy the adapter again.") from error
-    return found.hexdigest()[:32]
 
 
 def marked(folder: str | os.PathLike[str], digest: str, turn: int = 0, *, own_projector: bool = False) -> str:
@@ -163,19 +144,18 @@ def read_checked(folder: str | os.PathLike[str], digest: str) -> StoredAdapter:
 
 def unsupported_by(config: AdapterConfig) -> list[str]:
     """List what an adapter is that cannot run in vLLM, by its config alone, one clause each."""
-    instead = "serve it with `llava-steering serve`, without --engine"
     if config.mode == MixLoRA.name:
         return [
             "it is a MixLoRA, which chooses its factors by the mean of the whole prompt, and vLLM computes prompts "
-            f"in chunks and takes parts of them from its cache; {instead}"
+            f"in chunks and takes parts of them from its cache; {_INSTEAD}"
         ]
     if config.mode != MoReS.name:
-        return [f"its mode is {config.mode}, and MoReS alone runs in vLLM; {instead}"]
+        return [f"its mode is {config.mode}, and MoReS alone runs in vLLM; {_INSTEAD}"]
     problems = []
     if (modality := config.settings.get("modality", "vis")) != "vis":
-        problems.append(f"it steers {modality}, and vLLM knows the places of image tokens alone; {instead}")
+        problems.append(f"it steers {modality}, and vLLM knows the places of image tokens alone; {_INSTEAD}")
     if config.added_tokens:
-        problems.append(f"it adds tokens to the vocabulary ({', '.join(config.added_tokens)}); {instead}")
+        problems.append(f"it adds tokens to the vocabulary ({', '.join(config.added_tokens)}); {_INSTEAD}")
     return problems
 
 
@@ -185,10 +165,7 @@ def unsupported(stored: StoredAdapter) -> list[str]:
     if stored.config.mode != MoReS.name:
         return problems
     if others := linears_and_others(stored)[1]:
-        problems.append(
-            f"it brings parts of the model ({', '.join(others)}); serve it with `llava-steering serve`, without "
-            "--engine"
-        )
+        problems.append(f"it brings parts of the model ({', '.join(others)}); {_INSTEAD}")
     if not problems:
         try:
             for_slot(stored)

@@ -7,19 +7,40 @@ error ends the engine. By then a training may have replaced the folder, or someb
 from __future__ import annotations
 
 import atexit
+import hashlib
 import logging
 import os
 import shutil
 import tempfile
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from llava_steering_plugin.adapters.stored.folder import WEIGHTS
+from llava_steering_plugin.errors import AdapterError
+from llava_steering_plugin.foreign_files import WEIGHT_BYTES, opened
 
 # Where they are, for all processes of this server on this machine. Nobody else can guess the name.
 VARIABLE = "LLAVA_STEERING_VLLM_COPIES"
 
 logger = logging.getLogger("vllm.llava_steering")
+
+
+def digest_of(folder: str | os.PathLike[str]) -> str:
+    """Return the hash of an adapter's weights and config, which are one file: 32 hexadecimal digits.
+
+    Raises:
+        AdapterError: the file cannot be read.
+    """
+    weights = Path(folder) / WEIGHTS
+    found = hashlib.sha256()
+    try:
+        with opened(weights, WEIGHT_BYTES) as file:
+            while part := file.read(1 << 20):
+                found.update(part)
+    except OSError as error:
+        raise AdapterError(f"{weights} cannot be read: {error}. Copy the adapter again.") from error
+    return found.hexdigest()[:32]
 
 
 def name_folder() -> None:
@@ -40,17 +61,24 @@ def copy_of(digest: str) -> Path | None:
 
 
 def copy(folder: str | os.PathLike[str], digest: str) -> None:
-    """Copy an adapter's file, if there is no copy yet. Where that fails, the folder has to stay as it is."""
+    """Copy an adapter's file, if there is no copy yet. Where that fails, the folder has to stay as it is.
+
+    Raises:
+        AdapterError: the file has another hash by now.
+    """
     target = copy_of(digest)
     if target is None or (target / WEIGHTS).is_file():
         return
     try:
         target.parent.mkdir(mode=0o700, exist_ok=True)
         made = Path(tempfile.mkdtemp(dir=target.parent))
-        shutil.copyfile(Path(folder) / WEIGHTS, made / WEIGHTS)
         try:
-            made.rename(target)
-        except OSError:  # another process was faster
+            shutil.copyfile(Path(folder) / WEIGHTS, made / WEIGHTS)
+            if digest_of(made) != digest:
+                raise AdapterError(f"{folder} changed while it was copied: something is writing to it. Load it again.")
+            with suppress(OSError):  # another process was faster
+                made.rename(target)
+        finally:
             shutil.rmtree(made, ignore_errors=True)
     except OSError as error:
         logger.warning(

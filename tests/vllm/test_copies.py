@@ -12,18 +12,20 @@ import pytest
 from vllm_bases import ROOT
 
 from llava_steering_plugin.adapters.stored.folder import WEIGHTS
+from llava_steering_plugin.errors import AdapterError
 from llava_steering_plugin.vllm import copies
 
 SERVER = """
 import os, subprocess, sys
-from llava_steering_plugin.vllm.copies import VARIABLE, copy, name_folder
+from llava_steering_plugin.vllm.copies import VARIABLE, copy, digest_of, name_folder
 
 name_folder()
-copy(sys.argv[1], "a" * 32)
+digest = digest_of(sys.argv[1])
+copy(sys.argv[1], digest)
 # A worker, which loads the plugin too, and ends before its server.
 subprocess.run([sys.executable, "-c", "from llava_steering_plugin.vllm.copies import name_folder; name_folder()"])
 where = os.environ[VARIABLE]
-print(where, oct(os.stat(where).st_mode), open(f"{where}/{'a' * 32}/adapter_model.safetensors").read())
+print(where, oct(os.stat(where).st_mode), open(f"{where}/{digest}/adapter_model.safetensors").read())
 """
 
 
@@ -49,3 +51,18 @@ def test_where_nothing_can_be_copied_that_is_said_and_no_error(
     monkeypatch.setenv(copies.VARIABLE, str(tmp_path / WEIGHTS / "no-folder"))
     copies.copy(tmp_path, "a" * 32)
     assert "is not copied" in caplog.text and str(tmp_path) in caplog.text
+
+
+def test_what_changes_while_it_is_copied_is_refused_and_copied_when_it_is_loaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / WEIGHTS).write_text("weights")
+    digest = copies.digest_of(tmp_path)
+    monkeypatch.setenv(copies.VARIABLE, str(tmp_path / "copies"))
+    (tmp_path / WEIGHTS).write_text("others")
+    with pytest.raises(AdapterError, match="changed while it was copied"):
+        copies.copy(tmp_path, digest)
+    assert list((tmp_path / "copies").iterdir()) == []
+    (tmp_path / WEIGHTS).write_text("weights")
+    copies.copy(tmp_path, digest)
+    assert (tmp_path / "copies" / digest / WEIGHTS).read_text() == "weights"

@@ -13,7 +13,8 @@ import pytest
 import torch
 from vllm_fixtures import Engine, Shared, differing
 
-from llava_steering_plugin.vllm.adapter import SlotAdapter, digest_of
+from llava_steering_plugin.vllm.adapter import SlotAdapter
+from llava_steering_plugin.vllm.copies import digest_of
 
 pytest.importorskip("vllm", reason="needs vLLM: scripts/setup.sh --vllm makes .venv-vllm")
 

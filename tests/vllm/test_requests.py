@@ -23,7 +23,8 @@ from llava_steering_plugin.errors import AdapterError
 from llava_steering_plugin.modes.base import Mode
 from llava_steering_plugin.modes.mixlora import MixLoRA
 from llava_steering_plugin.modes.mores import MoReS
-from llava_steering_plugin.vllm.adapter import digest_of, marked, read_marked, unmarked
+from llava_steering_plugin.vllm.adapter import marked, read_marked, unmarked
+from llava_steering_plugin.vllm.copies import digest_of
 
 pytest.importorskip("vllm", reason="needs vLLM: scripts/setup.sh --vllm makes .venv-vllm")
 
